@@ -1,0 +1,243 @@
+"""Typed configuration of a run: frozen dataclasses, checked when they are made.
+
+A recipe in `configs/` builds one `Config`; any field can be overridden on the command line
+(`--train.steps 50`); every checkpoint carries the `Config` it was made with as JSON.
+"""
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ladder_jax import schedule
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: the message names the field, its value and what is accepted."""
+
+
+def _require(ok, name, value, accepted):
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not accepted: it must be {accepted}")
+
+
+def _fits(value, hint):
+    """Whether `value` is of type `hint` (int, float, str, bool, None, Literal, Union, tuple[X, ...], dataclass)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args and type(value) in {type(a) for a in args}
+    if origin is tuple:
+        return isinstance(value, tuple) and (
+            all(_fits(v, args[0]) for v in value) if args[-1] is Ellipsis
+            else len(value) == len(args) and all(map(_fits, value, args)))
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    return str(hint) if origin else {type(None): "None"}.get(hint, hint.__name__)
+
+
+class _Section:
+    """A group of fields: checks their types, then calls `check` for what types cannot say."""
+    section: typing.ClassVar[str] = ""
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is not typing.ClassVar:
+                value = getattr(self, name)
+                _require(_fits(value, hint), self._path(name), value, _describe(hint))
+        self.check()
+
+    def check(self):
+        pass
+
+    def _path(self, name):
+        return f"{self.section}.{name}" if self.section else name
+
+    def need(self, name, ok, accepted):
+        _require(ok, self._path(name), getattr(self, name), accepted)
+
+    def positive(self, *names):
+        for name in names:
+            self.need(name, getattr(self, name) > 0, "greater than 0")
+
+
+@dataclass(frozen=True)
+class RopeScaling(_Section):
+    """Llama-3.1's rescaling of rotary frequencies for contexts longer than those trained on."""
+    section = "model.rope_scaling"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def check(self):
+        self.positive("factor", "low_freq_factor", "original_length")
+        self.need("high_freq_factor", self.high_freq_factor > self.low_freq_factor, "greater than low_freq_factor")
+
+
+@dataclass(frozen=True)
+class Model(_Section):
+    """A Llama-family decoder and the residual schedule that its blocks follow."""
+    section = "model"
+    vocab_size: int = 320
+    dim: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 32
+    ffn_dim: int = 768
+    max_length: int = 2048                  # longest context, tokens
+    residual: str = "ladder"                # residual schedule, see schedule.py
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qk_norm: bool = False                   # RMSNorm on every head's query and key (Qwen3)
+    attention_bias: bool = False            # biases on query, key and value (Qwen2)
+    init_std: float = 0.02
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"   # of compute; parameters are float32
+
+    def check(self):
+        self.positive("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "max_length",
+                      "rope_theta", "norm_eps", "init_std")
+        self.need("kv_heads", self.heads % self.kv_heads == 0, f"a divisor of model.heads={self.heads}")
+        self.need("head_dim", self.head_dim % 2 == 0, "even, for rotary embedding")
+        try:
+            schedule.parse(self.residual, self.layers)
+        except ValueError as error:
+            raise ConfigError(f"model.residual={self.residual!r} is not accepted: {error}") from None
+
+
+@dataclass(frozen=True)
+class Mesh(_Section):
+    """Devices along each mesh axis; one of them may be -1: as many as are left."""
+    section = "mesh"
+    data: int = -1          # replicas of the parameters
+    fsdp: int = 1           # shards of every parameter and of the optimizer state, gathered layer by layer
+    tensor: int = 1         # shards of every block's work (tensor parallelism)
+
+    def check(self):
+        for name in ("data", "fsdp", "tensor"):
+            self.need(name, getattr(self, name) > 0 or getattr(self, name) == -1, "greater than 0, or -1 for the rest")
+        self.need("data", (self.data, self.fsdp, self.tensor).count(-1) < 2, "given, when another axis is -1")
+
+
+@dataclass(frozen=True)
+class Data(_Section):
+    """Where text comes from and how it becomes tokens."""
+    section = "data"
+    source: str = "builtin"          # "builtin" (Python's own documentation), or a folder, file or glob
+    text_field: str = "text"         # the field of JSONL rows and Parquet columns that holds the text
+    tokenizer: str = "bytes"         # "bytes", or the path of a Hugging Face tokenizer.json
+    held_out: float = 0.02           # share of the documents kept for evaluation
+    cache: str = "~/.cache/ladder_jax"   # tokens are kept here, so that a corpus is tokenised once
+
+    def check(self):
+        self.need("held_out", 0 < self.held_out < 1, "between 0 and 1")
+        for name in ("source", "text_field", "tokenizer", "cache"):
+            self.need(name, getattr(self, name) != "", "non-empty")
+
+
+@dataclass(frozen=True)
+class Optimizer(_Section):
+    """AdamW, a learning-rate schedule in steps, and global-norm clipping."""
+    section = "optimizer"
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int | None = None   # of the final decay; None: all after warm-up (cosine), a fifth of the run (wsd)
+    final_fraction: float = 0.1      # of the learning rate, where the decay ends
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1        # on matrices alone: not on norms, biases
+    clip_norm: float | None = 1.0
+
+    def check(self):
+        self.positive("learning_rate", "eps")
+        for name in ("warmup_steps", "weight_decay"):
+            self.need(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            self.need(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        self.need("final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1")
+        self.need("decay_steps", self.decay_steps is None or self.decay_steps > 0, "greater than 0")
+        self.need("clip_norm", self.clip_norm is None or self.clip_norm > 0, "greater than 0, or None for no clipping")
+
+
+@dataclass(frozen=True)
+class Train(_Section):
+    """How long and on how much at a time, and what is kept."""
+    section = "train"
+    out: str = "runs/default"        # metrics, checkpoints and plots go here
+    steps: int = 1000
+    batch: int = 8                   # sequences a step, over all devices
+    length: int = 256                # tokens a sequence
+    accumulate: int = 1              # parts that a step's batch is computed in, one after another
+    remat: Literal["none", "dots", "reductions", "full"] = "none"   # see model.REMAT
+    loss_chunk: int = 0              # tokens whose logits exist at once on a device; 0: all of them
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 8
+    save_every: int = 200
+    keep: int = 3                    # newest checkpoints kept
+    profile_steps: int = 0           # steps to trace, after the first two
+    tensorboard: bool = False
+    peak_tflops: float | None = None   # of one device, for MFU; None: from the table in chips.py
+
+    def check(self):
+        self.positive("steps", "batch", "length", "accumulate", "log_every", "eval_every", "eval_batches",
+                      "save_every", "keep")
+        for name in ("loss_chunk", "seed", "profile_steps"):
+            self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.need("accumulate", self.batch % self.accumulate == 0, f"a divisor of train.batch={self.batch}")
+        self.need("peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "greater than 0")
+
+
+@dataclass(frozen=True)
+class Config(_Section):
+    """Everything that defines a run."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mesh: Mesh = field(default_factory=Mesh)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+
+    def check(self):
+        if self.train.length > self.model.max_length:
+            raise ConfigError(f"train.length={self.train.length} is not accepted: it must be at most "
+                              f"model.max_length={self.model.max_length}")
+
+
+def to_dict(config):
+    """`config` as plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values, cls=Config):
+    """The inverse of `to_dict`. Raises ConfigError on a field that does not exist."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            path = f"{cls.section}.{name}" if cls.section else name
+            raise ConfigError(f"{path} is not a field: {', '.join(sorted(known))} are")
+    made = {}
+    for name, value in values.items():
+        section = next((h for h in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(h)), None)
+        made[name] = from_dict(value, section) if section and isinstance(value, dict) else value
+    return cls(**made)
