@@ -78,7 +78,7 @@ def _delayed(delays):
 
 
 def _ramp(delays):
-    """`delays` with every rise spread over blocks, one a block, so that no block reads an older stream than the last."""
+    """`delays` with every rise spread over blocks, so that no block reads an older stream than the one before it."""
     made = []
     for delay in delays:
         made.append(min(delay, made[-1] + 1) if made else delay)

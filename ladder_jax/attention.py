@@ -1,0 +1,91 @@
+"""One door to attention: causal, grouped-query, within segments, by the kernel that suits the platform.
+
+B batch, T tokens (queries), S tokens (keys), N query heads, K key-value heads, G = N / K, H head dimension.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ladder_jax.matmul import einsum
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)      # finite: a row with nothing to see stays finite
+
+
+def kernel_for(platform, dtype, length):
+    """The fastest kernel for causal self-attention over `length` tokens: "xla", "splash" (TPU) or "cudnn" (GPU)."""
+    if platform == "tpu" and length % 128 == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and dtype == "bfloat16":
+        return "cudnn"
+    return "xla"
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kernel="xla"):
+    """Every token attends to itself and to the tokens before it that share its segment number.
+
+    Queries are scaled here, by H ** -0.5. Returns [B, T, N, H] in the queries' dtype.
+    """
+    if kernel == "splash":
+        return _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    index_T = jnp.arange(q_BTNH.shape[1])
+    mask_BTS = (index_T[:, None] >= index_T) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn")
+    return plain(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+
+
+def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    """Attention as the equations have it; the mask says which keys a query sees. Returns [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    scores_BKGTS = einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    return einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
+    """The TPU kernel that JAX ships: blocks above the diagonal are skipped, scores never reach memory."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, T, N, H = q_BTNH.shape
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+                               block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+    kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+    grouped = lambda x: jnp.repeat(x, N // x.shape[2], axis=2).transpose(0, 2, 1, 3)
+    out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
+        grouped(q_BTNH) * jnp.asarray(H ** -0.5, q_BTNH.dtype), grouped(k_BTKH), grouped(v_BTKH), segments_BT)
+    return out_BNTH.transpose(0, 2, 1, 3)
+
+
+def attend_cache(q_BTNH, k_BSKH, v_BSKH, positions_BT):
+    """A query at position p attends to the cache's entries 0 to p. Returns [B, T, N, H]."""
+    slots_S = jnp.arange(k_BSKH.shape[1])
+    return plain(q_BTNH, k_BSKH, v_BSKH, slots_S <= positions_BT[:, :, None])
+
+
+def rotary(positions_BT, head_dim, theta, scaling=None):
+    """Cosines and sines of rotary embedding (arXiv 2104.09864) for these positions, [B, T, 1, H/2], float32.
+
+    `scaling` (config.RopeScaling): Llama-3.1's rule. Wavelengths above original_length / low_freq_factor are stretched
+    by `factor`, those below original_length / high_freq_factor stay, those between are interpolated.
+    """
+    frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns_H = scaling.original_length * frequency_H / (2 * jnp.pi)      # over the original context
+        kept_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept_H = jnp.clip(kept_H, 0, 1)
+        frequency_H = frequency_H * (kept_H + (1 - kept_H) / scaling.factor)
+    angle_BTH = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rotate(x_BTNH, rotation):
+    """`x` rotated by `rotary`'s angles; halves are paired, as in the Hugging Face layout of Llama weights."""
+    cosine, sine = rotation
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return lax.concatenate([a * cosine - b * sine, b * cosine + a * sine], 3).astype(x_BTNH.dtype)

@@ -1,0 +1,39 @@
+"""Matrix products as accelerators like them: operands in the compute dtype, sums in float32, backward pass included."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _product(spec, a, b):
+    # float32 operands are meant as float32, also where the hardware would rather round them first (TPU, TF32)
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(spec, a, b, out_dtype=None):
+    """`jnp.einsum(spec, a, b)` of two operands, none of whose dimensions is summed alone.
+
+    `b` (a weight, say) is cast to `a`'s dtype; products are summed in float32; the result is rounded to `out_dtype`
+    (default: `a`'s). In the backward pass the cotangent is rounded to `a`'s dtype before it is multiplied, so that it
+    runs at the forward pass's speed, and the derivative of `b` is returned in `b`'s dtype without another rounding.
+    """
+    return _product(spec, a, b.astype(a.dtype)).astype(out_dtype or a.dtype)
+
+
+def _forward(spec, a, b, out_dtype):
+    return einsum(spec, a, b, out_dtype), (a, b)
+
+
+def _backward(spec, out_dtype, operands, cotangent):
+    a, b = operands
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    cotangent = cotangent.astype(a.dtype)
+    return (_product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
+            _product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype))
+
+
+einsum.defvjp(_forward, _backward)

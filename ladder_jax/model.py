@@ -1,0 +1,204 @@
+"""A Llama-family decoder: the math on local shards. What flows between the blocks is residual.py's concern.
+
+B batch, T tokens, S cache length, L layers, D model, N query heads, K key-value heads, H head, F feed-forward,
+V vocabulary. Inside `shard_map` N, K, F, V and B are this shard's share; shapes are read off the arrays.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ladder_jax import attention as attention_door
+from ladder_jax import residual, schedule, sharding
+from ladder_jax.matmul import einsum
+
+REMAT = {    # what the backward pass recomputes of a layer
+    "none": None,                                                                   # nothing
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,               # all but matrix products
+    "reductions": jax.checkpoint_policies.save_only_these_names("reduced"),         # all but communication
+    "full": jax.checkpoint_policies.nothing_saveable,                               # all
+}
+
+
+def rms_norm(x, scale, eps):
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467), computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype)
+
+
+class Context(NamedTuple):
+    """What all layers share in one forward pass."""
+    rotation: tuple[jax.Array, jax.Array]
+    segments_BT: jax.Array | None      # of a whole sequence, or
+    positions_BT: jax.Array            # with a cache: where in it each token stands
+    kernel: str                        # of attention, see attention.kernel_for
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding (arXiv 2305.13245)."""
+
+    def __init__(self, config, rngs):
+        D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_dim
+        self.eps = config.norm_eps
+        self.norm = nnx.Param(jnp.ones(D))
+        self.wq = _normal(rngs, (D, N, H), config.init_std)
+        self.wk = _normal(rngs, (D, K, H), config.init_std)
+        self.wv = _normal(rngs, (D, K, H), config.init_std)
+        self.wo = _normal(rngs, (N, H, D), _depth_scaled(config))
+        self.bq, self.bk, self.bv = (nnx.Param(jnp.zeros((heads, H))) if config.attention_bias else None
+                                     for heads in (N, K, K))
+        self.q_norm, self.k_norm = (nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2))
+
+    def __call__(self, u_BTD, context, cache=None):
+        """The partial [B, T, D] of this block, and the cache with this call's keys and values written."""
+        q_BTNH = self._project(u_BTD, self.wq, self.bq)
+        k_BTKH = self._project(u_BTD, self.wk, self.bk)
+        v_BTKH = self._project(u_BTD, self.wv, self.bv)
+        if self.q_norm is not None:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
+        q_BTNH = attention_door.rotate(q_BTNH, context.rotation)
+        k_BTKH = attention_door.rotate(k_BTKH, context.rotation)
+        if cache is None:
+            out_BTNH = attention_door.attend(q_BTNH, k_BTKH, v_BTKH, context.segments_BT, context.kernel)
+        else:
+            rows_B1 = jnp.arange(u_BTD.shape[0])[:, None]
+            cache = tuple(kept_BSKH.at[rows_B1, context.positions_BT].set(new_BTKH.astype(kept_BSKH.dtype))
+                          for kept_BSKH, new_BTKH in zip(cache, (k_BTKH, v_BTKH)))
+            out_BTNH = attention_door.attend_cache(q_BTNH, *cache, context.positions_BT)
+        return einsum("btnh,nhd->btd", out_BTNH, self.wo[...]), cache
+
+    def _project(self, u_BTD, weight, bias):
+        x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])
+        return x_BTNH if bias is None else x_BTNH + bias[...].astype(x_BTNH.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config, rngs, norm=True):
+        D, F = config.dim, config.ffn_dim
+        self.norm = nnx.Param(jnp.ones(D)) if norm else None
+        self.gate = _normal(rngs, (D, F), config.init_std)
+        self.up = _normal(rngs, (D, F), config.init_std)
+        self.down = _normal(rngs, (F, D), _depth_scaled(config))
+
+    def __call__(self, u_BTD):
+        """The partial [B, T, D] of this block."""
+        gate_BTF = einsum("btd,df->btf", u_BTD, self.gate[...])
+        up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
+        return einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each with its norm, or with one norm for both (parallel)."""
+
+    def __init__(self, config, rngs):
+        shared = len(schedule.parse(config.residual, config.layers).layers[0]) == 1
+        self.attention = Attention(config, rngs)
+        self.mlp = MLP(config, rngs, norm=not shared)
+
+
+class Transformer(nnx.Module):
+    """The decoder's parameters, float32. `layers` is one Layer whose arrays lead with a layer dimension."""
+
+    def __init__(self, config, rngs):
+        V, D = config.vocab_size, config.dim
+        self.embedding = _normal(rngs, (V, D), config.init_std)
+        self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(key)))(jax.random.split(rngs(), config.layers))
+        self.norm = nnx.Param(jnp.ones(D))
+        self.unembedding = None if config.tie_embeddings else _normal(rngs, (D, V), config.init_std)
+
+
+def init(config, key):
+    """A Transformer with fresh parameters. Under `jax.eval_shape` or `jax.jit`, of any size."""
+    return Transformer(config, nnx.Rngs(key))
+
+
+def _normal(rngs, shape, std):
+    return nnx.Param(std * jax.random.normal(rngs(), shape))
+
+
+def _depth_scaled(config):
+    return config.init_std * (2 * config.layers) ** -0.5      # so that the stream's variance does not grow with depth
+
+
+# The forward pass and the loss, inside `shard_map`.
+
+def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, *, kernel="xla", remat="none"):
+    """The final residual stream [B, T, D], and the cache with these tokens written.
+
+    Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
+    `cache` is a pair [L, B, S, K, H] of past keys and values, `positions_BT` says where in it the tokens stand.
+    """
+    dtype = jnp.dtype(config.dtype)
+    rotation = attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
+    context = Context(rotation, segments_BT, positions_BT, kernel)
+
+    def apply(layer_and_cache, block, x_BTD):
+        layer, cache = layer_and_cache
+        parts = {name: sharding.gather_parameters(getattr(layer, name), dtype, name) for name in block.parts}
+        u_BTD = rms_norm(x_BTD, parts[block.parts[0]].norm[...], config.norm_eps)
+        partials_BTD, new_cache = [], None
+        if "attention" in parts:
+            partial_BTD, new_cache = parts["attention"](u_BTD, context, cache)
+            partials_BTD.append(partial_BTD)
+        if "mlp" in parts:
+            partials_BTD.append(parts["mlp"](u_BTD))
+        return sum(partials_BTD[1:], partials_BTD[0]), new_cache
+
+    embedded_BTD = embed(model, dtype, tokens_BT)
+    plan = schedule.parse(config.residual, config.layers)
+    x_BTD, outputs = residual.run(plan, embedded_BTD, (model.layers, cache), apply, remat=REMAT[remat])
+    return x_BTD, outputs[0]      # a layer's first block is the one with attention
+
+
+def embed(model, dtype, tokens_BT):
+    """The embedding's partial [B, T, D]: rows of the tokens that this tensor shard holds, zeros for the others."""
+    table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
+    rows_BT = tokens_BT - sharding.vocabulary_offset(table_VD.shape[0])
+    held_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
+    return jnp.where(held_BT[..., None], table_VD[jnp.where(held_BT, rows_BT, 0)], 0).astype(dtype)
+
+
+def logits(model, config, x_BTD):
+    """This tensor shard's logits [B, T, V], float32, from the final residual stream."""
+    u_BTD = rms_norm(x_BTD, model.norm[...], config.norm_eps)
+    if model.unembedding is None:
+        table_VD = sharding.gather_parameters(model.embedding, u_BTD.dtype, "embedding")[...]
+        return einsum("btd,vd->btv", u_BTD, table_VD, jnp.float32)
+    table_DV = sharding.gather_parameters(model.unembedding, u_BTD.dtype, "unembedding")[...]
+    return einsum("btd,dv->btv", u_BTD, table_DV, jnp.float32)
+
+
+def cross_entropy(logits_BTV, targets_BT):
+    """-log p(target) of every token [B, T], nats, from vocabulary shards; the full logits are never gathered."""
+    top_BT = sharding.largest(logits_BTV.max(axis=-1))
+    total_BT = sharding.reduce(jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1))
+    V = logits_BTV.shape[-1]
+    rows_BT = targets_BT - sharding.vocabulary_offset(V)
+    held_BT = (rows_BT >= 0) & (rows_BT < V)
+    target_BT = jnp.take_along_axis(logits_BTV, jnp.where(held_BT, rows_BT, 0)[..., None], axis=-1)[..., 0]
+    return jnp.log(total_BT) + top_BT - sharding.reduce(jnp.where(held_BT, target_BT, 0))
+
+
+def loss(model, config, batch, *, kernel="xla", remat="none", chunk=0):
+    """The weighted sum of this data shard's cross-entropies, nats: a scalar that all its tensor shards share.
+
+    `batch`: tokens, targets, segments, positions, weights, each [B, T] (see data.py). With `chunk`, the logits of that
+    many tokens exist at a time, and are computed again in the backward pass.
+    """
+    x_BTD, _ = hidden(model, config, batch["tokens"], batch["positions"], batch["segments"], kernel=kernel, remat=remat)
+
+    def part(x_BTD, targets_BT, weights_BT):
+        return jnp.sum(cross_entropy(logits(model, config, x_BTD), targets_BT) * weights_BT)
+
+    if not chunk:
+        return part(x_BTD, batch["targets"], batch["weights"])
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (x_BTD, batch["targets"], batch["weights"])]
+    pad = -flat[0].shape[0] % chunk
+    flat = [jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, 1, chunk, *x.shape[1:]) for x in flat]
+    return jax.lax.scan(lambda total, xs: (total + jax.checkpoint(part)(*xs), None), jnp.float32(0), tuple(flat))[0]

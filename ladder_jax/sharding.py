@@ -1,0 +1,175 @@
+"""The mesh, every parameter's and activation's spec on one screen, and the collectives with their derivative rules.
+
+The whole step runs inside one `jax.shard_map`: the model computes on local shards, and the only communication is what
+this file names. A value is a *partial* over the tensor axis when the true value is the sum of the shards' values.
+
+Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
+shard, so that the sum that ends a block passes its cotangent through (`reduce`), and the cotangents that the shards'
+column-parallel matmuls send back to the stream that they share are partials (`replicate` sums them). What follows is one
+rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over (`sum_gradients`).
+`check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
+equality with a single-device reference is tested on every mesh shape instead.
+"""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ladder_jax.config import ConfigError
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")     # always all three, of size 1 where unused
+BATCH = (DATA, FSDP)                                       # the axes over which sequences are divided
+
+# Dimensions, by the field of config.Model that gives their size.
+DIMS = {"V": "vocab_size", "D": "dim", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "ffn_dim"}
+
+PARAMETERS = {                                   # dimension -> mesh axis; layers stack a dimension before these
+    "embedding":        dict(V=TENSOR, D=FSDP),
+    "attention.norm":   dict(D=None),
+    "attention.wq":     dict(D=FSDP, N=TENSOR, H=None),
+    "attention.wk":     dict(D=FSDP, K=TENSOR, H=None),
+    "attention.wv":     dict(D=FSDP, K=TENSOR, H=None),
+    "attention.bq":     dict(N=TENSOR, H=None),
+    "attention.bk":     dict(K=TENSOR, H=None),
+    "attention.bv":     dict(K=TENSOR, H=None),
+    "attention.q_norm": dict(H=None),
+    "attention.k_norm": dict(H=None),
+    "attention.wo":     dict(N=TENSOR, H=None, D=FSDP),
+    "mlp.norm":         dict(D=None),
+    "mlp.gate":         dict(D=FSDP, F=TENSOR),
+    "mlp.up":           dict(D=FSDP, F=TENSOR),
+    "mlp.down":         dict(F=TENSOR, D=FSDP),
+    "norm":             dict(D=None),
+    "unembedding":      dict(D=FSDP, V=TENSOR),
+}
+TOKENS = P(BATCH, None)                              # B T: ids, targets, segments, positions, weights
+LOGITS = P(BATCH, None, TENSOR)                      # B T V
+CACHE = P(None, BATCH, None, TENSOR, None)           # L B S K H: keys and values of past tokens
+REPLICATED = P()                                     # scalars: loss, counts
+
+
+def make_mesh(config, devices=None):
+    """A `jax.sharding.Mesh` of all `devices` (default: all there are) as `config` (config.Mesh) divides them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = int(np.prod([size for size in sizes.values() if size > 0]))
+    text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if -1 in sizes.values():
+        if len(devices) % given:
+            raise ConfigError(f"mesh {text} does not divide the {len(devices)} devices: "
+                              "choose sizes whose product does")
+        sizes = {axis: len(devices) // given if size == -1 else size for axis, size in sizes.items()}
+    elif given != len(devices):
+        raise ConfigError(f"mesh {text} has {given} devices, but there are {len(devices)}: "
+                          "change a size, or set one to -1 for the rest")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check(model, mesh, batch=None):
+    """Raises ConfigError where `model` (config.Model) or a batch of sequences does not divide over `mesh`."""
+    for name, dims in PARAMETERS.items():
+        for dim, axis in dims.items():
+            size = getattr(model, DIMS[dim])
+            if axis and size % mesh.shape[axis]:
+                raise ConfigError(f"model.{DIMS[dim]}={size} does not divide by mesh.{axis}={mesh.shape[axis]} "
+                                  f"(parameter {name}): choose a mesh.{axis} that divides it")
+    rows = mesh.shape[DATA] * mesh.shape[FSDP]
+    if batch is not None and batch % rows:
+        raise ConfigError(f"a batch of {batch} sequences (train.batch / train.accumulate) does not divide by "
+                          f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}")
+
+
+def _name(path):
+    """('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'."""
+    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
+    return ".".join(key for key in keys if key not in ("layers", "value") and not key.isdigit())
+
+
+def parameter_specs(model):
+    """`model`'s tree with a PartitionSpec for every parameter."""
+    def spec(path, leaf):
+        dims = PARAMETERS[_name(path)]
+        return P(*(None,) * (leaf.ndim - len(dims)), *dims.values())
+    return jax.tree_util.tree_map_with_path(spec, model)
+
+
+def named(mesh, specs):
+    """A tree of NamedSharding from a tree of PartitionSpec."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def shard_map(function, mesh, in_specs, out_specs):
+    """`jax.shard_map` over the whole mesh with this file's derivative rules in place of JAX's types (see the top)."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# The collectives. Each is called inside `shard_map`, on local shards.
+
+@jax.custom_vjp
+def reduce(partial_value):
+    """The sum of a partial over the tensor axis, on every tensor shard. Any shape; a tree is reduced leaf by leaf."""
+    return lax.psum(partial_value, TENSOR)
+
+
+@jax.custom_vjp
+def replicate(value):
+    """`value`, shared by all tensor shards, made ready for column-parallel work, whose cotangents are partials."""
+    return value
+
+
+reduce.defvjp(lambda x: (lax.psum(x, TENSOR), None), lambda _, cotangent: (cotangent,))
+replicate.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.psum(cotangent, TENSOR),))
+
+
+def largest(value):
+    """The elementwise maximum over the tensor axis, a constant for derivatives."""
+    return lax.pmax(lax.stop_gradient(value), TENSOR)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard, dim, dtype):
+    return lax.all_gather(shard.astype(dtype), FSDP, axis=dim, tiled=True)
+
+
+def _scatter(dim, dtype, _, cotangent):    # gradients are summed over data shards in float32
+    return (lax.psum_scatter(cotangent.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True),)
+
+
+_gather.defvjp(lambda shard, dim, dtype: (_gather(shard, dim, dtype), None), _scatter)
+
+
+def gather_parameters(module, dtype, prefix=""):
+    """`module` with every parameter gathered over the fsdp axis, in `dtype` (the float32 shards stay as they are).
+
+    `prefix` is the module's place in the model ("attention"), for its rows of PARAMETERS. No layer dimension.
+    """
+    if axis_size(FSDP) == 1:
+        return module
+
+    def gather(path, leaf):
+        name = _name(path)
+        axes = list(PARAMETERS[f"{prefix}.{name}" if prefix and name else name or prefix].values())
+        return _gather(leaf, axes.index(FSDP), dtype) if FSDP in axes else leaf
+    return jax.tree_util.tree_map_with_path(gather, module)
+
+
+def sum_gradients(gradients, specs):
+    """`gradients` summed over every axis that their parameter is not sharded over (`specs`: see `parameter_specs`)."""
+    def total(gradient, spec):
+        missing = tuple(axis for axis in AXES if axis not in spec)
+        return lax.psum(gradient, missing)
+    return jax.tree.map(total, gradients, specs)
+
+
+def axis_size(axis):
+    """The mesh's size along `axis`: a Python int."""
+    return lax.axis_size(axis)
+
+
+def vocabulary_offset(local_size):
+    """The first token id of this tensor shard's rows of the vocabulary, of which it has `local_size`."""
+    return lax.axis_index(TENSOR) * local_size
