@@ -11,11 +11,14 @@ from ladder_jax.matmul import einsum
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)      # finite: a row with nothing to see stays finite
 
 
-def kernel_for(platform, dtype, length):
-    """The fastest kernel for causal self-attention over `length` tokens: "xla", "splash" (TPU) or "cudnn" (GPU)."""
+def kernel_for(platform, config, length):
+    """The fastest kernel for causal self-attention over `length` tokens that takes this model (config.Model).
+
+    "splash" on TPU (rows of a multiple of 128), "cudnn" on GPU (bfloat16, heads of 8, 16, ... 128), or "xla".
+    """
     if platform == "tpu" and length % 128 == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and dtype == "bfloat16":
+    if platform in ("gpu", "cuda") and config.dtype == "bfloat16" and config.head_dim in range(8, 129, 8):
         return "cudnn"
     return "xla"
 

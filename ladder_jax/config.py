@@ -196,13 +196,14 @@ class Train(_Section):
     save_every: int = 200
     keep: int = 3                    # newest checkpoints kept
     profile_steps: int = 0           # steps to trace, after the first two
+    sample_tokens: int = 0           # tokens of text that the model writes at the end
     tensorboard: bool = False
     peak_tflops: float | None = None   # of one device, for MFU; None: from the table in chips.py
 
     def check(self):
         self.positive("steps", "batch", "length", "accumulate", "log_every", "eval_every", "eval_batches",
                       "save_every", "keep")
-        for name in ("loss_chunk", "seed", "profile_steps"):
+        for name in ("loss_chunk", "seed", "profile_steps", "sample_tokens"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         self.need("accumulate", self.batch % self.accumulate == 0, f"a divisor of train.batch={self.batch}")
         self.need("peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "greater than 0")

@@ -5,7 +5,7 @@ this file names. A value is a *partial* over the tensor axis when the true value
 
 Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
 shard, so that the sum that ends a block passes its cotangent through (`reduce`), and the cotangents that the shards'
-column-parallel matmuls send back to the stream that they share are partials (`replicate` sums them). What follows is one
+column-parallel matmuls send back to the stream that they share are partials (`replicate` sums them). So follows one
 rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over (`sum_gradients`).
 `check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
 equality with a single-device reference is tested on every mesh shape instead.
@@ -83,10 +83,31 @@ def check(model, mesh, batch=None):
                           f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}")
 
 
+def data_shard(mesh):
+    """(index, count): which of `count` shares of a batch's rows this process holds.
+
+    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same index.
+    """
+    shares = {}
+    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape[TENSOR])):
+        for device in devices:
+            shares.setdefault(device.process_index, set()).add(row)
+    distinct = sorted({tuple(sorted(rows)) for rows in shares.values()})
+    if sum(map(len, distinct)) != mesh.shape[DATA] * mesh.shape[FSDP]:
+        raise ConfigError(f"the mesh divides a batch's rows unevenly over {len(shares)} processes: "
+                          "choose mesh.tensor so that it divides, or is a multiple of, the devices of a process")
+    return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
+
+
 def _name(path):
     """('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'."""
     keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
     return ".".join(key for key in keys if key not in ("layers", "value") and not key.isdigit())
+
+
+def parameter_names(model):
+    """`model`'s tree with every parameter's name in PARAMETERS."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path), model)
 
 
 def parameter_specs(model):
