@@ -59,9 +59,10 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
                                block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
     kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-    grouped = lambda x: jnp.repeat(x, N // x.shape[2], axis=2).transpose(0, 2, 1, 3)
+    q_BTNH = q_BTNH * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)]      # the kernel groups query heads
     out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
-        grouped(q_BTNH) * jnp.asarray(H ** -0.5, q_BTNH.dtype), grouped(k_BTKH), grouped(v_BTKH), segments_BT)
+        *heads_first, segments_BT)
     return out_BNTH.transpose(0, 2, 1, 3)
 
 

@@ -1,7 +1,6 @@
-"""From files of text to batches of packed token rows.
+"""From documents to batches of packed token rows.
 
-1. Read: a folder, file or glob of text, JSONL (.jsonl, .ndjson) and Parquet files, text and JSONL also as .gz; or
-   "builtin", the documentation inside every CPython: the same for one Python version, different between versions.
+1. Read: the documents of a source, see sources.py.
 2. Split by document: a hash of its text decides its side, so copies stay together and more documents move none.
 3. Tokenise once: ids go to a cache folder, as bos, text, eos for each document, and are memory-mapped from there.
 4. Pack: a side's documents are laid end to end and cut every `length` targets, so a document of n text tokens has
@@ -13,210 +12,32 @@ an iterator is how many batches it has given, and restoring it costs nothing.
 Dims: B batch of this process, T length of a row, D documents.
 """
 import array
-import ast
-import collections
 import dataclasses
 import functools
-import glob
-import gzip
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import sys
-import sysconfig
 import tempfile
 import time
-import warnings
-import zlib
 from pathlib import Path
 
 import grain
 import numpy as np
 from tqdm import tqdm
 
+from ladder_jax import sources
 from ladder_jax.config import ConfigError
 
 FORMAT = 1          # of the cache; raise it when the reading of sources or the layout changes
 _PIECE = 1 << 20    # characters: a longer document is tokenised in pieces, cut at line ends
 _CHUNK = 1 << 22    # characters tokenised at once
 _STALE = 86400      # seconds without a write after which an unfinished cache is another run's leftover
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _DOCUMENT = np.dtype([("stop", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
 
 
-# ---------------------------------------------------------------- reading
-
-@dataclasses.dataclass
-class _Tally:
-    """What happened while reading: bytes read, and how many things of each kind were left out or repaired."""
-    read: int = 0
-    left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    repaired: int = 0
-
-    def text(self, value):
-        """`value` (bytes or str) as text that is valid Unicode, or None if there is none in it."""
-        text = value.decode("utf-8-sig", "surrogateescape") if isinstance(value, bytes) else value
-        if not text.isascii() and _SURROGATES.search(text):    # bytes that are no UTF-8, or JSON's half characters
-            text = _SURROGATES.sub("\ufffd", text)
-            self.repaired += 1
-        if text.strip():
-            return text
-        self.left_out["empty documents"] += 1
-        return None
-
-
-def _stat(path):
-    """(bytes, time of the last change), (0, 0) for a file that cannot be seen: reading it will say so."""
-    try:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:
-        return 0, 0
-
-
-def _files(source):
-    """Files of `data.source`, sorted (str -> list[Path]). Hidden files and folders inside a folder are skipped."""
-    if source == "builtin":
-        return _builtin_files()
-    root = Path(source).expanduser()
-    if root.is_dir():
-        found = [Path(folder, name) for folder, folders, names in os.walk(root) for name in names
-                 if not any(part.startswith(".") for part in Path(folder, name).relative_to(root).parts)]
-    elif root.exists():
-        found = [root]
-    else:
-        found = [Path(name) for name in glob.glob(str(root), recursive=True) if not os.path.isdir(name)]
-    if not found:
-        why = "has no files" if root.is_dir() else "matches no file" if glob.has_magic(source) else "does not exist"
-        raise ConfigError(f"data.source={source!r} {why}: it must be 'builtin', or a folder, file or glob of text, "
-                          "JSONL or Parquet files")
-    return sorted(found)
-
-
-def _builtin_files():
-    """Source files of the standard library that have documentation, tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for name in sorted(sys.stdlib_module_names):
-        found += [path for path in sorted((root / name).rglob("*.py"))
-                  if not {"test", "tests", "idle_test"} & set(path.parts[len(root.parts):])]
-        found += [root / f"{name}.py"] if (root / f"{name}.py").exists() else []
-    if not found:
-        raise ConfigError(f"data.source='builtin' finds no source files of Python in {root}: name a folder, file or "
-                          "glob of text")
-    return found
-
-
-def _read(source, path, text_field, tally):
-    """Yields the documents of one file as str, counting in `tally` what is left out."""
-    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix]
-    size, before = _stat(path)[0], tally.read
-    try:
-        if source == "builtin":
-            values = _documentation(path)
-        elif path.suffix == ".parquet":
-            values = _parquet(path, text_field, tally, size)
-        elif suffixes[0] in (".jsonl", ".ndjson"):
-            values = _jsonl(path, text_field, tally)
-        else:
-            values = _plain(path, tally)
-        for value in values:
-            text = tally.text(value)
-            if text is not None:
-                yield text
-    except (OSError, EOFError, zlib.error, SyntaxError):
-        tally.left_out["unreadable files"] += 1
-    tally.read = max(tally.read, before + size)
-
-
-def _open(path):
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
-def _plain(path, tally):
-    with _open(path) as file:
-        value = file.read()
-    if b"\0" in value:
-        tally.left_out["files that are not text"] += 1
-    else:
-        yield value
-
-
-def _jsonl(path, text_field, tally):
-    with _open(path) as file:
-        for line in file:
-            tally.read += len(line)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-            except (ValueError, RecursionError):
-                tally.left_out["rows that are not JSON"] += 1
-                continue
-            value = row.get(text_field) if isinstance(row, dict) else None
-            if isinstance(value, str):
-                yield value
-            else:
-                tally.left_out[f"rows without a text field {text_field!r}"] += 1
-
-
-def _parquet(path, text_field, tally, size):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
-                          "pip install 'ladder_jax[parquet]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-            kind = str(schema.field(text_field).type) if text_field in schema.names else None
-            if kind not in ("string", "large_string", "binary", "large_binary"):
-                tally.left_out[f"rows without a text field {text_field!r}"] += rows
-                return
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                tally.read += size * batch.num_rows // rows
-                values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()   # bytes: not always UTF-8
-                tally.left_out[f"rows without a text field {text_field!r}"] += values.count(None)
-                yield from (value for value in values if value is not None)
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from None
-
-
-def _documentation(path):
-    """The docstrings of a module as one document, laid out as `help` does; each of `pydoc_data.topics` as one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # the library's own, about escapes in strings
-        module = ast.parse(path.read_bytes())
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        yield from next(ast.literal_eval(node.value) for node in module.body if isinstance(node, ast.Assign)).values()
-        return
-    parts = []
-
-    def visit(node, indent):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.If, ast.Try)):
-                visit(child, indent)
-            elif isinstance(child, ast.ClassDef):
-                bases = ", ".join(map(ast.unparse, child.bases))
-                add(child, f"class {child.name}({bases})" if bases else f"class {child.name}", indent)
-                visit(child, indent + "    ")
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                add(child, f"{child.name}({ast.unparse(child.args)})", indent)
-
-    def add(node, heading, indent):
-        text = ast.get_docstring(node)
-        if text:
-            lines = [heading, *("    " + line for line in text.splitlines())]
-            parts.append("\n".join((indent + line).rstrip() for line in lines))
-
-    top = ast.get_docstring(module)
-    visit(module, "")
-    if top or parts:
-        yield "\n\n".join([top] * bool(top) + parts) + "\n"
-
+# ---------------------------------------------------------------- the split
 
 def _hash(raw):
     """64 bits of the document's bytes: it is held out if they are below `_threshold`."""
@@ -232,9 +53,9 @@ def documents(config):
 
     Raises ValueError if there is none.
     """
-    tally, none = _Tally(), True
-    for path in _files(config.source):
-        for text in _read(config.source, path, config.text_field, tally):
+    tally, none = sources.Tally(), True
+    for path in sources.files(config.source):
+        for text in sources.read(config.source, path, config.text_field, tally):
             if _hash(text.encode()) >= _threshold(config.held_out):
                 none = False
                 yield text
@@ -253,7 +74,7 @@ def _no_document(config, tally):
 def _fingerprint(config, files, tok):
     """Names a cache: changes with any file's path, size or time, the tokenizer, the text field or the format."""
     seen = [FORMAT, config.source == "builtin", config.text_field, tok.to_json(),
-            [(os.path.abspath(path), *_stat(path)) for path in files]]
+            [(os.path.abspath(path), *sources.size_and_time(path)) for path in files]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
 
 
@@ -271,7 +92,7 @@ def _chunks(config, files, tally):
     """Yields lists of the pieces of all documents, about _CHUNK characters each."""
     chunk, size = [], 0
     for path in files:
-        for text in _read(config.source, path, config.text_field, tally):
+        for text in sources.read(config.source, path, config.text_field, tally):
             for piece in _pieces(text):
                 chunk.append(piece)
                 size += len(piece[0])
@@ -283,10 +104,10 @@ def _chunks(config, files, tally):
 
 def _tokenise(config, files, tok, folder):
     """Writes `ids.bin` (all documents: bos, text, eos), `documents.npy` and `about.json` into `folder`."""
-    tally, stop = _Tally(), 0
+    tally, stop = sources.Tally(), 0
     dtype = np.dtype("<u2" if tok.size <= 1 << 16 else "<u4")
     columns = array.array("Q")      # stop, bytes, hash of each document: 24 bytes, where a list would take 150
-    total = sum(_stat(path)[0] for path in files)
+    total = sum(sources.size_and_time(path)[0] for path in files)
     with open(folder / "ids.bin", "wb") as file, tqdm(
             total=total, unit="B", unit_scale=True, desc="tokenise", disable=None) as bar:
         for chunk in _chunks(config, files, tally):
@@ -317,7 +138,8 @@ def _cached(config, files, tok):
     try:
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(f"{folder.name}.*"):      # by a process that was killed
-            if time.time_ns() - max(_stat(left)[1], _stat(left / "ids.bin")[1]) > _STALE * 10 ** 9:
+            touched = max(sources.size_and_time(path)[1] for path in (left, left / "ids.bin"))
+            if time.time_ns() - touched > _STALE * 10 ** 9:
                 shutil.rmtree(left, ignore_errors=True)
         working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=root))
         try:
@@ -379,7 +201,7 @@ def prepare(config, tok):
     or if one side would be empty. What cannot be read is left out and counted in `report`; bytes that are not UTF-8
     become U+FFFD.
     """
-    folder = _cached(config, _files(config.source), tok)
+    folder = _cached(config, sources.files(config.source), tok)
     about = json.loads((folder / "about.json").read_text())
     documents_D = np.load(folder / "documents.npy")
     ids = np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r"))

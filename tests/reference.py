@@ -27,15 +27,19 @@ def rope(x_TNH, positions_T, config):
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
+def share(size, ranks, rank):
+    """1 for what rank `rank` of `ranks` holds of `size` heads or hidden units, 0 for what the others hold."""
+    return jnp.float32(jnp.arange(size) * ranks // size == rank)
+
+
 def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
-    """One rank's partial output: its share of the heads."""
-    N, K = config.heads // ranks, config.kv_heads // ranks
-    mine = lambda w, count, axis: jax.lax.slice_in_dim(w, rank * count, (rank + 1) * count, axis=axis)
-    q = jnp.einsum("td,dnh->tnh", u_TD, mine(p.wq[...], N, 1))
-    k = jnp.einsum("td,dnh->tnh", u_TD, mine(p.wk[...], K, 1))
-    v = jnp.einsum("td,dnh->tnh", u_TD, mine(p.wv[...], K, 1))
+    """One rank's partial output: only its own heads reach the output projection."""
+    N, K = config.heads, config.kv_heads
+    q = jnp.einsum("td,dnh->tnh", u_TD, p.wq[...])
+    k = jnp.einsum("td,dnh->tnh", u_TD, p.wk[...])
+    v = jnp.einsum("td,dnh->tnh", u_TD, p.wv[...])
     if p.bq is not None:
-        q, k, v = q + mine(p.bq[...], N, 0), k + mine(p.bk[...], K, 0), v + mine(p.bv[...], K, 0)
+        q, k, v = q + p.bq[...], k + p.bk[...], v + p.bv[...]
     if p.q_norm is not None:
         q, k = norm(q, p.q_norm[...], config.norm_eps), norm(k, p.k_norm[...], config.norm_eps)
     q, k = rope(q, positions_T, config), rope(k, positions_T, config)
@@ -44,13 +48,13 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (segments_T[:, None] == segments_T[None])
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
-    return jnp.einsum("nts,snh,nhd->td", weights, v, mine(p.wo[...], N, 0))
+    heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
+    return jnp.einsum("tnh,nhd->td", heads, p.wo[...])
 
 
 def mlp(p, u_TD, config, ranks=1, rank=0):
-    F = config.ffn_dim // ranks
-    mine = slice(rank * F, (rank + 1) * F)
-    return (jax.nn.silu(u_TD @ p.gate[...][:, mine]) * (u_TD @ p.up[...][:, mine])) @ p.down[...][mine]
+    units = jax.nn.silu(u_TD @ p.gate[...]) * (u_TD @ p.up[...])
+    return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):

@@ -1,0 +1,76 @@
+"""Contenders measured in turns, each in a process of its own, so that they share the machine's noise and nothing else.
+
+The parent starts every contender, lets each set up, and then lets one at a time take its turn while the others wait for a
+line on stdin, so that no thread pools compete. A contender talks in lines of JSON on stdout: what it has to say about its
+setup, then the seconds of every step of a turn, and at the end the peak of its resident set in bytes.
+"""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+from ladder_jax.config import ConfigError
+
+
+def serve(step, said):
+    """A contender's side: says `said` (a dict), then calls `step()` as often as each turn asks for."""
+    _say(said)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        _say(seconds)
+    _say(peak())
+
+
+def peak():
+    """The most memory that this process has had resident, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _say(value):
+    print(json.dumps(value), file=_stdout, flush=True)
+
+
+# A contender's libraries may print; what they print goes to stderr, and stdout stays JSON.
+_stdout = sys.stdout
+
+
+def quiet():
+    """Called by a contender before it imports its libraries: keeps stdout for `serve`."""
+    global _stdout
+    _stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
+class Contender:
+    """The parent's side of one contender: a process, started by `command` (a list), once it has set up."""
+
+    def __init__(self, name, command):
+        self.name, self.seconds = name, []
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.said = self._hear()
+
+    def turn(self, steps):
+        """Lets it run `steps` steps; their seconds are returned, and kept in `seconds`, a list a turn."""
+        print(steps, file=self.process.stdin, flush=True)
+        self.seconds.append(self._hear())
+        return self.seconds[-1]
+
+    def finish(self):
+        """Ends it; its peak resident set, bytes."""
+        self.process.stdin.close()
+        most = self._hear()
+        self.process.wait()
+        return most
+
+    def _hear(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise ConfigError(f"contender {self.name} stopped with status {self.process.wait()}; it says why above")
+        return json.loads(line)
