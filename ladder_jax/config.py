@@ -203,8 +203,10 @@ class Train(_Section):
     def check(self):
         self.positive("steps", "batch", "length", "accumulate", "log_every", "eval_every", "eval_batches",
                       "save_every", "keep")
-        for name in ("loss_chunk", "seed", "profile_steps", "sample_tokens"):
+        for name in ("loss_chunk", "profile_steps", "sample_tokens"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.need("seed", 0 <= self.seed < 2 ** 32, "from 0 to 2 ** 32 - 1")
+        self.need("out", self.out != "" and "://" not in self.out, "a folder (of a bucket, mount it)")
         self.need("accumulate", self.batch % self.accumulate == 0, f"a divisor of train.batch={self.batch}")
         self.need("peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "greater than 0")
 
