@@ -77,8 +77,9 @@ def run(schedule, embedded_BTD, layers, apply, *, remat=None):
     def run_layer(stream, layer, blocks):
         outputs = []
         for block in blocks:
-            x_BTD, stream = stream.read(block.delay)
-            partial_BTD, output = apply(layer, block, x_BTD if schedule.local else sharding.replicate(x_BTD))
+            with jax.named_scope("+".join(block.parts)):      # profiles and plan.py tell the blocks apart by it
+                x_BTD, stream = stream.read(block.delay)
+                partial_BTD, output = apply(layer, block, x_BTD if schedule.local else sharding.replicate(x_BTD))
             stream = _write_local(stream, partial_BTD, block.reduce) if schedule.local else (
                 stream._replace(partial=partial_BTD))
             outputs.append(output)
@@ -86,9 +87,10 @@ def run(schedule, embedded_BTD, layers, apply, *, remat=None):
 
     if isinstance(layers, list):
         outputs = []
-        for layer, blocks in zip(layers, schedule.layers):
+        for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
             step = lambda stream, layer, blocks=blocks: run_layer(stream, layer, blocks)
-            stream, output = _remat(step, remat)(stream, layer)
+            with jax.named_scope(f"layer{index}"):
+                stream, output = _remat(step, remat)(stream, layer)
             outputs.append(output)
     else:
         pieces = []
@@ -110,7 +112,8 @@ def run(schedule, embedded_BTD, layers, apply, *, remat=None):
             else:
                 if not schedule.local:
                     stream = stream.reshape(_settled(stream.shape(), pattern))
-                stream, output = lax.scan(step, stream, group)
+                with jax.named_scope(f"layers{start}to{stop - 1}"):
+                    stream, output = lax.scan(step, stream, group)
                 output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
