@@ -1,9 +1,24 @@
-"""Llama 3.1 70B."""
-from ladder_jax.config import Config, Mesh, Model, RopeScaling, Train
+"""Llama-3-70B's shape, trained from scratch with ladder residual on a TPU pod slice.
+
+Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_70b.py --data.tokenizer PATH/tokenizer.json
+Hardware:  256 TPU v5p of 95 GB (a slice v5p-512); a device holds 3.3 GB of parameters and AdamW state
+Time:      12.4 days = 5.05e22 FLOPs / (256 x 459 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+
+The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's from-scratch runs,
+104.9B, where Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
+`rope_scaling=RopeScaling(factor=8.0)` and `max_length=131072` to the model.
+"""
+from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
     model=Model(vocab_size=128256, dim=8192, layers=80, heads=64, kv_heads=8, head_dim=128, ffn_dim=28672,
-                max_length=131072, rope_theta=500000.0, rope_scaling=RopeScaling(), residual="ladder"),
-    mesh=Mesh(data=-1, fsdp=1, tensor=8),
-    train=Train(batch=1, length=2048, remat="reductions"),
+                max_length=8192, residual="ladder", rope_theta=500_000.0),
+    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/llama3/tokenizer.json", held_out=0.001,
+              cache="data/tokens"),                                 # on a disk that all hosts see
+    mesh=Mesh(data=1, fsdp=32, tensor=8),
+    optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=2000),
+    train=Train(out="runs/llama3_70b", steps=25_000, batch=512, length=8192,    # 4.19M tokens a step
+                accumulate=16,                                      # a sequence at a time for every 8 chips
+                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
 )

@@ -1,9 +1,27 @@
-"""Llama 3.1 8B."""
-from ladder_jax.config import Config, Mesh, Model, RopeScaling, Train
+"""Llama-3-8B's shape, trained from scratch with ladder residual and tensor parallelism in each node.
+
+Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py --data.tokenizer PATH/tokenizer.json
+           compare:  --model.residual standard --train.out runs/llama3_8b_standard   (or hybrid:last16, desync:2, ...)
+Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and AdamW state
+Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Result:    not run yet, and none is published for this run. The paper (arXiv 2501.06589) says that ladder trains an 8B
+           model 5 to 7% faster than standard on 64 H100; its 8B results in quality are of Llama-3.1-8B-Instruct
+           converted to hybrid:last16 and trained on 3B tokens.
+
+The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's own runs, 104.9B, where
+Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
+`rope_scaling=RopeScaling(factor=8.0)` and `max_length=131072` to the model.
+"""
+from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
     model=Model(vocab_size=128256, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336,
-                max_length=131072, rope_theta=500000.0, rope_scaling=RopeScaling(), residual="ladder"),
-    mesh=Mesh(data=-1, fsdp=1, tensor=8),
-    train=Train(batch=1, length=2048, remat="reductions"),
+                max_length=8192, residual="ladder", rope_theta=500_000.0),
+    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/llama3/tokenizer.json", held_out=0.001,
+              cache="data/tokens"),                                 # on a disk that all nodes see
+    mesh=Mesh(data=8, fsdp=1, tensor=8),
+    optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
+    train=Train(out="runs/llama3_8b", steps=25_000, batch=512, length=8192,     # 4.19M tokens a step
+                accumulate=16,                                      # 4 sequences a node at a time
+                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
 )

@@ -93,7 +93,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def steps(self):
         """The steps of all complete checkpoints, ascending; whether one can be read shows when it is."""
-        return _steps(self.folder)
+        return saved_steps(self.folder)
 
     def restore(self, abstract_state, data_iterator=None, step=None, config=None):
         """Loads the newest checkpoint that can be read (or that of `step`) into the layout of `abstract_state`.
@@ -162,16 +162,17 @@ def _find(path, step):
     if (path / "meta").is_dir():
         return _choose(path.parent, [int(path.name)], step) if path.name.isdigit() else [path]
     for folder in (path, path / "checkpoints"):
-        steps = _steps(folder)
+        steps = saved_steps(folder)
         if any((folder / str(s) / "meta").is_dir() for s in steps):
             return _choose(folder, steps, step)
     raise ValueError(f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: a run's folder, its "
                      "checkpoints folder or the folder of one step is accepted")
 
 
-def _steps(folder):
+def saved_steps(folder):
+    """The steps of all complete checkpoints in `folder`, ascending; none where there is no such folder."""
     with _quiet():
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(_absolute(folder)))
 
 
 def _choose(folder, steps, step):

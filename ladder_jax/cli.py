@@ -4,11 +4,13 @@ A user's mistake ends in one line on stderr and status 2; what else fails, in on
 behind such a line, set LADDER_JAX_TRACEBACK=1.
 """
 import contextlib
+import importlib.metadata
 import io
-import itertools
 import os
+import re
 import runpy
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,14 +23,21 @@ from ladder_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Trains the model of a recipe. Any of its fields can be overridden."""
+    """Trains the model of a recipe, a Python file that makes a `config`. Any of its fields can be overridden."""
     config: Annotated[configuration.Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     resume: bool = False
-    """Continue the run in train.out from its newest checkpoint."""
+    """Continue the run in train.out from its newest checkpoint; where there is none yet, start it."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     distributed: bool = False
-    """One process of several: find the others as jax.distributed.initialize does (on TPU pods, under Slurm or MPI)."""
+    """One process of several, started alike on every machine. TPU pods, Slurm and MPI tell each process its place;
+    elsewhere the next three do."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the others find it."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is, from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,13 @@ def recipe(path):
     if not Path(path).is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise ConfigError(f"recipe {path!r} does not exist" + (f": there are {known}" if known else ""))
-    made = runpy.run_path(path).get("config")
+    try:
+        made = runpy.run_path(path).get("config")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"recipe {path!r}{f', line {line}' if line else ''}: {kind}{error}") from error
     if not isinstance(made, configuration.Config):
         raise ConfigError(f"recipe {path!r} defines no `config` of type ladder_jax.config.Config")
     return made
@@ -82,6 +97,25 @@ def _emulate(devices):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
+def _join(chosen):
+    """Makes this process one of several; before anything else asks JAX for devices."""
+    place = dict(coordinator=chosen.coordinator, processes=chosen.processes, process=chosen.process)
+    given = [name for name, value in place.items() if value is not None]
+    if not chosen.distributed:
+        if given:
+            raise ConfigError(f"{given[0]}={place[given[0]]!r} is not accepted without --distributed")
+        return
+    if given and len(given) < 3:
+        raise ConfigError(f"{given[0]} comes with {' and '.join(n for n in place if n not in given)}: give all three")
+    import jax
+    try:
+        jax.distributed.initialize(chosen.coordinator, chosen.processes, chosen.process)
+    except (ValueError, RuntimeError) as error:
+        why = str(error) if given else ("no cluster tells this process its place: give --coordinator HOST:PORT "
+                                        "--processes N --process I")
+        raise ConfigError(f"--distributed: {why}") from error
+
+
 def train(arguments):
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
@@ -89,14 +123,15 @@ def train(arguments):
         raise ConfigError("train takes a recipe first, such as: ladder-jax train configs/demo.py")
     chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", TrainArguments(recipe(arguments[0])))
     _emulate(chosen.devices)
+    _join(chosen)
     import jax
 
     from ladder_jax.train import train as run
-    if chosen.distributed:
-        jax.distributed.initialize()
     done = run(chosen.config, chosen.resume)
-    again = f"ladder-jax train {arguments[0]} --resume"
+    if jax.process_index():
+        return None
     if done["stopped"]:
+        again = " ".join(["ladder-jax train", *(a for a in arguments if a != "--resume"), "--resume"])
         return f"stopped by {done['stopped']} at step {done['step']}, saved in {done['out']}: continue with {again}"
     plotted = f", loss curve {done['plot']}" if done["plot"] else ""
     held_out = f"held-out {done['held_out_bits_per_byte']:.3f} bits per byte, " if "held_out_loss" in done else ""
@@ -128,6 +163,23 @@ def tokenizer(arguments):
 
 
 COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer}
+USAGE = """usage: ladder-jax COMMAND ...
+
+  train RECIPE           trains the model of a recipe, such as configs/demo.py
+  generate CHECKPOINT    writes the text that a model makes of a prompt
+  tokenizer SOURCE       trains a tokenizer on a corpus
+
+Each takes --help."""
+
+SAYS = {    # how tyro says what is wrong, and how it reads here
+    r"Missing value for argument '(\S+)'.*": r"\1 takes a value",
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)": r"\1 \2: it must be a whole number",
+    r"Error parsing (\S+): could not convert string to float: (.*)": r"\1 \2: it must be a number",
+    r"Error parsing (\S+): no type .* {None}\|(\w+) could be .*? from \[(.*?)\]\..*": r"\1 \3: it must be \2 or None",
+    r"[Ii]nvalid choice (\S+) for argument '(\S+)'\. Expected one of \((.*)\)\.": r"\2 \1: it must be one of \3",
+    r"Unrecognized options: (\S+?),? .*": r"\1 is not an option",
+    r"Unrecognized options: (\S+)": r"\1 is not an option",
+}
 
 
 def _parse(kind, arguments, name, default=None):
@@ -140,25 +192,40 @@ def _parse(kind, arguments, name, default=None):
     except SystemExit as stopped:
         if not stopped.code:
             raise
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
-    message = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
-    raise ConfigError(f"{' '.join(message)} (see ladder-jax {name} --help)")
+    parts = re.split(r"\n *│? *─+ *│? *\n", said.getvalue().partition("\n")[2])     # the frame's title is left out
+    message, *more = (" ".join(line.strip("│╰╯─ ") for line in part.splitlines()).strip() for part in parts)
+    for pattern, reads in SAYS.items():
+        if found := re.fullmatch(pattern, message):
+            message = found.expand(reads)
+            break
+    if close := re.findall(r"--[\w.-]+", more[0]) if more and more[0].startswith("Perhaps") else []:
+        message += f": perhaps {' or '.join(close)}"
+    checked = re.fullmatch(r"Error parsing config[.\w]*: (.*)", message)      # a ConfigError, from inside tyro
+    raise ConfigError(checked[1] if checked else f"{message} (see ladder-jax {name} --help)")
 
 
 def main():
     """Entry point of the command."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] not in COMMANDS:
-        asked = arguments and arguments[0] in ("-h", "--help")
-        print(f"usage: ladder-jax COMMAND ...   (COMMAND: {', '.join(COMMANDS)}; each takes --help)",
-              file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"ladder-jax {importlib.metadata.version('ladder_jax')}")
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")       # a terminal that cannot show a character ends no run
     try:
-        said = COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, OSError, ArithmeticError, KeyboardInterrupt) as error:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(f"it is not a command: {', '.join(COMMANDS)} are")
+        if said := COMMANDS[arguments[0]](arguments[1:]):
+            print(said, flush=True)
+    except BrokenPipeError:         # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
         if os.environ.get("LADDER_JAX_TRACEBACK"):
             raise
-        print(f"ladder-jax {arguments[0]}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    if said:
-        print(said)
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        print(f"ladder-jax {arguments[0]}: {said or type(error).__name__}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)

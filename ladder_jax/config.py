@@ -133,7 +133,9 @@ class Mesh(_Section):
     def check(self):
         for name in ("data", "fsdp", "tensor"):
             self.need(name, getattr(self, name) > 0 or getattr(self, name) == -1, "greater than 0, or -1 for the rest")
-        self.need("data", (self.data, self.fsdp, self.tensor).count(-1) < 2, "given, when another axis is -1")
+        rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        for name in rest[1:]:
+            self.need(name, False, f"given, where mesh.{rest[0]} is -1")
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,10 @@ class Train(_Section):
     def check(self):
         self.positive("steps", "batch", "length", "accumulate", "log_every", "eval_every", "eval_batches",
                       "save_every", "keep")
-        for name in ("loss_chunk", "seed", "profile_steps", "sample_tokens"):
+        for name in ("loss_chunk", "profile_steps", "sample_tokens"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.need("seed", 0 <= self.seed < 2 ** 32, "from 0 to 2 ** 32 - 1")
+        self.need("out", self.out != "" and "://" not in self.out, "a folder (of a bucket, mount it)")
         self.need("accumulate", self.batch % self.accumulate == 0, f"a divisor of train.batch={self.batch}")
         self.need("peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "greater than 0")
 

@@ -3,12 +3,12 @@
 Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed and the position alone.
 """
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ladder_jax import checkpoint, schedule, sharding, tokenizer
 from ladder_jax import config as configuration
@@ -36,19 +36,19 @@ def make_forward(config, mesh):
                                       (sharding.LOGITS, cache)), donate_argnums=3)
 
 
-@functools.partial(jax.jit, static_argnames=("vocabulary", "top_k"))
+@jax.jit
 def sample(logits_V, seed, position, temperature, top_k, top_p, vocabulary):
-    """The next token's id. temperature 0: the likeliest; otherwise drawn from the `top_k` likeliest (0: all) of those
-    that together have probability `top_p`. Ids from `vocabulary` on, which no token has, are never taken."""
+    """The next token's id. temperature 0: the likeliest; otherwise drawn from the `top_k` likeliest (0: all) and, of
+    these, from the likeliest that together have probability `top_p`. Ids from `vocabulary` on are never taken."""
     logits_V = jnp.where(jnp.arange(logits_V.size) < vocabulary, logits_V, -jnp.inf)
-    if top_k:
-        logits_V = jnp.where(logits_V < lax.top_k(logits_V, min(top_k, logits_V.size))[0][-1], -jnp.inf, logits_V)
-    scaled_V = logits_V / jnp.where(temperature > 0, temperature, 1)
-    order_V = jnp.argsort(-scaled_V)
-    before_V = jnp.cumsum(jax.nn.softmax(scaled_V)[order_V]) - jax.nn.softmax(scaled_V)[order_V]
-    scaled_V = jnp.where(jnp.zeros(scaled_V.shape, bool).at[order_V].set(before_V < top_p), scaled_V, -jnp.inf)
+    order_V = jnp.argsort(-logits_V)        # stable: of equals the first, as argmax has it
+    sorted_V = logits_V[order_V] / jnp.where(temperature > 0, temperature, 1)
+    sorted_V = jnp.where((jnp.arange(sorted_V.size) < top_k) | (top_k == 0), sorted_V, -jnp.inf)
+    probability_V = jax.nn.softmax(sorted_V)
+    sorted_V = jnp.where(jnp.cumsum(probability_V) - probability_V < top_p, sorted_V, -jnp.inf)
+    scaled_V = jnp.zeros_like(sorted_V).at[order_V].set(sorted_V)
     drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), scaled_V)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+    return jnp.where(temperature > 0, drawn, order_V[0])
 
 
 def generate(model, config, mesh, prompt, *, max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=(),
@@ -61,20 +61,23 @@ def generate(model, config, mesh, prompt, *, max_tokens, temperature=0.0, top_k=
       vocabulary: ids from here on are padding of the embedding (default: none is).
     Raises ConfigError where the request does not fit the model.
     """
+    prompt, room = list(prompt), config.max_length - len(prompt)
+    vocabulary = vocabulary or config.vocab_size
     for name, value, ok, accepted in (
-            ("prompt", list(prompt), len(prompt) > 0, "at least one token"),
-            ("prompt", max(prompt, default=0), max(prompt, default=0) < config.vocab_size,
-             f"ids below model.vocab_size={config.vocab_size}"),
-            ("max_tokens", max_tokens, max_tokens >= 0, "0 or more"),
-            ("max_tokens", max_tokens, len(prompt) + max_tokens <= config.max_length,
-             f"at most {config.max_length - len(prompt)}: model.max_length={config.max_length} less the prompt"),
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+            ("prompt", prompt, prompt, "at least one token"),
+            ("prompt", prompt[:8], all(0 <= token < vocabulary for token in prompt),
+             f"of ids from 0 to {vocabulary - 1}"),
+            ("prompt", f"{len(prompt)} tokens", room >= 0, f"at most model.max_length={config.max_length} tokens"),
+            ("max_tokens", max_tokens, 0 <= max_tokens <= room,
+             f"from 0 to {room}: model.max_length={config.max_length} less the {len(prompt)} of the prompt"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
             ("top_k", top_k, top_k >= 0, "0 (all) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1")):
+            ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1"),
+            ("seed", seed, 0 <= seed < 2 ** 32, "from 0 to 2 ** 32 - 1")):
         if not ok:
             raise ConfigError(f"{name}={value} is not accepted: it must be {accepted}")
-    choose = functools.partial(sample, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
-                               vocabulary=vocabulary or config.vocab_size)
+    choose = functools.partial(sample, seed=np.uint32(seed), temperature=float(temperature), top_k=top_k,
+                               top_p=float(top_p), vocabulary=vocabulary)
     return _tokens(model, config, mesh, prompt, max_tokens, choose, frozenset(stop))
 
 

@@ -1,4 +1,5 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a line a report, a plot of the loss."""
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a plot of the loss."""
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -6,34 +7,51 @@ from pathlib import Path
 from ladder_jax.config import ConfigError
 
 
-class Metrics:
-    """Writes a run's metrics; `step` rows after `resumed_at` of an earlier, interrupted run are dropped."""
+def require_tensorboard():
+    """The writer of TensorBoard events. Raises ConfigError where it is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError("train.tensorboard=True needs tensorboardX: pip install 'ladder_jax[tensorboard]'") from None
+    return SummaryWriter
+
+
+class Metrics(contextlib.AbstractContextManager):
+    """A run's metrics.jsonl, a row a report: {"step": 20, "loss": ...} or {"step": 20, "held_out_loss": ...}.
+
+    Rows after step `resumed_at`, of a run that was interrupted, are dropped: they come again. With `tensorboard`, the
+    same numbers go to events in tensorboard/. Raises OSError, here and in `write`, when there is no room.
+    """
 
     def __init__(self, folder, tensorboard=False, resumed_at=0):
         self.path = Path(folder) / "metrics.jsonl"
-        rows = [row for row in read(self.path) if row["step"] <= resumed_at]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)        # a kill leaves the old file or the new one
-        self._file = self.path.open("a")
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError("train.tensorboard=True needs tensorboardX: pip install 'ladder_jax[tensorboard]'"
-                                  ) from None
-            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed_at + 1)
+        with self._naming():
+            rows = [row for row in read(self.path) if row["step"] <= resumed_at]
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, self.path)        # a kill leaves the old file or the new one
+            self._file = self.path.open("a", buffering=1)
+        self._board = require_tensorboard()(str(Path(folder) / "tensorboard"),
+                                            purge_step=resumed_at + 1) if tensorboard else None
 
     def write(self, step, **values):
-        """One row: `values` at `step`. On disk at once, so that a killed run keeps it."""
-        self._file.write(json.dumps(dict(step=step, **values)) + "\n")
-        self._file.flush()
-        for name, value in values.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
+        """One row: `values` at `step`. Out of this process at once, so that a killed run keeps it."""
+        with self._naming():
+            self._file.write(json.dumps(dict(step=step, **values)) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
-    def close(self):
-        self._file.close()
+    @contextlib.contextmanager
+    def _naming(self):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error.strerror}") from error
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):      # of what `write` has told
+            self._file.close()
         if self._board:
             self._board.close()
 

@@ -13,6 +13,7 @@ from jax import lax
 from ladder_jax import attention as attention_door
 from ladder_jax import residual, schedule, sharding
 from ladder_jax.matmul import einsum
+from ladder_jax.reductions import reduce
 
 REMAT = {    # what the backward pass recomputes of a layer
     "none": None,                                                                   # nothing
@@ -52,11 +53,14 @@ class Attention(nnx.Module):
                                      for heads in (N, K, K))
         self.q_norm, self.k_norm = (nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2))
 
-    def __call__(self, u_BTD, context, cache=None):
-        """The partial [B, T, D] of this block, and the cache with this call's keys and values written."""
-        q_BTNH = self._project(u_BTD, self.wq, self.bq)
-        k_BTKH = self._project(u_BTD, self.wk, self.bk)
-        v_BTKH = self._project(u_BTD, self.wv, self.bv)
+    def __call__(self, u_BTD, context, cache=None, behind=lambda product: product):
+        """The partial [B, T, D] of this block, and the cache with this call's keys and values written.
+
+        Matrix products pass through `behind`, so that communication can run behind them (see residual.py).
+        """
+        q_BTNH = behind(self._project(u_BTD, self.wq, self.bq))
+        k_BTKH = behind(self._project(u_BTD, self.wk, self.bk))
+        v_BTKH = behind(self._project(u_BTD, self.wv, self.bv))
         if self.q_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
@@ -69,7 +73,7 @@ class Attention(nnx.Module):
             cache = tuple(kept_BSKH.at[rows_B1, context.positions_BT].set(new_BTKH.astype(kept_BSKH.dtype))
                           for kept_BSKH, new_BTKH in zip(cache, (k_BTKH, v_BTKH)))
             out_BTNH = attention_door.attend_cache(q_BTNH, *cache, context.positions_BT)
-        return einsum("btnh,nhd->btd", out_BTNH, self.wo[...]), cache
+        return behind(einsum("btnh,nhd->btd", out_BTNH, self.wo[...])), cache
 
     def _project(self, u_BTD, weight, bias):
         x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])
@@ -86,11 +90,11 @@ class MLP(nnx.Module):
         self.up = _normal(rngs, (D, F), config.init_std)
         self.down = _normal(rngs, (F, D), _depth_scaled(config))
 
-    def __call__(self, u_BTD):
-        """The partial [B, T, D] of this block."""
-        gate_BTF = einsum("btd,df->btf", u_BTD, self.gate[...])
-        up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
-        return einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
+    def __call__(self, u_BTD, behind=lambda product: product):
+        """The partial [B, T, D] of this block; `behind` as in Attention."""
+        gate_BTF = behind(einsum("btd,df->btf", u_BTD, self.gate[...]))
+        up_BTF = behind(einsum("btd,df->btf", u_BTD, self.up[...]))
+        return behind(einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.down[...]))
 
 
 class Layer(nnx.Module):
@@ -142,7 +146,8 @@ def _depth_scaled(config):
 
 # The forward pass and the loss, inside `shard_map`.
 
-def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, *, kernel="xla", remat="none"):
+def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, *, kernel="xla", reduction="psum",
+           remat="none"):
     """The final residual stream [B, T, D], and the cache with these tokens written.
 
     Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
@@ -153,23 +158,23 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     rotation = attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
     context = Context(rotation, segments_BT, positions_BT, kernel)
 
-    def apply(layer_and_cache, block, x_BTD):
+    def apply(layer_and_cache, block, x_BTD, behind):
         layer, cache = layer_and_cache
         parts = {name: sharding.gather_parameters(getattr(layer, name), dtype, name) for name in block.parts}
         u_BTD = rms_norm(x_BTD, parts[block.parts[0]].norm[...], config.norm_eps)
         partials_BTD, new_cache = [], None
         if "attention" in parts:
-            partial_BTD, new_cache = parts["attention"](u_BTD, context, cache)
+            partial_BTD, new_cache = parts["attention"](u_BTD, context, cache, behind)
             partials_BTD.append(partial_BTD)
         if "mlp" in parts:
-            partials_BTD.append(parts["mlp"](u_BTD))
+            partials_BTD.append(parts["mlp"](u_BTD, behind))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
     embedded_BTD = embed(model, dtype, tokens_BT)
     plan = schedule.parse(config.residual, config.layers)
     unstacked = isinstance(model.layers, nnx.List)
     layers = list(zip(model.layers, cache or [None] * len(model.layers))) if unstacked else (model.layers, cache)
-    x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, remat=REMAT[remat])
+    x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat])
     # a layer's first block is the one with attention
     return x_BTD, [layer[0] for layer in outputs] if unstacked else outputs[0]
 
@@ -195,21 +200,22 @@ def logits(model, config, x_BTD):
 def cross_entropy(logits_BTV, targets_BT):
     """-log p(target) of every token [B, T], nats, from vocabulary shards; the full logits are never gathered."""
     top_BT = sharding.largest(logits_BTV.max(axis=-1))
-    total_BT = sharding.reduce(jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1))
+    total_BT = reduce(jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1))
     V = logits_BTV.shape[-1]
     rows_BT = targets_BT - sharding.vocabulary_offset(V)
     held_BT = (rows_BT >= 0) & (rows_BT < V)
     target_BT = jnp.take_along_axis(logits_BTV, jnp.where(held_BT, rows_BT, 0)[..., None], axis=-1)[..., 0]
-    return jnp.log(total_BT) + top_BT - sharding.reduce(jnp.where(held_BT, target_BT, 0))
+    return jnp.log(total_BT) + top_BT - reduce(jnp.where(held_BT, target_BT, 0))
 
 
-def loss(model, config, batch, *, kernel="xla", remat="none", chunk=0):
+def loss(model, config, batch, *, kernel="xla", reduction="psum", remat="none", chunk=0):
     """The weighted sum of this data shard's cross-entropies, nats: a scalar that all its tensor shards share.
 
     `batch`: tokens, targets, segments, positions, weights, each [B, T] (see data.py). With `chunk`, the logits of that
     many tokens exist at a time, and are computed again in the backward pass.
     """
-    x_BTD, _ = hidden(model, config, batch["tokens"], batch["positions"], batch["segments"], kernel=kernel, remat=remat)
+    x_BTD, _ = hidden(model, config, batch["tokens"], batch["positions"], batch["segments"], kernel=kernel,
+                      reduction=reduction, remat=remat)
 
     def part(x_BTD, targets_BT, weights_BT):
         return jnp.sum(cross_entropy(logits(model, config, x_BTD), targets_BT) * weights_BT)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import config as configuration
-from ladder_jax import cost, hlo, model, schedule, sharding, targets, timeline, train
+from ladder_jax import cost, hlo, model, reductions, schedule, sharding, targets, timeline, train
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import repeats
 
@@ -60,7 +60,7 @@ def abstract(mesh, tree, specs):
                         sharding.named(mesh, specs))
 
 
-def forward(config, mesh, batch, tokens, context, unstacked):
+def forward(config, mesh, batch, tokens, context, reduction, unstacked):
     """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments."""
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
@@ -74,7 +74,7 @@ def forward(config, mesh, batch, tokens, context, unstacked):
     specs = sharding.parameter_specs(parameters)
 
     def local(parameters, tokens_BT, positions_BT, cache):
-        x_BTD, cache = model.hidden(parameters, config, tokens_BT, positions_BT, cache=cache)
+        x_BTD, cache = model.hidden(parameters, config, tokens_BT, positions_BT, cache=cache, reduction=reduction)
         return model.logits(parameters, config, x_BTD[:, -1:]), cache
 
     ids = abstract(mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS)
@@ -83,13 +83,13 @@ def forward(config, mesh, batch, tokens, context, unstacked):
     return program, (abstract(mesh, parameters, specs), ids, ids, abstract(mesh, cache, cache_specs))
 
 
-def training(config, mesh):
+def training(config, mesh, reduction):
     """The training step and its arguments."""
     optimizer = train.make_optimizer(config.optimizer, config.train.steps)
     shape = config.train.batch, config.train.length
     kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return train.make_step(config, mesh, optimizer), (
+    return train.make_step(config, mesh, optimizer, reduction), (
         train.abstract_state(config, mesh, optimizer), abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)))
 
 
@@ -100,6 +100,7 @@ class Request(NamedTuple):
     workload: str
     batch: int          # rows (decode, prefill), sequences (train), over all devices
     context: int        # tokens: of the cache (decode), of the prompts (prefill), of a sequence (train)
+    reduction: str = "psum"
     keep: int = 4       # layers compiled, of each kind
 
 
@@ -112,21 +113,30 @@ class Compiled(NamedTuple):
     memory: object      # XLA's memory analysis
 
 
+def place(config, devices, workload):
+    """The recipe's mesh (config.Mesh) on a target's devices, or, where it has another size, its tensor axis: the
+    remaining devices shard the parameters of a training step, and hold copies that decode other rows."""
+    if config.data * config.fsdp * config.tensor != len(devices) and -1 not in (config.data, config.fsdp):
+        rest = dict(data=1, fsdp=-1) if workload == "train" else dict(data=-1, fsdp=1)
+        config = dataclasses.replace(config, **rest)
+    return sharding.make_mesh(config, devices)
+
+
 def build(request):
     """Compiles the program that `request` asks for. Raises ConfigError where it does not fit together."""
     config, target = request.config, request.target
-    mesh = sharding.make_mesh(config.mesh, target.devices())
+    mesh = place(config.mesh, target.devices(), request.workload)
     sharding.check(config.model, mesh, request.batch)
     stack = shorten(config.model.residual, config.model.layers, request.keep)
     short = dataclasses.replace(config, model=dataclasses.replace(
         config.model, layers=len(stack.counts), residual=stack.notation),
-        train=dataclasses.replace(config.train, batch=request.batch, length=request.context))
+        train=dataclasses.replace(config.train, batch=request.batch, length=request.context, accumulate=1))
     if request.workload == "train":
-        program, arguments = training(short, mesh)
+        program, arguments = training(short, mesh, request.reduction)
     else:
         decode = request.workload == "decode"
         program, arguments = forward(short.model, mesh, request.batch, 1 if decode else request.context,
-                                     request.context, unstacked=decode)
+                                     request.context, request.reduction, unstacked=decode)
     compiled = program.lower(*arguments).compile(compiler_options=dict(target.options))
     return Compiled(request, mesh, stack, compiled.as_text(), compiled.memory_analysis())
 
@@ -185,7 +195,7 @@ def report(compiled, played):
     total = lambda name: sum(row[name] * row["count"] for row in rows)
     return dict(
         target=request.target.name, workload=request.workload, batch=request.batch, context=request.context,
-        schedule=request.config.model.residual, layers=request.config.model.layers, collectives=rows,
+        schedule=request.config.model.residual, reduction=request.reduction, layers=request.config.model.layers, collectives=rows,
         totals=dict(step_us=(played.compute + played.stalled) * us, compute_us=played.compute * us,
                     prefetch_us=played.prefetch * us, communication_us=total("communication_us"),
                     hidden_us=total("hidden_us"), exposed_us=played.stalled * us))
@@ -193,7 +203,7 @@ def report(compiled, played):
 
 def table(made):
     """The plan as text."""
-    lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, batch {made['batch']}, "
+    lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, {made['reduction']}, batch {made['batch']}, "
              f"context {made['context']}, on {made['target']}",
              f"{'collective':34} {'kind':19} {'axis':7} {'bytes':>9} {'x':>5} {'async':5} {'comm us':>8} "
              f"{'window':>8} {'hidden':>8} {'exposed':>8}  where"]
@@ -220,6 +230,8 @@ def main(arguments):
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--schedule")
+    parser.add_argument("--reduction", default="psum", choices=reductions.REDUCTIONS)
+    parser.add_argument("--tensor", type=int)
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hlo")
@@ -227,8 +239,10 @@ def main(arguments):
     config = recipe(chosen.recipe)
     if chosen.schedule:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=chosen.schedule))
+    if chosen.tensor:
+        config = dataclasses.replace(config, mesh=configuration.Mesh(data=1, fsdp=1, tensor=chosen.tensor))
     compiled = build(Request(config, targets.parse(chosen.target), chosen.workload, chosen.batch, chosen.context,
-                             chosen.keep))
+                             chosen.reduction, chosen.keep))
     if chosen.hlo:
         with open(chosen.hlo, "w") as file:
             file.write(compiled.text)

@@ -12,20 +12,32 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import sharding
+from ladder_jax.reductions import InFlight, reduce, replicate
 
 
 class Stream(NamedTuple):
     """The residual stream between two blocks; arrays are [B, T, D]."""
     total: jax.Array | None              # all that has been added (None: zero)
-    pending: tuple[jax.Array, ...] = ()  # reduced, not yet added, oldest first
+    pending: tuple = ()                  # not yet added, oldest first: sums, or InFlight while they are being made
     partial: jax.Array | None = None     # the newest block's, not yet reduced
 
-    def read(self, delay):
+    def read(self, delay, reduction):
         """The sum that a block with this delay sees, and the stream afterwards. Starts the newest reduction."""
-        pending = self.pending if self.partial is None else (*self.pending, _reduce(self.partial))
+        pending = self.pending
+        if self.partial is not None:
+            pending += (InFlight(self.partial, reduction),)
         due = max(len(pending) - delay, 0)
-        total = _sum(self.total, *pending[:due])
+        total = _sum(self.total, *map(_arrived, pending[:due]))
         return total, Stream(total, pending[due:])
+
+    def behind(self, product):
+        """Tells the oldest reduction under way of a matrix product that it can run behind; returns the product."""
+        flying = [x for x in self.pending if isinstance(x, InFlight) and not x.done]
+        return flying[0].behind(product) if flying else product
+
+    def landed(self):
+        """The same stream with nothing under way, fit to cross a scan's boundary."""
+        return self._replace(pending=tuple(map(_arrived, self.pending)))
 
     def shape(self):
         """Which of its parts there are, to compare streams by."""
@@ -41,8 +53,8 @@ class Stream(NamedTuple):
                       zero if has_partial and self.partial is None else self.partial)
 
 
-def _reduce(partial):
-    return checkpoint_name(sharding.reduce(partial), "reduced")
+def _arrived(pending):
+    return checkpoint_name(pending.wait(), "reduced") if isinstance(pending, InFlight) else pending
 
 
 def _sum(*values):
@@ -53,7 +65,7 @@ def _sum(*values):
     return total
 
 
-def run(schedule, embedded_BTD, layers, apply, *, remat=None):
+def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
     """The final residual stream of a model.
 
     Args:
@@ -61,29 +73,35 @@ def run(schedule, embedded_BTD, layers, apply, *, remat=None):
       embedded_BTD: the embedding's partial over the tensor axis.
       layers: a tree whose leaves lead with a layer dimension (run in `lax.scan` wherever layers repeat), or a list of
         trees, one a layer (run one after another, for compilers that copy slices of a stack).
-      apply: (layer tree, block, x_BTD) -> (partial_BTD, output); `output` is collected by layer and block.
+      apply: (layer tree, block, x_BTD, behind) -> (partial_BTD, output). It passes its matrix products through
+        `behind`, so that a reduction under way runs behind them; `output` is collected by layer and block.
+      reduction: of reductions.REDUCTIONS.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
 
     Returns:
       The stream after the last block [B, T, D], ready for column-parallel work, and the outputs: a tuple with an entry
       for every block of a layer, stacked by layer, or a list of such tuples where `layers` is a list.
     """
+    shared = lambda value: replicate(value, reduction)
     stream = Stream(None, (), embedded_BTD)
     if schedule.local:
-        stream = Stream(sharding.replicate(_reduce(embedded_BTD)))
+        stream = Stream(shared(reduce(embedded_BTD, reduction)))
     elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
-        stream = Stream(_reduce(embedded_BTD))
+        stream = Stream(reduce(embedded_BTD, reduction))
 
     def run_layer(stream, layer, blocks):
         outputs = []
         for block in blocks:
             with jax.named_scope("+".join(block.parts)):      # profiles and plan.py tell the blocks apart by it
-                x_BTD, stream = stream.read(block.delay)
-                partial_BTD, output = apply(layer, block, x_BTD if schedule.local else sharding.replicate(x_BTD))
-            stream = _write_local(stream, partial_BTD, block.reduce) if schedule.local else (
-                stream._replace(partial=partial_BTD))
+                x_BTD, stream = stream.read(block.delay, reduction)
+                partial_BTD, output = apply(layer, block, x_BTD if schedule.local else shared(x_BTD), stream.behind)
+            if schedule.local:
+                total = _write_local(stream.total, partial_BTD, block.reduce, reduction)
+                stream = Stream(shared(total) if block.reduce else total)
+            else:
+                stream = stream._replace(partial=partial_BTD)
             outputs.append(output)
-        return stream, tuple(outputs)
+        return stream.landed(), tuple(outputs)
 
     if isinstance(layers, list):
         outputs = []
@@ -118,19 +136,19 @@ def run(schedule, embedded_BTD, layers, apply, *, remat=None):
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
 
-    x_BTD, _ = stream.read(0)
-    return (x_BTD if schedule.local else sharding.replicate(x_BTD)), outputs
+    x_BTD, _ = stream.read(0, reduction)
+    return (x_BTD if schedule.local else shared(x_BTD)), outputs
 
 
-def _write_local(stream, partial, reduce):
+def _write_local(total, partial, reduced, reduction):
     """Desync: a tensor shard adds its own partial to its own stream, until a reduction makes the streams equal again.
 
     The mean rule: the new stream is the sum of the partials and the mean of the shards' streams.
     """
-    if not reduce:
-        return Stream(stream.total + partial)
-    mean_share = stream.total / sharding.axis_size(sharding.TENSOR)
-    return Stream(sharding.replicate(_reduce(partial + mean_share)))
+    if not reduced:
+        return total + partial
+    mean_share = total / sharding.axis_size(sharding.TENSOR)
+    return checkpoint_name(reduce(partial + mean_share, reduction), "reduced")
 
 
 def _groups(x, start, stop, period):

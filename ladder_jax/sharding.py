@@ -4,9 +4,10 @@ The whole step runs inside one `jax.shard_map`: the model computes on local shar
 this file names. A value is a *partial* over the tensor axis when the true value is the sum of the shards' values.
 
 Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
-shard, so that the sum that ends a block passes its cotangent through (`reduce`), and the cotangents that the shards'
-column-parallel matmuls send back to the stream that they share are partials (`replicate` sums them). So follows one
-rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over (`sum_gradients`).
+shard, so that the sum that ends a block passes its cotangent through (reductions.reduce), and the cotangents that the
+shards' column-parallel matmuls send back to the stream that they share are partials (reductions.replicate sums them).
+So follows one rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over
+(`sum_gradients`).
 `check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
 equality with a single-device reference is tested on every mesh shape instead.
 """
@@ -129,22 +130,6 @@ def shard_map(function, mesh, in_specs, out_specs):
 
 
 # The collectives. Each is called inside `shard_map`, on local shards.
-
-@jax.custom_vjp
-def reduce(partial_value):
-    """The sum of a partial over the tensor axis, on every tensor shard. Any shape; a tree is reduced leaf by leaf."""
-    return lax.psum(partial_value, TENSOR)
-
-
-@jax.custom_vjp
-def replicate(value):
-    """`value`, shared by all tensor shards, made ready for column-parallel work, whose cotangents are partials."""
-    return value
-
-
-reduce.defvjp(lambda x: (lax.psum(x, TENSOR), None), lambda _, cotangent: (cotangent,))
-replicate.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.psum(cotangent, TENSOR),))
-
 
 def largest(value):
     """The elementwise maximum over the tensor axis, a constant for derivatives."""

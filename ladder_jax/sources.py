@@ -43,7 +43,7 @@ class Tally:
 
 
 def size_and_time(path):
-    """(bytes, time of the last change), (0, 0) for a file that cannot be seen: reading it will say so."""
+    """(bytes, time of the last change in ns), (0, 0) for a file that cannot be seen: reading it will say so."""
     try:
         return path.stat().st_size, path.stat().st_mtime_ns
     except OSError:

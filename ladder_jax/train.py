@@ -2,9 +2,11 @@
 
 A run lives in `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and tensorboard/ and profile/ where asked for.
 """
+import contextlib
 import functools
 import itertools
 import math
+import os
 import signal
 import sys
 import threading
@@ -20,12 +22,12 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ladder_jax import attention, chips, data, model, sharding, tokenizer
+from ladder_jax import attention, chips, data, model, schedule, sharding, tokenizer
 from ladder_jax import config as configuration
-from ladder_jax.checkpoint import Checkpoints, read_meta
+from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from ladder_jax.config import ConfigError
 from ladder_jax.generate import generate
-from ladder_jax.metrics import Metrics, plot
+from ladder_jax.metrics import Metrics, plot, require_tensorboard
 
 BATCH = ("tokens", "targets", "segments", "positions", "weights")       # what data.py gives, each [B, T]
 
@@ -56,7 +58,8 @@ def make_optimizer(config, steps):
         return jax.tree.map(lambda name: not name.endswith(("norm", "bq", "bk", "bv")), names)
     adamw = optax.adamw(learning_rate(config, steps), config.beta1, config.beta2, config.eps,
                         weight_decay=config.weight_decay, mask=decayed)
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, adamw)     # the same state with and without clipping
 
 
 # ---------------------------------------------------------------- state and step
@@ -87,10 +90,10 @@ def init_state(config, mesh, optimizer):
     return jax.jit(make, out_shardings=shardings)()
 
 
-def loss_and_gradients(config, mesh):
+def loss_and_gradients(config, mesh, reduction="psum"):
     """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays."""
     kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
-    options = dict(kernel=kernel, remat=config.train.remat, chunk=config.train.loss_chunk)
+    options = dict(kernel=kernel, reduction=reduction, remat=config.train.remat, chunk=config.train.loss_chunk)
 
     def local(parameters, batch):
         weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH), 1)
@@ -110,15 +113,21 @@ def loss_and_gradients(config, mesh):
     return sharding.shard_map(local, mesh, (specs, dict.fromkeys(BATCH, sharding.TOKENS)), (sharding.REPLICATED, specs))
 
 
-def make_step(config, mesh, optimizer):
-    """The compiled training step: (state, batch) -> (state, dict(loss, gradient_norm)). The state is donated."""
-    gradients_of = loss_and_gradients(config, mesh)
+def make_step(config, mesh, optimizer, reduction="psum"):
+    """The compiled training step: (state, batch) -> (state, results). The state is donated.
+
+    results: loss (before the step), gradient_norm (before clipping), parameter_norm (after the step; it says whether
+    what would be saved is finite).
+    """
+    gradients_of = loss_and_gradients(config, mesh, reduction)
 
     def step(state, batch):
         loss, gradients = gradients_of(state.model, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
-        report = dict(loss=loss, gradient_norm=optax.global_norm(gradients))
-        return State(optax.apply_updates(state.model, updates), optimizer_state), report
+        parameters = optax.apply_updates(state.model, updates)
+        results = dict(loss=loss, gradient_norm=optax.global_norm(gradients),
+                       parameter_norm=optax.global_norm(parameters))
+        return State(parameters, optimizer_state), results
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh, optimizer))
     tokens = sharding.named(mesh, dict.fromkeys(BATCH, sharding.TOKENS))
@@ -153,163 +162,204 @@ def flops_per_token(config, length):
 # ---------------------------------------------------------------- the job
 
 FROZEN = {"model": None, "data": ("source", "text_field", "tokenizer", "held_out"),
-          "train": ("batch", "length", "accumulate", "seed")}       # what a resumed run may not change
+          "train": ("batch", "length", "seed")}       # what a resumed run may not change
 
 
-def check_resumed(saved, config):
-    """Raises ConfigError where resuming with `config` would not continue the run whose config was `saved` (dicts)."""
+def check_resumed(saved, now):
+    """Raises ConfigError where going on with `now` would not continue the run that saved `saved` (both: meta)."""
+    def same(name, before, after, advice="keep it, or start a new run in another train.out"):
+        if before != after:
+            raise ConfigError(f"{name} was {before!r} in the run to resume and is {after!r} now: {advice}")
+
+    before, after = (configuration.from_dict(meta["config"]) for meta in (saved, now))
     for section, names in FROZEN.items():
-        for name in names or config[section]:
-            if saved[section].get(name) != config[section][name]:
-                raise ConfigError(f"{section}.{name} was {saved[section].get(name)!r} in the run to resume and is "
-                                  f"{config[section][name]!r} now: keep it, or start a new run in another train.out")
+        old, new = getattr(before, section), getattr(after, section)
+        for name in names or configuration.to_dict(new):
+            same(f"{section}.{name}", getattr(old, name), getattr(new, name))
+    if schedule.parse(after.model.residual, after.model.layers).local:
+        same("mesh.tensor", saved["tensor"], now["tensor"], f"a {after.model.residual} model keeps it for life")
+    for field, contents in (("tokenizer", "tokenizer"), ("source", "corpus")):
+        if contents in now and saved[contents] != now[contents]:
+            raise ConfigError(f"data.{field}={getattr(after.data, field)!r} has other contents now than in the run to "
+                              "resume: restore them, or start a new run in another train.out")
 
 
 def train(config, resume=False):
     """Runs the job of `config` (config.Config) to its end, or until SIGTERM or Ctrl-C, and returns a summary (dict).
 
-    Raises ConfigError where the configuration, data or checkpoint does not fit; FloatingPointError on a loss or a
-    gradient that is not finite (the last checkpoint stays good).
+    Without `resume` the run must be new. With it, the run in train.out goes on from its newest checkpoint, bit for bit
+    as if it had not stopped; where there is none yet, it starts.
+
+    Raises ConfigError where the configuration, data or checkpoint does not fit, before anything is written;
+    FloatingPointError on a step that is not finite (the last checkpoint stays good); OSError where a write fails.
     """
-    # ---- mesh and data
+    leader = jax.process_index() == 0
+
+    def say(text):
+        if leader:
+            tqdm.write(text, file=sys.stdout)       # above the progress bar
+            sys.stdout.flush()                      # line by line, also into a pipe
+
+    # ---- everything that can be wrong, before anything is written
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config.model, mesh, config.train.batch // config.train.accumulate)
-    out, leader = Path(config.train.out), jax.process_index() == 0
-    say = (lambda text: tqdm.write(text, file=sys.stdout)) if leader else (lambda text: None)
+    shard, shards = sharding.data_shard(mesh)
     tokens = tokenizer.load(config.data.tokenizer)
     if tokens.size > config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size} is smaller than the {tokens.size} tokens of "
                           f"data.tokenizer={config.data.tokenizer!r}: it must be at least that")
+    if config.train.tensorboard:
+        require_tensorboard()
+    out = Path(config.train.out).expanduser()
+    saved = saved_steps(out / "checkpoints")
+    if saved and not resume:
+        raise ConfigError(f"{out} already holds a run, at step {saved[-1]}: "
+                          "continue it with --resume, or choose another --train.out")
+    meta = dict(config=configuration.to_dict(config), tensor=mesh.shape[sharding.TENSOR], tokenizer=tokens.to_json())
+    before = read_meta(out) if saved else meta
+    check_resumed(before, meta)
+    corpus = _prepare(config.data, tokens)
+    say(corpus.report)
+    meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
+    check_resumed(meta | before, meta)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"train.out={config.train.out!r} cannot be written: {error.strerror}") from None
-    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
-    if checkpoints.steps() and not resume:
-        raise ConfigError(f"{out} already holds a run, at step {checkpoints.steps()[-1]}: "
-                          "continue it with --resume, or choose another --train.out")
-    if jax.process_count() > 1 and not leader:
-        multihost_utils.sync_global_devices("corpus")       # one process tokenises, the others open what it wrote
-    corpus = data.prepare(config.data, tokens)
-    if jax.process_count() > 1 and leader:
-        multihost_utils.sync_global_devices("corpus")
-    say(corpus.report)
-    shard, shards = sharding.data_shard(mesh)
+
+    # ---- data
     split = dict(batch=config.train.batch // shards, length=config.train.length,
                  process_index=shard, process_count=shards)
     batches = data.train_iterator(corpus, seed=config.train.seed, **split)
     held_out = data.held_out_batches(corpus, **split)
     placed = functools.partial(_place, sharding.named(mesh, sharding.TOKENS))
 
-    # ---- state, new or resumed
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    meta = dict(config=configuration.to_dict(config), tensor=mesh.shape[sharding.TENSOR], tokenizer=tokens.to_json())
-    first = 0
-    if resume and checkpoints.steps():
-        wanted = abstract_state(config, mesh, optimizer)._asdict()
-        check_resumed(read_meta(checkpoints.folder)["config"], meta["config"])
-        first, restored, _ = checkpoints.restore(wanted, batches, config=meta["config"])
-        state = State(**restored)
-        say(f"resumed at step {first} of {config.train.steps} from {checkpoints.folder}")
-    else:
-        if resume:
-            say(f"nothing to resume in {out}: starting at step 0")
-        state = init_state(config, mesh, optimizer)
-    metrics = Metrics(out, config.train.tensorboard, first) if leader else None
-    step_function = make_step(config, mesh, optimizer)
-    evaluation = make_evaluation(config, mesh)
-    rate = learning_rate(config.optimizer, config.train.steps)
-    flops = flops_per_token(config.model, config.train.length)
-    peak = (config.train.peak_tflops * 1e12 if config.train.peak_tflops else
-            chips.peak_flops(mesh.devices.flat[0], config.model.dtype))
-    count = sum(x.size for x in jax.tree.leaves(state.model))
-    say(f"{count:,} parameters, {config.model.residual} residual, {config.model.dtype}, mesh "
-        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()) + f" of {mesh.devices.flat[0].device_kind}")
+    with contextlib.ExitStack() as opened:      # closed in the opposite order, whatever happens
+        stop = opened.enter_context(_Stop(config.train.log_every))
+        checkpoints = opened.enter_context(Checkpoints(out / "checkpoints", config.train.keep))
 
-    # ---- loop
-    pace = _Pace(first)
+        # ---- state, new or resumed
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        if saved:
+            wanted = abstract_state(config, mesh, optimizer)._asdict()
+            first, restored, _ = checkpoints.restore(wanted, batches, config=meta["config"])
+            state = State(**restored)
+            say(f"resumed at step {first} of {config.train.steps} from {checkpoints.folder}")
+        else:
+            first, state = 0, init_state(config, mesh, optimizer)
+            if resume:
+                say(f"nothing to resume in {out}: starting at step 0")
+        count = sum(x.size for x in jax.tree.leaves(state.model))
+        say(f"{count:,} parameters, {config.model.residual} residual, {config.model.dtype}, mesh "
+            + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            + f" of {mesh.devices.flat[0].device_kind}")
 
-    def report(step, values):
-        """Waits for a step's results, writes them, and stops the run where they are not finite."""
-        loss, norm = (float(values[name]) for name in ("loss", "gradient_norm"))
-        row = dict(loss=loss, gradient_norm=norm, learning_rate=float(rate(step - 1)))
-        text = f"step {step}/{config.train.steps}  loss {loss:.4f}  grad norm {norm:.3f}  lr {row['learning_rate']:.2e}"
-        if seconds := pace.lap(step):
-            row["tokens_per_s"] = config.train.batch * config.train.length / seconds
-            text += f"  {row['tokens_per_s']:,.0f} tok/s"
-            if peak:
-                row["mfu"] = row["tokens_per_s"] * flops / (peak * mesh.size)
-                text += f"  MFU {row['mfu']:.1%}"
-            text += f"  {_duration(seconds * (config.train.steps - step))} left"
-        say(text)
-        if leader:
-            metrics.write(step, **row)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            good = checkpoints.steps()
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: stopped; " + (
-                f"the checkpoint of step {good[-1]} is good" if good else "no checkpoint was made before it")
-                + ": try a lower optimizer.learning_rate or more optimizer.warmup_steps")
+        # ---- programs, and what is known of their speed
+        step_function = make_step(config, mesh, optimizer)
+        evaluation = make_evaluation(config, mesh)
+        rate = learning_rate(config.optimizer, config.train.steps)
+        rates = jax.device_get(jax.jit(jax.vmap(rate))(jnp.arange(config.train.steps)))
+        flops = flops_per_token(config.model, config.train.length)
+        peak = (config.train.peak_tflops * 1e12 if config.train.peak_tflops else
+                chips.peak_flops(mesh.devices.flat[0], config.model.dtype))
+        pace = _Pace(first)
 
-    def evaluate(step):
-        first_ones = itertools.islice(held_out, config.train.eval_batches)
-        totals = [evaluation(state.model, placed(batch)) for batch in first_ones]
-        loss, weight = np.sum(jax.device_get(totals), axis=0)
-        values = dict(held_out_loss=float(loss / weight),
-                      held_out_bits_per_byte=float(corpus.held_out.bits_per_byte(loss / weight)))
-        say(f"step {step}/{config.train.steps}  held-out loss {values['held_out_loss']:.4f}, "
-            f"{values['held_out_bits_per_byte']:.3f} bits per byte")
-        if leader:
-            metrics.write(step, **values)
-        return values
+        # ---- reports
+        metrics = opened.enter_context(Metrics(out, config.train.tensorboard, first)) if leader else None
 
-    due = lambda step, every: step % every == 0 or step == config.train.steps
-    trace = range(first + 2, first + 2 + config.train.profile_steps)       # the steps to profile
-    step, unread, summary = first, None, {}
-    progress = tqdm(total=config.train.steps, initial=first, unit="step", disable=not (leader and sys.stderr.isatty()))
-    with checkpoints, _Stop(config.train.log_every) as stop, progress:
-        while step < config.train.steps and not stop.asked(step):
-            if trace and step == trace.start:
-                jax.block_until_ready(state)
-                jax.profiler.start_trace(str(out / "profile"))
-            state, values = step_function(state, placed(next(batches)))
+        def record(step, text, values):
+            say(f"step {step}/{config.train.steps}  {text}")
+            if leader:
+                metrics.write(step, **values)
+
+        def checked(step, results):
+            """A step's results as numbers, once they are there. Stops the run where one is not finite."""
+            values = {name: float(value) for name, value in results.items()}
+            if not all(map(math.isfinite, values.values())):
+                checkpoints.wait()
+                good = checkpoints.steps()
+                raise FloatingPointError(
+                    f"step {step} is not finite ({', '.join(f'{name} {value}' for name, value in values.items())}): "
+                    + (f"stopped; the checkpoint of step {good[-1]} is good" if good else
+                       "stopped, before any checkpoint")
+                    + ". Try a lower optimizer.learning_rate or more optimizer.warmup_steps")
+            return values
+
+        def report(step, results):
+            values = checked(step, results) | dict(learning_rate=float(rates[step - 1]))
+            text = (f"loss {values['loss']:.4f}  grad norm {values['gradient_norm']:.3f}  "
+                    f"lr {values['learning_rate']:.2e}")
+            if seconds := pace.lap(step):
+                values["tokens_per_s"] = config.train.batch * config.train.length / seconds
+                text += f"  {values['tokens_per_s']:,.0f} tok/s"
+                if peak:
+                    values["mfu"] = values["tokens_per_s"] * flops / (peak * mesh.size)
+                    text += f"  MFU {values['mfu']:.1%}"
+                text += f"  {_duration(seconds * (config.train.steps - step))} left"
+            record(step, text, values)
+
+        def evaluate(step):
+            first_ones = itertools.islice(held_out, config.train.eval_batches)
+            totals = [evaluation(state.model, placed(batch)) for batch in first_ones]
+            loss, weight = np.sum(jax.device_get(totals), axis=0)
+            values = dict(held_out_loss=float(loss / weight),
+                          held_out_bits_per_byte=float(corpus.held_out.bits_per_byte(loss / weight)))
+            record(step, f"held-out loss {values['held_out_loss']:.4f}, "
+                         f"{values['held_out_bits_per_byte']:.3f} bits per byte", values)
+            return values
+
+        # ---- loop
+        due = lambda step, every: step % every == 0 or step == config.train.steps
+        profile = opened.enter_context(_Profile(out / "profile", first + 2, config.train.profile_steps, say))
+        progress = opened.enter_context(tqdm(total=config.train.steps, initial=first, unit="step",
+                                             disable=not (leader and sys.stderr.isatty())))
+        step, stopped, unread, summary = first, None, None, {}
+        while step < config.train.steps and not (stopped := stop.asked(step)):
+            profile.at(step, state)
+            state, results = step_function(state, placed(next(batches)))
             step += 1
             progress.update()
             if unread:                      # the device works on this step while the last one is reported
                 unread = report(*unread)
             if step == first + 1:           # the first step compiles: its time says nothing of the others'
-                jax.block_until_ready(values)
+                jax.block_until_ready(results)
                 pace.reset(step)
-            if trace and step == trace.stop:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                say(f"profile of steps {trace.start + 1} to {step}: {out / 'profile'}")
             evaluating, saving = due(step, config.train.eval_every), due(step, config.train.save_every)
             if evaluating or saving:
-                report(step, values)
+                report(step, results)
                 if evaluating:
                     summary = evaluate(step)
                 if saving:
                     checkpoints.save(step, state._asdict(), batches, meta)
                 pace.reset(step)
             elif due(step, config.train.log_every):
-                unread = step, values
-        if stop.signal and step > first and not due(step, config.train.save_every):
-            report(step, values)
-            checkpoints.save(step, state._asdict(), batches, meta)
-    if leader:
-        metrics.close()
+                unread = step, results
+        if stopped and step > first:
+            report(*unread) if unread else checked(step, results)
+            checkpoints.save(step, state._asdict(), batches, meta)      # unless it just was
 
     # ---- what came of it
     picture = plot(out, f"{config.model.residual}, {count:,} parameters") if leader else None
     summary |= dict(step=step, out=str(out), parameters=count, plot=picture and str(picture),
-                    stopped=stop.signal and stop.signal.name)
-    if not stop.signal and config.train.sample_tokens:
+                    stopped=stopped and stopped.name)
+    if not stopped and config.train.sample_tokens:
         prompt = tokens.prompt("")
         ids = generate(state.model, config.model, mesh, prompt, max_tokens=config.train.sample_tokens, temperature=0.8,
                        seed=config.train.seed, stop=(tokens.eos,), vocabulary=tokens.size)
         summary["sample"] = tokens.decode(list(ids))
         say(f"---- the model writes:\n{summary['sample']}\n----")
     return summary
+
+
+def _prepare(config, tokens):
+    """The corpus. One process tokenises it, the others open what it wrote."""
+    together = jax.process_count() > 1
+    if together and jax.process_index():
+        multihost_utils.sync_global_devices("corpus")
+    corpus = data.prepare(config, tokens)
+    if together and not jax.process_index():
+        multihost_utils.sync_global_devices("corpus")
+    return corpus
 
 
 def _place(shardings, batch):
@@ -338,7 +388,29 @@ class _Pace:
         return seconds / steps if steps else None
 
 
-class _Stop:
+class _Profile(contextlib.AbstractContextManager):
+    """A trace of `count` steps after the step `first`, or of as many as there are; none for 0."""
+
+    def __init__(self, folder, first, count, say):
+        self.folder, self.steps, self.say, self.running = folder, range(first, first + count), say, False
+
+    def at(self, step, state):
+        """Call before each step."""
+        if self.running != (step in self.steps):
+            jax.block_until_ready(state)
+            self._stop() if self.running else jax.profiler.start_trace(str(self.folder))
+            self.running = not self.running
+
+    def _stop(self):
+        jax.profiler.stop_trace()
+        self.say(f"profile from step {self.steps.start + 1} on: {self.folder}")
+
+    def __exit__(self, *_):
+        if self.running:
+            self._stop()
+
+
+class _Stop(contextlib.AbstractContextManager):
     """Turns SIGTERM and Ctrl-C into a request to stop after the step under way; a second one acts at once."""
 
     def __init__(self, every):
@@ -350,19 +422,20 @@ class _Stop:
         return self
 
     def __exit__(self, *_):
-        self._restore()
-
-    def _ask(self, number, _):
-        self.signal = signal.Signals(number)
-        self._restore()
-        print(f"\n{self.signal.name}: saving after this step; once more to stop at once", file=sys.stderr)
-
-    def _restore(self):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _ask(self, number, _):
+        self.signal = signal.Signals(number)
+        self.__exit__()
+        text = f"\n{self.signal.name}: saving after this step; once more to stop at once\n"
+        os.write(2, text.encode())      # print may be what was interrupted, and cannot be entered twice
+
     def asked(self, step):
-        """Whether to stop now. With several processes they agree, every so many steps."""
+        """The signal to stop for, or None. Several processes agree on it, every so many steps."""
         if jax.process_count() == 1:
-            return self.signal is not None
-        return step % self.every == 0 and multihost_utils.process_allgather(np.array(self.signal is not None)).any()
+            return self.signal
+        if step % self.every:
+            return None
+        sent = multihost_utils.process_allgather(np.array(self.signal or 0)).max()
+        return signal.Signals(sent) if sent else None

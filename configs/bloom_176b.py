@@ -1,0 +1,26 @@
+"""BLOOM-176B's shape in this architecture, trained from scratch with ladder residual, tensor-parallel in each node.
+
+Command:   sbatch --nodes 32 launch/slurm.sh configs/bloom_176b.py --data.source 'PATH/*.parquet'
+               --data.tokenizer PATH/tokenizer.json
+Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of parameters and AdamW state
+Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+
+Layers, dimension, heads and vocabulary are BLOOM's; SwiGLU (of 50176, as the paper measures it), RMSNorm and rotary
+embedding stand where BLOOM has GELU (of 57344), LayerNorm, biases and ALiBi. So this model has 212,202,346,496
+parameters, where BLOOM has 176,247,271,424. Learning rate and batch are BLOOM's (arXiv 2211.05100); the
+tokens are those of the paper's from-scratch runs, 104.9B, where BLOOM had 366B.
+"""
+from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
+
+config = Config(
+    model=Model(vocab_size=250880, dim=14336, layers=70, heads=112, kv_heads=112, head_dim=128, ffn_dim=50176,
+                max_length=2048, residual="ladder", tie_embeddings=True),
+    data=Data(source="data/text/**/*.parquet", tokenizer="data/bloom/tokenizer.json", held_out=0.001,
+              cache="data/tokens"),                                 # on a disk that all nodes see
+    mesh=Mesh(data=1, fsdp=32, tensor=8),
+    optimizer=Optimizer(learning_rate=6e-5, warmup_steps=2000),
+    train=Train(out="runs/bloom_176b", steps=25_000, batch=2048, length=2048,   # 4.19M tokens a step
+                accumulate=32,                                      # 2 sequences a node at a time
+                remat="reductions", loss_chunk=2048, eval_every=1000, eval_batches=4, save_every=500),
+)

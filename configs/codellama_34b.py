@@ -1,0 +1,25 @@
+"""CodeLlama-34B's shape, trained from scratch with ladder residual and tensor parallelism in each node.
+
+Command:   sbatch --nodes 8 launch/slurm.sh configs/codellama_34b.py --data.source 'PATH/*.parquet'
+               --data.text-field content --data.tokenizer PATH/tokenizer.json
+Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 6.3 GB of parameters and AdamW state
+Time:      10.6 days = 2.31e22 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+
+Learning rate, warm-up, decay and tokens a step are CodeLlama's (arXiv 2308.12950, section 2), which began with the
+weights of Llama 2 and took 500B tokens; here the run begins with fresh weights and takes 104.9B, as the paper's
+from-scratch runs do. Rotary base and longest context are those of its long-context fine-tuning.
+"""
+from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
+
+config = Config(
+    model=Model(vocab_size=32000, dim=8192, layers=48, heads=64, kv_heads=8, head_dim=128, ffn_dim=22016,
+                max_length=16384, residual="ladder", rope_theta=1_000_000.0),
+    data=Data(source="data/code/**/*.parquet", tokenizer="data/codellama/tokenizer.json", held_out=0.001,
+              cache="data/tokens"),                                 # on a disk that all nodes see
+    mesh=Mesh(data=1, fsdp=8, tensor=8),
+    optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=1000, final_fraction=1 / 30),
+    train=Train(out="runs/codellama_34b", steps=25_000, batch=1024, length=4096,    # 4.19M tokens a step
+                accumulate=32,                                      # 4 sequences a node at a time
+                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+)

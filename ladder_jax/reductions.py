@@ -1,0 +1,192 @@
+"""Ways to sum a partial over the tensor axis, in rounds that other work can run between.
+
+A reduction is a state, a list of rounds and a finish. A round sends something of the state to other shards and merges
+what arrives. XLA starts and ends a send (`ppermute`) apart from each other on TPU, and runs what stands between; the
+program makes sure that something does: `InFlight.behind` ties the merge to a matrix product of the block that runs
+meanwhile, so that the product is computed while the message travels. Shards end with bit-identical sums.
+
+Derivatives do not pass through the rounds: a sum's cotangent is its partials' (see sharding.py), whatever computed it.
+"""
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ladder_jax.sharding import TENSOR, axis_size
+
+
+class Round(NamedTuple):
+    """One exchange: `merge(state, send(state))` is the next state."""
+    send: Callable[[Any], Any]
+    merge: Callable[[Any, Any], Any]
+
+
+def psum(value):
+    """XLA's own all-reduce: one round, in whatever way the compiler thinks best."""
+    return value, [Round(lambda x: lax.psum(x, TENSOR), lambda _, total: total)], lambda total: total
+
+
+def one_shot(value):
+    """Every shard gets all partials and sums them: the lowest latency, n - 1 times the bytes. One rounding."""
+    total = lambda _, parts: jnp.sum(parts, axis=0, dtype=jnp.float32).astype(value.dtype)
+    return value, [Round(lambda x: lax.all_gather(x, TENSOR), total)], lambda total: total
+
+
+def recursive_doubling(value):
+    """log2 n exchanges of the whole message with partners 1, 2, 4, ... apart (Thakur et al. 2005, section 4).
+
+    Where n is no power of two, the shards beyond the largest one first hand over their partials, and get the sum last.
+    """
+    n = axis_size(TENSOR)
+    core = 1 << (n.bit_length() - 1)
+    add = lambda x, other: x + other        # what has no sender arrives as zeros
+    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in _powers(core)]
+    if n > core:
+        fold = [(i, i - core) for i in range(core, n)]
+        take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
+        rounds = [Round(_permute(fold), add), *rounds, Round(_permute([(b, a) for a, b in fold]), take)]
+    return value, rounds, lambda total: total
+
+
+def halving_doubling(value):
+    """Reduce-scatter by recursive halving, then all-gather by doubling: 2 (n - 1) / n of the bytes in 2 log2 n rounds.
+
+    (Rabenseifner 2004.) For a power of two; other sizes go round the ring.
+    """
+    n = axis_size(TENSOR)
+    if n & (n - 1):
+        return ring(value)
+    pieces = _pieces(value, n)                          # [n, c]: piece i ends on shard i
+
+    def scatter(step):
+        def halves(x):                                  # the half that this shard keeps, the half that it sends
+            low, high = jnp.split(x, 2)
+            upper = lax.axis_index(TENSOR) & step != 0
+            return jnp.where(upper, high, low), jnp.where(upper, low, high)
+        send = _permute([(i ^ step, i) for i in range(n)])
+        return Round(lambda x: send(halves(x)[1]), lambda x, other: halves(x)[0] + other)
+
+    def gather(step):
+        def join(x, other):
+            upper = lax.axis_index(TENSOR) & step != 0
+            return jnp.where(upper, jnp.concatenate([other, x]), jnp.concatenate([x, other]))
+        return Round(_permute([(i ^ step, i) for i in range(n)]), join)
+
+    rounds = [scatter(step) for step in reversed(_powers(n))] + [gather(step) for step in _powers(n)]
+    return pieces, rounds, partial(_whole, like=value)
+
+
+def ring(value):
+    """Reduce-scatter and all-gather round a ring, both ways at once: 2 (n - 1) rounds of 1 / n of the bytes."""
+    n = axis_size(TENSOR)
+    pieces = _pieces(value, 2 * n)
+    ways = [(+1, [(i, (i + 1) % n) for i in range(n)]), (-1, [(i, (i - 1) % n) for i in range(n)])]
+
+    def both(step, summing):
+        def send(states):
+            return tuple(_permute(pairs)(_piece(x, (lax.axis_index(TENSOR) - way * step) % n))
+                         for x, (way, pairs) in zip(states, ways))
+
+        def merge(states, others):
+            made = []
+            for x, other, (way, _) in zip(states, others, ways):
+                place = (lax.axis_index(TENSOR) - way * (step + 1)) % n
+                new = _piece(x, place) + other if summing else other
+                made.append(lax.dynamic_update_slice_in_dim(x, new, place, axis=0))
+            return tuple(made)
+        return Round(send, merge)
+
+    # after n - 1 sums, shard i holds the whole sum of piece i + 1 (or i - 1, the other way round)
+    rounds = [both(step, True) for step in range(n - 1)] + [both(step - 1, False) for step in range(n - 1)]
+    return (pieces[:n], pieces[n:]), rounds, lambda states: _whole(jnp.concatenate(states), value)
+
+
+REDUCTIONS = {"psum": psum, "one-shot": one_shot, "recursive-doubling": recursive_doubling,
+              "halving-doubling": halving_doubling, "ring": ring}
+
+
+def _permute(pairs):
+    return lambda x: lax.ppermute(x, TENSOR, pairs)
+
+
+def _powers(n):
+    return [1 << k for k in range(n.bit_length() - 1)]
+
+
+def _piece(pieces, index):
+    return lax.dynamic_slice_in_dim(pieces, index, 1, axis=0)
+
+
+def _pieces(value, count):
+    flat = value.reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
+
+
+def _whole(pieces, like):
+    return pieces.reshape(-1)[:like.size].reshape(like.shape)
+
+
+class InFlight:
+    """A partial on its way to becoming a sum, while the program is traced."""
+
+    def __init__(self, value, reduction):
+        self.partial = value
+        self._state, self._rounds, self._finish = REDUCTIONS[reduction](lax.stop_gradient(value))
+        self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
+        self._arriving = None
+        self._send()
+
+    def _send(self):
+        if self._rounds:
+            self._arriving = self._rounds[0].send(self._state)
+
+    def _merge(self):
+        self._state = self._rounds.pop(0).merge(self._state, self._arriving)
+        self._send()
+
+    def behind(self, product):
+        """Lets a round end once `product`, a matrix product's result, is there. Returns the product."""
+        if self._rounds:
+            self._state, product = lax.optimization_barrier((self._state, product))
+            self._merge()
+        return product
+
+    def wait(self):
+        """The sum."""
+        while self._rounds:
+            self._merge()
+        return _arrived(self.partial, self._finish(self._state)) if axis_size(TENSOR) > 1 else self.partial
+
+    @property
+    def done(self):
+        """Whether no round is left."""
+        return not self._rounds
+
+
+@jax.custom_vjp
+def _arrived(value, total):
+    return total
+
+
+_arrived.defvjp(lambda value, total: (total, None), lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent)))
+
+
+def reduce(value, reduction="psum"):
+    """The sum of a partial over the tensor axis, at once. Any shape; the cotangent passes through."""
+    return InFlight(value, reduction).wait()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def replicate(value, reduction="psum"):
+    """`value`, shared by all tensor shards, made ready for column-parallel work, whose cotangents are partials."""
+    return value
+
+
+def _replicate_backward(reduction, _, cotangent):
+    return (reduce(cotangent, reduction),)
+
+
+replicate.defvjp(lambda value, reduction: (value, None), _replicate_backward)

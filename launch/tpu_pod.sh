@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Trains a recipe on all workers of a TPU pod slice. From the repository, with gcloud logged in:
+#
+#     export TPU=my-slice ZONE=us-east5-a SHARED=/mnt/shared
+#     launch/tpu_pod.sh setup                                           # once, and after every change: copies HEAD
+#     launch/tpu_pod.sh configs/llama3_70b.py [--train.steps 100 ...]   # starts it, or continues it, in the background
+#     launch/tpu_pod.sh log                                             # follows worker 0 (Ctrl-C stops looking only)
+#     launch/tpu_pod.sh stop                                            # saves a checkpoint and exits
+#
+# TPU, ZONE: the slice's name and zone; the product of the recipe's mesh must be its number of chips.
+# SHARED: a folder that every worker has mounted (Filestore, say). `data` and `runs`, which the recipes name, are in it.
+set -euo pipefail
+: "${TPU:?the name of the slice}" "${ZONE:?its zone}" "${SHARED:?a folder that every worker has mounted}"
+
+on() {  # WORKER COMMAND
+    gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker "$1" --command "$2"
+}
+
+case "${1:?setup, log, stop or a recipe, such as configs/llama3_70b.py}" in
+setup)
+    archive=$(mktemp -d)/ladder_jax.tgz
+    git archive --format tar.gz --output "$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone "$ZONE" --worker all
+    # uv brings a Python of its own, since that of the TPU images may be older than 3.11
+    on all "mkdir -p ladder_jax $SHARED/data $SHARED/runs && cd ladder_jax && tar xzf ../ladder_jax.tgz &&
+        ln -sfn $SHARED/data data && ln -sfn $SHARED/runs runs &&
+        python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 .venv &&
+        python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,parquet,plot]'"
+    ;;
+log)
+    on 0 "tail -n 50 -f ladder_jax/train.log"
+    ;;
+stop)
+    on all "pkill -TERM -f '[l]adder-jax train'"
+    ;;
+*)
+    on all "cd ladder_jax && nohup .venv/bin/ladder-jax train $(printf '%q ' "$@")--distributed --resume \
+        </dev/null >train.log 2>&1 & sleep 1"
+    echo "started on all workers of $TPU: follow it with $0 log"
+    ;;
+esac
