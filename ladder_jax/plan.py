@@ -195,7 +195,8 @@ def report(compiled, played):
     total = lambda name: sum(row[name] * row["count"] for row in rows)
     return dict(
         target=request.target.name, workload=request.workload, batch=request.batch, context=request.context,
-        schedule=request.config.model.residual, reduction=request.reduction, layers=request.config.model.layers, collectives=rows,
+        schedule=request.config.model.residual, reduction=request.reduction,
+        layers=request.config.model.layers, collectives=rows,
         totals=dict(step_us=(played.compute + played.stalled) * us, compute_us=played.compute * us,
                     prefetch_us=played.prefetch * us, communication_us=total("communication_us"),
                     hidden_us=total("hidden_us"), exposed_us=played.stalled * us))
@@ -203,8 +204,8 @@ def report(compiled, played):
 
 def table(made):
     """The plan as text."""
-    lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, {made['reduction']}, batch {made['batch']}, "
-             f"context {made['context']}, on {made['target']}",
+    lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, {made['reduction']}, "
+             f"batch {made['batch']}, context {made['context']}, on {made['target']}",
              f"{'collective':34} {'kind':19} {'axis':7} {'bytes':>9} {'x':>5} {'async':5} {'comm us':>8} "
              f"{'window':>8} {'hidden':>8} {'exposed':>8}  where"]
     for row in made["collectives"]:
