@@ -83,13 +83,13 @@ def forward(config, mesh, batch, tokens, context, reduction, unstacked):
     return program, (abstract(mesh, parameters, specs), ids, ids, abstract(mesh, cache, cache_specs))
 
 
-def training(config, mesh, reduction):
+def training(config, mesh):
     """The training step and its arguments."""
     optimizer = train.make_optimizer(config.optimizer, config.train.steps)
     shape = config.train.batch, config.train.length
     kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return train.make_step(config, mesh, optimizer, reduction), (
+    return train.make_step(config, mesh, optimizer), (
         train.abstract_state(config, mesh, optimizer), abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)))
 
 
@@ -100,7 +100,6 @@ class Request(NamedTuple):
     workload: str
     batch: int          # rows (decode, prefill), sequences (train), over all devices
     context: int        # tokens: of the cache (decode), of the prompts (prefill), of a sequence (train)
-    reduction: str = "psum"
     keep: int = 4       # layers compiled, of each kind
 
 
@@ -132,11 +131,11 @@ def build(request):
         config.model, layers=len(stack.counts), residual=stack.notation),
         train=dataclasses.replace(config.train, batch=request.batch, length=request.context, accumulate=1))
     if request.workload == "train":
-        program, arguments = training(short, mesh, request.reduction)
+        program, arguments = training(short, mesh)
     else:
         decode = request.workload == "decode"
         program, arguments = forward(short.model, mesh, request.batch, 1 if decode else request.context,
-                                     request.context, request.reduction, unstacked=decode)
+                                     request.context, config.mesh.reduction, unstacked=decode)
     compiled = program.lower(*arguments).compile(compiler_options=dict(target.options))
     return Compiled(request, mesh, stack, compiled.as_text(), compiled.memory_analysis())
 
@@ -195,7 +194,7 @@ def report(compiled, played):
     total = lambda name: sum(row[name] * row["count"] for row in rows)
     return dict(
         target=request.target.name, workload=request.workload, batch=request.batch, context=request.context,
-        schedule=request.config.model.residual, reduction=request.reduction,
+        schedule=request.config.model.residual, reduction=request.config.mesh.reduction,
         layers=request.config.model.layers, collectives=rows,
         totals=dict(step_us=(played.compute + played.stalled) * us, compute_us=played.compute * us,
                     prefetch_us=played.prefetch * us, communication_us=total("communication_us"),
