@@ -5,40 +5,71 @@ XLA:TPU writes its own estimate of every computation into the schedule, but none
 import math
 from typing import NamedTuple
 
-LAUNCH = 1.5e-6      # seconds from one GPU kernel to the next in a CUDA graph
 SLICES, UPDATES = ("dynamic-slice", "gather", "slice"), ("dynamic-update-slice", "scatter")
+RING = {"all-reduce": 2}       # times round the ring; other collectives: once
 
 
-class Link(NamedTuple):
-    """One direction of one link. TPU: from a chip, along a dimension, up or down. GPU: a device's port, in or out."""
-    device: int
-    dimension: int
-    direction: int
+class Transfer(NamedTuple):
+    """What a collective takes, all its devices at once. Seconds."""
+    latency: float             # however short the message is
+    flow: float                # bytes over bandwidth: so long its links are taken
+    links: frozenset = frozenset()
+
+    @property
+    def seconds(self):
+        return self.latency + self.flow
 
 
 class Network:
-    """How a target's devices are connected. `places`: the coordinates of logical device 0, 1, ... (TPU)."""
+    """How a target's devices are connected.
 
-    def __init__(self, target, places):
-        self.target, self.chip, self.places = target, target.chip, places
-        self.shape = [max(place[d] for place in places) + 1 for d in range(len(places[0]))] if places else []
+    Args:
+      chip: a targets.Chip.
+      places: the coordinates of logical device 0, 1, ... (TPU), or the node of each (GPU).
+      all_reduce: seconds of a GPU's all-reduce of a short message, where another library than NCCL makes it.
+    """
 
-    def permute(self, pairs, size):
-        """(seconds, links) of sending `size` bytes from every source to its target, all at once."""
-        if self.target.platform == "gpu":
-            return self.chip.launch + self.chip.hop_latency + size / self._port(pairs), frozenset([Link(0, 0, 0)])
+    def __init__(self, chip, places, all_reduce=None):
+        self.chip, self.places, self.all_reduce = chip, places, all_reduce
+        self.shape = [max(place[d] for place in places) + 1 for d in range(len(places[0]))] if chip.wrap else []
+
+    def collective(self, kind, groups, size):
+        """The `Transfer` of a collective of XLA's own.
+
+        Args:
+          kind: XLA's opcode.
+          groups: of logical devices, or (source, target) pairs for a collective-permute.
+          size: bytes of the whole message on one device (all-gather: of the result).
+        """
+        if kind != "collective-permute" and len(groups[0]) == 1:
+            return Transfer(0.0, 0.0)
+        return (self._tpu if self.chip.wrap else self._gpu)(kind, groups, size)
+
+    # TPU: links to neighbours
+
+    def _tpu(self, kind, groups, size):
+        chip = self.chip
+        if kind == "collective-permute":
+            hops, load = self._load(groups)
+            return Transfer(chip.launch + hops * chip.hop_latency,
+                            max(load.values(), default=0) * size / chip.link_bandwidth, frozenset(load))
+        # A ring through the group's chips, both directions at once, each with half the bytes: XLA:TPU's StrategyRing.
+        n = len(groups[0])
+        ring = [(group[i], group[(i + 1) % n]) for group in groups for i in range(n)]
+        links = self._load(ring)[1].keys() | self._load([(b, a) for a, b in ring])[1].keys()
+        steps = RING.get(kind, 1) * (n - 1)
+        return Transfer(chip.launch + steps * chip.hop_latency, steps * size / n / 2 / chip.link_bandwidth,
+                        frozenset(links))
+
+    def _load(self, pairs):
+        """(longest path, messages by link) of messages from every source to its target."""
         load, hops = {}, 0
         for source, target in pairs:
             path = list(self._route(source, target))
             hops = max(hops, len(path))
             for link in path:
                 load[link] = load.get(link, 0) + 1
-        worst = max(load.values(), default=0)
-        seconds = self.chip.launch + hops * self.chip.hop_latency + worst * size / self.chip.link_bandwidth
-        return seconds, frozenset(load)
-
-    def _port(self, pairs):
-        return self.chip.link_bandwidth
+        return hops, load
 
     def _route(self, source, target):
         """The links from one device to another: dimension by dimension, the shorter way around where there is one."""
@@ -52,29 +83,22 @@ class Network:
                 yield (*here, d, step)
                 here[d] = (here[d] + step) % side
 
-    def collective(self, kind, groups, size):
-        """(seconds, links) of a collective of XLA's own.
+    # GPU: a switch in the node, a network between nodes; one collective at a time
 
-        Args:
-          kind: XLA's opcode.
-          groups: of logical devices, or pairs for a collective-permute.
-          size: bytes of the whole message on one device (all-gather: of the result).
-        """
-        if kind == "collective-permute":
-            return self.permute(groups, size)
-        n = len(groups[0])
-        rounds = {"all-reduce": 2}.get(kind, 1)
-        if n == 1:
-            return 0.0, frozenset()
-        if self.target.platform == "gpu":
-            latency = 12e-6 * rounds
-            return latency + rounds * size * (n - 1) / n / self.chip.link_bandwidth, frozenset([Link(0, 0, 0)])
-        # A ring through the group's chips, both directions at once, each with half the bytes: XLA:TPU's StrategyRing.
-        ring = [(group[i], group[(i + 1) % n]) for group in groups for i in range(n)]
-        _, links = self.permute(ring, 0)
-        steps = rounds * (n - 1)
-        seconds = self.chip.launch + steps * (self.chip.hop_latency + size / n / 2 / self.chip.link_bandwidth)
-        return seconds, links | self.permute([(b, a) for a, b in ring], 0)[1]
+    def _gpu(self, kind, groups, size):
+        chip, permute = self.chip, kind == "collective-permute"
+        devices = sorted({device for group in groups for device in group}) if permute else groups[0]
+        far = len({self.places[device] for device in devices}) > 1
+        flow = size / (chip.far_bandwidth if far else chip.link_bandwidth)
+        if permute:
+            latency, flow = chip.launch + chip.hop_latency, flow / 2
+        elif kind == "all-reduce" and self.all_reduce and not far:
+            latency = self.all_reduce
+        else:
+            near = min(len(devices), sum(self.places[device] == self.places[devices[0]] for device in devices))
+            share = RING.get(kind, 1) / 2
+            latency, flow = share * (chip.launch + (near - 1) * chip.hop_latency), share * flow
+        return Transfer(0.0, latency + far * chip.far_latency + flow, frozenset(["network"]))
 
 
 def traffic(module, instruction, body):

@@ -7,19 +7,17 @@ import dataclasses
 import functools
 import json
 import re
-import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from ladder_jax import choice, cost, hlo, model, schedule, sharding, targets, timeline, train
 from ladder_jax import config as configuration
-from ladder_jax import cost, hlo, model, reductions, schedule, sharding, targets, timeline, train
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import repeats
-
-WORKLOADS = ("decode", "prefill", "train")
 
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
@@ -61,7 +59,10 @@ def abstract(mesh, tree, specs):
 
 
 def forward(config, mesh, batch, tokens, context, reduction, unstacked):
-    """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments."""
+    """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments.
+
+    Parameters are in the compute dtype: nothing but training needs more.
+    """
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
     parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
@@ -95,6 +96,7 @@ def training(config, mesh):
 
 class Request(NamedTuple):
     """What to plan."""
+    recipe: str
     config: configuration.Config
     target: targets.Target
     workload: str
@@ -109,7 +111,9 @@ class Compiled(NamedTuple):
     mesh: jax.sharding.Mesh
     stack: Stack
     text: str
-    memory: object      # XLA's memory analysis
+    weights: float      # bytes on a device, of the whole model: parameters and, in training, the optimizer's state
+    kv: float           # of the cache
+    temporary: float    # of everything else, while the program runs
 
 
 def place(config, devices, workload):
@@ -121,135 +125,228 @@ def place(config, devices, workload):
     return sharding.make_mesh(config, devices)
 
 
+def program(request, mesh, layers=None, notation=None):
+    """The program that `request` asks for and its arguments; with another number of layers, of another schedule."""
+    config = request.config
+    made = dataclasses.replace(config.model, layers=layers or config.model.layers,
+                               residual=notation or config.model.residual)
+    config = dataclasses.replace(config, model=made, train=dataclasses.replace(
+        config.train, batch=request.batch, length=request.context, accumulate=1))
+    if request.workload == "train":
+        return training(config, mesh)
+    decode = request.workload == "decode"
+    return forward(made, mesh, request.batch, 1 if decode else request.context, request.context,
+                   choice.reduction_for(config, mesh), unstacked=decode)
+
+
 def build(request):
     """Compiles the program that `request` asks for. Raises ConfigError where it does not fit together."""
     config, target = request.config, request.target
     mesh = place(config.mesh, target.devices(), request.workload)
     sharding.check(config.model, mesh, request.batch)
     stack = shorten(config.model.residual, config.model.layers, request.keep)
-    short = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, layers=len(stack.counts), residual=stack.notation),
-        train=dataclasses.replace(config.train, batch=request.batch, length=request.context, accumulate=1))
-    if request.workload == "train":
-        program, arguments = training(short, mesh)
-    else:
-        decode = request.workload == "decode"
-        program, arguments = forward(short.model, mesh, request.batch, 1 if decode else request.context,
-                                     request.context, config.mesh.reduction, unstacked=decode)
-    compiled = program.lower(*arguments).compile(compiler_options=dict(target.options))
-    return Compiled(request, mesh, stack, compiled.as_text(), compiled.memory_analysis())
+    short, arguments = program(request, mesh, len(stack.counts), stack.notation)
+    try:
+        compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"batch={request.batch}, context={request.context}: even {len(stack.counts)} layers do not "
+                          f"fit into {target.name}: {str(error).splitlines()[0][:200]}") from None
+    text = compiled.as_text()
+    weights, *others = program(request, mesh)[1]
+    return Compiled(request, mesh, stack, text, share(weights), 0 if request.workload == "train" else share(others[-1]),
+                    compiled.memory_analysis().temp_size_in_bytes + growth(hlo.parse(text), stack, arguments))
+
+
+def share(tree):
+    """Bytes of a tree of shaped, sharded arrays on each device."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def growth(module, stack, arguments):
+    """Bytes of temporaries that the deep model has more than the short: what a scan keeps of every layer."""
+    given = sorted(x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(arguments))
+    more = 0.0
+    for body in module.computations.values():
+        for loop in (instruction for instruction in body.values() if instruction.opcode == "while"):
+            deep, trips, left = trips_of(stack, loop), loop.trips or 1, list(given)
+            kept = 0
+            for array in loop.outputs:
+                if array.dims in left:
+                    left.remove(array.dims)
+                elif array.dims[:1] == (trips,) and array.space == 0:
+                    kept += array.bytes
+            more = max(more, kept * (deep / trips - 1))
+    return more
+
+
+def trips_of(stack, loop):
+    """How often a scan of layers runs in the deep model; any other loop, as often as XLA knows."""
+    return next((deep for scope, deep in stack.trips if scope in loop.scope), loop.trips or 1)
 
 
 # ---------------------------------------------------------------- reading it back
 
-def read(compiled):
-    """The `timeline.Timeline` of a compiled program."""
+def read(compiled, all_reduce=None):
+    """The `timeline.Timeline` of a compiled program; `all_reduce`: see cost.Network."""
     module = hlo.parse(compiled.text)
-    request, stack = compiled.request, compiled.stack
-    chip = request.target.chip
-    devices = list(compiled.mesh.devices.flat)
-    tpu = request.target.platform == "tpu"
-    network = cost.Network(request.target, [tuple(d.coords) for d in devices] if tpu else None)
+    stack, chip = compiled.stack, compiled.request.target.chip
+    network = choice.network_of(list(compiled.mesh.devices.flat), all_reduce)
 
     def seconds(instruction, body):
         if instruction.opcode in timeline.FREE:
             return 0.0
         moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
-        if tpu:
+        if chip.clock:
             return instruction.cycles / chip.clock if instruction.cycles else moved
-        return cost.LAUNCH + max(cost.flops(module, instruction, body) / chip.flops, moved)
+        return chip.kernel + max(cost.flops(module, instruction, body) / chip.flops, moved / chip.reached)
 
     def count(scope):
         found = re.search(r"\blayer(\d+)\b", scope)
         return stack.counts[int(found[1])] if found else 1.0
 
-    def trips(loop, known):
-        return next((deep for scope, deep in stack.trips if scope in loop.scope), known)
-
-    return timeline.play(module, seconds, lambda size: size / chip.hbm_bandwidth, network.collective, count, trips)
+    return timeline.play(module, seconds, lambda size: size / chip.hbm_bandwidth, network.collective, count,
+                         lambda loop: trips_of(stack, loop))
 
 
 def axis(groups, mesh):
     """The mesh axes ("tensor", "data,fsdp", ...) that a collective's devices differ in."""
-    sizes = tuple(mesh.shape.values())
     varying = set()
     for group in groups:
-        places = [jnp.unravel_index(device, sizes) for device in group]
-        varying |= {name for d, name in enumerate(mesh.shape) if len({int(place[d]) for place in places}) > 1}
+        for name, places in zip(mesh.shape, np.unravel_index(group, tuple(mesh.shape.values()))):
+            varying |= {name} if len(set(places.tolist())) > 1 else set()
     return ",".join(name for name in mesh.shape if name in varying) or "none"
 
 
-def report(compiled, played):
-    """The plan as plain values, ready for JSON."""
-    request = compiled.request
-    us = 1e6
-    rows, cached = [], {}
+def block_of(scope):
+    """(pass, layer, block) that an instruction belongs to, by its scope: ("forward", "layer3", "mlp"), or what runs
+    outside of the stack: ("forward", "", "last")."""
+    layer = re.search(r"\blayers?\d+(?:to\d+)?\b", scope)
+    part = re.findall(r"\b(attention\+mlp|attention|mlp|embedding|last)\b", scope)
+    return "backward" if "transpose(" in scope else "forward", layer[0] if layer else "", part[0] if part else ""
+
+
+def unavoidable(compiled, played):
+    """Seconds of tensor-axis communication that no order of the program's instructions hides.
+
+    A reduction may run behind the compute of the block in whose scope it stands, if that block has a delay: at least
+    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full.
+    """
+    layers = schedule.parse(compiled.stack.notation, len(compiled.stack.counts)).layers
+    taken, compute = {}, {}
     for c in played.collectives:
-        key = str(c.groups)
-        cached[key] = cached.get(key) or axis(c.groups, compiled.mesh)
-        rows.append(dict(name=c.name, kind=c.kind, axis=cached[key], scope=c.scope, bytes=c.bytes, arrays=c.arrays,
-                         count=round(c.count, 3), asynchronous=c.asynchronous,
-                         communication_us=c.seconds * us, window_compute_us=c.window * us,
-                         hidden_us=c.hidden * us, exposed_us=c.exposed * us))
+        if "tensor" in axis(c.groups, compiled.mesh):
+            key = block_of(c.scope)
+            taken[key] = taken.get(key, 0.0) + c.seconds * c.count
+    for span in played.spans:
+        key = block_of(span.scope)
+        compute[key] = compute.get(key, 0.0) + (span.end - span.start) * span.count
+    total = 0.0
+    for (direction, layer, part), seconds in taken.items():
+        blocks = layers[int(re.search(r"\d+", layer)[0])] if layer else ()
+        delayed = any(block.delay for block in blocks if "+".join(block.parts) == part)
+        total += max(0.0, seconds - (compute.get((direction, layer, part), 0.0) if delayed else 0.0))
+    return total
+
+
+def report(compiled, played):
+    """The plan as plain values, ready for JSON. A collective counts `count` times: as often as it runs in a step."""
+    request, chip = compiled.request, compiled.request.target.chip
+    us = 1e6
+    rows = [dict(name=c.name, kind=c.kind, axis=axis(c.groups, compiled.mesh), bytes=c.bytes,
+                 asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
+                 hidden_us=c.hidden * us, exposed_us=c.exposed * us, last_of_stack=block_of(c.scope)[1:] == ("", "last"),
+                 count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block_of(c.scope))))
+            for c in played.collectives if len(c.groups[0]) > 1]
     total = lambda name: sum(row[name] * row["count"] for row in rows)
+    needed = compiled.weights + compiled.kv + compiled.temporary
+    flops = roofline(compiled)
     return dict(
-        target=request.target.name, workload=request.workload, batch=request.batch, context=request.context,
-        schedule=request.config.model.residual, reduction=request.config.mesh.reduction,
+        target=request.target.name, recipe=request.recipe, workload=request.workload, batch=request.batch,
+        context=request.context, schedule=request.config.model.residual, reduction=reduction_of(compiled),
         layers=request.config.model.layers, collectives=rows,
         totals=dict(step_us=(played.compute + played.stalled) * us, compute_us=played.compute * us,
-                    prefetch_us=played.prefetch * us, communication_us=total("communication_us"),
-                    hidden_us=total("hidden_us"), exposed_us=played.stalled * us))
+                    communication_us=total("communication_us"), hidden_us=total("hidden_us"),
+                    exposed_us=played.stalled * us, unavoidable_us=unavoidable(compiled, played) * us,
+                    prefetch_us=played.prefetch * us, roofline_us=flops * us),
+        memory=dict(weights_bytes=compiled.weights, kv_bytes=compiled.kv, temporary_bytes=int(compiled.temporary),
+                    capacity_bytes=int(chip.hbm_bytes), fits=needed <= chip.hbm_bytes))
+
+
+def roofline(compiled):
+    """Seconds that a step takes at least on a device: its FLOPs at peak or its weights and cache once through HBM."""
+    request, chip = compiled.request, compiled.request.target.chip
+    config = request.config.model
+    train_, decode = request.workload == "train", request.workload == "decode"
+    width = config.heads * config.head_dim
+    block = config.dim * (2 * width + 2 * config.kv_heads * config.head_dim + 3 * config.ffn_dim)
+    tokens = request.batch * (1 if decode else request.context)
+    seen = request.context if decode else request.context / 2
+    attention = config.layers * 4 * width * seen
+    heads = tokens if train_ else request.batch
+    flops = tokens * (2 * config.layers * block + attention) + heads * 2 * config.dim * config.vocab_size
+    return max((3 if train_ else 1) * flops / compiled.mesh.size / chip.flops,
+               (compiled.weights + (compiled.kv if decode else 0)) / chip.hbm_bandwidth)
+
+
+def reduction_of(compiled):
+    """The name of the reduction of a block's partial; of what "auto" has chosen, where it was asked to."""
+    request, mesh = compiled.request, compiled.mesh
+    reduction = choice.reduction_for(request.config, mesh)
+    rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
+    tokens = 1 if request.workload == "decode" else request.context
+    dtype = jnp.dtype(request.config.model.dtype)
+    message = jax.ShapeDtypeStruct((rows, tokens, request.config.model.dim), dtype)
+    return reduction(message) if callable(reduction) else reduction
 
 
 def table(made):
     """The plan as text."""
     lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, {made['reduction']}, "
              f"batch {made['batch']}, context {made['context']}, on {made['target']}",
-             f"{'collective':34} {'kind':19} {'axis':7} {'bytes':>9} {'x':>5} {'async':5} {'comm us':>8} "
-             f"{'window':>8} {'hidden':>8} {'exposed':>8}  where"]
+             f"{'collective':34} {'kind':19} {'axis':7} {'bytes':>9} {'x':>5} {'async':5} {'us':>8} {'window':>8} "
+             f"{'hidden':>8} {'exposed':>8}  where"]
     for row in made["collectives"]:
-        where = "/".join(part for part in row["scope"].split("/")[1:-1] if part != "shard_map")
         lines.append(f"{row['name'][-34:]:34} {row['kind']:19} {row['axis']:7} {row['bytes']:9} {row['count']:5g} "
                      f"{'yes' if row['asynchronous'] else 'no':5} {row['communication_us']:8.1f} "
-                     f"{row['window_compute_us']:8.1f} {row['hidden_us']:8.1f} {row['exposed_us']:8.1f}  {where}"
-                     + (f"  merged of {row['arrays']}" if row["arrays"] > 1 else ""))
-    totals = made["totals"]
-    lines.append("  ".join(f"{name.removesuffix('_us')} {value:,.1f}" for name, value in totals.items()) + "  (us)")
+                     f"{row['window_compute_us']:8.1f} {row['hidden_us']:8.1f} {row['exposed_us']:8.1f}  {row['block']}"
+                     + (f", {row['merged']} merged" if row["merged"] > 1 else ""))
+    lines.append(", ".join(f"{name.removesuffix('_us')} {value:,.1f}" for name, value in made["totals"].items())
+                 + " (us a step)")
+    memory = made["memory"]
+    lines.append(", ".join(f"{name.removesuffix('_bytes')} {value / 1e9:.2f}" for name, value in memory.items()
+                           if name != "fits") + " (GB a device): " + ("fits" if memory["fits"] else "does not fit"))
     return "\n".join(lines)
 
 
-def main(arguments):
-    """`python -m ladder_jax.plan RECIPE ...`, see ladder-jax plan --help."""
-    import argparse
+# ---------------------------------------------------------------- the command
 
-    from ladder_jax.cli import recipe
-    parser = argparse.ArgumentParser("ladder-jax plan")
-    parser.add_argument("recipe")
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--workload", default="decode", choices=WORKLOADS)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--schedule")
-    parser.add_argument("--reduction", default="psum", choices=reductions.REDUCTIONS)
-    parser.add_argument("--tensor", type=int)
-    parser.add_argument("--keep", type=int, default=4)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--hlo")
-    chosen = parser.parse_args(arguments)
-    config = recipe(chosen.recipe)
-    if chosen.schedule:
+def request(config, chosen):
+    """The `Request` of a recipe's config and the command's arguments (cli.PlanArguments)."""
+    for name in ("batch", "context"):
+        if getattr(chosen, name) < 1:
+            raise ConfigError(f"{name}={getattr(chosen, name)} is not accepted: it must be 1 or more")
+    mesh = configuration.Mesh(data=-1, tensor=chosen.tensor) if chosen.tensor is not None else config.mesh
+    config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, reduction=chosen.reduction))
+    if chosen.schedule is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=chosen.schedule))
-    if chosen.tensor:
-        config = dataclasses.replace(config, mesh=configuration.Mesh(data=1, fsdp=1, tensor=chosen.tensor))
-    compiled = build(Request(config, targets.parse(chosen.target), chosen.workload, chosen.batch, chosen.context,
-                             chosen.reduction, chosen.keep))
+    return Request(chosen.recipe, config, targets.parse(chosen.target), chosen.workload, chosen.batch, chosen.context)
+
+
+def run(config, chosen):
+    """What the command prints; writes the files that it is asked for."""
+    asked = request(config, chosen)
+    if chosen.compare:
+        from ladder_jax import compare
+        return compare.run(asked, chosen)
+    compiled = build(asked)
     if chosen.hlo:
         with open(chosen.hlo, "w") as file:
             file.write(compiled.text)
-    made = report(compiled, read(compiled))
-    print(json.dumps(made) if chosen.json else table(made))
-
-
-if __name__ == "__main__":
-    targets.quiet()
-    main(sys.argv[1:])
+    played = read(compiled)
+    if chosen.plot:
+        from ladder_jax import lanes
+        lanes.draw(chosen.plot, [(asked.config.model.residual, played)])
+    made = report(compiled, played)
+    return json.dumps(made) if chosen.json else table(made)

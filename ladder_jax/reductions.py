@@ -154,11 +154,15 @@ def _whole(pieces, like):
 
 
 class InFlight:
-    """A partial on its way to becoming a sum, while the program is traced."""
+    """A partial on its way to becoming a sum, while the program is traced.
+
+    `reduction` is a name in REDUCTIONS, or a function of the partial that gives one.
+    """
 
     def __init__(self, value, reduction):
         self.partial = value
-        self._state, self._rounds, self._finish = REDUCTIONS[reduction](lax.stop_gradient(value))
+        name = reduction(value) if callable(reduction) else reduction       # see choice.py
+        self._state, self._rounds, self._finish = REDUCTIONS[name](lax.stop_gradient(value))
         self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
         self._arriving = None
         self._send()

@@ -84,10 +84,11 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
     """
     shared = lambda value: replicate(value, reduction)
     stream = Stream(None, (), embedded_BTD)
-    if schedule.local:
-        stream = Stream(shared(reduce(embedded_BTD, reduction)))
-    elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
-        stream = Stream(reduce(embedded_BTD, reduction))
+    with jax.named_scope("embedding"):
+        if schedule.local:
+            stream = Stream(shared(reduce(embedded_BTD, reduction)))
+        elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
+            stream = Stream(reduce(embedded_BTD, reduction))
 
     def run_layer(stream, layer, blocks):
         outputs = []
@@ -136,8 +137,9 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
 
-    x_BTD, _ = stream.read(0, reduction)
-    return (x_BTD if schedule.local else shared(x_BTD)), outputs
+    with jax.named_scope("last"):
+        x_BTD, _ = stream.read(0, reduction)
+        return (x_BTD if schedule.local else shared(x_BTD)), outputs
 
 
 def _write_local(total, partial, reduced, reduction):

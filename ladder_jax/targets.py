@@ -2,9 +2,11 @@
 
 Names: TPU slices as jax names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as h100:NODESxGPUS (h100:1x8).
 """
+import contextlib
 import importlib.util
 import math
 import os
+import sys
 from typing import NamedTuple
 
 from ladder_jax.config import ConfigError
@@ -17,23 +19,28 @@ class Chip(NamedTuple):
     flops: float             # peak dense bfloat16 FLOP/s
     hbm_bandwidth: float
     hbm_bytes: float         # capacity
-    link_bandwidth: float    # of one link to a neighbour (TPU), or of all links into the switch together (GPU)
+    link_bandwidth: float    # of one link to a neighbour (TPU); message over time of a long all-reduce in a node (GPU)
     hop_latency: float       # seconds that a message takes for one hop, however short it is
-    launch: float            # seconds from issuing a collective, alone, to its first byte leaving, both ends included
-    clock: float = 0.0       # Hz: the unit of XLA:TPU's estimated_cycles; 0: the schedule has no cycles
-    wrap: int = 0            # length of a torus dimension from which on a slice has links around its ends (TPU)
+    launch: float            # seconds that a collective takes beside its hops and its bytes
+    clock: float = 0.0       # TPU: Hz, the unit of XLA:TPU's estimated_cycles
+    wrap: int = 0            # TPU: length of a torus dimension from which on a slice has links around its ends
+    far_bandwidth: float = 0.0     # GPU: as link_bandwidth, between nodes
+    far_latency: float = 0.0       # GPU: seconds more than in a node
+    kernel: float = 0.0            # GPU: seconds that a kernel takes beside its bytes and its FLOPs
+    reached: float = 1.0           # GPU: share of the HBM bandwidth that kernels reach
 
 
 # Sources. FLOP/s, HBM, ICI: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "bidirectional ICI bandwidth per chip" over
 # 4 links (v5e, v6e) or 6 (v5p, TPU7x), of which 90% is reached: jax-ml.github.io/scaling-book/tpus, table of links,
 # which also has the latency of about a microsecond a hop. Clocks: peak FLOP/s over FLOPs per cycle of the matrix units
-# (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3, NVLink 4: 900 GB/s both ways together).
+# (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3); its other numbers: see calibrate.py.
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16),
     "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16),
     "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4),
     "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4),
-    "h100": Chip(989e12, 3350e9, 80e9, 450e9, 1e-6, 3e-6),
+    "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=2e-6,
+                 reached=0.85),
 }
 
 # GpuTargetConfigProto of an H100 80GB SXM5: what XLA:GPU asks the driver where there is one.
@@ -98,6 +105,12 @@ class Target(NamedTuple):
                               f"{str(error).splitlines()[0]}") from None
 
 
+def kind_of(device):
+    """The name in CHIPS of a jax device, or None."""
+    known = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v6": "v6e", "tpu v5": "v5p", "tpu7x": "tpu7x", "h100": "h100"}
+    return next((kind for name, kind in known.items() if name in device.device_kind.lower()), None)
+
+
 def parse(name):
     """The `Target` of a name."""
     kind, _, shape = name.partition(":")
@@ -120,9 +133,22 @@ def _ready(platform):
         raise ConfigError(f"planning for this target takes XLA's {platform.upper()} compiler: {INSTALL} installs it")
 
 
-def quiet():
+def prepare():
     """Before JAX starts: run on the CPU, and let libtpu load on a machine without TPUs, without asking for them."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@contextlib.contextmanager
+def silence():
+    """Drops what the compilers log: warnings, from C++, of the chips that they do not find."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

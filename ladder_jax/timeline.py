@@ -2,7 +2,8 @@
 
 A device issues the instructions of its program one after another. A synchronous collective stops it until it has ended;
 an asynchronous one occupies links, in the order in which such collectives are started, while the instructions between
-its start and its done are computed; its done waits for what is left. Two collectives that share a link take turns.
+its start and its done are computed; its done waits for what is left. Two that share a link send one after the other,
+the second's latency behind the first's bytes.
 
   window     what is computed between a collective's start and its done
   exposed    the part of a collective's transfer during which the device waits
@@ -33,7 +34,6 @@ class Collective:
     arrays: int                   # how many results it has: more than one where XLA merged several into it
     asynchronous: bool
     seconds: float
-    links: frozenset
     count: float = 1.0            # executions that it stands for
     window: float = 0.0
     exposed: float = 0.0
@@ -64,16 +64,16 @@ class Timeline:
     prefetch: float = 0.0         # seconds waiting for prefetched weights
 
 
-def play(module, seconds, hbm_seconds, collective, count=lambda scope: 1.0, trips=lambda loop, known: known):
+def play(module, seconds, hbm_seconds, collective, count=lambda scope: 1.0, trips=lambda loop: loop.trips or 1):
     """The `Timeline` of a scheduled module.
 
     Args:
       module: an hlo.Module.
       seconds: (instruction, computation's instructions) -> how long it computes.
       hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
-      collective: (kind, groups, bytes) -> (seconds, links).
+      collective: (kind, groups, bytes) -> cost.Transfer.
       count: how many executions an instruction stands for, by its scope.
-      trips: (while instruction, XLA's trip count) -> the trips that it stands for.
+      trips: a while instruction -> the trips that it stands for.
     """
     return _Player(module, seconds, hbm_seconds, collective, count, trips).run()
 
@@ -103,9 +103,7 @@ class _Player:
     def step(self, instruction, body):
         opcode = instruction.opcode
         if opcode == "while":
-            known = instruction.trips or 1
-            outer = self.weight
-            self.computation(instruction.named("body"), outer * self.trips(instruction, known))
+            self.computation(instruction.named("body"), self.weight * self.trips(instruction))
         elif opcode in ("call", "async-start") and not self.module.collective(instruction, None):
             self.computation(instruction.named("to_apply") or instruction.named("calls"), self.weight)
         elif opcode == "conditional":
@@ -174,12 +172,12 @@ class _Player:
             size *= len(groups[0])
         paired = inner.opcode.endswith("-start") or instruction.opcode in ("async-start", "fusion")
         asynchronous = paired and '"is_sync":true' not in instruction.text
-        seconds, links = self.cost(kind, groups, size)
-        made = Collective(instruction.name, kind, self.scope, size, groups, len(inner.operands), asynchronous, seconds,
-                          links, self.weight)
-        made.start = max([self.now, *(self.free.get(link, 0.0) for link in links)])
-        made.end = made.start + seconds
-        self.free |= dict.fromkeys(links, made.end)
+        transfer = self.cost(kind, groups, size)
+        made = Collective(instruction.name, kind, self.scope, size, groups, len(inner.operands), asynchronous,
+                          transfer.seconds, self.weight)
+        made.start = max([self.now, *(self.free.get(link, 0.0) for link in transfer.links)])
+        made.end = made.start + transfer.seconds
+        self.free |= dict.fromkeys(transfer.links, made.start + transfer.flow)
         self.timeline.collectives.append(made)
         self.flying[instruction.name] = made, self.busy
         if not asynchronous:
