@@ -187,7 +187,7 @@ class Train(_Section):
     batch: int = 8                   # sequences a step, over all devices
     length: int = 256                # tokens a sequence
     accumulate: int = 1              # parts that a step's batch is computed in, one after another
-    remat: Literal["none", "dots", "reductions", "full"] = "none"   # see model.REMAT
+    remat: Literal["none", "products", "reductions", "full"] = "none"   # see model.REMAT
     loss_chunk: int = 0              # tokens whose logits exist at once on a device; 0: all of them
     seed: int = 0
     log_every: int = 10

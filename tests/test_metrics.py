@@ -33,14 +33,13 @@ def test_rows_are_there_at_once_and_those_of_a_lost_past_are_dropped(tmp_path):
 
 def test_a_row_that_does_not_fit_is_an_error_that_names_the_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Metrics(tmp_path) as metrics:
-        metrics.write(1, loss=1.0)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
-        try:
-            with pytest.raises(OSError, match="metrics.jsonl could not be written: File too large"):
-                metrics.write(2, loss=1.0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(OSError, match="metrics.jsonl could not be written: File too large"), Metrics(tmp_path) as m:
+            m.write(1, loss=1.0)
+            m.write(2, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read(tmp_path / "metrics.jsonl") == [dict(step=1, loss=1.0)]
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file/metrics.jsonl could not be written: Not a directory"):

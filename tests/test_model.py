@@ -1,5 +1,6 @@
 """The model on every mesh and schedule is the plain reference, gradients included; what it communicates is counted."""
 import collections
+import contextlib
 import functools
 import math
 from unittest import mock
@@ -142,7 +143,7 @@ def test_the_batch_has_what_can_go_wrong():
 
 
 @pytest.mark.parametrize("options", [
-    dict(remat="dots", chunk=5), dict(remat="reductions", chunk=16, reduction="recursive-doubling"),
+    dict(remat="products", chunk=5), dict(remat="reductions", chunk=16, reduction="recursive-doubling"),
     dict(remat="full", chunk=100), dict(unrolled=True),
 ], ids=lambda options: "-".join(map(str, options.values())))
 def test_remat_chunks_and_unrolling_change_nothing(options):
@@ -305,16 +306,17 @@ def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
     assert kinds.total() >= 3 * 10
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "desync:3"])
-def test_no_partial_reaches_the_loss(name):
-    """JAX's own types of the unrolled forward pass: the loss is proven the same on every tensor shard."""
-    cfg = settings(name)
-    specs = sharding.parameter_specs(abstract(cfg))
-    local = lambda m, batch: lax.psum(model.loss(m, cfg, batch), sharding.BATCH)
-    run = jax.shard_map(local, mesh=make_mesh((2, 2, 2)), in_specs=(specs, BATCH_SPECS),
-                        out_specs=sharding.REPLICATED, check_vma=True)
-    with mock.patch.object(residual, "run", run_unrolled):
-        jax.eval_shape(run, abstract(cfg), BATCH)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "desync:3"] + ["upper-bound"])
+def test_no_partial_is_left_in_the_final_stream(name):
+    """JAX's own types of the unrolled forward pass: the stream is proven the same on every tensor shard."""
+    cfg = settings(name, layers=2 if name == "upper-bound" else None)
+    sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
+    run = jax.shard_map(lambda m, *sequence: model.hidden(m, cfg, *sequence)[0], mesh=make_mesh((2, 2, 2)),
+                        in_specs=(sharding.parameter_specs(abstract(cfg)), *[sharding.TOKENS] * 3),
+                        out_specs=sharding.TOKENS, check_vma=True)
+    refused = pytest.raises(ValueError, match="tensor") if name == "upper-bound" else contextlib.nullcontext()
+    with mock.patch.object(residual, "run", run_unrolled), refused:
+        jax.eval_shape(run, abstract(cfg), *sequence)
 
 
 # ---------------------------------------------------------------- the mesh and the specs

@@ -94,7 +94,7 @@ def test_published_schedules_are_few_scans(notation, layers, runs):
 
 # ---------------------------------------------------------------- the definition
 
-BLOCKS = 12     # the widest toy model
+BLOCKS = 10     # the widest toy model
 
 class Doubled:
     """A reduction that arrives as twice the partial."""
@@ -147,7 +147,7 @@ def assert_definition(made):
 
 @st.composite
 def delay_lists(draw):
-    """Delays of up to 6 layers: stretches that repeat a pattern of one or two layers, as the scans take them."""
+    """Delays of up to 5 layers: stretches that repeat a pattern of one or two layers, as the scans take them."""
     wanted = []
     while len(wanted) < BLOCKS and (not wanted or draw(st.booleans())):
         period = 2 * draw(st.integers(1, 2))
@@ -160,7 +160,7 @@ def delay_lists(draw):
 
 @example([0, 1, 2, 3, 2, 3, 2, 3])      # a scan that starts with fewer pending than it carries
 @example([3, 3, 3, 3, 0, 0, 0, 0])      # and with more
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(delay_lists())
 def test_every_block_reads_what_its_delay_says(values):
     assert_definition(parse("delays:" + ",".join(map(str, values)), len(values) // 2))
