@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import cost, schedule, targets
-from ladder_jax.reductions import REDUCTIONS
+from ladder_jax.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
-HOOKS = 3       # matrix products of a block that a round can end behind (model.py); XLA:TPU may find a place for one more
 KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather",
          "ppermute": "collective-permute"}
 
@@ -66,7 +65,7 @@ def choose(network, groups, size, hides):
 
     def cost_of(name):
         taken = seconds(name, network, groups, size)
-        return sum(taken) + (sum(taken[HOOKS:]) if hides else 0.0)
+        return sum(taken) + (sum(taken[PRODUCTS:]) if hides else 0.0)
     hidden = [name for name in REDUCTIONS if not (tpu and hides and name in ("psum", "one-shot"))]
     return min(hidden, key=cost_of)
 

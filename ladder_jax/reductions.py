@@ -18,6 +18,9 @@ from jax import lax
 from ladder_jax.sharding import TENSOR, axis_size
 
 
+PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
+
+
 class Round(NamedTuple):
     """One exchange: `merge(state, send(state))` is the next state."""
     send: Callable[[Any], Any]
@@ -164,7 +167,7 @@ class InFlight:
         name = reduction(value) if callable(reduction) else reduction       # see choice.py
         self._state, self._rounds, self._finish = REDUCTIONS[name](lax.stop_gradient(value))
         self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
-        self._arriving = None
+        self._arriving, self._products = None, 0
         self._send()
 
     def _send(self):
@@ -176,9 +179,14 @@ class InFlight:
         self._send()
 
     def behind(self, product):
-        """Lets a round end once `product`, a matrix product's result, is there. Returns the product."""
-        if self._rounds:
-            self._state, product = lax.optimization_barrier((self._state, product))
+        """Lets a round end once `product`, a matrix product's result, is there. Returns the product.
+
+        Where there are fewer rounds than products, the last products end them.
+        """
+        self._products += 1
+        if self._rounds and len(self._rounds) > PRODUCTS - self._products:
+            tied = (self._state, self._arriving, product)
+            self._state, self._arriving, product = lax.optimization_barrier(tied)
             self._merge()
         return product
 
