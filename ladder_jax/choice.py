@@ -12,6 +12,10 @@ from ladder_jax import cost, schedule, targets
 from ladder_jax.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
+# Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in compute
+# between direct and recursive doubling in the schedules of 70B decode at batch 64 on v5p and v5e (docs/overlap.md).
+MESSAGE = 2e-6
+HIDDEN = 0.5        # what a second on the links counts for where compute runs beside it: less than one of compute
 KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather",
          "ppermute": "collective-permute"}
 
@@ -57,17 +61,18 @@ def seconds(name, network, groups, size):
 def choose(network, groups, size, hides):
     """The name of the reduction for a message of `size` bytes.
 
-    Where compute runs beside it (`hides`), it must be one that the compiler makes asynchronous: XLA:GPU's all-reduce
-    is, XLA:TPU's is not. Then the one counts that leaves the links soonest; its rounds beyond those that a block's
-    products can end count twice, since they are waited for. Where nothing hides it, the fastest.
+    Where compute runs beside it (`hides`), it must be one that the compiler makes asynchronous: XLA:GPU's collectives
+    are, XLA:TPU's are not. Its rounds beyond those that a block's products can end are waited for, and count in full;
+    the others for a part. Where nothing hides it, the fastest is taken.
     """
     tpu = network.chip.wrap > 0
 
     def cost_of(name):
         taken = seconds(name, network, groups, size)
-        return sum(taken) + (sum(taken[PRODUCTS:]) if hides else 0.0)
-    hidden = [name for name in REDUCTIONS if not (tpu and hides and name in ("psum", "one-shot"))]
-    return min(hidden, key=cost_of)
+        messages = sum(map(len, rounds(name, len(groups[0]), size)))
+        hidden = sum(taken[:PRODUCTS]) if hides else 0.0
+        return sum(taken) - (1 - HIDDEN) * hidden + (MESSAGE * (messages - 1) if tpu else 0.0)
+    return min((name for name in REDUCTIONS if not (tpu and hides and name in ("psum", "one-shot"))), key=cost_of)
 
 
 def network_of(devices, all_reduce=None):

@@ -80,8 +80,8 @@ class PlanArguments:
     workload: Literal["decode", "prefill", "train"] = "decode"
     batch: int = 1
     """Rows, over all devices."""
-    context: int = 2048
-    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train)."""
+    context: int | None = None
+    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train). 2048 by default."""
     schedule: str | None = None
     """Residual schedule; the recipe's by default."""
     reduction: str = "auto"

@@ -130,10 +130,10 @@ def program(request, mesh, layers=None, notation=None):
     config = request.config
     made = dataclasses.replace(config.model, layers=layers or config.model.layers,
                                residual=notation or config.model.residual)
-    config = dataclasses.replace(config, model=made, train=dataclasses.replace(
-        config.train, batch=request.batch, length=request.context, accumulate=1))
+    config = dataclasses.replace(config, model=made)
     if request.workload == "train":
-        return training(config, mesh)
+        return training(dataclasses.replace(config, train=dataclasses.replace(
+            config.train, batch=request.batch, length=request.context, accumulate=1)), mesh)
     decode = request.workload == "decode"
     return forward(made, mesh, request.batch, 1 if decode else request.context, request.context,
                    choice.reduction_for(config, mesh), unstacked=decode)
@@ -324,14 +324,17 @@ def table(made):
 
 def request(config, chosen):
     """The `Request` of a recipe's config and the command's arguments (cli.PlanArguments)."""
-    for name in ("batch", "context"):
-        if getattr(chosen, name) < 1:
-            raise ConfigError(f"{name}={getattr(chosen, name)} is not accepted: it must be 1 or more")
+    room = config.model.max_length
+    context = min(2048, room) if chosen.context is None else chosen.context
+    if not 1 <= context <= room:
+        raise ConfigError(f"context={context} is not accepted: it must be from 1 to model.max_length={room}")
+    if chosen.batch < 1:
+        raise ConfigError(f"batch={chosen.batch} is not accepted: it must be 1 or more")
     mesh = configuration.Mesh(data=-1, tensor=chosen.tensor) if chosen.tensor is not None else config.mesh
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, reduction=chosen.reduction))
     if chosen.schedule is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=chosen.schedule))
-    return Request(chosen.recipe, config, targets.parse(chosen.target), chosen.workload, chosen.batch, chosen.context)
+    return Request(chosen.recipe, config, targets.parse(chosen.target), chosen.workload, chosen.batch, context)
 
 
 def run(config, chosen):
@@ -347,6 +350,6 @@ def run(config, chosen):
     played = read(compiled)
     if chosen.plot:
         from ladder_jax import lanes
-        lanes.draw(chosen.plot, [(asked.config.model.residual, played)])
+        lanes.draw(chosen.plot, [(asked.config.model.residual, played, block_of)])
     made = report(compiled, played)
     return json.dumps(made) if chosen.json else table(made)

@@ -42,7 +42,7 @@ class Collective:
 
     @property
     def hidden(self):
-        return self.seconds - self.exposed
+        return max(self.seconds - self.exposed, 0.0)
 
 
 class Span(NamedTuple):
