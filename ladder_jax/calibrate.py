@@ -8,13 +8,14 @@ modelled block by block; a step's time is
   no comm.  = blocks + the replicated unembedding + batch x ROW x (elements of the repeated keys, relative to 70B's)
   standard  = no comm. + an all-reduce a block
   parallel  = no comm. + an all-reduce a layer
-  ladder    = no comm. + what of a block's all-reduce is longer than the next block + INTERFERENCE x what is hidden
+  ladder    = no comm. + what of a block's all-reduce is longer than the next block + `interference` x what is hidden
 
-Five numbers come from 70B on 8 GPUs (facts that the tables call calibration): an all-reduce of 16 KiB takes 24.0 us
-among 8 GPUs and 14.5 us among 4, of 1 MiB 31.4 us (these are `launch`, `hop_latency` and `link_bandwidth` of
-targets.CHIPS["h100"]), OVERHEAD from the step without communication at batch 1, ROW from the one at batch 64, and
-INTERFERENCE from ladder at batch 1. Between nodes: 47.2 us at 32 KiB, 79.7 us at 512 KiB (405B). `reached` is
-assumed. Everything else in the tables is computed from these without fitting again.
+Six numbers come from 70B on 8 GPUs (the rows called calibration, and the communication derived from them): an
+all-reduce of 16 KiB takes 24.0 us among 8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us (hence `launch`,
+`hop_latency` and `link_bandwidth` in targets.CHIPS["h100"]); OVERHEAD comes from the step without communication at
+batch 1, ROW from the one at batch 64, `interference` (NCCL takes SMs and HBM bandwidth from the kernels beside it)
+from ladder at batch 1. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at 512 KiB (405B). `reached` is
+assumed. Everything else in the tables follows from these without fitting again.
 """
 from typing import NamedTuple
 
@@ -23,8 +24,6 @@ from ladder_jax import cost, targets
 CHIP = targets.CHIPS["h100"]
 OVERHEAD = 13.7e-6          # seconds a block: launches, norms, rotary embedding, cache writes
 ROW = 0.155e-3              # seconds a row of the batch: attention over repeated keys and values, with a full mask
-INTERFERENCE = 0.21         # of the time that an all-reduce and a block run side by side: they share SMs and HBM
-PREFILL = 1024
 
 
 class Model(NamedTuple):
@@ -42,12 +41,12 @@ MODELS = {      # facts of the reference implementation's configurations
     "70B": Model(8192, 80, 64, 8, 28672, 128256), "176B": Model(14336, 70, 112, 112, 50176, 250880),
     "405B": Model(16384, 126, 128, 16, 53248, 128256)}
 
-# Speed-ups over standard, tokens a second. Calibration: 70B on 8 GPUs by batch; ladder, parallel, no communication.
+# Speed-ups over standard, tokens a second. Calibration: 70B on 8 GPUs, by batch: ladder, parallel, no communication.
 FIT = {1: (1.308, 1.217, 1.429), 4: (1.282, 1.189, 1.376), 8: (1.254, 1.170, 1.360), 16: (1.190, 1.155, 1.316),
        32: (1.184, 1.136, 1.297), 64: (1.155, 1.164, 1.275)}
-# Check. Ladder at batch 4 on 8 GPUs (405B: 16 in two nodes), NVLink, the logs' number where it differs from the table's.
+# Check. Ladder at batch 4 on 8 GPUs (405B: 16 in two nodes), NVLink; the logs' number where the table has another.
 SIZES = {"1B": 1.557, "3B": 1.574, "8B": 1.462, "34B": 1.284, "70B": 1.285, "176B": 1.35, "405B": 1.31}
-# Check. 405B on 16 GPUs in two nodes by batch; ladder, parallel, no communication.
+# Check. 405B on 16 GPUs in two nodes, by batch: ladder, parallel, no communication.
 NODES = {1: (1.364, 1.238, 1.521), 4: (1.308, 1.242, 1.512), 8: (1.393, 1.286, 1.659), 16: (1.349, 1.272, 1.632)}
 # All-reduces of 32 KiB among 8 H100 with NVLink, faster than NCCL's: SGLang's, vLLM's (SGLang pull request 2904).
 LOSSLESS = (7.8e-6, 11.8e-6)
@@ -74,7 +73,7 @@ def step(model, gpus, batch, all_reduce=None):
     network = cost.Network(CHIP, [gpu // 8 for gpu in range(gpus)], all_reduce)
     reduce = network.collective("all-reduce", [list(range(gpus))], batch * m.dim * 2).seconds
     hidden = min(reduce, mlp) + min(reduce, attention)
-    ladder = bound + m.layers * (2 * reduce - hidden + INTERFERENCE * hidden)
+    ladder = bound + m.layers * (2 * reduce - hidden + CHIP.interference * hidden)
     return Step(bound + 2 * m.layers * reduce, ladder, bound + m.layers * reduce, bound)
 
 

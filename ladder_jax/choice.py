@@ -12,8 +12,8 @@ from ladder_jax import cost, schedule, targets
 from ladder_jax.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
-# Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in compute
-# between direct and recursive doubling in the schedules of 70B decode at batch 64 on v5p and v5e (docs/overlap.md).
+# Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
+# compute between direct and recursive doubling in the schedules of 70B decode at batch 64 (docs/overlap.md).
 MESSAGE = 2e-6
 HIDDEN = 0.5        # what a second on the links counts for where compute runs beside it: less than one of compute
 KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather",

@@ -7,8 +7,8 @@ HIDDEN, EXPOSED, OTHER = "#59a14f", "#e15759", "#bab0ac"
 def draw(path, timelines):
     """Writes a PNG with a pair of lanes for every timeline: compute above, communication below.
 
-    The stack's first layers are left out where they are as the next: what is shown is from the second layer on, for as
-    long as the longest timeline takes for two of its layers. Green is sent while the device computes, red is waited for.
+    Two layers from the middle of the stack are shown, for as long as the longest timeline takes for them. Green is sent
+    while the device computes, red is waited for.
 
     Args:
       path: of the PNG.
@@ -50,9 +50,10 @@ def _middle(played, block_of):
     (start, end, the waits)."""
     blocks = [(span, *block_of(span.scope)[1:]) for span in played.spans]
     layers = list(dict.fromkeys(layer for _, layer, _ in blocks if layer))
-    chosen = layers[1:3] if len(layers) > 3 else layers
+    middle = (len(layers) - 1) // 2
+    chosen = layers[middle:middle + 2] if len(layers) > 3 else layers
     inside = [(span, part) for span, layer, part in blocks if layer in chosen]
-    start, after = inside[0][0].start, layers[3:4] if len(layers) > 3 else []
+    start, after = inside[0][0].start, layers[middle + 2:middle + 3] if len(layers) > 3 else []
     end = next((span.start for span, layer, _ in blocks if layer in after), max(span.end for span, _ in inside))
     spans = [(span.start, min(span.end, end), part) for span, _, part in blocks if start <= span.start < end]
     waits = [(a, b) for a, b in zip([s.end for s in played.spans], [s.start for s in played.spans[1:]]) if b - a > 1e-9]

@@ -19,7 +19,6 @@ from ladder_jax import config as configuration
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import repeats
 
-
 # ---------------------------------------------------------------- a short stack in place of a deep one
 
 class Stack(NamedTuple):
@@ -202,12 +201,32 @@ def read(compiled, all_reduce=None):
             return instruction.cycles / chip.clock if instruction.cycles else moved
         return chip.kernel + max(cost.flops(module, instruction, body) / chip.flops, moved / chip.reached)
 
-    def count(scope):
-        found = re.search(r"\blayer(\d+)\b", scope)
-        return stack.counts[int(found[1])] if found else 1.0
+    current = 1.0
+
+    def count(scope):       # what XLA makes without a layer's scope belongs to the layer in whose midst it stands
+        nonlocal current
+        _, layer, part = block_of(scope)
+        if layer or part:
+            current = 1.0 if "to" in layer or not layer else stack.counts[int(layer.removeprefix("layer"))]
+        return current
 
     return timeline.play(module, seconds, lambda size: size / chip.hbm_bandwidth, network.collective, count,
                          lambda loop: trips_of(stack, loop))
+
+
+def copies(module, least=1 << 20):
+    """The instructions of a step that make at least so many bytes out of parameters alone: copies of weights."""
+    body, given, found = module.computations[module.entry], set(), []
+    for instruction in body.values():
+        ready = all(name in given for name in instruction.operands)
+        if instruction.opcode in ("parameter", "constant"):
+            given.add(instruction.name)
+        elif instruction.opcode in ("bitcast", "get-tuple-element") and ready:
+            given.add(instruction.name)
+        elif ready and instruction.operands and instruction.opcode not in timeline.FREE:
+            if sum(array.bytes for array in instruction.outputs if array.space == 0) >= least:
+                found.append(instruction)
+    return found
 
 
 def axis(groups, mesh):
@@ -222,9 +241,10 @@ def axis(groups, mesh):
 def block_of(scope):
     """(pass, layer, block) that an instruction belongs to, by its scope: ("forward", "layer3", "mlp"), or what runs
     outside of the stack: ("forward", "", "last")."""
-    layer = re.search(r"\blayers?\d+(?:to\d+)?\b", scope)
-    part = re.findall(r"\b(attention\+mlp|attention|mlp|embedding|last)\b", scope)
-    return "backward" if "transpose(" in scope else "forward", layer[0] if layer else "", part[0] if part else ""
+    layer = re.search(r"\b(layers?)\[?(\d+)(to\d+)?", scope)      # a fusion may be named by a weight: layers[3].mlp.up
+    part = re.findall(r"(?<=[/(.])(attention\+mlp|attention|mlp|embedding|last)(?=[/).])", scope)
+    name = (layer[0] if layer[3] else "layer" + layer[2]) if layer else ""
+    return "backward" if "transpose(" in scope else "forward", name, part[0] if part else ""
 
 
 def unavoidable(compiled, played):
@@ -251,25 +271,29 @@ def unavoidable(compiled, played):
 
 
 def report(compiled, played):
-    """The plan as plain values, ready for JSON. A collective counts `count` times: as often as it runs in a step."""
+    """The plan as plain values, ready for JSON.
+
+    A collective counts `count` times: as often as it runs in a step. A step is compute, what is exposed of
+    communication, and, on a GPU, what hidden communication takes from the kernels beside it.
+    """
     request, chip = compiled.request, compiled.request.target.chip
     us = 1e6
     rows = [dict(name=c.name, kind=c.kind, axis=axis(c.groups, compiled.mesh), bytes=c.bytes,
                  asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
-                 hidden_us=c.hidden * us, exposed_us=c.exposed * us, last_of_stack=block_of(c.scope)[1:] == ("", "last"),
-                 count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block_of(c.scope))))
+                 hidden_us=c.hidden * us, exposed_us=c.exposed * us,
+                 last_of_stack=block_of(c.scope)[1:] == ("", "last"), count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block_of(c.scope))))
             for c in played.collectives if len(c.groups[0]) > 1]
     total = lambda name: sum(row[name] * row["count"] for row in rows)
+    slowed = chip.interference * total("hidden_us")
     needed = compiled.weights + compiled.kv + compiled.temporary
-    flops = roofline(compiled)
     return dict(
         target=request.target.name, recipe=request.recipe, workload=request.workload, batch=request.batch,
         context=request.context, schedule=request.config.model.residual, reduction=reduction_of(compiled),
         layers=request.config.model.layers, collectives=rows,
-        totals=dict(step_us=(played.compute + played.stalled) * us, compute_us=played.compute * us,
+        totals=dict(step_us=(played.compute + played.stalled) * us + slowed, compute_us=played.compute * us,
                     communication_us=total("communication_us"), hidden_us=total("hidden_us"),
                     exposed_us=played.stalled * us, unavoidable_us=unavoidable(compiled, played) * us,
-                    prefetch_us=played.prefetch * us, roofline_us=flops * us),
+                    prefetch_us=played.prefetch * us, interference_us=slowed, roofline_us=roofline(compiled) * us),
         memory=dict(weights_bytes=compiled.weights, kv_bytes=compiled.kv, temporary_bytes=int(compiled.temporary),
                     capacity_bytes=int(chip.hbm_bytes), fits=needed <= chip.hbm_bytes))
 

@@ -17,7 +17,6 @@ from jax import lax
 
 from ladder_jax.sharding import TENSOR, axis_size
 
-
 PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
 
 

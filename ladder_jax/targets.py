@@ -28,6 +28,7 @@ class Chip(NamedTuple):
     far_latency: float = 0.0       # GPU: seconds more than in a node
     kernel: float = 0.0            # GPU: seconds that a kernel takes beside its bytes and its FLOPs
     reached: float = 1.0           # GPU: share of the HBM bandwidth that kernels reach
+    interference: float = 0.0      # GPU: what a second of hidden communication costs the kernels beside it, in seconds
 
 
 # Sources. FLOP/s, HBM, ICI: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "bidirectional ICI bandwidth per chip" over
@@ -39,8 +40,8 @@ CHIPS = {
     "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16),
     "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4),
     "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4),
-    "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=2e-6,
-                 reached=0.85),
+    "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=1e-6,
+                 reached=0.85, interference=0.21),
 }
 
 # GpuTargetConfigProto of an H100 80GB SXM5: what XLA:GPU asks the driver where there is one.
@@ -68,6 +69,9 @@ OPTIONS = {
         "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # the same for reductions made of exchanges
         # Moves a reduction's wait down to the first reader of its result; without it the wait follows the start.
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        # XLA merges matrix products that read the same array by concatenating their weights, and where there are too many
+        # to fuse (parallel at batch 16: 138 MB a layer) it copies them in every step.
+        "xla_gpu_dot_merger_threshold_mb": 32,
     },
 }
 

@@ -1,5 +1,6 @@
 """The planner: its reader, its clock and its formulas on programs small enough to check by hand, its choice of a
 reduction, its errors, and what the real compilers make of a small ladder."""
+# ruff: noqa: E501  XLA's lines are long
 import dataclasses
 import importlib.util
 import json
@@ -229,6 +230,14 @@ def test_tpu_exposes_a_standard_models_psum():
     rows = of_layers(planned("v5e:2x4", "standard", "psum"))
     assert len(rows) == 8 and not any(row["asynchronous"] for row in rows)
     assert all(row["hidden_us"] == pytest.approx(0, abs=1e-6) for row in rows)
+
+
+@needs_gpu
+@pytest.mark.parametrize("schedule", ["ladder", "parallel"])
+def test_gpu_reads_weights_where_they_are(schedule):
+    config = Config(model=dataclasses.replace(SMALL, residual=schedule), mesh=Mesh(data=1, tensor=8))
+    compiled = plan.build(plan.Request("small", config, targets.parse("h100:1x8"), "decode", 16, 256))
+    assert not plan.copies(hlo.parse(compiled.text))
 
 
 @needs_gpu
