@@ -278,11 +278,15 @@ def report(compiled, played):
     """
     request, chip = compiled.request, compiled.request.target.chip
     us = 1e6
-    rows = [dict(name=c.name, kind=c.kind, axis=axis(c.groups, compiled.mesh), bytes=c.bytes,
-                 asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
-                 hidden_us=c.hidden * us, exposed_us=c.exposed * us,
-                 last_of_stack=block_of(c.scope)[1:] == ("", "last"), count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block_of(c.scope))))
-            for c in played.collectives if len(c.groups[0]) > 1]
+    rows = []
+    for c in played.collectives:
+        if len(c.groups[0]) > 1:
+            _, layer, part = block = block_of(c.scope)
+            rows.append(dict(
+                name=c.name, kind=c.kind, axis=axis(c.groups, compiled.mesh), bytes=c.bytes,
+                asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
+                hidden_us=c.hidden * us, exposed_us=c.exposed * us, last_of_stack=not layer and part == "last",
+                count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block))))
     total = lambda name: sum(row[name] * row["count"] for row in rows)
     slowed = chip.interference * total("hidden_us")
     needed = compiled.weights + compiled.kv + compiled.temporary

@@ -38,14 +38,16 @@ def one_shot(value):
 
 
 def recursive_doubling(value):
-    """log2 n exchanges of the whole message with partners 1, 2, 4, ... apart (Thakur et al. 2005, section 4).
+    """log2 n exchanges of the whole message with partners ..., 4, 2, 1 apart (Thakur et al. 2005, section 4).
 
+    The farthest, which takes the longest where its messages share links, goes first: a block's first products are the
+    longest to run behind.
     Where n is no power of two, the shards beyond the largest one first hand over their partials, and get the sum last.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
     add = lambda x, other: x + other        # what has no sender arrives as zeros
-    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in _powers(core)]
+    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in reversed(_powers(core))]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
