@@ -13,7 +13,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -73,6 +73,33 @@ class TokenizerArguments:
     out: str = "tokenizer.json"
     text_field: str = "text"
     """The field of JSONL rows and Parquet columns that holds the text."""
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Compiles the program of a recipe for chips that are not here, and shows what its communication hides behind."""
+    recipe: tyro.conf.Positional[str]
+    target: str
+    """v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1 (TPU slices), h100:1x8 (nodes x GPUs), ..."""
+    workload: Literal["decode", "prefill", "train"] = "decode"
+    batch: int = 1
+    """Rows, over all devices."""
+    context: int | None = None
+    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train). 2048 by default."""
+    schedule: str | None = None
+    """Residual schedule; the recipe's by default."""
+    reduction: str = "auto"
+    """See mesh.reduction."""
+    tensor: int | None = None
+    """Devices that share a block's work; the recipe's by default."""
+    compare: bool = False
+    """Sets standard, parallel, ladder, hybrid, desync and no communication side by side."""
+    plot: str | None = None
+    """A PNG to draw the timeline to."""
+    hlo: str | None = None
+    """A file to write the scheduled program to."""
+    json: bool = False
+    """Prints one JSON object."""
 
 
 def recipe(path):
@@ -166,12 +193,22 @@ def tokenizer(arguments):
     return f"done: {made.size} tokens in {chosen.out}: use it with --data.tokenizer {chosen.out}"
 
 
-COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer}
+def plan(arguments):
+    chosen = _parse(PlanArguments, arguments, "plan")
+    from ladder_jax import targets
+    targets.prepare()
+    with targets.silence():
+        from ladder_jax import plan as planner
+        return planner.run(recipe(chosen.recipe), chosen)
+
+
+COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer, "plan": plan}
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    writes the text that a model makes of a prompt
   tokenizer SOURCE       trains a tokenizer on a corpus
+  plan RECIPE            shows what a program will do on chips that are not here
 
 Each takes --help."""
 

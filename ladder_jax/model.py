@@ -124,6 +124,20 @@ def init(config, key):
     return Transformer(config, nnx.Rngs(key))
 
 
+def unstack(model):
+    """`model` with a list of layers in place of their stack, for `hidden` to run one after another.
+
+    Decoding wants this: compilers copy a layer's weights out of a stack before they use them, and a decode step, which
+    reads every weight once, would spend most of its time on that. Arrays, or shapes (`jax.ShapeDtypeStruct`).
+    """
+    def row(x, i):
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[i]
+    parts = nnx.clone(model)
+    count = jax.tree.leaves(model.layers)[0].shape[0]
+    parts.layers = nnx.List([jax.tree.map(lambda x, i=i: row(x, i), model.layers) for i in range(count)])
+    return parts
+
+
 def _normal(rngs, shape, std):
     return nnx.Param(std * jax.random.normal(rngs(), shape))
 
@@ -139,7 +153,8 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     """The final residual stream [B, T, D], and the cache with these tokens written.
 
     Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
-    `cache` is a pair [L, B, S, K, H] of past keys and values, `positions_BT` says where in it the tokens stand.
+    `cache` is a pair [L, B, S, K, H] of past keys and values, `positions_BT` says where in it the tokens stand. Of an
+    `unstack`ed model it is a list with a pair [B, S, K, H] for every layer.
     """
     dtype = jnp.dtype(config.dtype)
     rotation = attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -159,9 +174,11 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
 
     embedded_BTD = embed(model, dtype, tokens_BT)
     plan = schedule.parse(config.residual, config.layers)
-    x_BTD, outputs = residual.run(plan, embedded_BTD, (model.layers, cache), apply, reduction=reduction,
-                                  remat=REMAT[remat])
-    return x_BTD, outputs[0]      # a layer's first block is the one with attention
+    unstacked = isinstance(model.layers, nnx.List)
+    layers = list(zip(model.layers, cache or [None] * len(model.layers))) if unstacked else (model.layers, cache)
+    x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat])
+    # a layer's first block is the one with attention
+    return x_BTD, [layer[0] for layer in outputs] if unstacked else outputs[0]
 
 
 def embed(model, dtype, tokens_BT):

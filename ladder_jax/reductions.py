@@ -17,6 +17,8 @@ from jax import lax
 
 from ladder_jax.sharding import TENSOR, axis_size
 
+PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
+
 
 class Round(NamedTuple):
     """One exchange: `merge(state, send(state))` is the next state."""
@@ -36,14 +38,16 @@ def one_shot(value):
 
 
 def recursive_doubling(value):
-    """log2 n exchanges of the whole message with partners 1, 2, 4, ... apart (Thakur et al. 2005, section 4).
+    """log2 n exchanges of the whole message with partners ..., 4, 2, 1 apart (Thakur et al. 2005, section 4).
 
+    The farthest, which takes the longest where its messages share links, goes first: a block's first products are the
+    longest to run behind.
     Where n is no power of two, the shards beyond the largest one first hand over their partials, and get the sum last.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
     add = lambda x, other: x + other        # what has no sender arrives as zeros
-    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in _powers(core)]
+    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in reversed(_powers(core))]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
@@ -154,13 +158,17 @@ def _whole(pieces, like):
 
 
 class InFlight:
-    """A partial on its way to becoming a sum, while the program is traced."""
+    """A partial on its way to becoming a sum, while the program is traced.
+
+    `reduction` is a name in REDUCTIONS, or a function of the partial that gives one.
+    """
 
     def __init__(self, value, reduction):
         self.partial = value
-        self._state, self._rounds, self._finish = REDUCTIONS[reduction](lax.stop_gradient(value))
+        name = reduction(value) if callable(reduction) else reduction       # see choice.py
+        self._state, self._rounds, self._finish = REDUCTIONS[name](lax.stop_gradient(value))
         self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
-        self._arriving = None
+        self._arriving, self._products = None, 0
         self._send()
 
     def _send(self):
@@ -172,9 +180,14 @@ class InFlight:
         self._send()
 
     def behind(self, product):
-        """Lets a round end once `product`, a matrix product's result, is there. Returns the product."""
-        if self._rounds:
-            self._state, product = lax.optimization_barrier((self._state, product))
+        """Lets a round end once `product`, a matrix product's result, is there. Returns the product.
+
+        Where there are fewer rounds than products, the last products end them.
+        """
+        self._products += 1
+        if self._rounds and len(self._rounds) > PRODUCTS - self._products:
+            tied = (self._state, self._arriving, product)
+            self._state, self._arriving, product = lax.optimization_barrier(tied)
             self._merge()
         return product
 

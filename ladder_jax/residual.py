@@ -84,16 +84,18 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
     """
     shared = lambda value: replicate(value, reduction)
     stream = Stream(None, (), embedded_BTD)
-    if schedule.local:
-        stream = Stream(shared(reduce(embedded_BTD, reduction)))
-    elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
-        stream = Stream(reduce(embedded_BTD, reduction))
+    with jax.named_scope("embedding"):
+        if schedule.local:
+            stream = Stream(shared(reduce(embedded_BTD, reduction)))
+        elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
+            stream = Stream(reduce(embedded_BTD, reduction))
 
     def run_layer(stream, layer, blocks):
         outputs = []
         for block in blocks:
-            x_BTD, stream = stream.read(block.delay, reduction)
-            partial_BTD, output = apply(layer, block, x_BTD if schedule.local else shared(x_BTD), stream.behind)
+            with jax.named_scope("+".join(block.parts)):      # profiles and plan.py tell the blocks apart by it
+                x_BTD, stream = stream.read(block.delay, reduction)
+                partial_BTD, output = apply(layer, block, x_BTD if schedule.local else shared(x_BTD), stream.behind)
             if schedule.local:
                 total = _write_local(stream.total, partial_BTD, block.reduce, reduction)
                 stream = Stream(shared(total) if block.reduce else total)
@@ -104,9 +106,10 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
 
     if isinstance(layers, list):
         outputs = []
-        for layer, blocks in zip(layers, schedule.layers):
+        for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
             step = lambda stream, layer, blocks=blocks: run_layer(stream, layer, blocks)
-            stream, output = _remat(step, remat)(stream, layer)
+            with jax.named_scope(f"layer{index}"):
+                stream, output = _remat(step, remat)(stream, layer)
             outputs.append(output)
     else:
         pieces = []
@@ -128,13 +131,15 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
             else:
                 if not schedule.local:
                     stream = stream.reshape(_settled(stream.shape(), pattern))
-                stream, output = lax.scan(step, stream, group)
+                with jax.named_scope(f"layers{start}to{stop - 1}"):
+                    stream, output = lax.scan(step, stream, group)
                 output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
 
-    x_BTD, _ = stream.read(0, reduction)
-    return (x_BTD if schedule.local else shared(x_BTD)), outputs
+    with jax.named_scope("last"):
+        x_BTD, _ = stream.read(0, reduction)
+        return (x_BTD if schedule.local else shared(x_BTD)), outputs
 
 
 def _write_local(total, partial, reduced, reduction):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ladder_jax import attention, chips, data, model, schedule, sharding, tokenizer
+from ladder_jax import attention, chips, choice, data, model, schedule, sharding, tokenizer
 from ladder_jax import config as configuration
 from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from ladder_jax.config import ConfigError
@@ -93,7 +93,7 @@ def init_state(config, mesh, optimizer):
 def loss_and_gradients(config, mesh):
     """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays."""
     kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
-    options = dict(kernel=kernel, reduction=config.mesh.reduction, remat=config.train.remat,
+    options = dict(kernel=kernel, reduction=choice.reduction_for(config, mesh), remat=config.train.remat,
                    chunk=config.train.loss_chunk)
 
     def local(parameters, batch):

@@ -1,0 +1,104 @@
+"""Chooses a reduction by the planner's cost model: for a machine, a mesh, a message. Needs no compiler of that machine.
+
+What a reduction sends is read off its own rounds, as JAX traces them, so that there is no second list to keep true.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from ladder_jax import cost, schedule, targets
+from ladder_jax.reductions import PRODUCTS, REDUCTIONS
+from ladder_jax.sharding import TENSOR
+
+# Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
+# compute between direct and recursive doubling in the schedules of 70B decode at batch 64 (docs/overlap.md).
+MESSAGE = 2e-6
+HIDDEN = 0.5        # what a second on the links counts for where compute runs beside it: less than one of compute
+KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather",
+         "ppermute": "collective-permute"}
+
+
+@functools.cache
+def rounds(name, n, size):
+    """What reduction `name` of `size` bytes over `n` shards sends: by round, (XLA's kind, pairs or None, bytes)."""
+    def program(value):
+        state, steps, _ = REDUCTIONS[name](value)
+        for step in steps:
+            state = jax.tree.map(lambda x: checkpoint_name(x, "round"), state)
+            state = step.merge(state, step.send(state))
+        return state
+
+    value = jax.ShapeDtypeStruct((max(size // 2, 1),), jnp.bfloat16)
+    made, marked = [], False
+    for equation in jax.make_jaxpr(program, axis_env=[(TENSOR, n)])(value).eqns:
+        kind = equation.primitive.name
+        if kind == "name":
+            made += [] if marked else [[]]
+        elif kind in KINDS:
+            array = (equation.outvars if kind == "all_gather" else equation.invars)[0].aval
+            made[-1].append((KINDS[kind], equation.params.get("perm"), array.size * array.dtype.itemsize))
+        marked = kind == "name"
+    return made
+
+
+def seconds(name, network, groups, size):
+    """How long each round takes, all groups of devices at once."""
+    taken = []
+    for sends in rounds(name, len(groups[0]), size):
+        free, end = {}, 0.0
+        for kind, pairs, bytes in sends:
+            who = groups if pairs is None else [(group[a], group[b]) for group in groups for a, b in pairs]
+            transfer = network.collective(kind, who, bytes)
+            start = max([0.0, *(free.get(link, 0.0) for link in transfer.links)])
+            free |= dict.fromkeys(transfer.links, start + transfer.flow)
+            end = max(end, start + transfer.seconds)
+        taken.append(end)
+    return taken
+
+
+def choose(network, groups, size, hides):
+    """The name of the reduction for a message of `size` bytes.
+
+    Where compute runs beside it (`hides`), it must be one that the compiler makes asynchronous: XLA:GPU's collectives
+    are, XLA:TPU's are not. Its rounds beyond those that a block's products can end are waited for, and count in full;
+    the others for a part. Where nothing hides it, the fastest is taken.
+    """
+    tpu = network.chip.wrap > 0
+
+    def cost_of(name):
+        taken = seconds(name, network, groups, size)
+        messages = sum(map(len, rounds(name, len(groups[0]), size)))
+        hidden = sum(taken[:PRODUCTS]) if hides else 0.0
+        return sum(taken) - (1 - HIDDEN) * hidden + (MESSAGE * (messages - 1) if tpu else 0.0)
+    return min((name for name in REDUCTIONS if not (tpu and hides and name in ("psum", "one-shot"))), key=cost_of)
+
+
+def network_of(devices, all_reduce=None):
+    """The `cost.Network` of jax devices in a mesh's order, or None where the machine is not known."""
+    kind = targets.kind_of(devices[0])
+    if kind is None:
+        return None
+    chip = targets.CHIPS[kind]
+    return cost.Network(chip, [tuple(d.coords) if chip.wrap else d.process_index for d in devices], all_reduce)
+
+
+def reduction_for(config, mesh):
+    """mesh.reduction as what `model.hidden` takes: a name, or for "auto" a function of the message that gives one.
+
+    On machines that the cost model does not know, CPUs among them, it is psum.
+    """
+    if config.mesh.reduction != "auto":
+        return config.mesh.reduction
+    network = network_of(list(mesh.devices.flat))
+    if network is None or mesh.shape[TENSOR] == 1:
+        return "psum"
+    groups = [list(map(int, row)) for row in jnp.arange(mesh.size).reshape(-1, mesh.shape[TENSOR])]
+    plan = schedule.parse(config.model.residual, config.model.layers)
+    hides = any(block.delay for blocks in plan.layers for block in blocks)
+
+    @functools.cache
+    def chosen(size):
+        return choose(network, groups, size, hides)
+    return lambda value: chosen(value.size * value.dtype.itemsize)

@@ -1,0 +1,383 @@
+"""What a program will do on chips that are not here: compiled ahead of time, read back, and played on a clock.
+
+The programs are the project's own: a decode step, a prefill, a training step. Layers repeat, so a short stack is
+compiled and its inner layers stand for those left out.
+"""
+import dataclasses
+import functools
+import json
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from ladder_jax import choice, cost, hlo, model, schedule, sharding, targets, timeline, train
+from ladder_jax import config as configuration
+from ladder_jax.config import ConfigError
+from ladder_jax.residual import repeats
+
+# ---------------------------------------------------------------- a short stack in place of a deep one
+
+class Stack(NamedTuple):
+    """A model of few layers that stands for one of many."""
+    notation: str                 # its residual schedule
+    counts: tuple[float, ...]     # how many of the deep model's layers each of its layers stands for
+    trips: tuple[tuple[str, int], ...]     # scan (its scope) -> its trips in the deep model
+
+
+def shorten(notation, layers, keep):
+    """The `Stack` with at most `keep` repetitions of every pattern of layers that the schedule repeats."""
+    deep = schedule.parse(notation, layers)
+    kept, counts, trips = [], [], []
+    for start, stop, period in repeats(deep.layers):
+        repetitions = (stop - start) // period
+        few = min(repetitions, keep)
+        inner = (repetitions - 2) / (few - 2) if few > 2 else repetitions / few
+        trips.append((f"layers{len(kept)}to{len(kept) + few * period - 1}", repetitions))
+        for repetition in range(few):
+            kept.extend(deep.layers[start:start + period])
+            counts += [inner if few <= 2 or 0 < repetition < few - 1 else 1.0] * period
+    for short in (notation, "delays:" + ",".join(str(block.delay) for blocks in kept for block in blocks)):
+        try:
+            if schedule.parse(short, len(kept)).layers == tuple(kept):
+                return Stack(short, tuple(counts), tuple(trips))
+        except ValueError:
+            pass
+    raise ConfigError(f"schedule={notation!r} has no shorter stack of the same kind")
+
+
+# ---------------------------------------------------------------- the programs
+
+def abstract(mesh, tree, specs):
+    """Shapes with shardings: arguments of a program that is only compiled."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                        sharding.named(mesh, specs))
+
+
+def forward(config, mesh, batch, tokens, context, reduction, unstacked):
+    """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments.
+
+    Parameters are in the compute dtype: nothing but training needs more.
+    """
+    dtype = jnp.dtype(config.dtype)
+    shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    kept = jax.ShapeDtypeStruct((config.layers, batch, context, config.kv_heads, config.head_dim), dtype)
+    cache, cache_specs = (kept,) * 2, (sharding.CACHE,) * 2
+    if unstacked:
+        parameters = model.unstack(parameters)
+        cache = [(jax.ShapeDtypeStruct(kept.shape[1:], dtype),) * 2] * config.layers
+        cache_specs = [(P(*sharding.CACHE[1:]),) * 2] * config.layers
+    specs = sharding.parameter_specs(parameters)
+
+    def local(parameters, tokens_BT, positions_BT, cache):
+        x_BTD, cache = model.hidden(parameters, config, tokens_BT, positions_BT, cache=cache, reduction=reduction)
+        return model.logits(parameters, config, x_BTD[:, -1:]), cache
+
+    ids = abstract(mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS)
+    program = jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache_specs),
+                                         (sharding.LOGITS, cache_specs)), donate_argnums=3)
+    return program, (abstract(mesh, parameters, specs), ids, ids, abstract(mesh, cache, cache_specs))
+
+
+def training(config, mesh):
+    """The training step and its arguments."""
+    optimizer = train.make_optimizer(config.optimizer, config.train.steps)
+    shape = config.train.batch, config.train.length
+    kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+    return train.make_step(config, mesh, optimizer), (
+        train.abstract_state(config, mesh, optimizer), abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)))
+
+
+class Request(NamedTuple):
+    """What to plan."""
+    recipe: str
+    config: configuration.Config
+    target: targets.Target
+    workload: str
+    batch: int          # rows (decode, prefill), sequences (train), over all devices
+    context: int        # tokens: of the cache (decode), of the prompts (prefill), of a sequence (train)
+    keep: int = 4       # layers compiled, of each kind
+
+
+class Compiled(NamedTuple):
+    """A program for a target."""
+    request: Request
+    mesh: jax.sharding.Mesh
+    stack: Stack
+    text: str
+    weights: float      # bytes on a device, of the whole model: parameters and, in training, the optimizer's state
+    kv: float           # of the cache
+    temporary: float    # of everything else, while the program runs
+
+
+def place(config, devices, workload):
+    """The recipe's mesh (config.Mesh) on a target's devices, or, where it has another size, its tensor axis: the
+    remaining devices shard the parameters of a training step, and hold copies that decode other rows."""
+    if config.data * config.fsdp * config.tensor != len(devices) and -1 not in (config.data, config.fsdp):
+        rest = dict(data=1, fsdp=-1) if workload == "train" else dict(data=-1, fsdp=1)
+        config = dataclasses.replace(config, **rest)
+    return sharding.make_mesh(config, devices)
+
+
+def program(request, mesh, layers=None, notation=None):
+    """The program that `request` asks for and its arguments; with another number of layers, of another schedule."""
+    config = request.config
+    made = dataclasses.replace(config.model, layers=layers or config.model.layers,
+                               residual=notation or config.model.residual)
+    config = dataclasses.replace(config, model=made)
+    if request.workload == "train":
+        return training(dataclasses.replace(config, train=dataclasses.replace(
+            config.train, batch=request.batch, length=request.context, accumulate=1)), mesh)
+    decode = request.workload == "decode"
+    return forward(made, mesh, request.batch, 1 if decode else request.context, request.context,
+                   choice.reduction_for(config, mesh), unstacked=decode)
+
+
+def build(request):
+    """Compiles the program that `request` asks for. Raises ConfigError where it does not fit together."""
+    config, target = request.config, request.target
+    mesh = place(config.mesh, target.devices(), request.workload)
+    sharding.check(config.model, mesh, request.batch)
+    stack = shorten(config.model.residual, config.model.layers, request.keep)
+    short, arguments = program(request, mesh, len(stack.counts), stack.notation)
+    try:
+        compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"batch={request.batch}, context={request.context}: even {len(stack.counts)} layers do not "
+                          f"fit into {target.name}: {str(error).splitlines()[0][:200]}") from None
+    text = compiled.as_text()
+    weights, *others = program(request, mesh)[1]
+    return Compiled(request, mesh, stack, text, share(weights), 0 if request.workload == "train" else share(others[-1]),
+                    compiled.memory_analysis().temp_size_in_bytes + growth(hlo.parse(text), stack, arguments))
+
+
+def share(tree):
+    """Bytes of a tree of shaped, sharded arrays on each device."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def growth(module, stack, arguments):
+    """Bytes of temporaries that the deep model has more than the short: what a scan keeps of every layer."""
+    given = sorted(x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(arguments))
+    more = 0.0
+    for body in module.computations.values():
+        for loop in (instruction for instruction in body.values() if instruction.opcode == "while"):
+            deep, trips, left = trips_of(stack, loop), loop.trips or 1, list(given)
+            kept = 0
+            for array in loop.outputs:
+                if array.dims in left:
+                    left.remove(array.dims)
+                elif array.dims[:1] == (trips,) and array.space == 0:
+                    kept += array.bytes
+            more = max(more, kept * (deep / trips - 1))
+    return more
+
+
+def trips_of(stack, loop):
+    """How often a scan of layers runs in the deep model; any other loop, as often as XLA knows."""
+    return next((deep for scope, deep in stack.trips if scope in loop.scope), loop.trips or 1)
+
+
+# ---------------------------------------------------------------- reading it back
+
+def read(compiled, all_reduce=None):
+    """The `timeline.Timeline` of a compiled program; `all_reduce`: see cost.Network."""
+    module = hlo.parse(compiled.text)
+    stack, chip = compiled.stack, compiled.request.target.chip
+    network = choice.network_of(list(compiled.mesh.devices.flat), all_reduce)
+
+    def seconds(instruction, body):
+        if instruction.opcode in timeline.FREE:
+            return 0.0
+        moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
+        if chip.clock:
+            return instruction.cycles / chip.clock if instruction.cycles else moved
+        return chip.kernel + max(cost.flops(module, instruction, body) / chip.flops, moved / chip.reached)
+
+    current = 1.0
+
+    def count(scope):       # what XLA makes without a layer's scope belongs to the layer in whose midst it stands
+        nonlocal current
+        _, layer, part = block_of(scope)
+        if layer or part:
+            current = 1.0 if "to" in layer or not layer else stack.counts[int(layer.removeprefix("layer"))]
+        return current
+
+    return timeline.play(module, seconds, lambda size: size / chip.hbm_bandwidth, network.collective, count,
+                         lambda loop: trips_of(stack, loop))
+
+
+def copies(module, least=1 << 20):
+    """The instructions of a step that make at least so many bytes out of parameters alone: copies of weights."""
+    body, given, found = module.computations[module.entry], set(), []
+    for instruction in body.values():
+        ready = all(name in given for name in instruction.operands)
+        if instruction.opcode in ("parameter", "constant"):
+            given.add(instruction.name)
+        elif instruction.opcode in ("bitcast", "get-tuple-element") and ready:
+            given.add(instruction.name)
+        elif ready and instruction.operands and instruction.opcode not in timeline.FREE:
+            if sum(array.bytes for array in instruction.outputs if array.space == 0) >= least:
+                found.append(instruction)
+    return found
+
+
+def axis(groups, mesh):
+    """The mesh axes ("tensor", "data,fsdp", ...) that a collective's devices differ in."""
+    varying = set()
+    for group in groups:
+        for name, places in zip(mesh.shape, np.unravel_index(group, tuple(mesh.shape.values()))):
+            varying |= {name} if len(set(places.tolist())) > 1 else set()
+    return ",".join(name for name in mesh.shape if name in varying) or "none"
+
+
+def block_of(scope):
+    """(pass, layer, block) that an instruction belongs to, by its scope: ("forward", "layer3", "mlp"), or what runs
+    outside of the stack: ("forward", "", "last")."""
+    layer = re.search(r"\b(layers?)\[?(\d+)(to\d+)?", scope)      # a fusion may be named by a weight: layers[3].mlp.up
+    part = re.findall(r"(?<=[/(.])(attention\+mlp|attention|mlp|embedding|last)(?=[/).])", scope)
+    name = (layer[0] if layer[3] else "layer" + layer[2]) if layer else ""
+    return "backward" if "transpose(" in scope else "forward", name, part[0] if part else ""
+
+
+def unavoidable(compiled, played):
+    """Seconds of tensor-axis communication that no order of the program's instructions hides.
+
+    A reduction may run behind the compute of the block in whose scope it stands, if that block has a delay: at least
+    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full.
+    """
+    layers = schedule.parse(compiled.stack.notation, len(compiled.stack.counts)).layers
+    taken, compute = {}, {}
+    for c in played.collectives:
+        if "tensor" in axis(c.groups, compiled.mesh):
+            key = block_of(c.scope)
+            taken[key] = taken.get(key, 0.0) + c.seconds * c.count
+    for span in played.spans:
+        key = block_of(span.scope)
+        compute[key] = compute.get(key, 0.0) + (span.end - span.start) * span.count
+    total = 0.0
+    for (direction, layer, part), seconds in taken.items():
+        blocks = layers[int(re.search(r"\d+", layer)[0])] if layer else ()
+        delayed = any(block.delay for block in blocks if "+".join(block.parts) == part)
+        total += max(0.0, seconds - (compute.get((direction, layer, part), 0.0) if delayed else 0.0))
+    return total
+
+
+def report(compiled, played):
+    """The plan as plain values, ready for JSON.
+
+    A collective counts `count` times: as often as it runs in a step. A step is compute, what is exposed of
+    communication, and, on a GPU, what hidden communication takes from the kernels beside it.
+    """
+    request, chip = compiled.request, compiled.request.target.chip
+    us = 1e6
+    rows = []
+    for c in played.collectives:
+        if len(c.groups[0]) > 1:
+            _, layer, part = block = block_of(c.scope)
+            rows.append(dict(
+                name=c.name, kind=c.kind, axis=axis(c.groups, compiled.mesh), bytes=c.bytes,
+                asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
+                hidden_us=c.hidden * us, exposed_us=c.exposed * us, last_of_stack=not layer and part == "last",
+                count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block))))
+    total = lambda name: sum(row[name] * row["count"] for row in rows)
+    slowed = chip.interference * total("hidden_us")
+    needed = compiled.weights + compiled.kv + compiled.temporary
+    return dict(
+        target=request.target.name, recipe=request.recipe, workload=request.workload, batch=request.batch,
+        context=request.context, schedule=request.config.model.residual, reduction=reduction_of(compiled),
+        layers=request.config.model.layers, collectives=rows,
+        totals=dict(step_us=(played.compute + played.stalled) * us + slowed, compute_us=played.compute * us,
+                    communication_us=total("communication_us"), hidden_us=total("hidden_us"),
+                    exposed_us=played.stalled * us, unavoidable_us=unavoidable(compiled, played) * us,
+                    prefetch_us=played.prefetch * us, interference_us=slowed, roofline_us=roofline(compiled) * us),
+        memory=dict(weights_bytes=compiled.weights, kv_bytes=compiled.kv, temporary_bytes=int(compiled.temporary),
+                    capacity_bytes=int(chip.hbm_bytes), fits=needed <= chip.hbm_bytes))
+
+
+def roofline(compiled):
+    """Seconds that a step takes at least on a device: its FLOPs at peak or its weights and cache once through HBM."""
+    request, chip = compiled.request, compiled.request.target.chip
+    config = request.config.model
+    train_, decode = request.workload == "train", request.workload == "decode"
+    width = config.heads * config.head_dim
+    block = config.dim * (2 * width + 2 * config.kv_heads * config.head_dim + 3 * config.ffn_dim)
+    tokens = request.batch * (1 if decode else request.context)
+    seen = request.context if decode else request.context / 2
+    attention = config.layers * 4 * width * seen
+    heads = tokens if train_ else request.batch
+    flops = tokens * (2 * config.layers * block + attention) + heads * 2 * config.dim * config.vocab_size
+    return max((3 if train_ else 1) * flops / compiled.mesh.size / chip.flops,
+               (compiled.weights + (compiled.kv if decode else 0)) / chip.hbm_bandwidth)
+
+
+def reduction_of(compiled):
+    """The name of the reduction of a block's partial; of what "auto" has chosen, where it was asked to."""
+    request, mesh = compiled.request, compiled.mesh
+    reduction = choice.reduction_for(request.config, mesh)
+    rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
+    tokens = 1 if request.workload == "decode" else request.context
+    dtype = jnp.dtype(request.config.model.dtype)
+    message = jax.ShapeDtypeStruct((rows, tokens, request.config.model.dim), dtype)
+    return reduction(message) if callable(reduction) else reduction
+
+
+def table(made):
+    """The plan as text."""
+    lines = [f"{made['workload']} of {made['layers']} layers, {made['schedule']}, {made['reduction']}, "
+             f"batch {made['batch']}, context {made['context']}, on {made['target']}",
+             f"{'collective':34} {'kind':19} {'axis':7} {'bytes':>9} {'x':>5} {'async':5} {'us':>8} {'window':>8} "
+             f"{'hidden':>8} {'exposed':>8}  where"]
+    for row in made["collectives"]:
+        lines.append(f"{row['name'][-34:]:34} {row['kind']:19} {row['axis']:7} {row['bytes']:9} {row['count']:5g} "
+                     f"{'yes' if row['asynchronous'] else 'no':5} {row['communication_us']:8.1f} "
+                     f"{row['window_compute_us']:8.1f} {row['hidden_us']:8.1f} {row['exposed_us']:8.1f}  {row['block']}"
+                     + (f", {row['merged']} merged" if row["merged"] > 1 else ""))
+    lines.append(", ".join(f"{name.removesuffix('_us')} {value:,.1f}" for name, value in made["totals"].items())
+                 + " (us a step)")
+    memory = made["memory"]
+    lines.append(", ".join(f"{name.removesuffix('_bytes')} {value / 1e9:.2f}" for name, value in memory.items()
+                           if name != "fits") + " (GB a device): " + ("fits" if memory["fits"] else "does not fit"))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+def request(config, chosen):
+    """The `Request` of a recipe's config and the command's arguments (cli.PlanArguments)."""
+    room = config.model.max_length
+    context = min(2048, room) if chosen.context is None else chosen.context
+    if not 1 <= context <= room:
+        raise ConfigError(f"context={context} is not accepted: it must be from 1 to model.max_length={room}")
+    if chosen.batch < 1:
+        raise ConfigError(f"batch={chosen.batch} is not accepted: it must be 1 or more")
+    mesh = configuration.Mesh(data=-1, tensor=chosen.tensor) if chosen.tensor is not None else config.mesh
+    config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, reduction=chosen.reduction))
+    if chosen.schedule is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=chosen.schedule))
+    return Request(chosen.recipe, config, targets.parse(chosen.target), chosen.workload, chosen.batch, context)
+
+
+def run(config, chosen):
+    """What the command prints; writes the files that it is asked for."""
+    asked = request(config, chosen)
+    if chosen.compare:
+        from ladder_jax import compare
+        return compare.run(asked, chosen)
+    compiled = build(asked)
+    if chosen.hlo:
+        with open(chosen.hlo, "w") as file:
+            file.write(compiled.text)
+    played = read(compiled)
+    if chosen.plot:
+        from ladder_jax import lanes
+        lanes.draw(chosen.plot, [(asked.config.model.residual, played, block_of)])
+    made = report(compiled, played)
+    return json.dumps(made) if chosen.json else table(made)

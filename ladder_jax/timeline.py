@@ -1,0 +1,218 @@
+"""Plays a scheduled program back on a clock, to see what its communication hides behind.
+
+A device issues the instructions of its program one after another. A synchronous collective stops it until it has ended;
+an asynchronous one occupies links, in the order in which such collectives are started, while the instructions between
+its start and its done are computed; its done waits for what is left. Two that share a link send one after the other,
+the second's latency behind the first's bytes.
+
+  window     what is computed between a collective's start and its done
+  exposed    the part of a collective's transfer during which the device waits
+  hidden     the rest of its transfer: the device computes meanwhile
+
+On TPU, weights are prefetched from HBM into VMEM by asynchronous copies: these get the HBM bandwidth that the
+instructions meanwhile leave, and their done waits for what is left in the same way.
+"""
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ladder_jax import hlo
+from ladder_jax.cost import traffic
+
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "partition-id", "replica-id", "after-all",
+        "opt-barrier", "optimization-barrier"}
+
+
+@dataclass
+class Collective:
+    """One collective of the schedule; times in seconds, of one execution."""
+    name: str
+    kind: str
+    scope: str
+    bytes: int
+    groups: list
+    arrays: int                   # how many results it has: more than one where XLA merged several into it
+    asynchronous: bool
+    seconds: float
+    count: float = 1.0            # executions that it stands for
+    window: float = 0.0
+    exposed: float = 0.0
+    start: float = 0.0            # on the clock, when its transfer begins
+    end: float = 0.0
+
+    @property
+    def hidden(self):
+        return max(self.seconds - self.exposed, 0.0)
+
+
+class Span(NamedTuple):
+    """A stretch of the compute lane."""
+    name: str
+    scope: str
+    start: float
+    end: float
+    count: float
+
+
+@dataclass
+class Timeline:
+    """What the clock saw. Totals weigh every instruction by the executions that it stands for."""
+    collectives: list[Collective] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    compute: float = 0.0          # seconds
+    stalled: float = 0.0          # seconds waiting for collectives
+    prefetch: float = 0.0         # seconds waiting for prefetched weights
+
+
+def play(module, seconds, hbm_seconds, collective, count=lambda scope: 1.0, trips=lambda loop: loop.trips or 1):
+    """The `Timeline` of a scheduled module.
+
+    Args:
+      module: an hlo.Module.
+      seconds: (instruction, computation's instructions) -> how long it computes.
+      hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
+      collective: (kind, groups, bytes) -> cost.Transfer.
+      count: how many executions an instruction stands for, by its scope.
+      trips: a while instruction -> the trips that it stands for.
+    """
+    return _Player(module, seconds, hbm_seconds, collective, count, trips).run()
+
+
+class _Player:
+    def __init__(self, module, seconds, hbm_seconds, collective, count, trips):
+        self.module, self.seconds, self.hbm_seconds = module, seconds, hbm_seconds
+        self.cost, self.count, self.trips = collective, count, trips
+        self.timeline = Timeline()
+        self.now = self.busy = 0.0
+        self.free = {}            # link -> when it is free
+        self.flying = {}          # name of the start -> (collective, busy time at its start)
+        self.copies = {}          # name of the start -> seconds of HBM that are left, in order
+        self.weight, self.scope = 1.0, ""
+
+    def run(self):
+        self.computation(self.module.entry, 1.0)
+        return self.timeline
+
+    def computation(self, name, weight):
+        body = self.module.computations[name]
+        for instruction in body.values():
+            self.scope = instruction.scope or self.scope
+            self.weight = weight * self.count(self.scope)
+            self.step(instruction, body)
+
+    def step(self, instruction, body):
+        opcode = instruction.opcode
+        if opcode == "while":
+            self.computation(instruction.named("body"), self.weight * self.trips(instruction))
+        elif opcode in ("call", "async-start") and not self.module.collective(instruction, None):
+            self.computation(instruction.named("to_apply") or instruction.named("calls"), self.weight)
+        elif opcode == "conditional":
+            # the branch that computes most
+            names = re.findall(r"%([\w.\-]+)", (re.search(r"branch_computations=\{([^}]*)\}", instruction.text) or
+                                                re.match("", ""))[0]) or [instruction.named("true_computation"),
+                                                                          instruction.named("false_computation")]
+            longest = max(names, key=lambda n: sum(self.seconds(i, self.module.computations[n])
+                                                   for i in self.module.computations[n].values()))
+            self.computation(longest, self.weight)
+        elif opcode in ("copy-start", "slice-start"):
+            moved = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
+            self.copies[instruction.name] = self.hbm_seconds(moved.bytes)
+        elif opcode in ("copy-done", "slice-done"):
+            self.finish_copy(instruction.operands[0])
+        elif _is_done(instruction):
+            self.finish(instruction, body)
+        elif (found := self.module.collective(instruction, None)) and (
+                opcode != "fusion" or instruction.name.startswith("async-collective-start")):
+            kind, inner, where = found
+            self.start(instruction, kind, inner, self.module.computations[where] if where else body)
+        elif opcode not in FREE:
+            self.compute(instruction, body)
+
+    def compute(self, instruction, body):
+        duration = self.seconds(instruction, body)
+        if not duration:
+            return
+        own = min(duration, self.hbm_seconds(traffic(self.module, instruction, body)))
+        self.drain(duration - own)
+        self.timeline.spans.append(Span(instruction.name, self.scope, self.now, self.now + duration, self.weight))
+        self.now += duration
+        self.busy += duration
+        self.timeline.compute += duration * self.weight
+
+    # prefetches
+
+    def drain(self, spare):
+        """Gives `spare` seconds of HBM to the copies under way, the oldest first."""
+        for name, left in self.copies.items():
+            used = min(left, spare)
+            self.copies[name] -= used
+            spare -= used
+
+    def finish_copy(self, name):
+        waited = 0.0
+        for other in list(self.copies):
+            waited += self.copies[other]
+            self.copies[other] = 0.0
+            if other == name:
+                break
+        self.copies.pop(name, None)
+        if waited:
+            self.timeline.spans.append(Span("prefetch", self.scope, self.now, self.now + waited, self.weight))
+            self.now += waited
+            self.busy += waited
+            self.timeline.compute += waited * self.weight
+            self.timeline.prefetch += waited * self.weight
+
+    # collectives
+
+    def start(self, instruction, kind, inner, inside):
+        groups = hlo.groups(inner) or [list(range(self.module.devices))]
+        size = sum(buffer.bytes for name in inner.operands for buffer in inside[name].outputs)
+        if kind == "all-gather":
+            size *= len(groups[0])
+        paired = inner.opcode.endswith("-start") or instruction.opcode in ("async-start", "fusion")
+        asynchronous = paired and '"is_sync":true' not in instruction.text
+        transfer = self.cost(kind, groups, size)
+        made = Collective(instruction.name, kind, self.scope, size, groups, len(inner.operands), asynchronous,
+                          transfer.seconds, self.weight)
+        made.start = max([self.now, *(self.free.get(link, 0.0) for link in transfer.links)])
+        made.end = made.start + transfer.seconds
+        self.free |= dict.fromkeys(transfer.links, made.start + transfer.flow)
+        self.timeline.collectives.append(made)
+        self.flying[instruction.name] = made, self.busy
+        if not asynchronous:
+            self.wait(made)
+            if not paired:
+                del self.flying[instruction.name]
+
+    def finish(self, instruction, body):
+        name = self._started_by(instruction, body)
+        made, busy = self.flying.pop(name)
+        made.window = self.busy - busy
+        self.wait(made)
+
+    def wait(self, made):
+        if made.end <= self.now:
+            return
+        for other in self.timeline.collectives:
+            other.exposed += max(0.0, min(other.end, made.end) - max(other.start, self.now))
+        stall = made.end - self.now
+        self.drain(stall)
+        self.timeline.stalled += stall * self.weight
+        self.now = made.end
+
+    def _started_by(self, instruction, body):
+        """The name of the start that a done belongs to: its operand, perhaps through tuples and fused continuations."""
+        queue = list(instruction.operands)
+        while queue:
+            name = queue.pop(0)
+            if name in self.flying:
+                return name
+            queue.extend(body[name].operands if name in body else ())
+        raise ValueError(f"the schedule ends a collective that it did not start: {instruction.name}")
+
+
+def _is_done(instruction):
+    return (instruction.opcode.removesuffix("-done") in hlo.COLLECTIVES and instruction.opcode.endswith("-done")
+            or instruction.opcode == "async-done"
+            or instruction.opcode == "fusion" and instruction.name.startswith("async-collective-done"))

@@ -1,0 +1,288 @@
+"""The planner: its reader, its clock and its formulas on programs small enough to check by hand, its choice of a
+reduction, its errors, and what the real compilers make of a small ladder."""
+# ruff: noqa: E501  XLA's lines are long
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ladder_jax import calibrate, choice, cli, cost, hlo, plan, reductions, targets, timeline
+from ladder_jax.config import Config, ConfigError, Mesh, Model
+
+OVERLAPPED = """HloModule step, is_scheduled=true, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,8]{1,0:S(1)} parameter(1)
+  %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}, metadata={op_name="jit(f)/layer1/mlp/ppermute"}
+  %dot = bf16[4,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/layer1/mlp/dot_general"}, backend_config={"estimated_cycles":"3000"}
+  %done = bf16[4,8]{1,0} collective-permute-done(%start)
+  %after = bf16[4,8]{1,0} add(%dot, %done), backend_config={"estimated_cycles":"1000"}
+  ROOT %total = bf16[4,8]{1,0} all-reduce(%after), replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="jit(f)/last/psum"}
+}
+"""
+
+
+def test_the_reader_sees_arrays_operands_groups_and_scopes():
+    module = hlo.parse(OVERLAPPED)
+    assert module.scheduled and module.entry == "main" and module.devices == 4
+    body = module.computations["main"]
+    assert list(body) == ["x", "w", "start", "dot", "done", "after", "total"]
+    assert body["dot"].operands == ("x", "w") and body["dot"].dims == (1,) and body["dot"].cycles == 3000
+    assert body["w"].outputs == (hlo.Buffer("bf16", (8, 8), 1),) and body["w"].outputs[0].bytes == 128
+    assert hlo.groups(body["start"]) == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    assert hlo.groups(body["total"]) == [[0, 1, 2, 3]]
+    assert plan.block_of(body["dot"].scope) == ("forward", "layer1", "mlp")
+    assert plan.block_of(body["total"].scope) == ("forward", "", "last")
+    with pytest.raises(ValueError, match="HloModule"):
+        hlo.parse("{}")
+
+
+@pytest.mark.parametrize("text, groups", [
+    ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
+])
+def test_groups_of_devices_in_every_form_that_xla_writes(text, groups):
+    assert hlo.groups(hlo.Instruction("r", "all-reduce", (), (), text)) == groups
+
+
+def played(transfer):
+    """OVERLAPPED on a clock where a thousand cycles take a second."""
+    return timeline.play(hlo.parse(OVERLAPPED), lambda instruction, _: (instruction.cycles or 0) / 1000,
+                         lambda size: 0.0, lambda kind, groups, size: transfer)
+
+
+def test_the_clock_hides_what_is_sent_while_it_computes():
+    exchange, total = played(cost.Transfer(1.0, 4.0, frozenset("a"))).collectives
+    assert (exchange.asynchronous, exchange.bytes, exchange.seconds) == (True, 64, 5.0)
+    assert (exchange.window, exchange.hidden, exchange.exposed) == (3.0, 3.0, 2.0)     # 3 s of dot in a transfer of 5
+    assert (total.asynchronous, total.window, total.hidden, total.exposed) == (False, 0.0, 0.0, 5.0)
+    clock = played(cost.Transfer(0.0, 2.0, frozenset("a")))
+    assert [c.hidden for c in clock.collectives] == [2.0, 0.0]
+    assert (clock.compute, clock.stalled) == (4.0, 2.0)
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    text = OVERLAPPED.replace("ENTRY %main", "%body").replace("ROOT %total", "%total") + """
+ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %w = bf16[4,8]{1,0} while(%p), condition=%add, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    clock = timeline.play(hlo.parse(text), lambda instruction, _: (instruction.cycles or 0) / 1000, lambda size: 0.0,
+                          lambda *_: cost.Transfer(0.0, 2.0))
+    assert (clock.compute, clock.stalled) == (20.0, 10.0)
+    assert [c.count for c in clock.collectives] == [5, 5]
+
+
+def grid(kind, *shape):
+    """The network of a slice without its compiler: devices in the order in which jax lists them, x fastest."""
+    places = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
+    return cost.Network(targets.CHIPS[kind], places)
+
+
+def test_exchanges_take_the_links_between_chips():
+    chip, network = targets.CHIPS["v5e"], grid("v5e", 2, 4, 1)
+    near = network.collective("collective-permute", [(0, 1), (1, 0)], 45_000)
+    assert near.latency == pytest.approx(chip.launch + chip.hop_latency)
+    assert near.flow == pytest.approx(1e-6) and len(near.links) == 2
+    # 4 apart is two rows apart; rows 0 and 1 both send through the links between rows 1 and 2
+    far = network.collective("collective-permute", [(i, i ^ 4) for i in range(8)], 45_000)
+    assert far.latency == pytest.approx(chip.launch + 2 * chip.hop_latency) and far.flow == pytest.approx(2e-6)
+    # from the third row to the first around the ends, where there are links around them
+    assert len(list(grid("v5p", 4, 1, 1)._route(3, 0))) == 1
+    assert len(list(grid("v5e", 4, 1, 1)._route(3, 0))) == 3
+
+
+def test_gpu_all_reduces_take_what_was_published():
+    node = cost.Network(targets.CHIPS["h100"], [0] * 8)
+    seconds = lambda n, size: node.collective("all-reduce", [list(range(n))], size).seconds * 1e6
+    assert seconds(8, 16 * 1024) == pytest.approx(24.0, rel=0.02)        # facts: 70B, batch 1
+    assert seconds(4, 16 * 1024) == pytest.approx(14.5, rel=0.02)
+    assert seconds(8, 64 * 16 * 1024) == pytest.approx(31.4, rel=0.02)   # batch 64
+    assert node.collective("all-reduce", [[0]], 1024).seconds == 0
+
+
+def test_bytes_and_flops_of_a_matrix_product():
+    module = hlo.parse(OVERLAPPED)
+    body = module.computations["main"]
+    assert cost.flops(module, body["dot"], body) == 2 * 4 * 8 * 8
+    assert cost.traffic(module, body["dot"], body) == 64 + 64            # w is in VMEM already
+
+
+def test_rounds_are_read_off_the_reductions_themselves():
+    size = 8 * 1024
+    assert [[kind for kind, *_ in sends] for sends in choice.rounds("psum", 8, size)] == [["all-reduce"]]
+    doubling = choice.rounds("recursive-doubling", 8, size)
+    assert [len(sends) for sends in doubling] == [1, 1, 1] and {sends[0][2] for sends in doubling} == {size}
+    halving = choice.rounds("halving-doubling", 8, size)
+    assert [sends[0][2] * 8 // size for sends in halving] == [4, 2, 1, 1, 2, 4]
+    assert [len(sends) for sends in choice.rounds("direct", 8, size)] == [7, 7]
+    assert len(choice.rounds("ring", 3, size)) == 4
+
+
+def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
+    everyone = [list(range(8))]
+    tpu, gpu = grid("v5p", 2, 2, 2), cost.Network(targets.CHIPS["h100"], [0] * 8)
+    assert choice.choose(tpu, everyone, 16 * 1024, hides=True) == "recursive-doubling"     # few rounds: latency
+    assert choice.choose(tpu, everyone, 64 << 20, hides=True) == "direct"                  # few bytes
+    assert choice.choose(tpu, everyone, 64 << 20, hides=False) == "psum"
+    assert choice.choose(gpu, everyone, 1 << 20, hides=True) == "psum"
+    network = lambda name: sum(choice.seconds(name, gpu, everyone, 64 << 20))
+    assert choice.choose(gpu, everyone, 64 << 20, hides=False) == min(reductions.REDUCTIONS, key=network)
+
+
+def test_auto_is_psum_where_the_machine_is_not_known():
+    mesh = jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
+    config = Config(mesh=Mesh(data=1, tensor=4, reduction="auto"))
+    assert choice.reduction_for(config, mesh) == "psum"
+    assert choice.reduction_for(dataclasses.replace(config, mesh=Mesh(reduction="ring")), mesh) == "ring"
+
+
+def test_a_short_stack_stands_for_a_deep_one():
+    stack = plan.shorten("ladder", 80, 4)
+    assert stack.notation == "ladder" and stack.counts == (1, 39, 39, 1)
+    stack = plan.shorten("hybrid:last40", 80, 4)
+    assert sum(stack.counts) == 80 and stack.notation == "delays:0,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1"
+    assert plan.shorten("standard", 3, 4).counts == (1, 1, 1)
+
+
+# ---------------------------------------------------------------- the command
+
+WRONG = [
+    (["--target", "v9:2x4"], "target='v9:2x4' is not accepted"),
+    (["--target", "v5e:2x2x2"], "target='v5e:2x2x2' is not accepted"),
+    (["--target", "v5e:2x4", "--workload", "sleep"], "--workload 'sleep': it must be one of"),
+    (["--target", "v5e:2x4", "--schedule", "snake"], "model.residual='snake' is not accepted"),
+    (["--target", "v5e:2x4", "--reduction", "magic"], "mesh.reduction='magic' is not accepted"),
+    (["--target", "v5e:2x4", "--batch", "0"], "batch=0 is not accepted"),
+    (["--target", "v5e:2x4", "--context", "9999"], "context=9999 is not accepted: it must be from 1 to"),
+    (["--target", "v5e:2x4", "--compare", "--hlo", "x"], "leave out --compare"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        cli.plan(["configs/demo.py", *arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(ConfigError, match="recipe 'nothing.py' does not exist"):
+        cli.plan(["nothing.py", "--target", "v5e:2x4"])
+
+
+def test_without_its_compiler_a_target_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"takes XLA's TPU compiler: .*pip install 'ladder_jax\[plan\]'"):
+        cli.plan(["configs/demo.py", "--target", "v5e:2x4"])
+
+
+# ---------------------------------------------------------------- real compilers
+
+needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=f"no libtpu: {targets.INSTALL}")
+needs_gpu = pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is None
+                               if importlib.util.find_spec("jax_plugins") else True,
+                               reason=f"no jax-cuda12-plugin: {targets.INSTALL}")
+SMALL = Model(vocab_size=1024, dim=2048, layers=4, heads=16, kv_heads=8, head_dim=128, ffn_dim=8192, residual="ladder")
+
+
+def planned(target, schedule, reduction, workload="decode", batch=16, context=256):
+    config = Config(model=dataclasses.replace(SMALL, residual=schedule),
+                    mesh=Mesh(data=1, tensor=8, reduction=reduction))
+    compiled = plan.build(plan.Request("small", config, targets.parse(target), workload, batch, context))
+    return plan.report(compiled, plan.read(compiled))
+
+
+def of_layers(made):
+    """The tensor-axis collectives between the stack's ends."""
+    return [row for row in made["collectives"] if row["axis"] == "tensor" and "layer" in row["block"]]
+
+
+@needs_tpu
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target):
+    made = planned(target, "ladder", "recursive-doubling")
+    rows = of_layers(made)
+    assert len(rows) == 3 * 7       # three exchanges for every block but the last, whose sum is the stack's
+    assert all(row["kind"] == "collective-permute" and row["asynchronous"] and row["merged"] == 1 for row in rows)
+    for row in rows:
+        assert row["window_compute_us"] > 0, f"{target}: nothing is computed while {row['name']} ({row['block']}) runs"
+    assert sum(row["last_of_stack"] for row in made["collectives"]) == 3
+
+
+@needs_tpu
+def test_tpu_exposes_a_standard_models_psum():
+    rows = of_layers(planned("v5e:2x4", "standard", "psum"))
+    assert len(rows) == 8 and not any(row["asynchronous"] for row in rows)
+    assert all(row["hidden_us"] == pytest.approx(0, abs=1e-6) for row in rows)
+
+
+@needs_gpu
+@pytest.mark.parametrize("schedule", ["ladder", "parallel"])
+def test_gpu_reads_weights_where_they_are(schedule):
+    config = Config(model=dataclasses.replace(SMALL, residual=schedule), mesh=Mesh(data=1, tensor=8))
+    compiled = plan.build(plan.Request("small", config, targets.parse("h100:1x8"), "decode", 16, 256))
+    assert not plan.copies(hlo.parse(compiled.text))
+
+
+@needs_gpu
+def test_gpu_runs_a_ladders_all_reduces_behind_its_blocks():
+    made = planned("h100:1x8", "ladder", "psum")
+    rows = of_layers(made)
+    assert len(rows) == 7 and all(row["asynchronous"] and row["merged"] == 1 for row in rows)
+    assert all(row["window_compute_us"] > 0 for row in rows)
+
+
+@needs_tpu
+def test_the_command_prints_one_json_object_and_no_noise():
+    done = subprocess.run([sys.executable, "-c", "from ladder_jax.cli import main; main()", "plan", "configs/demo.py",
+                           "--target", "v5e:2x2", "--batch", "2", "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    made = json.loads(done.stdout)
+    assert {"target", "recipe", "workload", "schedule", "reduction", "collectives", "totals", "memory"} <= set(made)
+    assert {"name", "kind", "axis", "bytes", "asynchronous", "communication_us", "window_compute_us", "hidden_us",
+            "exposed_us", "last_of_stack"} <= set(made["collectives"][0])
+    assert {"step_us", "compute_us", "communication_us", "hidden_us", "exposed_us",
+            "unavoidable_us"} <= set(made["totals"])
+    assert {"weights_bytes", "kv_bytes", "temporary_bytes", "capacity_bytes", "fits"} == set(made["memory"])
+    again = subprocess.run([sys.executable, "-c", "from ladder_jax.cli import main; main()", "plan", "configs/demo.py",
+                            "--target", "v5e:2x2", "--tensor", "3"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "does not divide" in again.stderr
+
+
+@pytest.mark.slow
+@needs_tpu
+@pytest.mark.parametrize("recipe", ["llama3_8b", "llama3_70b"])
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+def test_decode_of_all_sizes_hides_what_can_be_hidden(recipe, batch, target):
+    config = cli.recipe(f"configs/{recipe}.py")
+    config = dataclasses.replace(config, mesh=Mesh(data=1, tensor=8, reduction="auto"))
+    compiled = plan.build(plan.Request(recipe, config, targets.parse(target), "decode", batch, 2048))
+    totals = plan.report(compiled, plan.read(compiled))["totals"]
+    assert totals["exposed_us"] <= 1.1 * totals["unavoidable_us"] + 0.05 * totals["communication_us"]
+
+
+def test_the_h100_model_is_near_what_was_published():
+    errors = {}
+    for table, _, _, published, modelled in calibrate.rows():
+        errors.setdefault(table, []).append(abs(modelled / published - 1))
+    for table, values in errors.items():
+        assert sum(values) / len(values) < 0.07, f"{table}: run python -m ladder_jax.calibrate"
+    ladder = [abs(row[4] / row[3] - 1) for row in calibrate.rows() if row[0].startswith("cal") and row[2] == "ladder"]
+    assert max(ladder) < 0.1
