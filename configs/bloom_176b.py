@@ -3,7 +3,7 @@
 Command:   sbatch --nodes 32 launch/slurm.sh configs/bloom_176b.py --data.source 'PATH/*.parquet'
                --data.tokenizer PATH/tokenizer.json
 Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of parameters and AdamW state
-Time:      15.6 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
 Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
 
 Layers, dimension, heads and vocabulary are BLOOM's; SwiGLU (of 50176, as the paper measures it), RMSNorm and rotary

@@ -2,7 +2,7 @@
 
 Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_405b.py --data.tokenizer PATH/tokenizer.json
 Hardware:  1024 TPU v5p of 95 GB (a slice v5p-2048); a device holds 4.9 GB of parameters and AdamW state
-Time:      16.5 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Time:      16.4 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
 Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
 
 16 key-value heads, as the paper measures it, so that they divide by a tensor axis of 16; Llama 3.1 has 8. So this

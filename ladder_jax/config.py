@@ -133,7 +133,9 @@ class Mesh(_Section):
     def check(self):
         for name in ("data", "fsdp", "tensor"):
             self.need(name, getattr(self, name) > 0 or getattr(self, name) == -1, "greater than 0, or -1 for the rest")
-        self.need("data", (self.data, self.fsdp, self.tensor).count(-1) < 2, "given, when another axis is -1")
+        rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        for name in rest[1:]:
+            self.need(name, False, f"given, where mesh.{rest[0]} is -1")
 
 
 @dataclass(frozen=True)

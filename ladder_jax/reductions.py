@@ -185,4 +185,8 @@ def replicate(value, reduction="psum"):
     return value
 
 
-replicate.defvjp(lambda value, reduction: (value, None), lambda reduction, _, cotangent: (reduce(cotangent, reduction),))
+def _replicate_backward(reduction, _, cotangent):
+    return (reduce(cotangent, reduction),)
+
+
+replicate.defvjp(lambda value, reduction: (value, None), _replicate_backward)

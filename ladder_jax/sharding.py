@@ -5,8 +5,9 @@ this file names. A value is a *partial* over the tensor axis when the true value
 
 Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
 shard, so that the sum that ends a block passes its cotangent through (reductions.reduce), and the cotangents that the
-shards' column-parallel matmuls send back to the stream that they share are partials (reductions.replicate). So follows one
-rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over (`sum_gradients`).
+shards' column-parallel matmuls send back to the stream that they share are partials (reductions.replicate sums them).
+So follows one rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over
+(`sum_gradients`).
 `check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
 equality with a single-device reference is tested on every mesh shape instead.
 """

@@ -184,6 +184,9 @@ def test_einsum_is_jnps_in_float32_gradients_too(spec):
     got, our_back = jax.vjp(lambda a, b: einsum(spec, a, b), a, b)
     for ours, theirs in zip((got, *our_back(expected)), (expected, *back(expected))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    precisions = [eqn.params["precision"] for eqn in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
+                  if eqn.primitive.name == "dot_general"]
+    assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, f"TPUs and TF32 would round float32: {precisions}"
 
 
 @pytest.mark.parametrize("spec", PRODUCTS)
