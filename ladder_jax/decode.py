@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import cache as kv
 from ladder_jax import model as transformer
 from ladder_jax import sampling, sharding
+from ladder_jax import weights as weights_door
 
 NOBODY = -1                                # in place of a request's id
 NEVER = 2**31 - 1                          # the turn of a place that nobody waits in
@@ -90,7 +91,8 @@ class Program(NamedTuple):
     top: int                    # most alternatives whose log-probability is emitted
     kv_dtype: str
     unstack: bool
-    fixed: bool                 # trip counts known beforehand and masks instead of branches (GPU; see facts below)
+    out_in: bool                # matrices stored outputs first (see weights.py)
+    fixed: bool                 # trip counts known beforehand, masks instead of branches (GPU; see below)
     reduction: str = "psum"
 
 # XLA runs a loop of unknown trip count, and a branch, wholly on the device on TPU and CPU; on GPU it copies the
@@ -149,21 +151,12 @@ def _compiled(function, program, in_specs, out_specs, donate=None):
 
 
 def _weights_specs(program):
-    return sharding.parameter_specs(jax.eval_shape(
-        lambda: _arrange(program, transformer.init(program.config, jax.random.key(0)))))
+    return weights_door.specs(program.config, unstack=program.unstack, out_in=program.out_in)
 
 
-def _arrange(program, model):
-    dtype = jnp.dtype(program.config.dtype)
-    cast = lambda name, x: x if name.endswith("norm") else x.astype(dtype)
-    model = jax.tree.map(cast, sharding.parameter_names(model), model)
-    return transformer.unstack(model) if program.unstack else model
-
-
-def weights(program, model):
-    """`model` (a Transformer on the mesh) as the programs want it: matrices in the compute dtype, layers unstacked."""
-    shardings = sharding.named(program.mesh, _weights_specs(program))
-    return jax.jit(functools.partial(_arrange, program), out_shardings=shardings)(model)
+def place_weights(program, model):
+    """`model` (a Transformer on the mesh) as the programs take it."""
+    return weights_door.place(model, program.config, program.mesh, unstack=program.unstack, out_in=program.out_in)
 
 
 # ---------------------------------------------------------------- one iteration

@@ -219,8 +219,8 @@ class Engine:
         fixed = options.loop == "fixed" or (options.loop == "auto" and platform in ("gpu", "cuda", "rocm"))
         kv_dtype = config.dtype if options.kv_dtype == "model" else options.kv_dtype
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
-                                      min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack, fixed,
-                                      reduction)
+                                      min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
+                                      platform == "cpu", fixed, reduction)
         self.places = options.staging or max(2, options.slots // 2)
         self.widths = ladder(1, options.slots) if options.fit else [options.slots]
         self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]
@@ -228,12 +228,12 @@ class Engine:
         self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
                                  self.token_bytes * options.prefix_block)
         self._plan_memory()
-        self._weights = decode.weights(self.program, model)
+        self._weights = decode.place_weights(self.program, model)
         self._chunk = decode.make_chunk(self.program, options.chunk)
         self._prefill = decode.make_prefill(self.program)
         self._read_block = decode.make_read_block(self.program, options.prefix_block)
         self._write_block = decode.make_write_block(self.program)
-        self.counters, self.history = Counters(), []
+        self.counters, self.history, self.patience = Counters(), [], PATIENCE
         self._numbers = itertools.count(1)
         self._inbox, self._cancels = deque(), deque()
         self._queue = []                 # heap of (-priority, number, request)
@@ -461,7 +461,7 @@ class Engine:
         grown = max(width, self._width), max(length, self._length)
         self._small = self._small + 1 if (width, length) != grown else 0
         target = grown
-        if self._small > PATIENCE:
+        if self._small > self.patience:
             target, self._small = (width, length), 0
         if target != (self._width, self._length):
             self._state = decode.reshape(self._state, *target)
