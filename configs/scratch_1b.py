@@ -30,5 +30,5 @@ config = Config(
                         beta2=0.95, eps=1e-10, weight_decay=0.1, clip_norm=1.0),
     train=Train(out="runs/scratch_1b", steps=25_000, batch=2048, length=2048,   # 4.19M tokens a step, 104.9B in all
                 accumulate=4,                                       # 8 sequences a device at a time, as in the paper
-                remat="dots", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+                remat="products", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
 )

@@ -5,7 +5,7 @@
                     data/        position of the data iterator, one JSON file a process
                     meta/        JSON: configuration, tokenizer, versions
 
-Arrays load onto any mesh. Plain Orbax opens them too: `ocp.load("<folder>/<step>", checkpointable_name="model")`.
+Arrays load onto any mesh. Plain Orbax opens them too, as NumPy arrays on any machine: see notebooks/checkpoint.ipynb.
 """
 import contextlib
 import gc

@@ -5,12 +5,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Peak dense bfloat16 FLOP/s by jax's `device_kind` (its first match, lower case). Sources: cloud.google.com/tpu/docs
-# (system architecture pages), NVIDIA data sheets (dense, not sparse).
+# Peak dense bfloat16 FLOP/s of what jax calls a device, by the first name here that its `device_kind` contains (in
+# lower case). Sources: cloud.google.com/tpu/docs (system architecture pages), NVIDIA data sheets (dense, not sparse).
 PEAK_FLOPS = {
     "tpu v4": 275e12, "tpu v5 lite": 197e12, "tpu v5e": 197e12, "tpu v5p": 459e12, "tpu v5": 459e12,
-    "tpu v6 lite": 918e12, "tpu v6e": 918e12, "tpu7x": 2307e12,
-    "a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12,
+    "tpu v6 lite": 918e12, "tpu v6e": 918e12, "tpu7x": 1153.5e12,       # half a chip: each chiplet is a device
+    "a100": 312e12, "a800": 312e12, "h100 pcie": 756e12, "h100 nvl": 835e12, "h100": 989e12, "h800": 989e12,
+    "h200": 989e12, "h20": 148e12, "gb200": 2500e12, "b200": 2250e12, "l40s": 362e12, "l4": 121e12, "a10g": 70e12,
 }
 
 

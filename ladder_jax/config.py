@@ -4,6 +4,7 @@ A recipe in `configs/` builds one `Config`; any field can be overridden on the c
 (`--train.steps 50`); every checkpoint carries the `Config` it was made with as JSON.
 """
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,20 +23,16 @@ def _require(ok, name, value, accepted):
 
 
 def _fits(value, hint):
-    """Whether `value` is of type `hint` (int, float, str, bool, None, Literal, Union, tuple[X, ...], dataclass)."""
+    """Whether `value` is of type `hint` (int, finite float, str, bool, None, Literal, Union, dataclass)."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in args)
     if origin is Literal:
         return value in args and type(value) in {type(a) for a in args}
-    if origin is tuple:
-        return isinstance(value, tuple) and (
-            all(_fits(v, args[0]) for v in value) if args[-1] is Ellipsis
-            else len(value) == len(args) and all(map(_fits, value, args)))
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -129,6 +126,7 @@ class Mesh(_Section):
     data: int = -1          # replicas of the parameters
     fsdp: int = 1           # shards of every parameter and of the optimizer state, gathered layer by layer
     tensor: int = 1         # shards of every block's work (tensor parallelism)
+    reduction: Literal["psum", "one-shot", "recursive-doubling", "halving-doubling", "direct", "ring"] = "psum"
 
     def check(self):
         for name in ("data", "fsdp", "tensor"):
@@ -189,7 +187,7 @@ class Train(_Section):
     batch: int = 8                   # sequences a step, over all devices
     length: int = 256                # tokens a sequence
     accumulate: int = 1              # parts that a step's batch is computed in, one after another
-    remat: Literal["none", "dots", "reductions", "full"] = "none"   # see model.REMAT
+    remat: Literal["none", "products", "reductions", "full"] = "none"   # see model.REMAT
     loss_chunk: int = 0              # tokens whose logits exist at once on a device; 0: all of them
     seed: int = 0
     log_every: int = 10

@@ -82,7 +82,8 @@ def plot(folder, title):
             axes.plot(*zip(*points), style, label=name.replace("_", " ").replace("held out", "held-out"), markersize=4)
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
     path = Path(folder) / "loss.png"
     figure.savefig(path, dpi=120)
     return path

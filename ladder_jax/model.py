@@ -16,11 +16,12 @@ from ladder_jax import residual, schedule, sharding
 from ladder_jax.matmul import einsum
 from ladder_jax.reductions import reduce
 
-REMAT = {    # what the backward pass recomputes of a layer
-    "none": None,                                                                   # nothing
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,               # all but matrix products
-    "reductions": jax.checkpoint_policies.save_only_these_names("reduced"),         # all but communication
-    "full": jax.checkpoint_policies.nothing_saveable,                               # all
+_save = jax.checkpoint_policies.save_only_these_names
+REMAT = {    # what the backward pass does not recompute of a layer
+    "none": None,                                # everything is kept
+    "products": _save("product", "reduced"),     # the blocks' matrix products and the reductions' sums
+    "reductions": _save("reduced"),              # no communication is repeated
+    "full": _save(),                             # the stream at the layer's start alone
 }
 
 
@@ -57,11 +58,12 @@ class Attention(nnx.Module):
     def __call__(self, u_BTD, context, cache=None, behind=lambda product: product):
         """The partial [B, T, D] of this block, and the cache with this call's keys and values written.
 
-        Matrix products pass through `behind`, so that communication can run behind them (see residual.py).
+        Matrix products pass through `behind`, so that communication can run behind them (see residual.py): three
+        times here as in MLP, behind much the same work each time.
         """
-        q_BTNH = behind(self._project(u_BTD, self.wq, self.bq))
-        k_BTKH = behind(self._project(u_BTD, self.wk, self.bk))
-        v_BTKH = behind(self._project(u_BTD, self.wv, self.bv))
+        q_BTNH, k_BTKH, v_BTKH = behind((self._project(u_BTD, self.wq, self.bq),
+                                         self._project(u_BTD, self.wk, self.bk),
+                                         self._project(u_BTD, self.wv, self.bv)))
         if self.q_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
@@ -72,7 +74,7 @@ class Attention(nnx.Module):
         else:
             cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             out_BTNH = attention_door.attend_cache(q_BTNH, cache, context.positions_BT)
-        return behind(einsum("btnh,nhd->btd", out_BTNH, self.wo[...])), cache
+        return behind(einsum("btnh,nhd->btd", behind(out_BTNH), self.wo[...])), cache
 
     def _project(self, u_BTD, weight, bias):
         x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])

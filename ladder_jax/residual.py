@@ -33,7 +33,7 @@ class Stream(NamedTuple):
     def behind(self, product):
         """Tells the oldest reduction under way of a matrix product that it can run behind; returns the product."""
         flying = [x for x in self.pending if isinstance(x, InFlight) and not x.done]
-        return flying[0].behind(product) if flying else product
+        return checkpoint_name(flying[0].behind(product) if flying else product, "product")
 
     def landed(self):
         """The same stream with nothing under way, fit to cross a scan's boundary."""

@@ -109,6 +109,8 @@ def _layers(text, layers):
     chosen = set()
     for part in text.split(","):
         ends = _numbers(part.replace("-", ","), "hybrid:LAYERS")
+        if len(ends) > 2 or ends[0] > ends[-1]:
+            raise ValueError(f"{part} is not a layer or a range of layers such as 5-9")
         chosen |= set(range(ends[0], ends[-1] + 1))
     if not chosen or max(chosen) >= layers:
         raise ValueError(f"layers run from 0 to {layers - 1}")

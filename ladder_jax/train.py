@@ -93,7 +93,8 @@ def init_state(config, mesh, optimizer):
 def loss_and_gradients(config, mesh):
     """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays."""
     kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
-    options = dict(kernel=kernel, remat=config.train.remat, chunk=config.train.loss_chunk)
+    options = dict(kernel=kernel, reduction=config.mesh.reduction, remat=config.train.remat,
+                   chunk=config.train.loss_chunk)
 
     def local(parameters, batch):
         weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH), 1)
@@ -125,8 +126,8 @@ def make_step(config, mesh, optimizer):
         loss, gradients = gradients_of(state.model, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
         parameters = optax.apply_updates(state.model, updates)
-        results = dict(loss=loss, gradient_norm=optax.global_norm(gradients),
-                       parameter_norm=optax.global_norm(parameters))
+        results = dict(loss=loss, gradient_norm=optax.tree.norm(gradients),
+                       parameter_norm=optax.tree.norm(parameters))
         return State(parameters, optimizer_state), results
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh, optimizer))
@@ -149,10 +150,11 @@ def make_evaluation(config, mesh):
 
 
 def flops_per_token(config, length):
-    """Model FLOPs of training on one token, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L N_heads H T.
+    """Model FLOPs of training on one token, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L heads H T.
 
-    N is the number of parameters in matrix products (all but the input embedding, which is looked up); attention is
-    counted in full, not halved for causality. Recomputation is not counted.
+    N is the number of parameters without the input embedding, which is looked up, not multiplied (a tied one is, as
+    the output's). Attention is counted in full, not halved for causality; recomputation is not counted. The model's
+    FLOPs utilisation, MFU, is this times tokens a second, over the devices' peak (chips.py).
     """
     sizes = jax.tree.map(lambda x: x.size, jax.eval_shape(functools.partial(model.init, config), jax.random.key(0)))
     count = sum(jax.tree.leaves(sizes)) - (0 if config.tie_embeddings else config.vocab_size * config.dim)

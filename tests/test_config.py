@@ -53,7 +53,7 @@ WRONG = {       # fields of a section that cannot be -> what the message says
     ],
     Optimizer: [
         (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
-        (dict(learning_rate=float("nan")), "learning_rate=nan", "greater than 0"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan", "float"),
         (dict(eps=0.0), "eps=0.0", "greater than 0"),
         (dict(schedule="linear"), "schedule='linear'", "one of 'cosine', 'wsd', 'constant'"),
         (dict(warmup_steps=-1), "warmup_steps=-1", "0 or more"),
@@ -72,7 +72,7 @@ WRONG = {       # fields of a section that cannot be -> what the message says
         (dict(out="gs://bucket/run"), "out='gs://bucket/run'", "a folder"),
         (dict(out=""), "out=''", "a folder"),
         (dict(batch=8, accumulate=3), "accumulate=3", "a divisor of train.batch=8"),
-        (dict(remat="some"), "remat='some'", "one of 'none', 'dots', 'reductions', 'full'"),
+        (dict(remat="some"), "remat='some'", "one of 'none', 'products', 'reductions', 'full'"),
         (dict(peak_tflops=0.0), "peak_tflops=0.0", "greater than 0"),
     ],
 }

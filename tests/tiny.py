@@ -57,7 +57,7 @@ def rows(out):
 @contextlib.contextmanager
 def compiled_once(folder):
     """Programs are compiled once for all runs inside, also those of other processes that get these settings."""
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.3,
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0,
                 "jax_persistent_cache_min_entry_size_bytes": -1}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():

@@ -1,0 +1,249 @@
+"""Cached generation is the full forward pass, token for token; sampling draws what it should; errors are one line."""
+import functools
+import itertools
+import logging
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny
+
+import ladder_jax
+from ladder_jax import config, generate, model, sharding, tokenizer
+from ladder_jax import config as configuration
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.config import ConfigError
+
+V, LENGTH = 40, 24
+SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladder:1,2"]
+
+
+@functools.cache
+def make_mesh(tensor, data=1, fsdp=1):
+    count = data * fsdp * tensor
+    return sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count])
+
+
+def settings(residual, **fields):
+    return config.Model(**{**dict(vocab_size=V, dim=16, layers=2, heads=16, kv_heads=8, head_dim=4, ffn_dim=16,
+                                  max_length=32, residual=residual, qk_norm=True, dtype="float32"), **fields})
+
+
+def parameters(cfg, mesh=None):
+    """Random parameters, large enough that greedy text does not repeat one token."""
+    abstract = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    random = np.random.default_rng(1)
+    draw = lambda name, leaf: np.float32(name.endswith("norm") + 0.5 * random.normal(size=leaf.shape))
+    made = jax.tree.map(draw, sharding.parameter_names(abstract), abstract)
+    specs = sharding.named(mesh, sharding.parameter_specs(abstract)) if mesh else jax.devices()[0]
+    return jax.device_put(made, specs)
+
+
+def uncached(cfg, prompt, count, ranks):
+    """Greedy text by the plain reference: the whole sequence again for every token, padded so that it compiles once."""
+    weights = parameters(cfg)
+    logits = jax.jit(lambda tokens: reference.logits(weights, cfg, tokens, jnp.arange(LENGTH),
+                                                     jnp.ones(LENGTH, jnp.int32), ranks))
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits(jnp.array(tokens + [0] * (LENGTH - len(tokens))))[len(tokens) - 1].argmax()))
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("residual", SCHEDULES)
+def test_cached_generation_is_the_full_forward_pass(residual):
+    cfg, prompt = settings(residual), [3, 1, 4, 1, 5]
+    local = residual.startswith("desync")
+    whole = uncached(cfg, prompt, 18, 8 if local else 1)
+    assert len(set(whole)) > 5                                    # not one token again and again
+    for tensor in (8,) if local else (1, 2, 8):                   # desync's tensor axis is a part of the model
+        mesh = make_mesh(tensor)
+        got = list(generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=18))
+        assert got == whole, f"tensor={tensor}"
+
+
+def test_desync_on_each_number_of_ranks_is_another_model():
+    cfg, prompt = settings("desync:2"), [3, 1, 4]
+    texts = {}
+    for tensor in (1, 2):
+        mesh = make_mesh(tensor)
+        texts[tensor] = list(generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=18))
+        assert texts[tensor] == uncached(cfg, prompt, 18, tensor)
+    assert texts[1] == uncached(settings("standard"), prompt, 18, 1) != texts[2]
+
+
+def test_rows_that_only_fill_the_mesh_change_nothing():
+    cfg, prompt = settings("ladder"), [3, 1, 4, 1, 5]
+    mesh = make_mesh(2, data=2, fsdp=2)
+    got = list(generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=18))
+    assert got == uncached(cfg, prompt, 18, 1)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """make(prompt, **options) of a ladder model on one device."""
+    cfg, mesh = settings("ladder"), make_mesh(1)
+    weights = parameters(cfg, mesh)
+    return lambda prompt=(3, 1, 4), **options: list(generate.generate(
+        weights, cfg, mesh, list(prompt), **{"max_tokens": 12, **options}))
+
+
+def test_sampling_repeats_by_its_seed(small):
+    texts = [small(temperature=1.0, seed=seed) for seed in (0, 0, 1, 2 ** 32 - 1)]
+    assert texts[0] == texts[1] and len({tuple(text) for text in texts}) == 3
+    assert small(temperature=1.0, max_tokens=5) == texts[0][:5]             # what is asked for later changes nothing
+    follows = small((3, 1, 4, *texts[0][:4]), temperature=1.0, max_tokens=8)
+    assert follows == texts[0][4:]                                          # randomness is the position's alone
+
+
+def test_the_likeliest_alone_is_greedy(small):
+    greedy = small()
+    assert small(temperature=1.0, top_k=1) == small(temperature=2.0, top_p=1e-6) == greedy
+    assert small(temperature=1e-4) == greedy and small(temperature=1.0) != greedy
+    assert small(temperature=0.0, seed=5, top_k=3) == greedy
+
+
+def draws(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0, vocabulary=None):
+    """How often each id is drawn, over seeds."""
+    sample = lambda seed: generate.sample(jnp.array(logits, jnp.float32), seed, 7, temperature, top_k, top_p,
+                                          len(logits) if vocabulary is None else vocabulary)
+    return np.bincount(jax.jit(jax.vmap(sample))(jnp.arange(count, dtype=jnp.uint32)), minlength=len(logits)) / count
+
+
+def test_frequencies_are_the_softmax_of_what_is_left():
+    p = np.array([0.4, 0.05, 0.3, 0.1, 0.15])
+    near = functools.partial(pytest.approx, abs=0.03)       # four standard deviations
+    kept = lambda *ids: np.isin(np.arange(5), ids) * p / p[list(ids)].sum()
+    logits = np.log(p) + 3
+    assert draws(logits) == near(p)
+    assert draws(logits, temperature=0.5) == near(p ** 2 / (p ** 2).sum())
+    assert draws(logits, temperature=100.0) == near(np.full(5, 0.2))
+    assert draws(logits, top_k=2) == near(kept(0, 2)) and draws(logits, top_k=9) == near(p)
+    assert draws(logits, top_p=0.69) == near(kept(0, 2)) and draws(logits, top_p=0.71) == near(kept(0, 2, 4))
+    assert draws(logits, top_k=3, top_p=0.5) == near(kept(0, 2))            # 0.4 of 0.85 is below a half
+    assert draws(logits, top_k=3, top_p=0.45) == near(kept(0))
+    assert draws(logits, vocabulary=2) == near(kept(0, 1))                  # padding is never drawn
+    assert draws([0.0, 1.0, 1.0], top_k=1)[1] == 1                          # of equals the first, as greedy has it
+
+
+def test_padding_is_never_taken_and_stop_is_left_out(small):
+    greedy = small()
+    assert max(greedy) >= 10 and max(small(vocabulary=10)) < 10
+    assert max(small(vocabulary=10, temperature=50.0, max_tokens=29)) < 10
+    stop = greedy[5]
+    assert small(stop=(stop,)) == list(itertools.takewhile(lambda token: token != stop, greedy))
+    assert small(max_tokens=0) == []
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ([], {}, "prompt=[] is not accepted: it must be at least one token"),
+    ([3, V], {}, f"prompt=[3, {V}] is not accepted: it must be of ids from 0 to {V - 1}"),
+    ([-1], {}, f"prompt=[-1] is not accepted: it must be of ids from 0 to {V - 1}"),
+    ([1] * 33, {}, "prompt=33 tokens is not accepted: it must be at most model.max_length=32 tokens"),
+    ([1] * 21, {}, "max_tokens=12 is not accepted: it must be from 0 to 11: model.max_length=32 less the 21 of the p"),
+    ([1], dict(max_tokens=-1), "max_tokens=-1 is not accepted: it must be from 0 to 31"),
+    ([1], dict(temperature=-0.1), "temperature=-0.1 is not accepted: it must be 0 (greedy) or more"),
+    ([1], dict(temperature=math.nan), "temperature=nan is not accepted"),
+    ([1], dict(top_k=-1), "top_k=-1 is not accepted: it must be 0 (all) or more"),
+    ([1], dict(top_p=0.0), "top_p=0.0 is not accepted: it must be above 0, up to 1"),
+    ([1], dict(top_p=1.5), "top_p=1.5 is not accepted"),
+    ([1], dict(seed=-1), "seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1"),
+])
+def test_requests_that_cannot_be(small, prompt, options, message):
+    with pytest.raises(ConfigError) as error:       # before the first token is asked for
+        small(prompt, **options)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_all_there_is_room_for(small):
+    assert len(small([1] * 20)) == 12 and len(small([1] * 32, max_tokens=0)) == 0
+
+
+# ---------------------------------------------------------------- load
+
+def save(folder, cfg, *steps, tensor=1, scale=1.0):
+    weights = parameters(cfg)
+    whole = configuration.to_dict(configuration.Config(model=cfg, train=configuration.Train(length=16)))
+    with Checkpoints(folder / "checkpoints", 9) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {"model": jax.tree.map(lambda x: x / step, weights)}, None, dict(
+                config=whole, tensor=tensor, tokenizer=tokenizer.load("bytes").to_json()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("run"), settings("ladder", vocab_size=264, max_length=64), 1, 2)
+
+
+@pytest.mark.parametrize("mesh", [None, config.Mesh(1, 1, 8), config.Mesh(2, 2, 2), config.Mesh(-1, 1, 4)])
+def test_load_gives_all_that_generation_needs(run, mesh):
+    loaded = ladder_jax.load(run, mesh=mesh)
+    assert loaded.tokenizer.size == 259 and loaded.config.model.residual == "ladder"
+    assert loaded.mesh.size == (8 if mesh else 1) and all(x.dtype == jnp.float32 for x in jax.tree.leaves(loaded.model))
+    logits, ids = loaded.logits("the ladder")
+    assert logits.shape == (11, 259) and ids == [256, *b"the ladder"]
+    expected = reference.logits(jax.tree.map(lambda x: x / 2, parameters(loaded.config.model)), loaded.config.model,
+                                jnp.array(ids), jnp.arange(11), jnp.ones(11, jnp.int32))[:, :259]
+    np.testing.assert_allclose(logits, expected, atol=2e-4)
+    text = "".join(loaded.generate("the ladder", max_tokens=8))
+    assert text == "".join(ladder_jax.load(run).generate("the ladder", max_tokens=8))
+
+
+def test_load_a_step_and_by_any_of_its_folders(run):
+    wanted = np.asarray(ladder_jax.load(run, step=1).model.embedding[...])
+    for path in (run / "checkpoints/1", str(run / "checkpoints/1")):
+        assert np.array_equal(ladder_jax.load(path).model.embedding[...], wanted)
+    assert np.array_equal(ladder_jax.load(run / "checkpoints").model.embedding[...], wanted / 2)
+    with pytest.raises(ValueError, match=r"holds no checkpoint of step 7, only \[1, 2\]"):
+        ladder_jax.load(run, step=7)
+    with pytest.raises(ValueError, match="none does not exist"):
+        ladder_jax.load(run / "none")
+    with pytest.raises(ConfigError, match="the mesh needs 16 devices, but there are 8"):
+        ladder_jax.load(run, mesh=config.Mesh(1, 1, 16))
+    with pytest.raises(ConfigError, match="model.kv_heads=8 does not divide by mesh.tensor=3"):
+        ladder_jax.load(run, mesh=config.Mesh(1, 1, 3))
+
+
+def test_a_damaged_newest_one_is_told_and_the_one_before_it_loaded(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints/2/model").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        loaded = ladder_jax.load(tmp_path / "run")
+    assert np.array_equal(loaded.model.embedding[...], ladder_jax.load(run, step=1).model.embedding[...])
+    [record] = [record for record in caplog.records if "damaged" in record.message]
+    assert "checkpoints/2 is damaged" in record.message and record.message.endswith("; taking the one before it")
+
+
+def test_a_desync_model_keeps_its_ranks(tmp_path):
+    run = save(tmp_path, settings("desync:2", vocab_size=264), 1, tensor=4)
+    assert ladder_jax.load(run).mesh.shape["tensor"] == 4
+    assert ladder_jax.load(run, mesh=config.Mesh(2, 1, -1)).mesh.shape["tensor"] == 4
+    with pytest.raises(ConfigError, match="mesh.tensor=8 is not accepted: this desync:2 model was trained with mesh."):
+        ladder_jax.load(run, mesh=config.Mesh(1, 1, 8))
+    with pytest.raises(ConfigError, match=r"the mesh needs 4 devices, but there are 2 \(desync:2 models keep the mesh.t"):
+        ladder_jax.load(run, devices=jax.devices()[:2])
+
+
+def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
+    loaded = ladder_jax.load(run)
+    ids = [*"a€😀".encode(), 0xe2, 0x82]
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: iter(ids))
+    pieces = list(loaded.generate(""))
+    assert pieces[:4] == ["a", "", "", "€"] and "".join(pieces) == "a€😀�"
+
+
+def test_programs_are_compiled_once(run):
+    loaded = ladder_jax.load(run)
+    forward = generate.make_forward(loaded.config.model, loaded.mesh)
+    for prompt, tokens in (("ab", 3), ("abc", 9), ("abcdefgh", 5)):       # all fit in the shortest prompt and cache
+        list(loaded.generate(prompt, max_tokens=tokens, temperature=1.0, top_k=tokens))
+    before = forward._cache_size(), generate.sample._cache_size()
+    list(loaded.generate("abcd", max_tokens=7, temperature=0.5, top_k=2, top_p=0.5, seed=3))
+    assert (forward._cache_size(), generate.sample._cache_size()) == before
