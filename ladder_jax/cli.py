@@ -177,12 +177,22 @@ def tokenizer(arguments):
     return f"done: {made.size} tokens in {chosen.out}: use it with --data.tokenizer {chosen.out}"
 
 
-COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer}
+def bench(arguments):
+    names = ("decode",)
+    if not arguments or arguments[0] not in names:
+        raise ConfigError(f"bench takes what to measure first: {', '.join(names)}")
+    import importlib
+    job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
+    job.run(_parse(job.Arguments, arguments[1:], f"bench {arguments[0]}"))
+
+
+COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer, "bench": bench}
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    writes the text that a model makes of a prompt, or of a file of prompts
   tokenizer SOURCE       trains a tokenizer on a corpus
+  bench WHAT             measures this project beside others: decode
 
 Each takes --help."""
 
