@@ -98,7 +98,7 @@ class Request:
             while True:
                 event.clear()
                 with self._changed:
-                    ready = self._unread or self.finish
+                    ready = bool(self._unread or self.finish)
                     token = self._take() if ready else None
                 if ready and token is None:
                     return

@@ -1,4 +1,5 @@
 """Matrix products as accelerators like them: operands in the compute dtype, sums in float32, backward pass included."""
+import math
 from functools import partial
 
 import jax
@@ -14,7 +15,10 @@ def _product(spec, a, b):
 
 @jax.tree_util.register_pytree_node_class
 class OutIn:
-    """A weight stored with its dimensions in another order: `axes` says which of its own each stored one is."""
+    """A weight stored with the dimensions that products sum over last: `axes` says which of its own each stored one is.
+
+    `product` is `einsum` with it, as a product of two matrices: XLA turns the operands of others around first.
+    """
 
     def __init__(self, array, axes):
         self.array, self.axes = array, axes
@@ -24,6 +28,16 @@ class OutIn:
         """`weight` in the order `axes`; dimensions that stack weights come before, and stay."""
         stacked = weight.ndim - len(axes)
         return cls(weight.transpose(*range(stacked), *(stacked + axis for axis in axes)), axes)
+
+    def product(self, spec, a, out_dtype):
+        left, right, out = spec.replace("->", ",").split(",")
+        stored = "".join(right[axis] for axis in self.axes)
+        outs = "".join(letter for letter in stored if letter in out)
+        rows, ins = left[:len(out) - len(outs)], stored[len(outs):]
+        assert left == rows + ins and out == rows + outs and stored == outs + ins, (spec, self.axes)
+        shape, sizes = a.shape[:len(rows)], self.array.shape[:len(outs)]
+        matrix = self.array.reshape(math.prod(sizes), -1)
+        return _einsum("ri,oi->ro", a.reshape(-1, matrix.shape[1]), matrix, out_dtype).reshape(*shape, *sizes)
 
     def __getitem__(self, key):        # as a parameter's value is read: weight[...]
         assert key is Ellipsis
@@ -46,8 +60,7 @@ def einsum(spec, a, b, out_dtype=None):
     `b` may be an OutIn; `spec` names its dimensions in their own order.
     """
     if isinstance(b, OutIn):
-        left, right, out = spec.replace("->", ",").split(",")
-        spec, b = f"{left},{''.join(right[axis] for axis in b.axes)}->{out}", b.array
+        return b.product(spec, a, out_dtype)
     return _einsum(spec, a, b, out_dtype)
 
 

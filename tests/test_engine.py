@@ -18,7 +18,7 @@ from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.engine import Engine, QueueFull, RequestFailed
 from ladder_jax.tokenizer import ByteTokenizer
 
-CONFIG = Model(vocab_size=264, dim=32, layers=3, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",
+CONFIG = Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",
                dtype="float32", max_length=64, init_std=0.3)
 OPTIONS = Decode(slots=3, staging=2, chunk=4, prefill=16, length=64, fit=False, top_logprobs=3, stop_ids=2, bias=2)
 
@@ -150,13 +150,13 @@ def shared_programs(made):
     return made.compiled()
 
 
-@pytest.mark.parametrize("changes", [dict(loop="fixed"), dict(unstack=False), dict(chunk=1), dict(slots=1, staging=1)],
-                         ids=str)
+@pytest.mark.parametrize("changes", [dict(loop="fixed"), dict(unstack=False), dict(chunk=1),
+                                     pytest.param(dict(slots=1, staging=1), marks=pytest.mark.slow)], ids=str)
 def test_ways_of_running_have_the_same_tokens(changes):
     run(engine(**changes), requests(6))
 
 
-@pytest.mark.parametrize("residual, tensor", [("ladder", 8), ("hybrid:last2", 2), ("desync:2", 2), ("parallel", 1),
+@pytest.mark.parametrize("residual, tensor", [("ladder", 8), ("hybrid:last1", 2), ("desync:2", 2), ("parallel", 1),
                                               *(pytest.param(residual, 2, marks=pytest.mark.slow)
                                                 for residual in ("standard", "ladder:1,2", "parallel"))])
 def test_residual_schedules_and_tensor_shards(residual, tensor):
@@ -179,14 +179,14 @@ def test_the_compiled_shape_follows_what_is_live():
     assert made.compiled()[0] <= made.compiled()[1]
 
 
-def test_a_bfloat16_or_int8_cache_runs_and_mostly_agrees():
+@pytest.mark.parametrize("kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+def test_a_bfloat16_or_int8_cache_mostly_agrees(kv_dtype):
     asked = [(prompt, dict(max_tokens=8)) for prompt, _ in requests(3)]
-    for kv_dtype in ("bfloat16", "int8"):
-        made = engine(kv_dtype=kv_dtype)
-        got = [made.submit(prompt, **options).result().tokens for prompt, options in asked]
-        want = [alone(prompt, **options) for prompt, options in asked]
-        agree = [a == b for pair in zip(got, want) for a, b in zip(*pair)]
-        assert np.mean(agree) > 0.5, (kv_dtype, agree)
+    made = engine(kv_dtype=kv_dtype)
+    got = [made.submit(prompt, **options).result().tokens for prompt, options in asked]
+    want = [alone(prompt, **options) for prompt, options in asked]
+    agree = [a == b for pair in zip(got, want) for a, b in zip(*pair)]
+    assert np.mean(agree) > 0.5, agree
 
 
 # ---------------------------------------------------------------- prefill
@@ -315,7 +315,7 @@ def test_an_error_in_one_request_is_its_own():
 
 def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers():
     made = engine()
-    live = [made.submit([i], max_tokens=30) for i in range(3)]
+    live = [made.submit([i], max_tokens=30) for i in range(2)]       # as many as there are places
     made.step()
     waiting = made.submit([9], max_tokens=5)
     with mock.patch.object(made, "_chunk", side_effect=RuntimeError("device lost")):
@@ -326,7 +326,7 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
     assert made.counters.failures == 1
     again = made.submit([1], max_tokens=30)
     assert again.result().tokens == alone([1], max_tokens=30)
-    assert waiting.finish in ("error", "length") or waiting.result()
+    assert waiting.result().tokens == alone([9], max_tokens=5)       # it was not on the device yet
 
 
 def test_asyncio_and_threads_share_the_engines_own_thread():
@@ -365,7 +365,7 @@ def test_one_synchronisation_a_chunk():
 
 def test_memory_is_planned_and_never_overcommitted():
     made = engine(slots=3, staging=2)
-    row = 2 * 3 * 8 * 4 * 4 * 64      # keys and values, layers, heads, head, float32, tokens
+    row = 2 * 2 * 8 * 4 * 4 * 64      # keys and values, layers, heads, head, float32, tokens
     assert made.memory["rows"] == 5 * row == sum(
         x.nbytes for x in jax.tree.leaves((made._state.slots.kv, made._state.staging.kv)))
     assert "5" in made.report() or "MiB" in made.report()

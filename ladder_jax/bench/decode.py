@@ -336,6 +336,7 @@ def plot(folder, title, results, kept):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem, paths = title.replace(" ", "_").replace(",", ""), []
@@ -367,6 +368,9 @@ def plot(folder, title, results, kept):
                       linewidth=2.5 if name == "ours" else 1.2)
     for axis, label in zip(axes, ("time to first token, ms", "end to end, ms", "time per output token, ms")):
         axis.set(xlabel=label, xscale="log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of requests")
     axes[0].legend(fontsize=8)
