@@ -131,6 +131,11 @@ def _specs(program):
 
 def empty(program, width, places, length):
     """A State of `width` slots and `places` places for requests of `length` tokens."""
+    return _make_empty(program, width, places, length)()
+
+
+@functools.lru_cache(maxsize=256)
+def _make_empty(program, width, places, length):
     config = program.config
 
     def rows(count):
@@ -142,7 +147,7 @@ def empty(program, width, places, length):
     shapes = lambda: State(rows(width), rows(places))
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), _specs(program),
                          jax.eval_shape(shapes), is_leaf=lambda x: isinstance(x, P))
-    return jax.jit(shapes, out_shardings=sharding.named(program.mesh, specs))()
+    return jax.jit(shapes, out_shardings=sharding.named(program.mesh, specs))
 
 
 def _compiled(function, program, in_specs, out_specs, donate=None):

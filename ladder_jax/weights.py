@@ -53,5 +53,10 @@ def specs(config, *, unstack, out_in):
 
 def place(model, config, mesh, **how):
     """`model` on `mesh`, arranged; `how`: unstack, out_in."""
+    return _make_place(config, mesh, **how)(model)
+
+
+@functools.lru_cache(maxsize=32)
+def _make_place(config, mesh, **how):
     shardings = sharding.named(mesh, specs(config, **how))
-    return jax.jit(functools.partial(arrange, dtype=jnp.dtype(config.dtype), **how), out_shardings=shardings)(model)
+    return jax.jit(functools.partial(arrange, dtype=jnp.dtype(config.dtype), **how), out_shardings=shardings)

@@ -150,7 +150,7 @@ class Concurrent:
         self.like._inbox.clear()
         self.like._waiting_count = 0
         length = fitting(self.like.lengths, len(prompt) + max_tokens)
-        self.running.append((request, decode.empty(self.like.program, 1, 1, length)._replace(), False))
+        self.running.append((request, decode.empty(self.like.program, 1, 1, length), False))
         return request
 
     def step(self):
