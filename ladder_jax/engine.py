@@ -277,13 +277,13 @@ class Engine:
 
     # ------------------------------------------------------------ the door
 
-    def submit(self, prompt, *, max_tokens=16, stop=(), stop_ids=None, logprobs=None, priority=0, bias=None,
+    def submit(self, prompt, *, max_tokens=None, stop=(), stop_ids=None, logprobs=None, priority=0, bias=None,
                **sampling_options):
         """Queues a request and returns its handle.
 
         Args:
           prompt: text, or ids.
-          max_tokens: most tokens it may emit.
+          max_tokens: most tokens it may emit (default: 200, or as many as there is room for).
           stop: a string or several; output ends before the first one that it would contain.
           stop_ids: ids that end it and are not part of it (default: the tokenizer's eos).
           logprobs: None, or how many alternatives' log-probabilities come with every token's own (0 or more).
@@ -301,6 +301,7 @@ class Engine:
         if stop_ids is None:
             stop_ids = (self.tokenizer.eos,) if self.tokenizer else ()
         room = self.length - len(prompt)
+        max_tokens = max(min(200, room), 1) if max_tokens is None else max_tokens
         for name, value, ok, accepted in (
                 ("prompt", "[]", len(prompt), "at least one token"),
                 ("prompt", prompt[:8].tolist(), ((0 <= prompt) & (prompt < self.vocabulary)).all(),

@@ -39,7 +39,7 @@ ACCEPTED = {     # name -> (default, test, what is accepted)
     "repetition": (1.0, lambda x: 0 < x < float("inf"), "above 0 (1: none)"),
     "presence": (0.0, lambda x: -100 <= x <= 100, "from -100 to 100"),
     "frequency": (0.0, lambda x: -100 <= x <= 100, "from -100 to 100"),
-    "seed": (0, lambda x: 0 <= x < 2**32 and x == int(x), "from 0 to 2**32 - 1"),
+    "seed": (0, lambda x: 0 <= x < 2**32 and x == int(x), "from 0 to 2 ** 32 - 1"),
 }
 
 
