@@ -66,10 +66,19 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
     return out_BNTH.transpose(0, 2, 1, 3)
 
 
-def attend_cache(q_BTNH, k_BSKH, v_BSKH, positions_BT):
-    """A query at position p attends to the cache's entries 0 to p. Returns [B, T, N, H]."""
-    slots_S = jnp.arange(k_BSKH.shape[1])
-    return plain(q_BTNH, k_BSKH, v_BSKH, slots_S <= positions_BT[:, :, None])
+def attend_cache(q_BTNH, cache, positions_BT):
+    """A query at position p attends to the entries 0 to p of `cache` (cache.KV [B, K, S, H]). Returns [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
+    _, K, S, _ = cache.k.shape
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    scores_BKGTS = einsum("btkgh,bksh->bkgts", q_BTKGH, cache.k, jnp.float32)
+    if cache.k_scale is not None:
+        scores_BKGTS = scores_BKGTS * cache.k_scale.reshape(B, K, 1, 1, S)
+    seen_BTS = jnp.arange(S) <= positions_BT[:, :, None]
+    weights_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1)
+    if cache.v_scale is not None:
+        weights_BKGTS = weights_BKGTS * cache.v_scale.reshape(B, K, 1, 1, S)
+    return einsum("bkgts,bksh->btkgh", weights_BKGTS.astype(q_BTNH.dtype), cache.v).reshape(B, T, N, H)
 
 
 def rotary(positions_BT, head_dim, theta, scaling=None):

@@ -42,11 +42,15 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """Writes the text that a model makes of a prompt, as it is made."""
+    """Writes the text that a model makes of a prompt, as it is made; or of a file of prompts, many at a time."""
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, its checkpoints folder, or one step's."""
     prompt: str = ""
     """What the text goes on from; empty: a new document."""
+    prompts_file: str | None = None
+    """JSONL: a prompt a line, with options of its own if it wants; those here are the defaults."""
+    out: str = "out.jsonl"
+    """Where the outputs of prompts_file go. What it holds already is not generated again."""
     max_tokens: int | None = None
     """200, or as many as the model has room for, by default."""
     temperature: float = 0.0
@@ -62,6 +66,8 @@ class GenerateArguments:
     """Devices to spread the model over."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
+    decode: Annotated[configuration.Decode, tyro.conf.arg(name="")] = configuration.Decode(slots=16)
+    """How a file of prompts is decoded."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,17 @@ def generate(arguments):
     from ladder_jax.generate import load
     mesh = configuration.Mesh(data=1, tensor=chosen.tensor) if chosen.tensor is not None else None
     loaded = load(chosen.checkpoint, step=chosen.step, mesh=mesh)
-    for text in loaded.generate(chosen.prompt, max_tokens=chosen.max_tokens, temperature=chosen.temperature,
-                                top_k=chosen.top_k, top_p=chosen.top_p, seed=chosen.seed):
+    options = dict(max_tokens=chosen.max_tokens, temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p,
+                   seed=chosen.seed)
+    if chosen.prompts_file is not None:
+        from ladder_jax import batch
+        from ladder_jax.engine import Engine
+        engine = Engine(loaded.model, loaded.config.model, loaded.mesh, chosen.decode, loaded.tokenizer)
+        print(engine.report(), file=sys.stderr)
+        made, before, failed = batch.run(engine, chosen.prompts_file, chosen.out, options)
+        already = f", {before} were there already" if before else ""
+        return f"done: {made} outputs in {chosen.out}{already}" + (f", {failed} of them errors" if failed else "")
+    for text in loaded.generate(chosen.prompt, **options):
         print(text, end="", flush=True)
     print()
 
@@ -202,13 +217,24 @@ def plan(arguments):
         return planner.run(recipe(chosen.recipe), chosen)
 
 
-COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer, "plan": plan}
+
+def bench(arguments):
+    names = ("decode",)
+    if not arguments or arguments[0] not in names:
+        raise ConfigError(f"bench takes what to measure first: {', '.join(names)}")
+    import importlib
+    job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
+    job.run(_parse(job.Arguments, arguments[1:], f"bench {arguments[0]}"))
+
+
+COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer, "plan": plan, "bench": bench}
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
-  generate CHECKPOINT    writes the text that a model makes of a prompt
+  generate CHECKPOINT    writes the text that a model makes of a prompt, or of a file of prompts
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            shows what a program will do on chips that are not here
+  bench WHAT             measures this project beside others: decode
 
 Each takes --help."""
 

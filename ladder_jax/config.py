@@ -212,6 +212,52 @@ class Train(_Section):
 
 
 @dataclass(frozen=True)
+class Decode(_Section):
+    """The decode engine: what is kept on the device, and how long one call of it runs."""
+    section = "decode"
+    slots: int = 8                   # requests that decode together, at most
+    staging: int | None = None       # prefilled requests that wait on the device; None: half of slots, 2 or more
+    length: int | None = None        # longest request, prompt and output, tokens; None: model.max_length
+    chunk: int = 16                  # iterations of one jitted call, at most
+    queue: int = 1024                # requests that wait on the host
+    kv_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"   # of cached keys and values
+    kv_memory: str | None = None     # budget of one device for them, such as 512MiB; None: what slots and staging take
+    prefill: int = 256               # prompt tokens computed in one call, and at most so many between two chunks
+    prefix_memory: str = "0"         # of kv_memory, for prefixes that prompts share
+    prefix_block: int = 32           # tokens of a shared prefix that are kept, and found again, together
+    top_logprobs: int = 0            # most alternatives a request may ask for
+    stop_ids: int = 4                # most ids a request may stop at
+    bias: int = 16                   # most ids a request may bias
+    fit: bool = True                 # shrink and grow the compiled width and length to what is live
+    unstack: bool = True             # one array a layer, so that decoding copies no slices of a stack (compiles longer)
+    loop: Literal["auto", "while", "fixed"] = "auto"   # ends early, or K iterations with masks; auto: fixed on GPU
+
+    def check(self):
+        self.positive("slots", "chunk", "queue", "prefill", "prefix_block")
+        for name in ("top_logprobs", "stop_ids", "bias"):
+            self.need(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("staging", "length"):
+            self.need(name, getattr(self, name) is None or getattr(self, name) > 0, "greater than 0, or None")
+        for name in ("kv_memory", "prefix_memory"):
+            if getattr(self, name) is not None:
+                to_bytes(getattr(self, name), self._path(name))
+
+
+def to_bytes(text, name):
+    """The bytes that "512MiB", "2GiB", "1.5GB" or "1000" mean; ConfigError names the field `name` if it is none."""
+    units = {"": 1, "b": 1, **{f"{letter}{suffix}": base ** power for power, letter in enumerate("kmgt", 1)
+                               for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))}}
+    number = text.strip().lower().rstrip("bkmgti")
+    unit = text.strip().lower()[len(number):]
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        value = -1
+    _require(value >= 0, name, text, "a size such as 512MiB or 2GiB")
+    return int(value)
+
+
+@dataclass(frozen=True)
 class Config(_Section):
     """Everything that defines a run."""
     model: Model = field(default_factory=Model)

@@ -3,24 +3,22 @@
 Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed and the position alone.
 """
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ladder_jax import checkpoint, schedule, sharding, tokenizer
+from ladder_jax import cache as kv
+from ladder_jax import checkpoint, sampling, schedule, sharding, tokenizer
 from ladder_jax import config as configuration
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError
 
 
 def empty_cache(config, mesh, batch, length):
-    """Keys and values for `batch` rows of `length` tokens: a pair of [L, B, S, K, H] zeros in the compute dtype."""
-    shape = config.layers, batch, length, config.kv_heads, config.head_dim
-    made = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=sharding.named(mesh, sharding.CACHE))
-    return made(), made()
+    """Keys and values for `batch` rows of `length` tokens: a cache.KV [L, B, K, S, H] of zeros in the compute dtype."""
+    shape = config.layers, batch, config.kv_heads, length, config.head_dim
+    return jax.jit(lambda: kv.empty(shape, config.dtype), out_shardings=sharding.named(mesh, sharding.CACHE))()
 
 
 @functools.lru_cache(maxsize=8)
@@ -31,33 +29,24 @@ def make_forward(config, mesh):
         return transformer.logits(model, config, x_BTD), cache
 
     specs = sharding.parameter_specs(jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0)))
-    cache = (sharding.CACHE,) * 2
+    cache = sharding.CACHE
     return jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache),
                                       (sharding.LOGITS, cache)), donate_argnums=3)
 
 
-@jax.jit
-def sample(logits_V, seed, position, temperature, top_k, top_p, vocabulary):
-    """The next token's id. temperature 0: the likeliest; otherwise drawn from the `top_k` likeliest (0: all) and, of
-    these, from the likeliest that together have probability `top_p`. Ids from `vocabulary` on are never taken."""
-    logits_V = jnp.where(jnp.arange(logits_V.size) < vocabulary, logits_V, -jnp.inf)
-    order_V = jnp.argsort(-logits_V)        # stable: of equals the first, as argmax has it
-    sorted_V = logits_V[order_V] / jnp.where(temperature > 0, temperature, 1)
-    sorted_V = jnp.where((jnp.arange(sorted_V.size) < top_k) | (top_k == 0), sorted_V, -jnp.inf)
-    probability_V = jax.nn.softmax(sorted_V)
-    sorted_V = jnp.where(jnp.cumsum(probability_V) - probability_V < top_p, sorted_V, -jnp.inf)
-    scaled_V = jnp.zeros_like(sorted_V).at[order_V].set(sorted_V)
-    drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), scaled_V)
-    return jnp.where(temperature > 0, drawn, order_V[0])
+@functools.partial(jax.jit, static_argnames="vocabulary")
+def sample(logits_V, params, history_BV, position, vocabulary):
+    """The next token's id: sampling.choose for one request."""
+    return sampling.choose(logits_V[None], params, history_BV, position[None], vocabulary)[0]
 
 
-def generate(model, config, mesh, prompt, *, max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=(),
-             vocabulary=None):
+def generate(model, config, mesh, prompt, *, max_tokens, stop=(), vocabulary=None, bias=None, **options):
     """Yields the ids that follow `prompt` (ids), as they are made: at most `max_tokens`, up to one of `stop`, excluded.
 
     Args:
       model, config, mesh: parameters on `mesh`, their config.Model.
-      temperature, top_k, top_p, seed: see `sample`.
+      bias: {id: added to its logit}.
+      options: temperature, top_k, top_p, min_p, repetition, presence, frequency, seed (see sampling.Params).
       vocabulary: ids from here on are padding of the embedding (default: none is).
     Raises ConfigError where the request does not fit the model.
     """
@@ -69,19 +58,15 @@ def generate(model, config, mesh, prompt, *, max_tokens, temperature=0.0, top_k=
              f"of ids from 0 to {vocabulary - 1}"),
             ("prompt", f"{len(prompt)} tokens", room >= 0, f"at most model.max_length={config.max_length} tokens"),
             ("max_tokens", max_tokens, 0 <= max_tokens <= room,
-             f"from 0 to {room}: model.max_length={config.max_length} less the {len(prompt)} of the prompt"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "0 (all) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1"),
-            ("seed", seed, 0 <= seed < 2 ** 32, "from 0 to 2 ** 32 - 1")):
+             f"from 0 to {room}: model.max_length={config.max_length} less the {len(prompt)} of the prompt")):
         if not ok:
             raise ConfigError(f"{name}={value} is not accepted: it must be {accepted}")
-    choose = functools.partial(sample, seed=np.uint32(seed), temperature=float(temperature), top_k=top_k,
-                               top_p=float(top_p), vocabulary=vocabulary)
-    return _tokens(model, config, mesh, prompt, max_tokens, choose, frozenset(stop))
+    bias = dict(bias or {})
+    params = sampling.params(bias, len(bias), vocabulary, **options)
+    return _tokens(model, config, mesh, prompt, max_tokens, params, frozenset(stop), vocabulary)
 
 
-def _tokens(model, config, mesh, prompt, max_tokens, choose, stop):
+def _tokens(model, config, mesh, prompt, max_tokens, params, stop, vocabulary):
     rows = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]      # every data shard works on a copy
     padded, length = (1 << (max(n, 16) - 1).bit_length() for n in (len(prompt), len(prompt) + max_tokens))
     forward = make_forward(config, mesh)
@@ -90,11 +75,14 @@ def _tokens(model, config, mesh, prompt, max_tokens, choose, stop):
     tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
     logits_BTV, cache = forward(model, tile([*prompt, *[0] * (padded - len(prompt))]), tile(range(padded)), cache)
     last_V = logits_BTV[0, len(prompt) - 1]
+    history_BV = np.zeros((1, config.vocab_size), np.int32)
+    history_BV[0, prompt] = 1
     for position in range(len(prompt), len(prompt) + max_tokens):
-        token = int(choose(last_V, position=position))
+        token = int(sample(last_V, params, history_BV, np.int32(position), vocabulary))
         if token in stop:
             return
         yield token
+        history_BV[0, token] += 2
         if position + 1 < len(prompt) + max_tokens:
             logits_BTV, cache = forward(model, tile([token]), tile([position]), cache)
             last_V = logits_BTV[0, 0]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from ladder_jax import attention as attention_door
+from ladder_jax import cache as kv
 from ladder_jax import residual, schedule, sharding
 from ladder_jax.matmul import einsum
 from ladder_jax.reductions import reduce
@@ -71,10 +72,8 @@ class Attention(nnx.Module):
         if cache is None:
             out_BTNH = attention_door.attend(q_BTNH, k_BTKH, v_BTKH, context.segments_BT, context.kernel)
         else:
-            rows_B1 = jnp.arange(u_BTD.shape[0])[:, None]
-            cache = tuple(kept_BSKH.at[rows_B1, context.positions_BT].set(new_BTKH.astype(kept_BSKH.dtype))
-                          for kept_BSKH, new_BTKH in zip(cache, (k_BTKH, v_BTKH)))
-            out_BTNH = attention_door.attend_cache(q_BTNH, *cache, context.positions_BT)
+            cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
+            out_BTNH = attention_door.attend_cache(q_BTNH, cache, context.positions_BT)
         return behind(einsum("btnh,nhd->btd", behind(out_BTNH), self.wo[...])), cache
 
     def _project(self, u_BTD, weight, bias):
@@ -119,23 +118,24 @@ class Transformer(nnx.Module):
         self.unembedding = None if config.tie_embeddings else _normal(rngs, (D, V), config.init_std)
 
 
-def init(config, key):
-    """A Transformer with fresh parameters. Under `jax.eval_shape` or `jax.jit`, of any size."""
-    return Transformer(config, nnx.Rngs(key))
+class Unstacked(NamedTuple):
+    """A Transformer whose layers are a list, so that compiled decoding copies no slices of a stack."""
+    embedding: nnx.Param
+    layers: list[Layer]
+    norm: nnx.Param
+    unembedding: nnx.Param | None
 
 
 def unstack(model):
-    """`model` with a list of layers in place of their stack, for `hidden` to run one after another.
+    """`model` (a Transformer) as an `Unstacked`, with arrays of its own for every layer."""
+    count = model.layers.attention.norm.shape[0]
+    layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count)]
+    return Unstacked(model.embedding, layers, model.norm, model.unembedding)
 
-    Decoding wants this: compilers copy a layer's weights out of a stack before they use them, and a decode step, which
-    reads every weight once, would spend most of its time on that. Arrays, or shapes (`jax.ShapeDtypeStruct`).
-    """
-    def row(x, i):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[i]
-    parts = nnx.clone(model)
-    count = jax.tree.leaves(model.layers)[0].shape[0]
-    parts.layers = nnx.List([jax.tree.map(lambda x, i=i: row(x, i), model.layers) for i in range(count)])
-    return parts
+
+def init(config, key):
+    """A Transformer with fresh parameters. Under `jax.eval_shape` or `jax.jit`, of any size."""
+    return Transformer(config, nnx.Rngs(key))
 
 
 def _normal(rngs, shape, std):
@@ -153,8 +153,8 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     """The final residual stream [B, T, D], and the cache with these tokens written.
 
     Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
-    `cache` is a pair [L, B, S, K, H] of past keys and values, `positions_BT` says where in it the tokens stand. Of an
-    `unstack`ed model it is a list with a pair [B, S, K, H] for every layer.
+    `cache` is a cache.KV [L, B, K, S, H] of past keys and values, `positions_BT` says where in it the tokens stand.
+    Where `model.layers` is a list of layers (see `unstack`), `cache` is one of KVs [B, K, S, H], and so is the result.
     """
     dtype = jnp.dtype(config.dtype)
     rotation = attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -174,11 +174,11 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
 
     embedded_BTD = embed(model, dtype, tokens_BT)
     plan = schedule.parse(config.residual, config.layers)
-    unstacked = isinstance(model.layers, nnx.List)
+    unstacked = isinstance(model.layers, list)
     layers = list(zip(model.layers, cache or [None] * len(model.layers))) if unstacked else (model.layers, cache)
     x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat])
     # a layer's first block is the one with attention
-    return x_BTD, [layer[0] for layer in outputs] if unstacked else outputs[0]
+    return x_BTD, [blocks[0] for blocks in outputs] if unstacked else outputs[0]
 
 
 def embed(model, dtype, tokens_BT):

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax import choice, cost, hlo, model, schedule, sharding, targets, timeline, train
 from ladder_jax import config as configuration
+from ladder_jax.cache import KV
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import repeats
 
@@ -65,12 +66,13 @@ def forward(config, mesh, batch, tokens, context, reduction, unstacked):
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
     parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    kept = jax.ShapeDtypeStruct((config.layers, batch, context, config.kv_heads, config.head_dim), dtype)
-    cache, cache_specs = (kept,) * 2, (sharding.CACHE,) * 2
+    shape = config.layers, batch, config.kv_heads, context, config.head_dim
+    pair = lambda shape: KV(*(jax.ShapeDtypeStruct(shape, dtype),) * 2)
+    cache, cache_specs = pair(shape), KV(*(sharding.CACHE,) * 2)
     if unstacked:
-        parameters = model.unstack(parameters)
-        cache = [(jax.ShapeDtypeStruct(kept.shape[1:], dtype),) * 2] * config.layers
-        cache_specs = [(P(*sharding.CACHE[1:]),) * 2] * config.layers
+        parameters = jax.eval_shape(model.unstack, parameters)
+        cache = [pair(shape[1:])] * config.layers
+        cache_specs = [KV(*(P(*sharding.CACHE[1:]),) * 2)] * config.layers
     specs = sharding.parameter_specs(parameters)
 
     def local(parameters, tokens_BT, positions_BT, cache):

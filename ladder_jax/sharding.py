@@ -49,7 +49,7 @@ PARAMETERS = {                                   # dimension -> mesh axis; layer
 }
 TOKENS = P(BATCH, None)                              # B T: ids, targets, segments, positions, weights
 LOGITS = P(BATCH, None, TENSOR)                      # B T V
-CACHE = P(None, BATCH, None, TENSOR, None)           # L B S K H: keys and values of past tokens
+CACHE = P(None, BATCH, TENSOR, None, None)           # L B K S H: keys and values of past tokens
 REPLICATED = P()                                     # scalars: loss, counts
 
 
@@ -174,6 +174,11 @@ def sum_gradients(gradients, specs):
 def axis_size(axis):
     """The mesh's size along `axis`: a Python int."""
     return lax.axis_size(axis)
+
+
+def gather_vocabulary(logits):
+    """The whole vocabulary's logits [..., V] on every tensor shard, from the shards' own."""
+    return lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
 
 
 def vocabulary_offset(local_size):

@@ -12,7 +12,7 @@ import pytest
 import reference
 
 import ladder_jax
-from ladder_jax import config, generate, model, sharding, tokenizer
+from ladder_jax import config, generate, model, sampling, sharding, tokenizer
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
 
@@ -95,13 +95,15 @@ def test_the_likeliest_alone_is_greedy(small):
     assert small(temperature=0.0, seed=5, top_k=3) == greedy
 
 
-SAMPLE = jax.jit(jax.vmap(generate.sample, (None, 0) + (None,) * 5))      # over seeds
+SAMPLE = jax.jit(jax.vmap(generate.sample, (None, sampling.Params(*(None,) * 7, 0, None, None), None, None, None)),
+                 static_argnums=4)      # over seeds
 
 
 def draws(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0, vocabulary=5):
     """How often each of 5 ids is drawn."""
-    ids = SAMPLE(jnp.array(logits, jnp.float32), np.arange(count, dtype=np.uint32), 7, temperature, top_k, top_p,
-                 vocabulary)
+    params = sampling.params(temperature=temperature, top_k=top_k, top_p=top_p)
+    params = params._replace(seed=np.arange(count, dtype=np.uint32)[:, None])
+    ids = SAMPLE(jnp.array(logits, jnp.float32), params, np.zeros((1, 5), np.int32), np.int32(7), vocabulary)
     return np.bincount(ids, minlength=5) / count
 
 

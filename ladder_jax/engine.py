@@ -1,0 +1,669 @@
+"""The host side of serving: requests come in, their tokens come out, the device decides the rest (decode.py).
+
+    engine = Engine(model, config.model, mesh, Decode(slots=32), tokenizer)
+    for token in engine.submit("Once upon", max_tokens=50, temperature=0.8, seed=1):
+        print(token.text, end="")
+
+One `step` prefills what there is room for, starts a chunk, and then reads the events of the chunk before it, so that
+the device never waits for the host: one synchronisation a chunk. A step is taken by whoever iterates a request, or by
+the engine's own thread once it is started (`with engine:`), which asyncio needs.
+"""
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ladder_jax import cache as kv
+from ladder_jax import config as configuration
+from ladder_jax import decode, sampling, sharding
+from ladder_jax.config import ConfigError
+from ladder_jax.prefixes import Prefixes
+from ladder_jax.text import Stopper
+
+log = logging.getLogger(__name__)
+PATIENCE = 4        # chunks that a smaller shape must have sufficed for, before the state shrinks to it
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than decode.queue allows: try again later."""
+
+
+class RequestFailed(RuntimeError):
+    """What a request's iteration raises where the engine could not finish it; the cause is attached."""
+
+
+class Token(NamedTuple):
+    """One token of a request's output."""
+    id: int | None                                  # None: no token, but text that was held back until the end
+    text: str                                       # what it completes, "" where text is held back or there is none
+    logprob: float | None = None                    # the model's own, if asked for
+    top: tuple[tuple[int, float], ...] = ()         # the likeliest ids and theirs, as many as were asked for
+
+
+class Request:
+    """A request's handle: iterate it (also with `async for`) for its tokens, `cancel` it, read what came of it.
+
+    tokens: all ids so far, the stop excluded. text: theirs, cut at a stop string.
+    finish: None while it runs, then "stop", "length", "cancelled" or "error" (see `error`).
+    submitted, times: seconds (time.perf_counter) of its submission and of every token's arrival on the host.
+    """
+
+    def __init__(self, engine, number, prompt, max_tokens, row, priority, top, stopper):
+        self.number, self.prompt, self.max_tokens, self.priority = number, prompt, max_tokens, priority
+        self.tokens, self.text, self.finish, self.error = [], "", None, None
+        self.submitted, self.times = time.perf_counter(), []
+        self._engine, self._row, self._top, self._stopper = engine, row, top, stopper
+        self._unread, self._changed, self._wakers = deque(), threading.Condition(), []
+
+    def cancel(self):
+        """Ends it: its slot is free from the next chunk on. No effect on a finished one."""
+        self._engine._cancel(self)
+
+    def result(self):
+        """Runs it to its end; returns itself. Raises RequestFailed as iterating does."""
+        collections.deque(self, maxlen=0)
+        return self
+
+    def __iter__(self):
+        while (token := self._next()) is not None:
+            yield token
+
+    def _next(self):
+        while True:
+            with self._changed:
+                if self._unread or self.finish:
+                    return self._take()
+                if self._engine.running:
+                    self._changed.wait(0.1)
+                    continue
+            self._engine.step()
+
+    async def __aiter__(self):
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        wake = lambda: loop.call_soon_threadsafe(event.set)
+        with self._changed:
+            self._wakers.append(wake)
+        try:
+            self._engine.start()
+            while True:
+                event.clear()
+                with self._changed:
+                    ready = bool(self._unread or self.finish)
+                    token = self._take() if ready else None
+                if ready and token is None:
+                    return
+                if ready:
+                    yield token
+                else:
+                    await event.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+
+    def _take(self):
+        if self._unread:
+            return self._unread.popleft()
+        if self.error is not None:
+            raise RequestFailed(f"request {self.number} failed: {self.error}") from self.error
+        return None
+
+    def _put(self, token=None, finish=None, error=None):
+        with self._changed:
+            if self.finish:
+                return
+            if token is not None:
+                self._unread.append(token)
+                self.times.append(time.perf_counter())
+            if finish:
+                self.finish, self.error = finish, error
+            self._changed.notify_all()
+            wakers = list(self._wakers)
+        for wake in wakers:
+            with contextlib.suppress(RuntimeError):        # its event loop has ended
+                wake()
+
+
+@dataclasses.dataclass
+class Counters:
+    """What an engine has done so far."""
+    submitted: int = 0
+    finished: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    syncs: int = 0               # waits of the host for the device
+    iterations: int = 0          # of the decode loop
+    slot_iterations: int = 0     # iterations times slots of the compiled width
+    busy: int = 0                # of these, those that made a token
+    prefill_calls: int = 0
+    prefill_tokens: int = 0      # that counted
+    prefill_padded: int = 0      # that were computed
+    prefix_tokens: int = 0       # that a shared prefix saved
+    reshapes: int = 0
+    failures: int = 0            # of the device
+
+    @property
+    def occupancy(self):
+        """The share of slot iterations that made a token."""
+        return self.busy / max(self.slot_iterations, 1)
+
+
+class _Place(NamedTuple):
+    """Who holds a place in staging: a request, and the chunk that first saw it wait (None: still being prefilled)."""
+    request: Request
+    chunk: int | None
+
+
+class _Flight(NamedTuple):
+    """Results under way to the host."""
+    chunk: int
+    width: int
+    prefills: list               # Events [P]
+    events: object               # Events [K, W]
+    waiting: object              # [R]
+
+
+def ladder(least, most):
+    """Powers of two from `least` up, and `most` itself, which is the last."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
+
+
+def fitting(sizes, needed):
+    """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
+    return next((size for size in sizes if size >= needed), sizes[-1])
+
+
+class Engine:
+    """Decodes requests of one model on one mesh.
+
+    Args:
+      model: its parameters on `mesh` (a model.Transformer).
+      config: its config.Model.
+      mesh: of size 1 along data and fsdp; an engine a replica serves data parallel.
+      options: config.Decode.
+      tokenizer: for prompts that are text, for text of tokens and stop strings; None: ids alone.
+      reduction: of reductions.REDUCTIONS.
+      trace: keep what every slot did in every iteration in `self.history`, a list of (seconds, request ids [K, W]).
+    Raises ConfigError where the options do not fit the model, the mesh or the memory.
+    """
+
+    def __init__(self, model, config, mesh, options=None, tokenizer=None, *, reduction="psum", trace=False,
+                 pipelined=True):
+        self.options = options = options or configuration.Decode()
+        if mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP] != 1:
+            raise ConfigError(f"mesh.data x mesh.fsdp = {mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]} is not "
+                              "accepted: an engine decodes on a mesh of tensor shards alone, so both must be 1")
+        sharding.check(config, mesh)
+        self.length = options.length or config.max_length
+        if self.length > config.max_length:
+            raise ConfigError(f"decode.length={self.length} is not accepted: it must be at most "
+                              f"model.max_length={config.max_length}")
+        self.vocabulary = tokenizer.size if tokenizer else config.vocab_size
+        if self.vocabulary > config.vocab_size:
+            raise ConfigError(f"the tokenizer has {self.vocabulary} ids, but model.vocab_size={config.vocab_size}")
+        self.config, self.mesh, self.tokenizer, self.trace, self.pipelined = config, mesh, tokenizer, trace, pipelined
+        platform = mesh.devices.flat[0].platform
+        fixed = options.loop == "fixed" or (options.loop == "auto" and platform in ("gpu", "cuda", "rocm"))
+        kv_dtype = config.dtype if options.kv_dtype == "model" else options.kv_dtype
+        self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
+                                      min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
+                                      platform == "cpu", fixed, reduction)
+        self.places = options.staging or max(2, options.slots // 2)
+        self.widths = ladder(1, options.slots) if options.fit else [options.slots]
+        self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]
+        self.pieces = ladder(min(16, options.prefill), min(options.prefill, self.length))
+        self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
+                                 self.token_bytes * options.prefix_block)
+        self._plan_memory()
+        self._weights = decode.place_weights(self.program, model)
+        self._chunk = decode.make_chunk(self.program, options.chunk)
+        self._prefill = decode.make_prefill(self.program)
+        self._read_block = decode.make_read_block(self.program, options.prefix_block)
+        self._write_block = decode.make_write_block(self.program)
+        self.counters, self.history, self.patience = Counters(), [], PATIENCE
+        self._numbers = itertools.count(1)
+        self._inbox, self._cancels = deque(), deque()
+        self._queue = []                 # heap of (-priority, number, request)
+        self._waiting_count = 0
+        self._stepping, self._counting = threading.RLock(), threading.Lock()
+        self._thread, self._wake, self._closing = None, threading.Event(), False
+        self._reset()
+
+    # ------------------------------------------------------------ memory
+
+    @property
+    def token_bytes(self):
+        """Bytes that one token's keys and values take on one device."""
+        return kv.bytes_per_token(self.config, self.program.kv_dtype) // self.mesh.shape[sharding.TENSOR]
+
+    def _plan_memory(self):
+        """Everything that will ever be allocated for keys and values, against the budget."""
+        rows = self.options.slots + self.places
+        row = self.token_bytes * self.length
+        arrays = 2 * self.config.layers if self.options.unstack else 2
+        moving = self.options.slots * row // arrays          # while the state is reshaped, one array exists twice
+        self.memory = dict(rows=rows * row, prefixes=self.prefixes.budget, moving=moving if self.options.fit else 0)
+        self.memory["total"] = sum(self.memory.values())
+        if self.options.kv_memory is None:
+            return
+        budget = configuration.to_bytes(self.options.kv_memory, "decode.kv_memory")
+        if self.memory["total"] > budget:
+            free, taken = budget - self.prefixes.budget, self.memory["total"] - self.prefixes.budget
+            raise ConfigError(
+                f"decode.kv_memory={self.options.kv_memory} is not enough for decode.slots={self.options.slots} of "
+                f"{self.length} tokens, which take {self.memory['total'] / 2**20:.1f}MiB: "
+                f"about {max(free * self.options.slots // taken, 0)} slots fit, "
+                "or take a smaller decode.length or decode.kv_dtype")
+
+    def report(self):
+        """What is planned, in one line."""
+        m = {name: f"{value / 2**20:.1f} MiB" for name, value in self.memory.items()}
+        return (f"{self.options.slots} slots and {self.places} places of {self.length} tokens in "
+                f"{self.program.kv_dtype}: {m['rows']}, prefixes {m['prefixes']}, reshaping {m['moving']}, "
+                f"together {m['total']} a device")
+
+    # ------------------------------------------------------------ the door
+
+    def submit(self, prompt, *, max_tokens=None, stop=(), stop_ids=None, logprobs=None, priority=0, bias=None,
+               **sampling_options):
+        """Queues a request and returns its handle.
+
+        Args:
+          prompt: text, or ids.
+          max_tokens: most tokens it may emit (default: 200, or as many as there is room for).
+          stop: a string or several; output ends before the first one that it would contain.
+          stop_ids: ids that end it and are not part of it (default: the tokenizer's eos).
+          logprobs: None, or how many alternatives' log-probabilities come with every token's own (0 or more).
+          priority: higher goes first; equals go first come, first served.
+          bias: {id: added to its logit}; sampling_options: those of sampling.Params.
+        Raises ConfigError for what is not accepted, QueueFull when decode.queue requests wait already.
+        """
+        if isinstance(prompt, str):
+            self._need_tokenizer("prompt is text")
+            prompt = self.tokenizer.prompt(prompt)
+        prompt = np.asarray(list(prompt), np.int64)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stop:
+            self._need_tokenizer("stop is text")
+        if stop_ids is None:
+            stop_ids = (self.tokenizer.eos,) if self.tokenizer else ()
+        room = self.length - len(prompt)
+        max_tokens = max(min(200, room), 1) if max_tokens is None else max_tokens
+        for name, value, ok, accepted in (
+                ("prompt", "[]", len(prompt), "at least one token"),
+                ("prompt", prompt[:8].tolist(), ((0 <= prompt) & (prompt < self.vocabulary)).all(),
+                 f"of ids from 0 to {self.vocabulary - 1}"),
+                ("prompt", f"{len(prompt)} tokens", room > 0, f"fewer than {self.length} tokens"),
+                ("max_tokens", max_tokens, isinstance(max_tokens, int) and 1 <= max_tokens <= room,
+                 f"from 1 to {room}: {self.length} less the {len(prompt)} of the prompt"),
+                ("stop_ids", stop_ids, len(stop_ids) <= self.options.stop_ids, f"at most {self.options.stop_ids} ids"),
+                ("stop", stop, all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+                ("logprobs", logprobs, logprobs is None or 0 <= logprobs <= self.program.top,
+                 f"None, or from 0 to {self.program.top}")):
+            if not ok:
+                raise ConfigError(f"{name}={value} is not accepted: it must be {accepted}")
+        params = sampling.params(bias, self.options.bias, self.vocabulary, **sampling_options)
+        number = next(self._numbers)
+        one = lambda value, dtype=np.int32: np.asarray([value], dtype)
+        padded = [*map(int, stop_ids), *[decode.NOBODY] * (self.options.stop_ids - len(stop_ids))]
+        row = decode.Row(request=one(number), active=one(False, bool), turn=one(0), token=one(0), position=one(0),
+                         remaining=one(max_tokens), stops=one(padded), logprobs=one(logprobs is not None, bool),
+                         sampling=params, history=None)
+        stopper = Stopper(self.tokenizer.stream(), stop) if self.tokenizer else None
+        request = Request(self, number, prompt.astype(np.int32), max_tokens, row, priority, logprobs, stopper)
+        with self._counting:
+            if self._waiting_count >= self.options.queue:
+                raise QueueFull(f"{self._waiting_count} requests wait already (decode.queue={self.options.queue})")
+            self._waiting_count += 1
+            self.counters.submitted += 1
+        self._inbox.append(request)
+        self._wake.set()
+        return request
+
+    def generate(self, prompts, **options):
+        """The finished Requests of all `prompts` (texts or ids), in order; options: those of `submit`."""
+        requests = []
+        for prompt in prompts:
+            while self._waiting_count >= self.options.queue:
+                time.sleep(0.001) if self.running else self.step()
+            requests.append(self.submit(prompt, **options))
+        return [request.result() for request in requests]
+
+    @property
+    def running(self):
+        """Whether the engine's thread takes the steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self):
+        """Starts the engine's thread, if it does not run."""
+        with self._counting:
+            if not self.running:
+                self._closing = False
+                self._thread = threading.Thread(target=self._run, name="ladder_jax engine", daemon=True)
+                self._thread.start()
+        return self
+
+    def close(self):
+        """Ends the engine's thread after its step; what is unfinished stays, and can be stepped on."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    __enter__ = start
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _run(self):
+        while not self._closing:
+            if not self.step():
+                self._wake.wait(0.05)
+                self._wake.clear()
+
+    def _need_tokenizer(self, why):
+        if self.tokenizer is None:
+            raise ConfigError(f"{why}, but this engine has no tokenizer: give ids")
+
+    def _cancel(self, request):
+        request._put(finish="cancelled")
+        self._cancels.append(request)
+        self._wake.set()
+
+    # ------------------------------------------------------------ a step
+
+    def step(self):
+        """Takes one step; whether there was anything to do. An exception on the device fails what is live, no more."""
+        with self._stepping:
+            try:
+                return self._step()
+            except Exception as error:      # whatever it was, the device's state is lost and the engine goes on
+                log.exception("decode step failed; live requests fail, the engine starts afresh")
+                self._fail(error)
+                return True
+
+    def _step(self):
+        self._read_inbox()
+        self._fit()
+        prefills = self._admit()
+        started = self._start_chunk(prefills)
+        if self._flights and (not started or not self.pipelined or len(self._flights) > 1):
+            self._land(self._flights.popleft())
+            return True
+        return started or bool(prefills) or bool(self._prefilled)
+
+    def _reset(self):
+        self._width, self._length, self._small = self.widths[0], self.lengths[0], 0
+        self._state = decode.empty(self.program, self._width, self.places, self._length)
+        self._staging = [None] * self.places         # _Place or None
+        self._prefilled = {}                         # place -> prompt tokens computed so far, in order of admission
+        self._live = {}                              # id -> request, of those on the device
+        self._cancelled = []                         # ids that the next chunk cancels
+        self._flights, self._chunks = deque(), 0
+        self._pending = []                           # prefill events that no chunk has taken along yet
+        self.prefixes.clear()
+
+    def _fail(self, error):
+        live = list(self._live.values())
+        self.counters.failures += 1
+        self._reset()
+        for request in live:
+            self.counters.finished += 1
+            request._put(finish="error", error=error)
+
+    def _read_inbox(self):
+        while self._inbox:
+            request = self._inbox.popleft()
+            heapq.heappush(self._queue, (-request.priority, request.number, request))
+        while self._cancels:
+            request = self._cancels.popleft()
+            if request.number in self._live:
+                self._drop(request)
+
+    def _drop(self, request):
+        """Takes a request off the device whose events no longer count."""
+        del self._live[request.number]
+        self.counters.finished += 1
+        for index, place in enumerate(self._staging):
+            if place and place.request is request and place.chunk is None:     # still being prefilled: never waited
+                self._staging[index] = None
+                del self._prefilled[index]
+                return
+        self._cancelled.append(request.number)
+
+    # ------------------------------------------------------------ shape
+
+    def _fit(self):
+        """Grows the state's compiled shape to what the next chunk needs; shrinks it when less has sufficed for long."""
+        if not self.options.fit:
+            return
+        room = self.places - sum(place is not None for place in self._staging)
+        coming = [request for _, _, request in heapq.nsmallest(room, self._queue) if not request.finish]
+        live = len(self._live) + len(self._cancelled)        # an upper bound: some may have finished already
+        if not live + len(coming):
+            return
+        width = fitting(self.widths, min(live + len(coming), self.options.slots))
+        steps = self.options.chunk * (len(self._flights) + 1)
+        reach = lambda request: len(request.prompt) + min(request.max_tokens, len(request.tokens) + steps + 1)
+        length = fitting(self.lengths, max(map(reach, [*self._live.values(), *coming]), default=0))
+        grown = max(width, self._width), max(length, self._length)
+        self._small = self._small + 1 if (width, length) != grown else 0
+        target = grown
+        if self._small > self.patience:
+            target, self._small = (width, length), 0
+        if target != (self._width, self._length):
+            self._state = decode.reshape(self._state, *target)
+            self._width, self._length = target
+            self.counters.reshapes += 1
+
+    # ------------------------------------------------------------ prefill
+
+    def _admit(self):
+        """Gives free places to those whose turn it is, and starts prefill calls. Returns how many."""
+        for index, place in enumerate(self._staging):
+            if place is None and (request := self._pop()):
+                self._staging[index] = _Place(request, None)
+                self._live[request.number] = request
+                self._prefilled[index] = self._paste_prefix(index, request)
+        calls, budget = 0, self.options.prefill
+        decoding = len(self._live) > len(self._prefilled)
+        while self._prefilled and (budget > 0 or not decoding):
+            used = self._prefill_call(budget if decoding else self.options.prefill)
+            if not used:
+                break
+            budget -= used
+            calls += 1
+            decoding = len(self._live) > len(self._prefilled)
+        return calls
+
+    def _pop(self):
+        """The next request that is still wanted, or None."""
+        while self._queue:
+            request = heapq.heappop(self._queue)[2]
+            with self._counting:
+                self._waiting_count -= 1
+            if not request.finish:
+                return request
+            self.counters.finished += 1
+        return None
+
+    def _paste_prefix(self, index, request):
+        """Copies what is known of the prompt into the place; the number of its tokens."""
+        blocks = self.prefixes.find(request.prompt)
+        for i, block in enumerate(blocks):
+            start = np.int32(i * self.options.prefix_block)
+            self._stage(self._write_block(self._state.staging, np.int32(index), start, block))
+        self.counters.prefix_tokens += len(blocks) * self.options.prefix_block
+        return len(blocks) * self.options.prefix_block
+
+    def _prefill_call(self, budget):
+        """Computes the next pieces of as many prompts as fit `budget` tokens, padding included; tokens computed."""
+        chosen, width = [], 0
+        for index, done in self._prefilled.items():
+            request = self._staging[index].request
+            piece = min(len(request.prompt) - done, self.options.prefill)
+            padded = max(width, fitting(self.pieces, piece))
+            if chosen and padded * _rows(len(chosen) + 1) > budget:
+                break
+            if not chosen and padded > budget:       # a shorter piece fits what is left, if it is worth a call
+                piece = min(piece, max((size for size in self.pieces if size <= budget), default=0))
+                padded = fitting(self.pieces, piece)
+                if not piece:
+                    return 0
+            chosen.append((index, request, done, piece))
+            width = padded
+        count = _rows(len(chosen))
+        seen = fitting(self.lengths, max(done + piece for _, _, done, piece in chosen))
+        tokens = np.zeros((count, width), np.int32)
+        prompts = np.full((count, seen), self.config.vocab_size, np.int32)
+        start, length, place, last = (np.zeros(count, kind) for kind in (np.int32, np.int32, np.int32, bool))
+        place[:] = self.places
+        for i, (index, request, done, piece) in enumerate(chosen):
+            tokens[i, :piece] = request.prompt[done:done + piece]
+            start[i], length[i], place[i] = done, piece, index
+            last[i] = done + piece == len(request.prompt)
+            if last[i]:
+                prompts[i, :len(request.prompt)] = request.prompt
+        rows = [self._turn(request) for _, request, _, _ in chosen]
+        row = jax.tree.map(lambda *xs: np.concatenate([*xs, *[xs[0]] * (count - len(xs))]), *rows)
+        staging, events = self._prefill(self._weights, self._state.staging, decode.Prompts(
+            tokens, start, length, place, last, prompts, row))
+        self._stage(staging)
+        _copy_to_host(events)
+        self._pending.append(events)
+        self.counters.prefill_calls += 1
+        self.counters.prefill_tokens += int(length.sum())
+        self.counters.prefill_padded += count * width
+        for index, request, done, piece in chosen:
+            if done + piece == len(request.prompt):
+                del self._prefilled[index]
+                self._staging[index] = _Place(request, self._chunks)
+                self._keep_prefix(index, request)
+            else:
+                self._prefilled[index] = done + piece
+        return count * width
+
+    def _turn(self, request):
+        """Its row; who waits on the device takes turns by priority, then by number."""
+        order = request.number - request.priority * 2**24
+        return request._row._replace(turn=np.asarray([np.clip(order, -2**31, decode.NEVER - 1)], np.int32))
+
+    def _keep_prefix(self, index, request):
+        for start, key in self.prefixes.missing(request.prompt):
+            self.prefixes.add(key, self._read_block(self._state.staging, np.int32(index), np.int32(start)))
+
+    def _stage(self, staging):
+        self._state = self._state._replace(staging=staging)
+
+    # ------------------------------------------------------------ chunks
+
+    def _start_chunk(self, prefills):
+        """Starts a chunk if anything may be live on the device; whether it did."""
+        if not len(self._live) > len(self._prefilled) and not self._cancelled:
+            return False
+        most = self.options.slots + self.places
+        cancelled, self._cancelled = self._cancelled[:most], self._cancelled[most:]
+        padded = np.full(most, decode.NOBODY, np.int32)
+        padded[:len(cancelled)] = cancelled
+        self._state, events, waiting = self._chunk(self._weights, self._state, padded, np.int32(self._steps()))
+        _copy_to_host((events, waiting))
+        self._flights.append(_Flight(self._chunks, self._width, self._pending, events, waiting))
+        self._pending = []
+        self._chunks += 1
+        self.counters.chunks += 1
+        return True
+
+    def _steps(self):
+        return self.options.chunk
+
+    def _land(self, flight):
+        """Reads a chunk's events, with those of the prefills before it, and hands them out."""
+        prefills, events, waiting = jax.device_get((flight.prefills, flight.events, flight.waiting))
+        self.counters.syncs += 1
+        for made in prefills:
+            self._hand_out(jax.tree.map(lambda x: x[None], made))
+        ran = np.flatnonzero((events.flag != decode.IDLE).any(axis=1))
+        ran = self.options.chunk if self.program.fixed else (ran[-1] + 1 if ran.size else 0)
+        self.counters.iterations += int(ran)
+        self.counters.slot_iterations += int(ran) * flight.width
+        self.counters.busy += int((events.flag != decode.IDLE).sum())
+        if self.trace:
+            self.history.append((time.perf_counter(), np.where(events.flag != decode.IDLE, events.request, -1)[:ran]))
+        self._hand_out(events)
+        for index, place in enumerate(self._staging):
+            if place and place.chunk is not None and place.chunk <= flight.chunk and (
+                    waiting[index] != place.request.number):
+                self._staging[index] = None
+
+    def _hand_out(self, events):
+        """Events [K, W], in the order of their making."""
+        for i, j in zip(*np.nonzero(events.flag)):
+            request = self._live.get(int(events.request[i, j]))
+            if request is None or request.finish:    # cancelled, or ended by a stop string
+                continue
+            token, flag = int(events.token[i, j]), int(events.flag[i, j])
+            self.counters.tokens += 1
+            error = None
+            try:
+                finish = self._push(request, token, flag, events, (i, j))
+            except Exception as raised:              # of this request alone, such as its tokenizer's
+                finish, error = "error", raised
+            if finish:
+                if flag == decode.TOKEN:             # the device does not know that it has ended
+                    self._drop(request)
+                else:
+                    del self._live[request.number]
+                    self.counters.finished += 1
+                request._put(finish=finish, error=error)
+
+    def _push(self, request, token, flag, events, at):
+        """Hands a token to its request; how the request has ended with it, or None."""
+        finish, text = {decode.STOP: "stop", decode.LENGTH: "length"}.get(flag), ""
+        if request._stopper:
+            if flag != decode.STOP:
+                text, stopped = request._stopper.push(token)
+                finish = "stop" if stopped else finish
+            text += request._stopper.flush() if finish else ""
+            request.text += text
+        if flag == decode.STOP:
+            if text:
+                request._put(Token(None, text))
+            return finish
+        request.tokens.append(token)
+        logprob = float(events.logprob[at]) if request._top is not None else None
+        top = tuple(zip(events.top_ids[at].tolist(), events.top_logprobs[at].tolist()))[:request._top or 0]
+        request._put(Token(token, text, logprob, top))
+        return finish
+
+    # ------------------------------------------------------------ figures
+
+    def compiled(self):
+        """(programs compiled so far, most that there can ever be) for this engine's shapes."""
+        functions = self._chunk, self._prefill, self._read_block, self._write_block
+        shapes = len(self.widths) * len(self.lengths)
+        counts = len({_rows(n) for n in range(1, self.options.prefill + 1)})
+        prefills = len(self.pieces) * counts * len(self.lengths) ** 2
+        return sum(f._cache_size() for f in functions), shapes + prefills + 2 * len(self.lengths)
+
+
+def _rows(count):
+    """The compiled number of prompts for `count` of them: powers of four."""
+    return 4 ** (max(count - 1, 0).bit_length() + 1 >> 1)
+
+
+def _copy_to_host(tree):
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
