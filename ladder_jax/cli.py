@@ -46,11 +46,15 @@ class GenerateArguments:
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, its checkpoints folder, or one step's."""
     prompt: str = ""
-    max_tokens: int = 200
+    """What the text goes on from; empty: a new document."""
+    max_tokens: int | None = None
+    """200, or as many as the model has room for, by default."""
     temperature: float = 0.0
     """0: the likeliest token at every step."""
     top_k: int = 0
+    """Draw from this many likeliest tokens; 0: all."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
     seed: int = 0
     step: int | None = None
     """Of the checkpoint; the newest by default."""
@@ -214,6 +218,7 @@ SAYS = {    # how tyro says what is wrong, and how it reads here
     r"Error parsing (\S+): could not convert string to float: (.*)": r"\1 \2: it must be a number",
     r"Error parsing (\S+): no type .* {None}\|(\w+) could be .*? from \[(.*?)\]\..*": r"\1 \3: it must be \2 or None",
     r"[Ii]nvalid choice (\S+) for argument '(\S+)'\. Expected one of \((.*)\)\.": r"\2 \1: it must be one of \3",
+    r"Missing from [\w -]+: STR (.*) \(required\)": r"what comes first is missing: \1",
     r"Unrecognized options: (\S+?),? .*": r"\1 is not an option",
     r"Unrecognized options: (\S+)": r"\1 is not an option",
 }

@@ -107,9 +107,12 @@ class Loaded(NamedTuple):
     tokenizer: tokenizer.Tokenizer
     mesh: Any
 
-    def generate(self, prompt, *, max_tokens=100, **options):
-        """Yields text as it is made (options: those of `generate.generate`)."""
+    def generate(self, prompt, *, max_tokens=None, **options):
+        """Yields text as it is made. max_tokens: default 200, or as many as there is room for; options: those of
+        `generate.generate`."""
         ids = self.tokenizer.prompt(prompt)
+        if max_tokens is None:
+            max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         stream = self.tokenizer.stream()
         for token in generate(self.model, self.config.model, self.mesh, ids, max_tokens=max_tokens,
                               stop=(self.tokenizer.eos,), vocabulary=self.tokenizer.size, **options):

@@ -102,7 +102,9 @@ def _numbers(text, form):
 
 def _layers(text, layers):
     if text.startswith("last"):
-        count = _numbers(text[4:], "hybrid:lastK")[0]
+        count, *more = _numbers(text[4:], "hybrid:lastK")
+        if more:
+            raise ValueError("hybrid:lastK takes one number of layers")
         if count > layers:
             raise ValueError(f"{text} asks for more than the {layers} layers there are")
         return set(range(layers - count, layers))

@@ -213,6 +213,10 @@ def train(config, resume=False):
     if config.train.tensorboard:
         require_tensorboard()
     out = Path(config.train.out).expanduser()
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"train.out={config.train.out!r} is not accepted: {parent} is not a folder that can be "
+                          "written to")
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(f"{out} already holds a run, at step {saved[-1]}: "
@@ -224,10 +228,6 @@ def train(config, resume=False):
     say(corpus.report)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
     check_resumed(meta | before, meta)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"train.out={config.train.out!r} cannot be written: {error.strerror}") from None
 
     # ---- data
     split = dict(batch=config.train.batch // shards, length=config.train.length,

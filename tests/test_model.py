@@ -22,9 +22,9 @@ B, T, V = 8, 8, 32
 CASES = {
     "standard": (2, dict(tie_embeddings=True, attention_bias=True)),
     "ladder": (3, dict(qk_norm=True, attention_bias=True, rope_scaling=True)),
-    "ladder:1,2": (4, dict(tie_embeddings=True, qk_norm=True)),
-    "hybrid:1": (3, dict(attention_bias=True)),
-    "hybrid:last2": (3, dict(rope_scaling=True)),
+    "ladder:1,2": (3, dict(tie_embeddings=True, qk_norm=True)),
+    "hybrid:0": (2, dict(attention_bias=True)),
+    "hybrid:last1": (2, dict(rope_scaling=True)),
     "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
     "parallel": (2, dict(qk_norm=True, attention_bias=True, rope_scaling=True)),
     "desync:2": (2, dict(tie_embeddings=True, attention_bias=True)),
@@ -122,7 +122,7 @@ def assert_same(got, expected, tolerance, what):
 # ---------------------------------------------------------------- equality
 
 # Schedules differ where there are tensor shards; the other meshes are quick for a few of them.
-QUICK = {("desync:2", (1, 1, 1)), ("hybrid:1", (1, 1, 1)), ("standard", (8, 1, 1)), ("ladder", (1, 8, 1))}
+QUICK = {("desync:2", (1, 1, 1)), ("hybrid:0", (1, 1, 1)), ("standard", (8, 1, 1)), ("ladder", (1, 8, 1))}
 
 @pytest.mark.parametrize("name, mesh", [
     pytest.param(name, mesh, id=f"{name}-{'x'.join(map(str, mesh))}",
@@ -144,7 +144,7 @@ def test_the_batch_has_what_can_go_wrong():
 
 @pytest.mark.parametrize("options", [
     dict(remat="products", chunk=5), dict(remat="reductions", chunk=16, reduction="recursive-doubling"),
-    dict(remat="full", chunk=100), dict(unrolled=True),
+    dict(remat="full", chunk=100, reduction="direct"), dict(unrolled=True),
 ], ids=lambda options: "-".join(map(str, options.values())))
 def test_remat_chunks_and_unrolling_change_nothing(options):
     """Chunks of 5 and 100 do not divide the 16 tokens of a data shard."""
@@ -152,7 +152,7 @@ def test_remat_chunks_and_unrolling_change_nothing(options):
     assert_same(ours(cfg, (2, 2, 2), **options), ours(cfg, (2, 2, 2)), 2e-6, f"ladder:1,2 with {options}")
 
 
-@pytest.mark.parametrize("name", ["ladder", "hybrid:1", "parallel", "desync:4"])
+@pytest.mark.parametrize("name", ["ladder", "hybrid:0", "parallel", "desync:4"])
 @pytest.mark.slow
 def test_unrolled_layers_are_the_scanned(name):
     cfg = settings(name)
@@ -268,18 +268,24 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
     assert both == count + back, f"{name}, with remat='reductions': {both - count} reductions backward, not {back}"
 
 
-@pytest.mark.parametrize("name", ["standard", pytest.param("ladder", marks=pytest.mark.xfail(strict=True, reason=(
-    "InFlight.behind: the state's zero tangent is made real by optimization_barrier, so that the backward pass sends "
-    "zeros in rounds 2 and 3; and the products it returns depend on the rounds, so that remat sends them again")))])
-def test_a_reduction_of_three_rounds_sends_three_times_what_psum_does(name):
-    """Recursive doubling over 8 shards, forward and backward, whatever is recomputed but communication."""
+def known(reason, strict=True):
+    return pytest.mark.xfail(strict=strict, reason=f"InFlight.behind: {reason}")
+
+
+@pytest.mark.parametrize("name, remat", [
+    ("standard", "none"), ("standard", "reductions"),
+    pytest.param("ladder", "none", marks=known(
+        "JAX 0.10's optimization_barrier makes the state's zero tangent real, and rounds 2 and 3 send it backward",
+        strict=False)),
+    pytest.param("ladder", "reductions", marks=known(
+        "products come out of a barrier with the state: to compute them again, the rounds are sent again")),
+])
+def test_a_reduction_of_three_rounds_sends_three_times_what_psum_does(name, remat):
+    """Recursive doubling over 8 shards, forward and backward; `remat="reductions"` recomputes no communication."""
     cfg = settings(name, layers=4)
-    sent = {(remat, reduction): reductions(on_mesh(cfg, (1, 1, 8), remat=remat, reduction=reduction), abstract(cfg),
-                                           BATCH)
-            for remat in ("none", "reductions") for reduction in ("psum", "recursive-doubling")}
-    for remat in ("none", "reductions"):
-        assert sent[remat, "recursive-doubling"] == 3 * sent[remat, "psum"], f"remat={remat}: {sent}"
-    assert sent["none", "psum"] == sent["reductions", "psum"], sent
+    sent = {reduction: reductions(on_mesh(cfg, (1, 1, 8), remat=remat, reduction=reduction), abstract(cfg), BATCH)
+            for reduction in ("psum", "recursive-doubling")}
+    assert sent["recursive-doubling"] == 3 * sent["psum"], sent
 
 
 def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():

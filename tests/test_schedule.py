@@ -63,7 +63,8 @@ def test_parallel_is_one_block_a_layer():
     ("ladder:1", "two delays"), ("ladder:1,2,3", "two delays"), ("ladder:a,b", "whole numbers"),
     ("ladder:-1,1", "from 0 up"), ("ladder:1.5,1", "whole numbers"),
     ("hybrid", "whole numbers"), ("hybrid:4", "0 to 3"), ("hybrid:0-9", "0 to 3"), ("hybrid:last5", "4 layers"),
-    ("hybrid:last", "whole numbers"), ("hybrid:x", "whole numbers"), ("hybrid:3-1", "0 to 3"),
+    ("hybrid:last", "whole numbers"), ("hybrid:x", "whole numbers"),
+    ("hybrid:3-1", "range"), ("hybrid:0-1-2", "range"),
     ("delays:0,1", "8 blocks"), ("delays:0,2,0,0,0,0,0,0", "grow by at most one"), ("delays:", "whole numbers"),
     ("desync", "whole numbers"), ("desync:0", "1 or more"), ("desync:2,2", "one number"), ("desync:x", "whole numbers"),
 ])
