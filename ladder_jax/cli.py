@@ -213,7 +213,7 @@ def plan(arguments):
     from ladder_jax import targets
     targets.prepare()
     with targets.silence():
-        from ladder_jax import plan as planner
+        from ladder_jax.planner import plan as planner
         return planner.run(recipe(chosen.recipe), chosen)
 
 

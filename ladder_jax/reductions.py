@@ -187,7 +187,8 @@ class InFlight:
         self._products += 1
         if self._rounds and len(self._rounds) > PRODUCTS - self._products:
             tied = (self._state, self._arriving, product)
-            self._state, self._arriving, product = lax.optimization_barrier(tied)
+            state, arriving, product = lax.optimization_barrier(tied)      # whose rule would differentiate the state
+            self._state, self._arriving = lax.stop_gradient((state, arriving))
             self._merge()
         return product
 

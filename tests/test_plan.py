@@ -10,8 +10,9 @@ import sys
 import jax
 import pytest
 
-from ladder_jax import calibrate, choice, cli, cost, hlo, plan, reductions, targets, timeline
+from ladder_jax import choice, cli, cost, reductions, targets
 from ladder_jax.config import Config, ConfigError, Mesh, Model
+from ladder_jax.planner import calibrate, hlo, plan, timeline
 
 OVERLAPPED = """HloModule step, is_scheduled=true, num_partitions=4
 
@@ -283,6 +284,6 @@ def test_the_h100_model_is_near_what_was_published():
     for table, _, _, published, modelled in calibrate.rows():
         errors.setdefault(table, []).append(abs(modelled / published - 1))
     for table, values in errors.items():
-        assert sum(values) / len(values) < 0.07, f"{table}: run python -m ladder_jax.calibrate"
+        assert sum(values) / len(values) < 0.07, f"{table}: run python -m ladder_jax.planner.calibrate"
     ladder = [abs(row[4] / row[3] - 1) for row in calibrate.rows() if row[0].startswith("cal") and row[2] == "ladder"]
     assert max(ladder) < 0.1

@@ -1,4 +1,4 @@
-"""The H100 cost model against the published measurements: `python -m ladder_jax.calibrate` prints the tables.
+"""The H100 cost model against the published measurements: `python -m ladder_jax.planner.calibrate` prints the tables.
 
 What was measured is the reference implementation of Ladder Residual (arXiv 2501.06589; mayank31398/
 ladder-residual-inference): float16, NCCL, CUDA graphs, 8 H100 with NVLink, prompts of 1024 tokens, 512 made. It is

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import choice, cost, hlo, model, schedule, sharding, targets, timeline, train
+from ladder_jax import choice, cost, model, schedule, sharding, targets, train
 from ladder_jax import config as configuration
 from ladder_jax.cache import KV
 from ladder_jax.config import ConfigError
+from ladder_jax.planner import hlo, timeline
 from ladder_jax.residual import repeats
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
@@ -371,7 +372,7 @@ def run(config, chosen):
     """What the command prints; writes the files that it is asked for."""
     asked = request(config, chosen)
     if chosen.compare:
-        from ladder_jax import compare
+        from ladder_jax.planner import compare
         return compare.run(asked, chosen)
     compiled = build(asked)
     if chosen.hlo:
@@ -379,7 +380,7 @@ def run(config, chosen):
             file.write(compiled.text)
     played = read(compiled)
     if chosen.plot:
-        from ladder_jax import lanes
+        from ladder_jax.planner import lanes
         lanes.draw(chosen.plot, [(asked.config.model.residual, played, block_of)])
     made = report(compiled, played)
     return json.dumps(made) if chosen.json else table(made)

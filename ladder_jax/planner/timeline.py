@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ladder_jax import hlo
 from ladder_jax.cost import traffic
+from ladder_jax.planner import hlo
 
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "partition-id", "replica-id", "after-all",
         "opt-barrier", "optimization-barrier"}

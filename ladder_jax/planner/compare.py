@@ -2,8 +2,8 @@
 import dataclasses
 import json
 
-from ladder_jax import lanes, plan
 from ladder_jax.config import ConfigError
+from ladder_jax.planner import lanes, plan
 
 # An all-reduce of a short message among 8 H100, as serving engines make it: SGLang 7.8 us, vLLM 11.8 us at 32 KiB
 # (SGLang pull request 2904), where NCCL takes 24 us.
