@@ -81,6 +81,7 @@ def plot(folder, title):
         if points:
             axes.plot(*zip(*points), style, label=name.replace("_", " ").replace("held out", "held-out"), markersize=4)
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()

@@ -82,7 +82,8 @@ def abstract_state(config, mesh, optimizer):
 
 
 def init_state(config, mesh, optimizer):
-    """A fresh state, made where it will live: no device holds more than its shards. The same on every mesh."""
+    """A fresh state, made where it will live: no device holds more than its shards. The same on every mesh, but for
+    the last bits."""
     def make():
         parameters = model.init(config.model, jax.random.key(config.train.seed))
         return State(parameters, optimizer.init(parameters))
