@@ -268,15 +268,13 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
     assert both == count + back, f"{name}, with remat='reductions': {both - count} reductions backward, not {back}"
 
 
-def known(reason, strict=True):
-    return pytest.mark.xfail(strict=strict, reason=f"InFlight.behind: {reason}")
+def known(reason):
+    return pytest.mark.xfail(strict=True, reason=f"InFlight.behind: {reason}")
 
 
 @pytest.mark.parametrize("name, remat", [
     ("standard", "none"), ("standard", "reductions"),
-    pytest.param("ladder", "none", marks=known(
-        "JAX 0.10's optimization_barrier makes the state's zero tangent real, and rounds 2 and 3 send it backward",
-        strict=False)),
+    ("ladder", "none"),
     pytest.param("ladder", "reductions", marks=known(
         "products come out of a barrier with the state: to compute them again, the rounds are sent again")),
 ])
