@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ladder_jax.matmul import einsum
+from ladder_jax.matmul import einsum, product
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)      # finite: a row with nothing to see stays finite
 
@@ -30,11 +30,14 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kernel="xla"):
     """
     if kernel == "splash":
         return _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    index_T = jnp.arange(q_BTNH.shape[1])
-    mask_BTS = (index_T[:, None] >= index_T) & (segments_BT[:, :, None] == segments_BT[:, None, :])
     if kernel == "cudnn":
+        index_T = jnp.arange(q_BTNH.shape[1])
+        mask_BTS = (index_T[:, None] >= index_T) & (segments_BT[:, :, None] == segments_BT[:, None, :])
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn")
-    return plain(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    return _blockwise(q_BTKGH, k_BTKH, v_BTKH, segments_BT).reshape(B, T, N, H)
 
 
 def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
@@ -46,6 +49,67 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     return einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+# Causal self-attention by blocks of queries, each against the keys up to its end, so that most of what the mask hides is
+# never computed. The backward pass computes a block's weights again from the logarithm of their sum (FlashAttention's
+# rule, arXiv 2205.14135, algorithm 4): between the passes nothing of size T x S is kept.
+
+def _blocks(T):
+    """Slices of queries: 128 at a time, more where that would make over 8 of them."""
+    size = max(128, -(-T // 8))
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _scores(q_BTKGH, k_BSKH, segments_BT, block):
+    """The scores [B, K, G, T, S] of a block's queries and the keys that it may see, masked."""
+    seen = slice(0, block.stop)
+    mask_BTS = segments_BT[:, block, None] == segments_BT[:, None, seen]
+    mask_BTS &= jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)
+    scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH[:, block], k_BSKH[:, seen])
+    return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
+
+
+@jax.custom_vjp
+def _blockwise(q_BTKGH, k_BTKH, v_BTKH, segments_BT):
+    return _blockwise_forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT)[0]
+
+
+def _blockwise_forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT):
+    outs, log_sums = [], []
+    for block in _blocks(q_BTKGH.shape[1]):
+        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, block)
+        top_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
+        weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
+        sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+        weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(q_BTKGH.dtype)
+        outs.append(product("bkgts,bskh->btkgh", weights_BKGTS, v_BTKH[:, :block.stop]).astype(q_BTKGH.dtype))
+        log_sums.append(top_BKGT1 + jnp.log(sum_BKGT1))
+    out_BTKGH = jnp.concatenate(outs, axis=1)
+    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums)
+
+
+def _blockwise_backward(kept, dout_BTKGH):
+    q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums = kept
+    dtype = q_BTKGH.dtype
+    dot_BTKG = jnp.sum(dout_BTKGH.astype(jnp.float32) * out_BTKGH, axis=-1)
+    dk_BTKH, dv_BTKH = (jnp.zeros(k_BTKH.shape, jnp.float32) for _ in range(2))
+    dqs = []
+    for block, log_sum_BKGT1 in zip(_blocks(q_BTKGH.shape[1]), log_sums):
+        seen = slice(0, block.stop)
+        weights_BKGTS = jnp.exp(_scores(q_BTKGH, k_BTKH, segments_BT, block) - log_sum_BKGT1)
+        dweights_BKGTS = product("btkgh,bskh->bkgts", dout_BTKGH[:, block], v_BTKH[:, seen])
+        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - jnp.moveaxis(dot_BTKG[:, block], 1, 3)[..., None])
+        dscores_BKGTS = dscores_BKGTS.astype(dtype)
+        dqs.append(product("bkgts,bskh->btkgh", dscores_BKGTS, k_BTKH[:, seen]))
+        dk_BTKH = dk_BTKH.at[:, seen].add(product("bkgts,btkgh->bskh", dscores_BKGTS, q_BTKGH[:, block]))
+        dv_BTKH = dv_BTKH.at[:, seen].add(
+            product("bkgts,btkgh->bskh", weights_BKGTS.astype(dtype), dout_BTKGH[:, block]))
+    dq_BTKGH = jnp.concatenate(dqs, axis=1)
+    return dq_BTKGH.astype(dtype), dk_BTKH.astype(dtype), dv_BTKH.astype(dtype), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _product(spec, a, b):
+def product(spec, a, b):
+    """`jnp.einsum(spec, a, b)` of two operands of one dtype, in float32; for code with derivative rules of its own."""
     # float32 operands are meant as float32, also where the hardware would rather round them first (TPU, TF32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -66,7 +67,7 @@ def einsum(spec, a, b, out_dtype=None):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _einsum(spec, a, b, out_dtype):
-    return _product(spec, a, b.astype(a.dtype)).astype(out_dtype or a.dtype)
+    return product(spec, a, b.astype(a.dtype)).astype(out_dtype or a.dtype)
 
 
 def _forward(spec, a, b, out_dtype):
@@ -78,8 +79,8 @@ def _backward(spec, out_dtype, operands, cotangent):
     inputs, out = spec.split("->")
     left, right = inputs.split(",")
     cotangent = cotangent.astype(a.dtype)
-    return (_product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
-            _product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype))
+    return (product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
+            product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype))
 
 
 _einsum.defvjp(_forward, _backward)

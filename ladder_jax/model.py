@@ -95,7 +95,8 @@ class MLP(nnx.Module):
         """The partial [B, T, D] of this block; `behind` as in Attention."""
         gate_BTF = behind(einsum("btd,df->btf", u_BTD, self.gate[...]))
         up_BTF = behind(einsum("btd,df->btf", u_BTD, self.up[...]))
-        return behind(einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.down[...]))
+        gated_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(u_BTD.dtype)     # rounded once
+        return behind(einsum("btf,fd->btd", gated_BTF, self.down[...]))
 
 
 class Layer(nnx.Module):
@@ -149,7 +150,7 @@ def _depth_scaled(config):
 # The forward pass and the loss, inside `shard_map`.
 
 def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, *, kernel="xla", reduction="psum",
-           remat="none"):
+           remat="none", unroll=False):
     """The final residual stream [B, T, D], and the cache with these tokens written.
 
     Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
@@ -176,7 +177,8 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     plan = schedule.parse(config.residual, config.layers)
     unstacked = isinstance(model.layers, list)
     layers = list(zip(model.layers, cache or [None] * len(model.layers))) if unstacked else (model.layers, cache)
-    x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat])
+    x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat],
+                                  unroll=unroll)
     # a layer's first block is the one with attention
     return x_BTD, [blocks[0] for blocks in outputs] if unstacked else outputs[0]
 
@@ -202,22 +204,42 @@ def logits(model, config, x_BTD):
 def cross_entropy(logits_BTV, targets_BT):
     """-log p(target) of every token [B, T], nats, from vocabulary shards; the full logits are never gathered."""
     top_BT = sharding.largest(logits_BTV.max(axis=-1))
-    total_BT = reduce(jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1))
+    rows_BT = targets_BT - sharding.vocabulary_offset(logits_BTV.shape[-1])
+    total_BT, target_BT = _softmax_terms(logits_BTV, top_BT, rows_BT)
+    return jnp.log(reduce(total_BT)) + top_BT - reduce(target_BT)
+
+
+@jax.custom_vjp
+def _softmax_terms(logits_BTV, top_BT, rows_BT):
+    """The sum of exp(logit - top), and the logit of row `rows_BT`, 0 where another shard has it: [B, T] each.
+
+    The backward pass computes the exponentials again: the logits are kept, and nothing else of their size.
+    """
+    total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1)
     V = logits_BTV.shape[-1]
-    rows_BT = targets_BT - sharding.vocabulary_offset(V)
     held_BT = (rows_BT >= 0) & (rows_BT < V)
     target_BT = jnp.take_along_axis(logits_BTV, jnp.where(held_BT, rows_BT, 0)[..., None], axis=-1)[..., 0]
-    return jnp.log(total_BT) + top_BT - reduce(jnp.where(held_BT, target_BT, 0))
+    return total_BT, jnp.where(held_BT, target_BT, 0)
 
 
-def loss(model, config, batch, *, kernel="xla", reduction="psum", remat="none", chunk=0):
+def _softmax_terms_backward(kept, cotangents):
+    logits_BTV, top_BT, rows_BT = kept
+    dtotal_BT1, dtarget_BT1 = (cotangent[..., None] for cotangent in cotangents)
+    chosen_BTV = rows_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    return dtotal_BT1 * jnp.exp(logits_BTV - top_BT[..., None]) + jnp.where(chosen_BTV, dtarget_BT1, 0), None, None
+
+
+_softmax_terms.defvjp(lambda *arguments: (_softmax_terms(*arguments), arguments), _softmax_terms_backward)
+
+
+def loss(model, config, batch, *, kernel="xla", reduction="psum", remat="none", unroll=False, chunk=0):
     """The weighted sum of this data shard's cross-entropies, nats: a scalar that all its tensor shards share.
 
     `batch`: tokens, targets, segments, positions, weights, each [B, T] (see data.py). With `chunk`, the logits of that
     many tokens exist at a time, and are computed again in the backward pass.
     """
     x_BTD, _ = hidden(model, config, batch["tokens"], batch["positions"], batch["segments"], kernel=kernel,
-                      reduction=reduction, remat=remat)
+                      reduction=reduction, remat=remat, unroll=unroll)
 
     def part(x_BTD, targets_BT, weights_BT):
         return jnp.sum(cross_entropy(logits(model, config, x_BTD), targets_BT) * weights_BT)

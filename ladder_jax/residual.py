@@ -65,7 +65,7 @@ def _sum(*values):
     return total
 
 
-def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
+def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, unroll=False):
     """The final residual stream of a model.
 
     Args:
@@ -77,6 +77,7 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
         `behind`, so that a reduction under way runs behind them; `output` is collected by layer and block.
       reduction: of reductions.REDUCTIONS.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
+      unroll: whether the compiled program has a scan's layers written out one after another.
 
     Returns:
       The stream after the last block [B, T, D], ready for column-parallel work, and the outputs: a tuple with an entry
@@ -132,7 +133,7 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None):
                 if not schedule.local:
                     stream = stream.reshape(_settled(stream.shape(), pattern))
                 with jax.named_scope(f"layers{start}to{stop - 1}"):
-                    stream, output = lax.scan(step, stream, group)
+                    stream, output = lax.scan(step, stream, group, unroll=unroll)
                 output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)

@@ -166,8 +166,8 @@ def gather_parameters(module, dtype, prefix=""):
 def sum_gradients(gradients, specs):
     """`gradients` summed over every axis that their parameter is not sharded over (`specs`: see `parameter_specs`)."""
     def total(gradient, spec):
-        missing = tuple(axis for axis in AXES if axis not in spec)
-        return lax.psum(gradient, missing)
+        missing = tuple(axis for axis in AXES if axis not in spec and axis_size(axis) > 1)
+        return lax.psum(gradient, missing) if missing else gradient     # XLA on CPUs copies for a sum of one
     return jax.tree.map(total, gradients, specs)
 
 

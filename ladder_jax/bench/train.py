@@ -58,7 +58,8 @@ def batch_of(config):
     shape = config.train.batch, config.train.length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=np.ones(shape, np.int32),
-                positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)), weights=np.ones(shape, np.float32))
+                positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+                weights=np.ones(shape, np.float32))
 
 
 # ---------------------------------------------------------------- the contenders, each in its own process
@@ -115,9 +116,10 @@ def transformers(config, weights):
 
 
 def _load(model, folder, config):
-    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM: its matrices are [out, in]."""
+    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM, whose matrices are [out, in]."""
     import torch
-    rows = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
+    rows = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm",
+            "attention.wq": "self_attn.q_proj",
             "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
             "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
     places = {"embedding": "model.embed_tokens", "norm": "model.norm", "unembedding": "lm_head"}
@@ -127,7 +129,7 @@ def _load(model, folder, config):
             path = place if layer is None else f"model.layers.{layer}.{place}"
             value, parameter = array if layer is None else array[layer], model.get_submodule(path).weight
             if name != "embedding":
-                value = value.reshape(parameter.shape[::-1]).T      # both [in, out]; [D, N, H] and [N, H, D] are flattened
+                value = value.reshape(parameter.shape[::-1]).T  # both [in, out], heads flattened
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
