@@ -1,8 +1,8 @@
 """Contenders measured in turns, each in a process of its own, so that they share the machine's noise and nothing else.
 
-The parent starts every contender, lets each set up, and then lets one at a time take its turn while the others wait for a
-line on stdin, so that no thread pools compete. A contender talks in lines of JSON on stdout: what it has to say about its
-setup, then the seconds of every step of a turn, and at the end the peak of its resident set in bytes.
+The parent starts every contender, lets each set up, and then lets one at a time take its turn while the others wait for
+a line on stdin, so that no thread pools compete. A contender talks in lines of JSON on stdout: what it has to say about
+its setup, then the seconds of every step of a turn, and at the end the peak of its resident set in bytes.
 """
 import json
 import os

@@ -1,9 +1,9 @@
 """Training speed beside Hugging Face transformers on PyTorch: `python -m ladder_jax.bench.train`.
 
 Both train the same Llama (the standard residual schedule) from the same weights on the same batch, with the same AdamW
-and clipping, one device, all cores of the CPU that the process may use; taking turns. The first steps' losses are compared, so
-that a ratio is of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused AdamW, and
-bfloat16 by autocast; this project runs `train.make_step`. Needs `pip install ladder_jax[peers]`; without it, `--alone`.
+and clipping, one device, all cores of the CPU that the process may use; taking turns. The first steps' losses are
+compared, so that a ratio is of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused AdamW,
+and bfloat16 by autocast; this project runs `train.make_step`. Needs `pip install ladder_jax[peers]`; without it, `--alone`.
 """
 import dataclasses
 import importlib.util
@@ -116,7 +116,7 @@ def transformers(config, weights):
 
 
 def _load(model, folder, config):
-    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM, whose matrices are [out, in]."""
+    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM (matrices [out, in])."""
     import torch
     rows = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm",
             "attention.wq": "self_attn.q_proj",
