@@ -51,7 +51,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     return einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-# Causal self-attention by blocks of queries, each against the keys up to its end, so that most of what the mask hides is
+# Causal self-attention by blocks of queries, each against the keys up to its end, so that what the mask hides is mostly
 # never computed. The backward pass computes a block's weights again from the logarithm of their sum (FlashAttention's
 # rule, arXiv 2205.14135, algorithm 4): between the passes nothing of size T x S is kept.
 

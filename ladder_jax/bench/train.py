@@ -2,8 +2,9 @@
 
 Both train the same Llama (the standard residual schedule) from the same weights on the same batch, with the same AdamW
 and clipping, one device, all cores of the CPU that the process may use; taking turns. The first steps' losses are
-compared, so that a ratio is of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused AdamW,
-and bfloat16 by autocast; this project runs `train.make_step`. Needs `pip install ladder_jax[peers]`; without it, `--alone`.
+compared, so that a ratio is of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused
+AdamW, and bfloat16 by autocast; this project runs `train.make_step`. Needs `pip install ladder_jax[peers]`; without it,
+`--alone`.
 """
 import dataclasses
 import importlib.util
