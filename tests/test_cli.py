@@ -154,7 +154,7 @@ def test_recipes_that_are_none(run, tmp_path, text, message):
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
-    assert wrong(run, "fly") == "it is not a command: train, generate, tokenizer are"
+    assert wrong(run, "fly") == "it is not a command: train, generate, tokenizer, plan, bench are"
     assert wrong(run, "train").startswith("train takes a recipe first, such as: ladder-jax train configs/demo.py")
     assert wrong(run, "train", "--train.steps", 3).startswith("train takes a recipe first")
     assert wrong(run, "generate").startswith("what comes first is missing: A run's folder, its checkpoi")
