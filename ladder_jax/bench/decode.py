@@ -14,9 +14,9 @@ forward pass, so that they differ in scheduling alone:
 and, as the limit, the bare step: forward pass and argmax at full width in a loop, no scheduling at all.
 
 Workloads: `saturated` (all at once, short prompts, so that scheduling is measured and not prefill), `constant` and
-`poisson` (gaps between arrivals; Flover, arXiv 2305.13484, sections 5.1 to 5.3: 20 to 5000 ms for a model whose step
+`poisson` (gaps between arrivals; Flover, arXiv 2305.13484: 20 to 5000 ms for a model whose step
 takes 11.3 ms; here gaps are scaled by this model's step, unless --unscaled), `sharegpt` (log-normal lengths with the
-published means, 161 in and 338 out, scaled to fit). Output lengths are Uniform(least, most) elsewhere.
+means 161 in and 338 out, which are from memory and not checked, scaled to fit). Output lengths are Uniform(least, most) elsewhere.
 
 Latencies count from the scheduled arrival. Tokens of a chunk reach the host together, so inter-token latency has a
 median near 0 and the chunk's length in its tail; time per output token averages it out.
@@ -100,7 +100,7 @@ class Asked:
 def workload(kind, gap, arguments, vocabulary, length):
     """The requests [Asked], by arrival. `gap`: seconds between arrivals, on average."""
     rng, n = np.random.default_rng(arguments.seed), arguments.requests
-    if kind == "sharegpt":      # log-normal with the published means and long tails, cut to what fits
+    if kind == "sharegpt":      # log-normal with these means and long tails, cut to what fits
         scale = min(1.0, length / 1024)
         prompts = np.clip(rng.lognormal(np.log(161 * scale) - 0.5, 1.0, n), 1, length // 2).astype(int)
         outputs = np.clip(rng.lognormal(np.log(338 * scale) - 0.32, 0.8, n), 1, length // 2).astype(int)
