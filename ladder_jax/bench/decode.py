@@ -15,8 +15,9 @@ and, as the limit, the bare step: forward pass and argmax at full width in a loo
 
 Workloads: `saturated` (all at once, short prompts, so that scheduling is measured and not prefill), `constant` and
 `poisson` (gaps between arrivals; Flover, arXiv 2305.13484: 20 to 5000 ms for a model whose step
-takes 11.3 ms; here gaps are scaled by this model's step, unless --unscaled), `sharegpt` (log-normal lengths with the
-means 161 in and 338 out, which are from memory and not checked, scaled to fit). Output lengths are Uniform(least, most) elsewhere.
+takes 11.3 ms; here gaps are scaled by this model's step, unless --unscaled), `sharegpt` (log-normal lengths with
+means 161 in and 338 out, from memory and not checked, scaled to fit). Output lengths are Uniform(least, most)
+elsewhere.
 
 Latencies count from the scheduled arrival. Tokens of a chunk reach the host together, so inter-token latency has a
 median near 0 and the chunk's length in its tail; time per output token averages it out.
