@@ -1,8 +1,10 @@
 """Contenders measured in turns, each in a process of its own, so that they share the machine's noise and nothing else.
 
-The parent starts every contender, lets each set up, and then lets one at a time take its turn while the others wait for
-a line on stdin, so that no thread pools compete. A contender talks in lines of JSON on stdout: what it has to say about
-its setup, then the seconds of every step of a turn, and at the end the peak of its resident set in bytes.
+The parent starts one contender after the other, and then lets one at a time take its turn while the others wait for a
+line on stdin, so that no thread pools compete. A contender talks in lines of JSON on stdout: what it has to say about
+its setup, then two times of every step of a turn, and at the end the peak of its resident set in bytes. The times are
+seconds on the clock, and seconds of all its threads on a processor, which other work on the machine hardly changes; but
+threads that spin while they wait count, so that the latter are fair where each contender has one core (`taskset -c 0`).
 """
 import json
 import os
@@ -18,12 +20,12 @@ def serve(step, said):
     """A contender's side: says `said` (a dict), then calls `step()` as often as each turn asks for."""
     _say(said)
     for line in sys.stdin:
-        seconds = []
+        times = []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             step()
-            seconds.append(time.perf_counter() - start)
-        _say(seconds)
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        _say(times)
     _say(peak())
 
 
@@ -52,15 +54,14 @@ class Contender:
     """The parent's side of one contender: a process, started by `command` (a list), once it has set up."""
 
     def __init__(self, name, command):
-        self.name, self.seconds = name, []
+        self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.said = self._hear()
 
     def turn(self, steps):
-        """Lets it run `steps` steps; their seconds are returned, and kept in `seconds`, a list a turn."""
+        """Lets it run `steps` steps: (seconds, processor seconds) of each."""
         print(steps, file=self.process.stdin, flush=True)
-        self.seconds.append(self._hear())
-        return self.seconds[-1]
+        return self._hear()
 
     def finish(self):
         """Ends it; its peak resident set, bytes."""

@@ -1,10 +1,12 @@
 """Training speed beside Hugging Face transformers on PyTorch: `python -m ladder_jax.bench.train`.
 
 Both train the same Llama (the standard residual schedule) from the same weights on the same batch, with the same AdamW
-and clipping, one device, all cores of the CPU that the process may use; taking turns. The first steps' losses are
-compared, so that a ratio is of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused
-AdamW, and bfloat16 by autocast; this project runs `train.make_step`. Needs `pip install ladder_jax[peers]`; without it,
-`--alone`.
+and clipping, on one device, with all the cores that the process may use, taking turns. The first steps' losses are
+compared, so that a ratio is one of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused
+AdamW, bfloat16 by autocast. This project runs `train.make_step`. Needs `pip install ladder_jax[peers]`, or `--alone`.
+
+On a machine with other work the medians say who bears it better. The fastest steps on the clock, "best", and those that
+take the least of the processors' time, "a core", say who is faster; the latter with one core each (`taskset -c 0`).
 """
 import dataclasses
 import importlib.util
@@ -37,10 +39,10 @@ class Arguments:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batch: int = 8
     length: int = 256
-    rounds: int = 6
+    rounds: int = 12
     """Turns that each contender takes."""
-    seconds: float = 5.0
-    """Length of a turn, about."""
+    seconds: float = 2.0
+    """Length of a turn, about: one step at least."""
     alone: bool = False
     """Without the peer."""
     json: str | None = None
@@ -58,8 +60,8 @@ def batch_of(config):
     """One batch of random tokens, whole sequences: the dict that a training step takes."""
     shape = config.train.batch, config.train.length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
-    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=np.ones(shape, np.int32),
-                positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+    positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=np.ones(shape, np.int32), positions=positions,
                 weights=np.ones(shape, np.float32))
 
 
@@ -117,12 +119,12 @@ def transformers(config, weights):
 
 
 def _load(model, folder, config):
-    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM (matrices [out, in])."""
+    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM, whose are [out, in]."""
     import torch
-    rows = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm",
-            "attention.wq": "self_attn.q_proj",
-            "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-            "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+    rows = {"attention.norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+            "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+            "mlp.norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+            "mlp.down": "mlp.down_proj"}
     places = {"embedding": "model.embed_tokens", "norm": "model.norm", "unembedding": "lm_head"}
     for name, place in places.items() | rows.items():
         array = np.load(folder / f"{name}.npy")
@@ -130,7 +132,7 @@ def _load(model, folder, config):
             path = place if layer is None else f"model.layers.{layer}.{place}"
             value, parameter = array if layer is None else array[layer], model.get_submodule(path).weight
             if name != "embedding":
-                value = value.reshape(parameter.shape[::-1]).T  # both [in, out], heads flattened
+                value = value.reshape(parameter.shape[::-1]).T      # [D, N, H] and [N, H, D] become [in, out]
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
@@ -153,18 +155,17 @@ def compare(size, dtype, arguments, names):
         config = json.dumps(configuration.to_dict(config_of(size, dtype, arguments.batch, arguments.length)))
         command = [sys.executable, "-m", "ladder_jax.bench.train", "contend"]
         contenders = [contest.Contender(name, [*command, name, weights, config]) for name in names]
-    for contender in contenders:        # one step says how many fill a turn
-        contender.steps = max(1, round(arguments.seconds / contender.turn(1).pop()))
-        contender.seconds.clear()
-    for _ in range(arguments.rounds):
-        for contender in contenders:
-            contender.turn(contender.steps)
+    steps = [max(1, round(arguments.seconds / contender.turn(1)[0][0])) for contender in contenders]
+    turns = [[contender.turn(count) for contender, count in zip(contenders, steps)] for _ in range(arguments.rounds)]
     tokens = arguments.batch * arguments.length
-    rows = [dict(size=size, dtype=dtype, name=contender.name, **contender.said, peak_bytes=contender.finish(),
-                 tokens_per_s=[tokens / float(np.median(turn)) for turn in contender.seconds])
-            for contender in contenders]
+    rows = []
+    for contender, own in zip(contenders, zip(*turns)):
+        best = np.min(np.concatenate(own), axis=0)
+        rows.append(dict(size=size, dtype=dtype, name=contender.name, **contender.said,
+                         turns=[tokens / float(np.median(turn, axis=0)[0]) for turn in own],
+                         best=tokens / best[0], best_per_core=tokens / best[1], peak_bytes=contender.finish()))
     for row in rows:
-        row["median"] = float(np.median(row["tokens_per_s"]))
+        row["tokens_per_s"] = float(np.median(row["turns"]))
         apart = np.abs(np.subtract(row["losses"], rows[0]["losses"])).max()
         row["losses_apart"] = float(apart)
         if apart > TOLERANCE[dtype] or row["parameters"] != rows[0]["parameters"]:
@@ -174,19 +175,24 @@ def compare(size, dtype, arguments, names):
     return rows
 
 
+HEADER = (f"{'size':6}{'dtype':10}{'contender':14}{'tokens/s':>9}  {'quartiles':13}{'best':>7}{'a core':>8}"
+          f"{'peak MB':>9}  losses apart  ladder_jax's ratios: tokens/s (turn by turn), best, a core; memory")
+
+
 def table(rows):
-    """Rows as text: medians over turns, the turns' range, and ladder_jax's ratio to its peer, turn by turn."""
-    lines = [f"{'size':6}{'dtype':10}{'contender':14}{'tokens/s':>9}  {'range':15}{'peak MB':>8}  "
-             f"{'losses apart':14}ladder_jax / peer"]
+    """`compare`'s rows as text: medians of the turns, their quartiles, the fastest step, and ratios to the peer."""
+    lines, ours = [], rows[0]
     for row in rows:
-        ours = next(r for r in rows if (r["size"], r["dtype"], r["name"]) == (row["size"], row["dtype"], "ladder_jax"))
-        low, high = min(row["tokens_per_s"]), max(row["tokens_per_s"])
-        line = (f"{row['size']:6}{row['dtype']:10}{row['name']:14}{row['median']:9.0f}  {f'{low:.0f}-{high:.0f}':15}"
-                f"{row['peak_bytes'] / 2**20:8.0f}")
+        low, high = np.quantile(row["turns"], (0.25, 0.75))
+        line = (f"{row['size']:6}{row['dtype']:10}{row['name']:14}{row['tokens_per_s']:9.0f}  "
+                f"{f'{low:.0f}-{high:.0f}':13}{row['best']:7.0f}{row['best_per_core']:8.0f}"
+                f"{row['peak_bytes'] / 2**20:9.0f}")
         if row is not ours:
-            ratios = np.divide(ours["tokens_per_s"], row["tokens_per_s"])
-            line += (f"  {row['losses_apart']:<14.1e}{ours['median'] / row['median']:.2f} "
-                     f"({ratios.min():.2f}-{ratios.max():.2f}), memory {ours['peak_bytes'] / row['peak_bytes']:.2f}")
+            low, high = np.quantile(np.divide(ours["turns"], row["turns"]), (0.25, 0.75))
+            line += (f"  {row['losses_apart']:<14.1e}{ours['tokens_per_s'] / row['tokens_per_s']:.2f} "
+                     f"({low:.2f}-{high:.2f}), {ours['best'] / row['best']:.2f}, "
+                     f"{ours['best_per_core'] / row['best_per_core']:.2f}; "
+                     f"{ours['peak_bytes'] / row['peak_bytes']:.2f}")
         lines.append(line)
     return "\n".join(lines)
 
@@ -204,12 +210,13 @@ def run(arguments):
     if missing and not arguments.alone:
         raise ConfigError(f"{' and '.join(missing)} not installed: pip install ladder_jax[peers], "
                           "or --alone to measure without the peer")
+    print(HEADER, flush=True)
     rows = []
     for size in arguments.sizes:
         for dtype in arguments.dtypes:
-            print(f"{size} {dtype} ...", file=sys.stderr, flush=True)
-            rows += compare(size, dtype, arguments, names)
-    print(table(rows))
+            compared = compare(size, dtype, arguments, names)
+            print(table(compared), flush=True)
+            rows += compared
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(dict(arguments=dataclasses.asdict(arguments), rows=rows), indent=1))
     return rows
