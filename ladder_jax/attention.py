@@ -131,18 +131,26 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
 
 
 def attend_cache(q_BTNH, cache, positions_BT):
-    """A query at position p attends to the entries 0 to p of `cache` (cache.KV [B, K, S, H]). Returns [B, T, N, H]."""
+    """A query at position p attends to the entries 0 to p of `cache` (cache.KV [B, K, S, H]). Returns [B, T, N, H].
+
+    The queries that share a head of the cache are laid out as one matrix (R = T G rows): XLA:CPU is several times
+    slower where it has to find that out, and has no such product of bfloat16.
+    """
     B, T, N, H = q_BTNH.shape
     _, K, S, _ = cache.k.shape
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
-    scores_BKGTS = einsum("btkgh,bksh->bkgts", q_BTKGH, cache.k, jnp.float32)
+    G = N // K
+    dtype = jnp.promote_types(q_BTNH.dtype, cache.k.dtype)       # a cache wider than the queries is used as it is
+    q_BKRH = (q_BTNH.astype(dtype) * jnp.asarray(H ** -0.5, dtype)).reshape(B, T, K, G, H)
+    q_BKRH = q_BKRH.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    scores_BKRS = einsum("bkrh,bksh->bkrs", q_BKRH, cache.k, jnp.float32)
     if cache.k_scale is not None:
-        scores_BKGTS = scores_BKGTS * cache.k_scale.reshape(B, K, 1, 1, S)
-    seen_BTS = jnp.arange(S) <= positions_BT[:, :, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1)
+        scores_BKRS = scores_BKRS * cache.k_scale.reshape(B, K, 1, S)
+    seen_BRS = jnp.arange(S) <= jnp.repeat(positions_BT, G, axis=1)[:, :, None]
+    weights_BKRS = jax.nn.softmax(jnp.where(seen_BRS[:, None], scores_BKRS, MASKED), axis=-1)
     if cache.v_scale is not None:
-        weights_BKGTS = weights_BKGTS * cache.v_scale.reshape(B, K, 1, 1, S)
-    return einsum("bkgts,bksh->btkgh", weights_BKGTS.astype(q_BTNH.dtype), cache.v).reshape(B, T, N, H)
+        weights_BKRS = weights_BKRS * cache.v_scale.reshape(B, K, 1, S)
+    out_BKRH = einsum("bkrs,bksh->bkrh", weights_BKRS.astype(dtype), cache.v, q_BTNH.dtype)
+    return out_BKRH.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 def rotary(positions_BT, head_dim, theta, scaling=None):

@@ -220,7 +220,8 @@ class Decode(_Section):
     length: int | None = None        # longest request, prompt and output, tokens; None: model.max_length
     chunk: int = 16                  # iterations of one jitted call, at most
     queue: int = 1024                # requests that wait on the host
-    kv_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"   # of cached keys and values
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"   # of cached keys and values; auto: the model's,
+                                     # float32 on CPUs, where writing into a bfloat16 cache costs copies of it
     kv_memory: str | None = None     # budget of one device for them, such as 512MiB; None: what slots and staging take
     prefill: int = 256               # prompt tokens computed in one call, and at most so many between two chunks
     prefix_memory: str = "0"         # of kv_memory, for prefixes that prompts share

@@ -28,7 +28,6 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import cache as kv
 from ladder_jax import model as transformer
 from ladder_jax import sampling, sharding
-from ladder_jax import weights as weights_door
 
 NOBODY = -1                                # in place of a request's id
 NEVER = 2**31 - 1                          # the turn of a place that nobody waits in
@@ -91,7 +90,6 @@ class Program(NamedTuple):
     top: int                    # most alternatives whose log-probability is emitted
     kv_dtype: str
     unstack: bool
-    out_in: bool                # matrices stored outputs first (see weights.py)
     fixed: bool                 # trip counts known beforehand, masks instead of branches (GPU; see below)
     reduction: str = "psum"
 
@@ -155,13 +153,30 @@ def _compiled(function, program, in_specs, out_specs, donate=None):
     return jax.jit(sharding.shard_map(function, program.mesh, in_specs, out_specs), donate_argnums=donate)
 
 
+def _arrange(program, model):
+    cast = lambda name, x: x if name.endswith("norm") else x.astype(program.config.dtype)
+    model = jax.tree.map(cast, sharding.parameter_names(model), model)
+    return transformer.unstack(model) if program.unstack else model
+
+
 def _weights_specs(program):
-    return weights_door.specs(program.config, unstack=program.unstack, out_in=program.out_in)
+    shapes = lambda: _arrange(program, transformer.init(program.config, jax.random.key(0)))
+    return sharding.parameter_specs(jax.eval_shape(shapes))
+
+
+@functools.lru_cache(maxsize=32)
+def _make_arrange(program):
+    return jax.jit(functools.partial(_arrange, program),
+                   out_shardings=sharding.named(program.mesh, _weights_specs(program)))
 
 
 def place_weights(program, model):
-    """`model` (a Transformer on the mesh) as the programs take it."""
-    return weights_door.place(model, program.config, program.mesh, unstack=program.unstack, out_in=program.out_in)
+    """`model` (a Transformer on the mesh) as the programs take it.
+
+    A decode step costs what reading its weights costs: a cast in it would read twice as much, and a scan over stacked
+    layers copies each layer's out of the stack on GPUs (`unstack`).
+    """
+    return _make_arrange(program)(model)
 
 
 # ---------------------------------------------------------------- one iteration

@@ -217,10 +217,11 @@ class Engine:
         self.config, self.mesh, self.tokenizer, self.trace, self.pipelined = config, mesh, tokenizer, trace, pipelined
         platform = mesh.devices.flat[0].platform
         fixed = options.loop == "fixed" or (options.loop == "auto" and platform in ("gpu", "cuda", "rocm"))
-        kv_dtype = config.dtype if options.kv_dtype == "model" else options.kv_dtype
+        likes = "float32" if platform == "cpu" else config.dtype
+        kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
                                       min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
-                                      platform == "cpu", fixed, reduction)
+                                      fixed, reduction)
         self.places = options.staging or max(2, options.slots // 2)
         self.widths = ladder(1, options.slots) if options.fit else [options.slots]
         self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]

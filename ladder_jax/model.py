@@ -74,7 +74,8 @@ class Attention(nnx.Module):
         else:
             cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             out_BTNH = attention_door.attend_cache(q_BTNH, cache, context.positions_BT)
-        return behind(einsum("btnh,nhd->btd", behind(out_BTNH), self.wo[...])), cache
+        out_BTE = behind(out_BTNH).reshape(*u_BTD.shape[:2], -1)      # E = N H: as one, or XLA:CPU turns `wo` around
+        return behind(einsum("bte,ed->btd", out_BTE, self.wo[...].reshape(-1, u_BTD.shape[2]))), cache
 
     def _project(self, u_BTD, weight, bias):
         x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])

@@ -178,7 +178,7 @@ def axis_size(axis):
 
 def gather_vocabulary(logits):
     """The whole vocabulary's logits [..., V] on every tensor shard, from the shards' own."""
-    return lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
+    return logits if axis_size(TENSOR) == 1 else lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
 
 
 def vocabulary_offset(local_size):

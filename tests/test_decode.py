@@ -17,7 +17,7 @@ CONFIG = Model(vocab_size=32, dim=16, layers=2, heads=2, kv_heads=2, head_dim=8,
 @functools.cache
 def program(**changes):
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    options = dict(unstack=True, out_in=True, fixed=False) | changes
+    options = dict(unstack=True, fixed=False) | changes
     return decode.Program(CONFIG, mesh, 32, (2, 2), 0, "float32", **options)
 
 
