@@ -11,7 +11,8 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(RUN)/ruff check .
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
+	@echo "done: every test passed, their times are in runs/tests.xml"
 
 test-slow: $(VENV)/test
 	$(RUN)/python -m pytest -m slow

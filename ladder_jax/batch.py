@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ladder_jax.config import ConfigError
-from ladder_jax.engine import RequestFailed
+from ladder_jax.request import RequestFailed
 
 
 def read_prompts(path):

@@ -85,18 +85,21 @@ def network_of(devices, all_reduce=None):
 
 
 def reduction_for(config, mesh):
-    """mesh.reduction as what `model.hidden` takes: a name, or for "auto" a function of the message that gives one.
+    """mesh.reduction of a whole `config` as what `model.hidden` takes."""
+    return auto(config.model, mesh) if config.mesh.reduction == "auto" else config.mesh.reduction
+
+
+@functools.lru_cache(maxsize=32)
+def auto(config, mesh):
+    """What suits a model (config.Model) on a mesh: a name, or a function of the message that gives one.
 
     On machines that the cost model does not know, CPUs among them, it is psum.
     """
-    if config.mesh.reduction != "auto":
-        return config.mesh.reduction
     network = network_of(list(mesh.devices.flat))
     if network is None or mesh.shape[TENSOR] == 1:
         return "psum"
     groups = [list(map(int, row)) for row in jnp.arange(mesh.size).reshape(-1, mesh.shape[TENSOR])]
-    plan = schedule.parse(config.model.residual, config.model.layers)
-    hides = any(block.delay for blocks in plan.layers for block in blocks)
+    hides = any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
 
     @functools.cache
     def chosen(size):

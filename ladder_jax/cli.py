@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ladder_jax import config as configuration
+from ladder_jax import host
 from ladder_jax.config import ConfigError
 
 
@@ -160,6 +161,7 @@ def train(arguments):
         raise ConfigError("train takes a recipe first, such as: ladder-jax train configs/demo.py")
     chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", TrainArguments(recipe(arguments[0])))
     _emulate(chosen.devices)
+    host.keep_freed_memory()
     _join(chosen)
     import jax
 
@@ -219,7 +221,7 @@ def plan(arguments):
 
 
 def bench(arguments):
-    names = ("decode",)
+    names = ("train", "decode", "peers")
     if not arguments or arguments[0] not in names:
         raise ConfigError(f"bench takes what to measure first: {', '.join(names)}")
     import importlib
@@ -234,7 +236,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   generate CHECKPOINT    writes the text that a model makes of a prompt, or of a file of prompts
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            shows what a program will do on chips that are not here
-  bench WHAT             measures this project beside others: decode
+  bench WHAT             measures this project beside others: train, decode, peers
 
 Each takes --help."""
 

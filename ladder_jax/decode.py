@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax import cache as kv
 from ladder_jax import model as transformer
-from ladder_jax import sampling, sharding
+from ladder_jax import sampling, sharding, targets
 
 NOBODY = -1                                # in place of a request's id
 NEVER = 2**31 - 1                          # the turn of a place that nobody waits in
@@ -91,7 +91,7 @@ class Program(NamedTuple):
     kv_dtype: str
     unstack: bool
     fixed: bool                 # trip counts known beforehand, masks instead of branches (GPU; see below)
-    reduction: str = "psum"
+    reduction: object = "psum"     # see model.hidden
 
 # XLA runs a loop of unknown trip count, and a branch, wholly on the device on TPU and CPU; on GPU it copies the
 # predicate to the host in every iteration and waits for it. `fixed` programs have neither: K iterations always run,
@@ -150,7 +150,8 @@ def _make_empty(program, width, places, length):
 
 def _compiled(function, program, in_specs, out_specs, donate=None):
     """`function` on local shards, jitted over the mesh, with argument `donate` donated."""
-    return jax.jit(sharding.shard_map(function, program.mesh, in_specs, out_specs), donate_argnums=donate)
+    return jax.jit(sharding.shard_map(function, program.mesh, in_specs, out_specs), donate_argnums=donate,
+                   compiler_options=targets.options(program.mesh))
 
 
 def _arrange(program, model):

@@ -8,9 +8,6 @@ One `step` prefills what there is room for, starts a chunk, and then reads the e
 the device never waits for the host: one synchronisation a chunk. A step is taken by whoever iterates a request, or by
 the engine's own thread once it is started (`with engine:`), which asyncio needs.
 """
-import asyncio
-import collections
-import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -24,113 +21,16 @@ import jax
 import numpy as np
 
 from ladder_jax import cache as kv
+from ladder_jax import choice, decode, prefill, sampling, sharding
 from ladder_jax import config as configuration
-from ladder_jax import decode, sampling, sharding
 from ladder_jax.config import ConfigError
+from ladder_jax.prefill import fitting
 from ladder_jax.prefixes import Prefixes
+from ladder_jax.request import QueueFull, Request, Token
 from ladder_jax.text import Stopper
 
 log = logging.getLogger(__name__)
 PATIENCE = 4        # chunks that a smaller shape must have sufficed for, before the state shrinks to it
-
-
-class QueueFull(RuntimeError):
-    """More requests wait than decode.queue allows: try again later."""
-
-
-class RequestFailed(RuntimeError):
-    """What a request's iteration raises where the engine could not finish it; the cause is attached."""
-
-
-class Token(NamedTuple):
-    """One token of a request's output."""
-    id: int | None                                  # None: no token, but text that was held back until the end
-    text: str                                       # what it completes, "" where text is held back or there is none
-    logprob: float | None = None                    # the model's own, if asked for
-    top: tuple[tuple[int, float], ...] = ()         # the likeliest ids and theirs, as many as were asked for
-
-
-class Request:
-    """A request's handle: iterate it (also with `async for`) for its tokens, `cancel` it, read what came of it.
-
-    tokens: all ids so far, the stop excluded. text: theirs, cut at a stop string.
-    finish: None while it runs, then "stop", "length", "cancelled" or "error" (see `error`).
-    submitted, times: seconds (time.perf_counter) of its submission and of every token's arrival on the host.
-    """
-
-    def __init__(self, engine, number, prompt, max_tokens, row, priority, top, stopper):
-        self.number, self.prompt, self.max_tokens, self.priority = number, prompt, max_tokens, priority
-        self.tokens, self.text, self.finish, self.error = [], "", None, None
-        self.submitted, self.times = time.perf_counter(), []
-        self._engine, self._row, self._top, self._stopper = engine, row, top, stopper
-        self._unread, self._changed, self._wakers = deque(), threading.Condition(), []
-
-    def cancel(self):
-        """Ends it: its slot is free from the next chunk on. No effect on a finished one."""
-        self._engine._cancel(self)
-
-    def result(self):
-        """Runs it to its end; returns itself. Raises RequestFailed as iterating does."""
-        collections.deque(self, maxlen=0)
-        return self
-
-    def __iter__(self):
-        while (token := self._next()) is not None:
-            yield token
-
-    def _next(self):
-        while True:
-            with self._changed:
-                if self._unread or self.finish:
-                    return self._take()
-                if self._engine.running:
-                    self._changed.wait(0.1)
-                    continue
-            self._engine.step()
-
-    async def __aiter__(self):
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-        wake = lambda: loop.call_soon_threadsafe(event.set)
-        with self._changed:
-            self._wakers.append(wake)
-        try:
-            self._engine.start()
-            while True:
-                event.clear()
-                with self._changed:
-                    ready = bool(self._unread or self.finish)
-                    token = self._take() if ready else None
-                if ready and token is None:
-                    return
-                if ready:
-                    yield token
-                else:
-                    await event.wait()
-        finally:
-            with self._changed:
-                self._wakers.remove(wake)
-
-    def _take(self):
-        if self._unread:
-            return self._unread.popleft()
-        if self.error is not None:
-            raise RequestFailed(f"request {self.number} failed: {self.error}") from self.error
-        return None
-
-    def _put(self, token=None, finish=None, error=None):
-        with self._changed:
-            if self.finish:
-                return
-            if token is not None:
-                self._unread.append(token)
-                self.times.append(time.perf_counter())
-            if finish:
-                self.finish, self.error = finish, error
-            self._changed.notify_all()
-            wakers = list(self._wakers)
-        for wake in wakers:
-            with contextlib.suppress(RuntimeError):        # its event loop has ended
-                wake()
 
 
 @dataclasses.dataclass
@@ -181,11 +81,6 @@ def ladder(least, most):
     return [*sizes, most]
 
 
-def fitting(sizes, needed):
-    """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
-    return next((size for size in sizes if size >= needed), sizes[-1])
-
-
 class Engine:
     """Decodes requests of one model on one mesh.
 
@@ -195,12 +90,12 @@ class Engine:
       mesh: of size 1 along data and fsdp; an engine a replica serves data parallel.
       options: config.Decode.
       tokenizer: for prompts that are text, for text of tokens and stop strings; None: ids alone.
-      reduction: of reductions.REDUCTIONS.
+      reduction: of reductions.REDUCTIONS, or "auto": what choice.py takes for this machine.
       trace: keep what every slot did in every iteration in `self.history`, a list of (seconds, request ids [K, W]).
     Raises ConfigError where the options do not fit the model, the mesh or the memory.
     """
 
-    def __init__(self, model, config, mesh, options=None, tokenizer=None, *, reduction="psum", trace=False,
+    def __init__(self, model, config, mesh, options=None, tokenizer=None, *, reduction="auto", trace=False,
                  pipelined=True):
         self.options = options = options or configuration.Decode()
         if mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP] != 1:
@@ -221,7 +116,7 @@ class Engine:
         kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
                                       min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
-                                      fixed, reduction)
+                                      fixed, choice.auto(config, mesh) if reduction == "auto" else reduction)
         self.places = options.staging or max(2, options.slots // 2)
         self.widths = ladder(1, options.slots) if options.fit else [options.slots]
         self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]
@@ -512,50 +407,29 @@ class Engine:
 
     def _prefill_call(self, budget):
         """Computes the next pieces of as many prompts as fit `budget` tokens, padding included; tokens computed."""
-        chosen, width = [], 0
-        for index, done in self._prefilled.items():
-            request = self._staging[index].request
-            piece = min(len(request.prompt) - done, self.options.prefill)
-            padded = max(width, fitting(self.pieces, piece))
-            if chosen and padded * _rows(len(chosen) + 1) > budget:
-                break
-            if not chosen and padded > budget:       # a shorter piece fits what is left, if it is worth a call
-                piece = min(piece, max((size for size in self.pieces if size <= budget), default=0))
-                padded = fitting(self.pieces, piece)
-                if not piece:
-                    return 0
-            chosen.append((index, request, done, piece))
-            width = padded
-        count = _rows(len(chosen))
-        seen = fitting(self.lengths, max(done + piece for _, _, done, piece in chosen))
-        tokens = np.zeros((count, width), np.int32)
-        prompts = np.full((count, seen), self.config.vocab_size, np.int32)
-        start, length, place, last = (np.zeros(count, kind) for kind in (np.int32, np.int32, np.int32, bool))
-        place[:] = self.places
-        for i, (index, request, done, piece) in enumerate(chosen):
-            tokens[i, :piece] = request.prompt[done:done + piece]
-            start[i], length[i], place[i] = done, piece, index
-            last[i] = done + piece == len(request.prompt)
-            if last[i]:
-                prompts[i, :len(request.prompt)] = request.prompt
-        rows = [self._turn(request) for _, request, _, _ in chosen]
-        row = jax.tree.map(lambda *xs: np.concatenate([*xs, *[xs[0]] * (count - len(xs))]), *rows)
-        staging, events = self._prefill(self._weights, self._state.staging, decode.Prompts(
-            tokens, start, length, place, last, prompts, row))
+        waiting = [(index, done, len(self._staging[index].request.prompt)) for index, done in self._prefilled.items()]
+        chosen, width = prefill.choose(waiting, self.pieces, budget)
+        if not chosen:
+            return 0
+        requests = [self._staging[piece.place].request for piece in chosen]
+        seen = fitting(self.lengths, max(piece.stop for piece in chosen))
+        prompts = prefill.pack(chosen, width, seen, [request.prompt for request in requests],
+                               [self._turn(request) for request in requests], self.places, self.config.vocab_size)
+        staging, events = self._prefill(self._weights, self._state.staging, prompts)
         self._stage(staging)
         _copy_to_host(events)
         self._pending.append(events)
         self.counters.prefill_calls += 1
-        self.counters.prefill_tokens += int(length.sum())
-        self.counters.prefill_padded += count * width
-        for index, request, done, piece in chosen:
-            if done + piece == len(request.prompt):
-                del self._prefilled[index]
-                self._staging[index] = _Place(request, self._chunks)
-                self._keep_prefix(index, request)
+        self.counters.prefill_tokens += int(prompts.length.sum())
+        self.counters.prefill_padded += prompts.tokens.size
+        for piece, request in zip(chosen, requests):
+            if piece.last:
+                del self._prefilled[piece.place]
+                self._staging[piece.place] = _Place(request, self._chunks)
+                self._keep_prefix(piece.place, request)
             else:
-                self._prefilled[index] = done + piece
-        return count * width
+                self._prefilled[piece.place] = piece.stop
+        return prompts.tokens.size
 
     def _turn(self, request):
         """Its row; who waits on the device takes turns by priority, then by number."""
@@ -655,14 +529,9 @@ class Engine:
         """(programs compiled so far, most that there can ever be) for this engine's shapes."""
         functions = self._chunk, self._prefill, self._read_block, self._write_block
         shapes = len(self.widths) * len(self.lengths)
-        counts = len({_rows(n) for n in range(1, self.options.prefill + 1)})
+        counts = len({prefill.rows(n) for n in range(1, self.options.prefill + 1)})
         prefills = len(self.pieces) * counts * len(self.lengths) ** 2
         return sum(f._cache_size() for f in functions), shapes + prefills + 2 * len(self.lengths)
-
-
-def _rows(count):
-    """The compiled number of prompts for `count` of them: powers of four."""
-    return 4 ** (max(count - 1, 0).bit_length() + 1 >> 1)
 
 
 def _copy_to_host(tree):

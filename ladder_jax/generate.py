@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ladder_jax import cache as kv
-from ladder_jax import checkpoint, sampling, schedule, sharding, tokenizer
+from ladder_jax import checkpoint, choice, sampling, schedule, sharding, targets, tokenizer
 from ladder_jax import config as configuration
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError
@@ -25,13 +25,15 @@ def empty_cache(config, mesh, batch, length):
 def make_forward(config, mesh):
     """(model, tokens [B, T], positions [B, T], cache) -> (logits [B, T, V] float32, cache), compiled; cache donated."""
     def local(model, tokens_BT, positions_BT, cache):
-        x_BTD, cache = transformer.hidden(model, config, tokens_BT, positions_BT, cache=cache)
+        x_BTD, cache = transformer.hidden(model, config, tokens_BT, positions_BT, cache=cache, reduction=reduction)
         return transformer.logits(model, config, x_BTD), cache
 
+    reduction = choice.auto(config, mesh)
     specs = sharding.parameter_specs(jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0)))
     cache = sharding.CACHE
     return jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache),
-                                      (sharding.LOGITS, cache)), donate_argnums=3)
+                                      (sharding.LOGITS, cache)), donate_argnums=3,
+                   compiler_options=targets.options(mesh))
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary")

@@ -159,7 +159,8 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     Where `model.layers` is a list of layers (see `unstack`), `cache` is one of KVs [B, K, S, H], and so is the result.
     """
     dtype = jnp.dtype(config.dtype)
-    rotation = attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
+    rotation = lax.optimization_barrier(        # or XLA:CPU computes sines again for every head
+        attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling))
     context = Context(rotation, segments_BT, positions_BT, kernel)
 
     def apply(layer_and_cache, block, x_BTD, behind):

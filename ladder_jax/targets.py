@@ -57,8 +57,13 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# Options of XLA by platform, for every program with tensor-parallel reductions to hide.
+# Options of XLA by platform, for every program of the model.
 OPTIONS = {
+    "cpu": {
+        # Drops optimization barriers, and with them what they are for: values that are computed once and not again in
+        # every loop that reads them, recomputation that is not merged with what it is to repeat.
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    },
     "tpu": {
         # XLA merges reductions that are ready together. Those of attention and MLP then wait for the later of the two,
         # with nothing left to run behind them.
@@ -113,6 +118,12 @@ def kind_of(device):
     """The name in CHIPS of a jax device, or None."""
     known = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v6": "v6e", "tpu v5": "v5p", "tpu7x": "tpu7x", "h100": "h100"}
     return next((kind for name, kind in known.items() if name in device.device_kind.lower()), None)
+
+
+def options(mesh):
+    """The options of XLA for programs on a mesh: `jax.jit`'s compiler_options."""
+    platform = mesh.devices.flat[0].platform
+    return OPTIONS.get("gpu" if platform in ("cuda", "rocm") else platform, {})
 
 
 def parse(name):

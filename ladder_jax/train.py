@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ladder_jax import attention, chips, choice, data, model, schedule, sharding, tokenizer
+from ladder_jax import attention, chips, choice, data, model, schedule, sharding, targets, tokenizer
 from ladder_jax import config as configuration
 from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from ladder_jax.config import ConfigError
@@ -97,7 +97,7 @@ def loss_and_gradients(config, mesh):
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # It also undoes rematerialisation, though, unless a loop stands between the two passes; and on an emulated mesh,
     # which is for trying things out, time to compile counts for more.
-    unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 and config.train.remat == "none"
+    unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
     options = dict(kernel=kernel, reduction=choice.reduction_for(config, mesh), remat=config.train.remat, unroll=unroll,
                    chunk=config.train.loss_chunk)
 
@@ -138,7 +138,8 @@ def make_step(config, mesh, optimizer):
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh, optimizer))
     tokens = sharding.named(mesh, dict.fromkeys(BATCH, sharding.TOKENS))
     replicated = sharding.named(mesh, sharding.REPLICATED)
-    return jax.jit(step, in_shardings=(shardings, tokens), out_shardings=(shardings, replicated), donate_argnums=0)
+    return jax.jit(step, in_shardings=(shardings, tokens), out_shardings=(shardings, replicated), donate_argnums=0,
+                   compiler_options=targets.options(mesh))
 
 
 def make_evaluation(config, mesh):
@@ -151,7 +152,8 @@ def make_evaluation(config, mesh):
     parameters = jax.eval_shape(functools.partial(model.init, config.model), jax.random.key(0))
     specs = sharding.parameter_specs(parameters)
     return jax.jit(sharding.shard_map(local, mesh, (specs, dict.fromkeys(BATCH, sharding.TOKENS)),
-                                      (sharding.REPLICATED, sharding.REPLICATED)))
+                                      (sharding.REPLICATED, sharding.REPLICATED)),
+                   compiler_options=targets.options(mesh))
 
 
 def flops_per_token(config, length):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ladder_jax import decode, generate, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
-from ladder_jax.engine import Engine, QueueFull, RequestFailed
+from ladder_jax.engine import Engine
+from ladder_jax.request import QueueFull, RequestFailed
 from ladder_jax.tokenizer import ByteTokenizer
 
 CONFIG = Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",

@@ -40,7 +40,8 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import decode, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
-from ladder_jax.engine import Counters, Engine, fitting
+from ladder_jax.engine import Counters, Engine
+from ladder_jax.prefill import fitting
 
 SIZES = {
     "tiny": Model(vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384),

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from ladder_jax import config as configuration
+from ladder_jax import host
 from ladder_jax.bench import contest
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Optimizer, Train
 
@@ -69,14 +70,14 @@ def batch_of(config):
 
 def ladder_jax(config, weights):
     """This project. Writes its first weights to the folder `weights`, for the other side to load."""
+    host.keep_freed_memory()
     import jax
 
     from ladder_jax import sharding, train
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = train.make_optimizer(config.optimizer, config.train.steps)
     state = train.init_state(config, mesh, optimizer)
-    names = sharding.parameter_names(state.model)
-    jax.tree.map(lambda name, x: np.save(Path(weights) / f"{name}.npy", np.asarray(x)), names, state.model)
+    save(state.model, weights)
     function = train.make_step(config, mesh, optimizer)
     batch = jax.device_put(batch_of(config), sharding.named(mesh, sharding.TOKENS))
 
@@ -90,15 +91,10 @@ def ladder_jax(config, weights):
 def transformers(config, weights):
     """transformers' LlamaForCausalLM and PyTorch's AdamW, from the weights in the folder `weights`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers import __version__ as version
     m, o = config.model, config.optimizer
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=m.ffn_dim, num_hidden_layers=m.layers,
-        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, head_dim=m.head_dim, rms_norm_eps=m.norm_eps,
-        rope_theta=m.rope_theta, max_position_embeddings=m.max_length, tie_word_embeddings=False, use_cache=False,
-        attn_implementation="sdpa"))
-    _load(model, Path(weights), m)
+    model = load(m, weights)
+    model.config.use_cache = False
     model.train()
     norms = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -118,16 +114,31 @@ def transformers(config, weights):
                       parameters=sum(p.numel() for p in model.parameters()))
 
 
-def _load(model, folder, config):
-    """Copies the weights that `ladder_jax` wrote, layers stacked, into a LlamaForCausalLM, whose are [out, in]."""
+def save(model, folder):
+    """Writes the parameters of a model.Transformer for `load`, one file each."""
+    import jax
+
+    from ladder_jax import sharding
+    names = sharding.parameter_names(model)
+    jax.tree.map(lambda name, x: np.save(Path(folder) / f"{name}.npy", np.asarray(x)), names, model)
+
+
+def load(config, folder):
+    """The LlamaForCausalLM (matrices [out, in]) of what `save` wrote (layers stacked); config: config.Model."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+        max_position_embeddings=config.max_length, tie_word_embeddings=False, attn_implementation="sdpa"))
     rows = {"attention.norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
             "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
             "mlp.norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
             "mlp.down": "mlp.down_proj"}
     places = {"embedding": "model.embed_tokens", "norm": "model.norm", "unembedding": "lm_head"}
     for name, place in places.items() | rows.items():
-        array = np.load(folder / f"{name}.npy")
+        array = np.load(Path(folder) / f"{name}.npy")
         for layer in range(config.layers) if name in rows else [None]:
             path = place if layer is None else f"model.layers.{layer}.{place}"
             value, parameter = array if layer is None else array[layer], model.get_submodule(path).weight
@@ -135,6 +146,7 @@ def _load(model, folder, config):
                 value = value.reshape(parameter.shape[::-1]).T      # [D, N, H] and [N, H, D] become [in, out]
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+    return model
 
 
 CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}

@@ -1,0 +1,78 @@
+"""Which pieces of which prompts one prefill call computes, and the call's arguments. Shapes come in few sizes."""
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ladder_jax import decode
+
+
+class Piece(NamedTuple):
+    """A part of a prompt."""
+    place: int          # in staging, of its request
+    start: int          # tokens of the prompt that are computed already
+    length: int
+    last: bool          # the prompt ends with it
+
+    @property
+    def stop(self):
+        return self.start + self.length
+
+
+def fitting(sizes, needed):
+    """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
+    return next((size for size in sizes if size >= needed), sizes[-1])
+
+
+def rows(count):
+    """The compiled number of prompts for `count` of them: powers of four."""
+    return 4 ** (max(count - 1, 0).bit_length() + 1 >> 1)
+
+
+def choose(waiting, sizes, budget):
+    """The next pieces of as many prompts as fit `budget` tokens, padding included: ([Piece], their padded width).
+
+    Args:
+      waiting: (place, tokens computed, tokens in all) of every prompt, in order.
+      sizes: compiled widths, ascending; the last is the longest piece.
+      budget: tokens. Where not even one prompt's piece fits, it gets a shorter one, if a compiled width is as short.
+    """
+    chosen, width = [], 0
+    for place, done, total in waiting:
+        length = min(total - done, sizes[-1])
+        padded = max(width, fitting(sizes, length))
+        if chosen and padded * rows(len(chosen) + 1) > budget:
+            break
+        if not chosen and padded > budget:
+            length = min(length, max((size for size in sizes if size <= budget), default=0))
+            padded = fitting(sizes, length)
+            if not length:
+                break
+        chosen.append(Piece(place, done, length, done + length == total))
+        width = padded
+    return chosen, width
+
+
+def pack(chosen, width, seen, prompts, turns, places, nothing):
+    """The decode.Prompts of these pieces, rows of padding included.
+
+    Args:
+      width: tokens a piece is padded to.
+      seen: tokens of the cache that the call looks at.
+      prompts: of every piece, the whole prompt (int32 array).
+      turns: of every piece, its request's decode.Row, one row each.
+      places: how many there are in staging, which is the place of a row of padding.
+      nothing: the id that pads a prompt: one that does not exist.
+    """
+    count = rows(len(chosen))
+    tokens = np.zeros((count, width), np.int32)
+    whole = np.full((count, seen), nothing, np.int32)
+    start, length, place, last = (np.zeros(count, kind) for kind in (np.int32, np.int32, np.int32, bool))
+    place[:] = places
+    for i, (piece, prompt) in enumerate(zip(chosen, prompts)):
+        tokens[i, :piece.length] = prompt[piece.start:piece.stop]
+        place[i], start[i], length[i], last[i] = piece
+        if piece.last:
+            whole[i, :len(prompt)] = prompt
+    row = jax.tree.map(lambda *xs: np.concatenate([*xs, *[xs[0]] * (count - len(xs))]), *turns)
+    return decode.Prompts(tokens, start, length, place, last, whole, row)
