@@ -367,6 +367,18 @@ class Engine:
 
     # ------------------------------------------------------------ prefill
 
+    def _enough_wait(self):
+        """Whether prefill can wait until more prompts share a call: enough requests stand by for the slots that free.
+
+        That is for all whose tokens run out within the chunks under way and the next one; and as a stop may end others
+        at any time, for a quarter of the slots.
+        """
+        soon = self.options.chunk * (len(self._flights) + 1)
+        ends = sum(request.max_tokens - len(request.tokens) <= soon for request in self._live.values())
+        waiting = sum(place is not None and place.chunk is not None for place in self._staging)
+        free = self.options.slots - (len(self._live) - len(self._prefilled) - waiting)
+        return waiting - max(free, 0) >= max(ends, -(-self.options.slots // 4))
+
     def _admit(self):
         """Gives free places to those whose turn it is, and starts prefill calls. Returns how many."""
         for index, place in enumerate(self._staging):
@@ -376,7 +388,7 @@ class Engine:
                 self._prefilled[index] = self._paste_prefix(index, request)
         calls, budget = 0, self.options.prefill
         decoding = len(self._live) > len(self._prefilled)
-        while self._prefilled and (budget > 0 or not decoding):
+        while self._prefilled and (budget > 0 and not self._enough_wait() or not decoding):
             used = self._prefill_call(budget if decoding else self.options.prefill)
             if not used:
                 break
@@ -412,7 +424,7 @@ class Engine:
         if not chosen:
             return 0
         requests = [self._staging[piece.place].request for piece in chosen]
-        seen = fitting(self.lengths, max(piece.stop for piece in chosen))
+        seen = fitting(self._seen(self._length), max(piece.stop for piece in chosen))
         prompts = prefill.pack(chosen, width, seen, [request.prompt for request in requests],
                                [self._turn(request) for request in requests], self.places, self.config.vocab_size)
         staging, events = self._prefill(self._weights, self._state.staging, prompts)
@@ -528,10 +540,44 @@ class Engine:
     def compiled(self):
         """(programs compiled so far, most that there can ever be) for this engine's shapes."""
         functions = self._chunk, self._prefill, self._read_block, self._write_block
-        shapes = len(self.widths) * len(self.lengths)
-        counts = len({prefill.rows(n) for n in range(1, self.options.prefill + 1)})
-        prefills = len(self.pieces) * counts * len(self.lengths) ** 2
-        return sum(f._cache_size() for f in functions), shapes + prefills + 2 * len(self.lengths)
+        chunks, prefills = len(self.widths) * len(self.lengths), sum(1 for _ in self._prefill_shapes())
+        return sum(f._cache_size() for f in functions), chunks + prefills + 2 * len(self.lengths)
+
+    def _seen(self, length):
+        """How much of a cache of `length` a prefill call may be compiled to look at: every second of the lengths."""
+        return self.lengths[:self.lengths.index(length) + 1][::-2][::-1]
+
+    def _prefill_shapes(self):
+        """(length of the state, tokens seen, rows, width) of every prefill call that there can be."""
+        return ((length, seen, *shape) for length in self.lengths for seen in self._seen(length)
+                for shape in prefill.shapes(self.pieces, self.options.prefill))
+
+    def warm_up(self, progress=lambda shapes: shapes):
+        """Compiles every program that this engine can need, before there are requests; else each is when it is needed.
+
+        progress: wraps the list of shapes, as tqdm does. Raises RuntimeError where requests are live already.
+        """
+        with self._stepping:
+            if self._live or self._flights:
+                raise RuntimeError("warm_up is for an engine without live requests: call it before the first")
+            by_length = {}
+            for length, *shape in self._prefill_shapes():
+                by_length.setdefault(length, []).append(shape)
+            shapes = [(length, width, shape) for length in self.lengths for width, shape in (
+                *((width, None) for width in self.widths), *((self.widths[-1], shape) for shape in by_length[length]))]
+            nobody = np.full(self.options.slots + self.places, decode.NOBODY, np.int32)
+            turn = decode.nobody(1, self.program)._replace(history=None)
+            for length, width, shape in progress(shapes):
+                self._state = decode.reshape(self._state, width, length)
+                if shape is None:
+                    self._state, *_ = self._chunk(self._weights, self._state, nobody, np.int32(0))
+                    continue
+                seen, count, width = shape
+                pieces = [prefill.Piece(self.places, 0, width, False)] * count
+                prompts = prefill.pack(pieces, width, seen, [np.zeros(width, np.int32)] * count, [turn] * count,
+                                       self.places, self.config.vocab_size)
+                self._stage(self._prefill(self._weights, self._state.staging, prompts)[0])
+            self._reset()
 
 
 def _copy_to_host(tree):

@@ -36,6 +36,7 @@ def choose(waiting, sizes, budget):
       waiting: (place, tokens computed, tokens in all) of every prompt, in order.
       sizes: compiled widths, ascending; the last is the longest piece.
       budget: tokens. Where not even one prompt's piece fits, it gets a shorter one, if a compiled width is as short.
+        Where more than half of a call's rows would be padding, it takes fewer prompts.
     """
     chosen, width = [], 0
     for place, done, total in waiting:
@@ -50,7 +51,15 @@ def choose(waiting, sizes, budget):
                 break
         chosen.append(Piece(place, done, length, done + length == total))
         width = padded
-    return chosen, width
+    if 2 * len(chosen) < rows(len(chosen)):
+        chosen = chosen[:rows(len(chosen)) // 4]
+    return chosen, max((fitting(sizes, piece.length) for piece in chosen), default=0)
+
+
+def shapes(sizes, budget):
+    """All (rows, width) that `choose` can come to."""
+    counts = sorted({rows(count) for count in range(1, budget + 1)})
+    return [(count, width) for width in sizes for count in counts if count == 1 or count * width <= budget]
 
 
 def pack(chosen, width, seen, prompts, turns, places, nothing):

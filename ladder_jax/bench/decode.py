@@ -11,7 +11,8 @@ forward pass, so that they differ in scheduling alone:
     no-shuffle     ours, always at full width and length
     ours           temporal fusion: refill inside the chunk, shape fitted to what is live
 
-and, as the limit, the bare step: forward pass and argmax at full width in a loop, no scheduling at all.
+and, as the limit, the bare step: forward pass and argmax at full width and length in a loop, no scheduling at all,
+measured before and after every engine. Under saturated load "of bare" counts the tokens until no request waits.
 
 Workloads: `saturated` (all at once, short prompts, so that scheduling is measured and not prefill), `constant` and
 `poisson` (gaps between arrivals; Flover, arXiv 2305.13484: 20 to 5000 ms for a model whose step
@@ -37,7 +38,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, sharding
+from ladder_jax import decode, sharding, targets
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.engine import Counters, Engine
@@ -52,6 +53,7 @@ SIZES = {
 }
 PAPER_STEP = 5.8 / 512        # seconds of one iteration of GPT-J 6B in Flover's figures
 PERCENTILES = (50, 90, 99)
+BARE_ROUNDS = 6               # measurements of the bare step before and after every engine; their median counts
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ class Concurrent:
         self.running.append((request, decode.empty(self.like.program, 1, 1, length), False))
         return request
 
+    def warm_up(self):
+        self.like.warm_up()
+
     def step(self):
         if not self.running:
             return False
@@ -188,7 +193,8 @@ class Concurrent:
 
 def make_engines(arguments, model, config, mesh, length, windows):
     """{name: a function that makes the engine}."""
-    options = Decode(slots=arguments.slots, chunk=arguments.chunk, length=length, queue=10**6, staging=arguments.slots)
+    options = Decode(slots=arguments.slots, chunk=arguments.chunk, length=length, queue=10**6, staging=arguments.slots,
+                     prefill=64 if arguments.prompt <= 16 else 256)
     make = lambda kind=Engine, pipelined=True, trace=False, **changes: kind(
         model, config, mesh, dataclasses.replace(options, **changes), trace=trace, pipelined=pipelined)
 
@@ -215,8 +221,8 @@ def make_engines(arguments, model, config, mesh, length, windows):
 
 # ---------------------------------------------------------------- measuring
 
-def bare_step(engine, width, length, iterations, rounds=5):
-    """Seconds of one iteration of forward pass and argmax alone, at full width: the fastest of `rounds`."""
+def bare_step(engine, width, length, iterations):
+    """A function (rounds) -> seconds of one iteration, median, of forward pass and argmax alone, at half the length."""
     program, S = engine.program, length
     state = decode.empty(program, width, 1, S)
 
@@ -230,14 +236,18 @@ def bare_step(engine, width, length, iterations, rounds=5):
 
     specs = P(), P(), decode._kv_specs(program)
     step = jax.jit(sharding.shard_map(local, program.mesh, (decode._weights_specs(program), *specs), specs),
-                   donate_argnums=3)
+                   donate_argnums=3, compiler_options=targets.options(program.mesh))
     carry = np.zeros(width, np.int32), np.full(width, S // 2, np.int32), state.slots.kv
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(step(engine._weights, *carry))
-        seconds.append((time.perf_counter() - start) / iterations)
-    return min(seconds[1:])
+
+    def measure(rounds):
+        nonlocal carry
+        seconds = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            carry = jax.block_until_ready(step(engine._weights, *carry))
+            seconds.append((time.perf_counter() - start) / iterations)
+        return float(np.median(seconds[1:]))
+    return measure
 
 
 def serve(engine, asked):
@@ -276,7 +286,12 @@ def measure(requests, seconds, counters, asked, objective):
     itl = np.concatenate([np.diff(r.times) for r in requests])
     good = np.mean([a <= objective[0] and b <= objective[1] for a, b in zip(ttft, tpot)])
     tokens = sum(len(r.tokens) for r in requests)
-    return dict(tokens_per_s=tokens / seconds, makespan_s=seconds, ttft_ms=percentiles(ttft), tpot_ms=percentiles(tpot),
+    # while there is work for every slot: until the request that decodes last begins to (a first token is prefill's)
+    until = max(r.times[min(1, len(r.times) - 1)] for r in requests)
+    begun = min(r.submitted - one.arrival for r, one in zip(requests, asked))
+    saturated = sum(time <= until for r in requests for time in r.times) / (until - begun)
+    return dict(tokens_per_s=tokens / seconds, saturated_tokens_per_s=saturated, makespan_s=seconds,
+                ttft_ms=percentiles(ttft), tpot_ms=percentiles(tpot),
                 itl_ms=percentiles(itl), e2e_ms=percentiles([r.times[-1] - r.submitted for r in requests]),
                 goodput=float(good), syncs_per_token=counters.syncs / tokens,
                 occupancy=counters.occupancy if counters.slot_iterations else None)
@@ -294,8 +309,8 @@ def saturated_occupancy(history):
     return busy / max(sum(row.size for row in rows[:last + 1]), 1)
 
 
-def compare(kind, gap, arguments, model, config, mesh, length, alone):
-    """One workload: the results as JSON would have them, and what the plots need."""
+def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
+    """One workload: the results as JSON would have them, and what the plots need. `bare`: see `bare_step`."""
     scale = 1.0 if arguments.unscaled else alone / PAPER_STEP
     asked = workload(kind, gap * 1e-3 * scale, arguments, config.vocab_size, length)
     objective = arguments.goodput_ttft * alone, arguments.goodput_tpot * alone
@@ -303,13 +318,20 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone):
     windows = [w * 1e-3 * scale for w in arguments.windows]
     for name, make in make_engines(arguments, model, config, mesh, length, windows).items():
         engine = make()
-        serve(engine, [dataclasses.replace(one, arrival=0.0) for one in asked])          # compiles what it needs
-        serve(engine, [dataclasses.replace(one, arrival=one.arrival / 4) for one in asked[:arguments.slots * 2]])
+        engine.warm_up()
+        serve(engine, [dataclasses.replace(one, arrival=0.0, max_tokens=min(one.max_tokens, 3 * arguments.chunk))
+                       for one in asked[:2 * arguments.slots]])
         engine.counters = Counters()
         if name in ("ours", "no-shuffle"):
             engine.history.clear()
+        before = bare(BARE_ROUNDS)
         requests, seconds = serve(engine, asked)
-        results[name] = measure(requests, seconds, engine.counters, asked, objective)
+        step = (before + bare(BARE_ROUNDS)) / 2           # the machine's pace while this engine was measured
+        made = measure(requests, seconds, engine.counters, asked, objective)
+        made["bare_step_tokens_per_s"] = arguments.slots / step
+        rate = made["saturated_tokens_per_s" if kind == "saturated" else "tokens_per_s"]
+        made["of_bare"] = rate / made["bare_step_tokens_per_s"]
+        results[name] = made
         kept[name] = requests, list(getattr(engine, "history", []))
         if kept[name][1] and kind == "saturated":
             results[name]["occupancy_while_saturated"] = saturated_occupancy(kept[name][1])
@@ -317,14 +339,14 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone):
     return results, kept
 
 
-def table(title, results, bare):
+def table(title, results):
     """Results as text."""
     lines = [title, f"{'engine':16}{'tokens/s':>9}{'of bare':>8}{'makespan':>9} {'TTFT ms p50/p99':>17}"
                     f"{'TPOT ms p50/p99':>17}{'e2e ms p50/p99':>19}{'goodput':>8}{'occup.':>7}{'syncs/tok':>10}"]
     pair = lambda r, name, form: f"{r[name]['p50']:{form}}/{r[name]['p99']:{form}}"
     for name, r in results.items():
         occupancy = r.get("occupancy_while_saturated") or r["occupancy"]
-        lines.append(f"{name:16}{r['tokens_per_s']:9.0f}{r['tokens_per_s'] / bare:8.1%}{r['makespan_s']:8.2f}s "
+        lines.append(f"{name:16}{r['tokens_per_s']:9.0f}{r['of_bare']:8.1%}{r['makespan_s']:8.2f}s "
                      f"{pair(r, 'ttft_ms', '.0f'):>17}{pair(r, 'tpot_ms', '.2f'):>17}{pair(r, 'e2e_ms', '.0f'):>19}"
                      f"{r['goodput']:8.0%}{'' if occupancy is None else f'{occupancy:.1%}':>7}"
                      f"{r['syncs_per_token']:10.4f}")
@@ -397,39 +419,39 @@ def run(arguments):
             raise ConfigError(f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more")
     if arguments.most < arguments.least:
         raise ConfigError(f"most={arguments.most} is not accepted: it must be at least least={arguments.least}")
-    length = 1 << (arguments.prompt + arguments.most - 1).bit_length()
+    length = -(-(arguments.prompt + arguments.most) // 64) * 64
     config = dataclasses.replace(SIZES[arguments.size], residual=arguments.residual, dtype=arguments.dtype,
-                                 max_length=max(length, 64))
+                                 max_length=length)
     mesh = sharding.make_mesh(Mesh(data=1, tensor=arguments.tensor), jax.devices()[:arguments.tensor])
     sharding.check(config, mesh)
     init = functools.partial(transformer.init, config)
     specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
     model = jax.jit(init, out_shardings=sharding.named(mesh, specs))(jax.random.key(0))
     probe = Engine(model, config, mesh, Decode(slots=arguments.slots, chunk=arguments.chunk, length=length))
-    alone = bare_step(probe, 1, length, arguments.chunk)
-    full = bare_step(probe, arguments.slots, length, arguments.chunk)
-    bare = arguments.slots / full
-    gain = bare * alone
+    alone = bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS)
+    bare = bare_step(probe, arguments.slots, length, arguments.chunk)
+    full = bare(BARE_ROUNDS)
+    rate = arguments.slots / full
+    gain = rate * alone
     del probe
     print(f"{arguments.size}, {config.dtype}, {config.residual}, tensor {arguments.tensor}, {arguments.slots} slots, "
           f"chunks of {arguments.chunk}, {jax.devices()[0].device_kind}\nbare step: {alone * 1e3:.2f} ms at width 1, "
-          f"{full * 1e3:.2f} ms at width {arguments.slots} = {bare:.0f} tokens/s, so batching can gain {gain:.1f}x")
+          f"{full * 1e3:.2f} ms at width {arguments.slots} = {rate:.0f} tokens/s, so batching can gain {gain:.1f}x")
     if not arguments.unscaled:
         print(f"gaps and windows are scaled by {alone / PAPER_STEP:.3f}: this model's step over the paper's")
     results = {}
     for kind in kinds:
         for gap in arguments.gaps if kind in ("constant", "poisson") else (0.0,):
             title = f"{kind} {gap:g} ms" if gap else kind
-            made, kept = compare(kind, gap, arguments, model, config, mesh, length, alone)
+            made, kept = compare(kind, gap, arguments, model, config, mesh, length, alone, bare)
             results[title] = made
-            print(table(f"\n{title}, {arguments.requests} requests", made, bare))
+            print(table(f"\n{title}, {arguments.requests} requests", made))
             if arguments.plots:
                 for path in plot(arguments.plots, title, made, kept):
                     print(f"wrote {path}")
     first = next(iter(results.values()))
-    # measured again, as the machine may have changed its pace since
     output = dict(arguments=dataclasses.asdict(arguments), device=jax.devices()[0].device_kind, batch_gain=gain,
-                  step_ms={"1": alone * 1e3, str(arguments.slots): full * 1e3}, bare_step_tokens_per_s=bare,
+                  step_ms={"1": alone * 1e3, str(arguments.slots): full * 1e3}, bare_step_tokens_per_s=rate,
                   engines=first, workloads=results)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(output, indent=1))
