@@ -381,6 +381,43 @@ def test_generate_keeps_order_beyond_the_queue():
     assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [alone(p, max_tokens=4) for p in prompts]
 
 
+def test_after_warm_up_nothing_compiles():
+    made = engine(fit=True, slots=2, staging=2, chunk=3, prefill=32, length=48)
+    shapes = []
+    made.warm_up(lambda listed: shapes.extend(listed) or listed)
+    compiled, most = made.compiled()
+    assert len(shapes) <= compiled <= most
+    with pytest.raises(RuntimeError, match="before the first"):
+        made.submit([1], max_tokens=9)
+        made.step()
+        made.warm_up()
+    while made.step():
+        pass
+    run_in = [(prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
+              for prompt, options in requests(12, longest=40)]
+    for start in range(0, 12, 4):       # bursts, with the width that fits each
+        run(made, run_in[start:start + 4], config=CONFIG)
+    assert made.compiled()[0] == compiled
+
+
+def test_prompts_share_prefill_calls_while_enough_wait():
+    """Short prompts behind long outputs: calls for several of them, and no slot ever idle for want of one."""
+    made = engine(slots=4, staging=8, chunk=4, prefill=64, trace=True)
+    asked = [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)]
+    run(made, asked)
+    assert made.counters.prefill_calls <= 10
+    busy = np.concatenate([chunk for _, chunk in made.history]) >= 0
+    assert busy[:24 * 23 // 4 - 24].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots, chunk, tensor", [(1, 64, 1), (64, 1, 1), (64, 64, 1), (17, 5, 1), (32, 16, 2),
+                                                  (8, 7, 4), (16, 32, 8)])
+def test_widths_chunks_and_shards(slots, chunk, tensor):
+    run(engine(slots=slots, staging=max(2, slots // 2), chunk=chunk, fit=True, tensor=tensor),
+        requests(3 * slots + 5, longest=12))
+
+
 @pytest.mark.slow
 def test_a_soak_with_random_cancellations():
     """20,000 requests: nothing lost, memory and compile count flat."""

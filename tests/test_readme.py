@@ -1,4 +1,5 @@
 """The README's commands: every one parses as the program would parse it, and names files that exist."""
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -22,6 +23,9 @@ def test_command(words, monkeypatch):
     if command == "train":
         default = cli.TrainArguments(cli.recipe(arguments[0]))
         assert cli._parse(KINDS[command], arguments[1:], command, default).config.train.out.startswith("runs/")
+    elif command == "bench":
+        job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
+        assert cli._parse(job.Arguments, arguments[1:], command)
     else:
         assert cli._parse(KINDS[command], arguments, command)
 
