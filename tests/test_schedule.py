@@ -123,8 +123,8 @@ class Silent:
 def run_toy(made, unrolled):
     """`residual.run` on a stream that records itself: what each block read, one row a block, and the final stream.
 
-    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles and
-    `replicate` (or `meet`) triples: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
+    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles, `replicate`
+    and `meet` triple: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
     """
     count = len(made.layers)
     rows_LPD = jnp.eye(BLOCKS + 1)[1:1 + 2 * count].reshape(count, 2, BLOCKS + 1)
