@@ -258,7 +258,7 @@ class Returning:
         """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
         self.products += 1
         k = PRODUCTS - self.products
-        if k >= self.tied:
+        if not 0 <= k < self.tied:
             return operands
 
         def back(cotangents):
