@@ -100,12 +100,9 @@ class MLP(nnx.Module):
     def __call__(self, u_BTD, behind=_alone):
         """The partial [B, T, D] of this block; `behind` as in Attention."""
         gate_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.gate[...]), u_BTD)
-        gated_BTF = behind(lambda u_BTD: _swiglu(gate_BTF, einsum("btd,df->btf", u_BTD, self.up[...])), u_BTD)
+        up_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.up[...]), u_BTD)
+        gated_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(u_BTD.dtype)     # rounded once
         return behind(lambda gated_BTF: einsum("btf,fd->btd", gated_BTF, self.down[...]), gated_BTF)
-
-
-def _swiglu(gate, up):
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(up.dtype)       # rounded once
 
 
 class Layer(nnx.Module):
