@@ -233,7 +233,7 @@ def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target):
 
 
 @needs_tpu
-@pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("target", ["v5p:2x2x2", pytest.param("v5e:2x4", marks=pytest.mark.slow)])
 def test_tpu_runs_a_training_steps_exchanges_behind_its_blocks_forward_and_backward(target):
     """Every block's reduction, every cotangent's, and none of them again in the recomputation."""
     rows = of_layers(planned(target, "ladder", "recursive-doubling", "train", batch=1, context=1024))
