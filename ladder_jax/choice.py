@@ -58,21 +58,36 @@ def seconds(name, network, groups, size):
     return taken
 
 
-def choose(network, groups, size, hides):
+def choose(network, groups, size, hides, blocks=None):
     """The name of the reduction for a message of `size` bytes.
 
-    Where compute runs beside it (`hides`), it must be one that the compiler makes asynchronous: XLA:GPU's collectives
-    are, XLA:TPU's are not. Its rounds beyond those that a block's products can end are waited for, and count in full;
-    the others for a part. Where nothing hides it, the fastest is taken.
+    Where compute runs beside it (`hides`), it is one that the compiler makes asynchronous: XLA:GPU's collectives are,
+    XLA:TPU's are not. Its rounds beyond those that a block's products can end are waited for, and count in full; the
+    others for a part. Where nothing hides it, the fastest is taken.
+
+    `blocks`: seconds that each block of a layer computes, where products of many rows bound it. On TPU exchanges of
+    long messages take longer than XLA's own all-reduce, which uses more links: what is left to wait for decides then.
     """
     tpu = network.chip.wrap > 0
 
     def cost_of(name):
         taken = seconds(name, network, groups, size)
-        messages = sum(map(len, rounds(name, len(groups[0]), size)))
-        hidden = sum(taken[:PRODUCTS]) if hides else 0.0
-        return sum(taken) - (1 - HIDDEN) * hidden + (MESSAGE * (messages - 1) if tpu else 0.0)
-    return min((name for name in REDUCTIONS if not (tpu and hides and name in ("psum", "one-shot"))), key=cost_of)
+        total, more = sum(taken), MESSAGE * (sum(map(len, rounds(name, len(groups[0]), size))) - 1) if tpu else 0.0
+        if tpu and hides and blocks:
+            synchronous = name in ("psum", "one-shot")
+            return sum(max(total - (0.0 if synchronous else block), 0.0) + more for block in blocks)
+        return total - (1 - HIDDEN) * (sum(taken[:PRODUCTS]) if hides else 0.0) + more
+    left_out = ("psum", "one-shot") if tpu and hides and not blocks else ()
+    return min((name for name in REDUCTIONS if name not in left_out), key=cost_of)
+
+
+def block_seconds(model, chip, rows, shards):
+    """How long attention's and MLP's products of `rows` tokens take at a chip's peak (`model`: config.Model), or None
+    for rows so few that reading the weights takes longer."""
+    if rows < chip.flops / chip.hbm_bandwidth:
+        return None
+    width = 2 * (model.heads + model.kv_heads) * model.head_dim
+    return [2 * rows * model.dim * outputs / shards / chip.flops for outputs in (width, 3 * model.ffn_dim)]
 
 
 def network_of(devices, all_reduce=None):
@@ -102,6 +117,7 @@ def auto(config, mesh):
     hides = any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
 
     @functools.cache
-    def chosen(size):
-        return choose(network, groups, size, hides)
-    return lambda value: chosen(value.size * value.dtype.itemsize)
+    def chosen(rows, size):
+        return choose(network, groups, size, hides,
+                      block_seconds(config.model, network.chip, rows, mesh.shape[TENSOR]))
+    return lambda value: chosen(value.size // value.shape[-1] if value.ndim else 1, value.size * value.dtype.itemsize)

@@ -40,6 +40,11 @@ class Context(NamedTuple):
     kernel: str                        # of attention, see attention.kernel_for
 
 
+def _alone(product, *operands):
+    """In the place of residual.Stream.behind, where nothing is to run behind a product."""
+    return product(*operands)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embedding (arXiv 2305.13245)."""
 
@@ -55,27 +60,29 @@ class Attention(nnx.Module):
                                      for heads in (N, K, K))
         self.q_norm, self.k_norm = (nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2))
 
-    def __call__(self, u_BTD, context, cache=None, behind=lambda product: product):
+    def __call__(self, u_BTD, context, cache=None, behind=_alone):
         """The partial [B, T, D] of this block, and the cache with this call's keys and values written.
 
-        Matrix products pass through `behind`, so that communication can run behind them (see residual.py): three
+        Matrix products are called through `behind`, so that communication can run behind them (see residual.py): three
         times here as in MLP, behind much the same work each time.
         """
-        q_BTNH, k_BTKH, v_BTKH = behind((self._project(u_BTD, self.wq, self.bq),
-                                         self._project(u_BTD, self.wk, self.bk),
-                                         self._project(u_BTD, self.wv, self.bv)))
+        q_BTNH, k_BTKH, v_BTKH = behind(lambda u_BTD: (self._project(u_BTD, self.wq, self.bq),
+                                                       self._project(u_BTD, self.wk, self.bk),
+                                                       self._project(u_BTD, self.wv, self.bv)), u_BTD)
         if self.q_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         q_BTNH = attention_door.rotate(q_BTNH, context.rotation)
         k_BTKH = attention_door.rotate(k_BTKH, context.rotation)
         if cache is None:
-            out_BTNH = attention_door.attend(q_BTNH, k_BTKH, v_BTKH, context.segments_BT, context.kernel)
+            attend = lambda *qkv: attention_door.attend(*qkv, context.segments_BT, context.kernel)
+            out_BTNH = behind(attend, q_BTNH, k_BTKH, v_BTKH)
         else:
             cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
-            out_BTNH = attention_door.attend_cache(q_BTNH, cache, context.positions_BT)
-        out_BTE = behind(out_BTNH).reshape(*u_BTD.shape[:2], -1)      # E = N H: as one, or XLA:CPU turns `wo` around
-        return behind(einsum("bte,ed->btd", out_BTE, self.wo[...].reshape(-1, u_BTD.shape[2]))), cache
+            out_BTNH = behind(lambda q_BTNH: attention_door.attend_cache(q_BTNH, cache, context.positions_BT), q_BTNH)
+        out_BTE = out_BTNH.reshape(*u_BTD.shape[:2], -1)        # E = N H: as one, or XLA:CPU turns `wo` around
+        wo_ED = self.wo[...].reshape(-1, u_BTD.shape[2])
+        return behind(lambda out_BTE: einsum("bte,ed->btd", out_BTE, wo_ED), out_BTE), cache
 
     def _project(self, u_BTD, weight, bias):
         x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])
@@ -92,12 +99,12 @@ class MLP(nnx.Module):
         self.up = _normal(rngs, (D, F), config.init_std)
         self.down = _normal(rngs, (F, D), _depth_scaled(config))
 
-    def __call__(self, u_BTD, behind=lambda product: product):
+    def __call__(self, u_BTD, behind=_alone):
         """The partial [B, T, D] of this block; `behind` as in Attention."""
-        gate_BTF = behind(einsum("btd,df->btf", u_BTD, self.gate[...]))
-        up_BTF = behind(einsum("btd,df->btf", u_BTD, self.up[...]))
+        gate_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.gate[...]), u_BTD)
+        up_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.up[...]), u_BTD)
         gated_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(u_BTD.dtype)     # rounded once
-        return behind(einsum("btf,fd->btd", gated_BTF, self.down[...]))
+        return behind(lambda gated_BTF: einsum("btf,fd->btd", gated_BTF, self.down[...]), gated_BTF)
 
 
 class Layer(nnx.Module):
@@ -249,6 +256,7 @@ def loss(model, config, batch, *, kernel="xla", reduction="psum", remat="none", 
     if not chunk:
         return part(x_BTD, batch["targets"], batch["weights"])
     flat = [x.reshape(-1, *x.shape[2:]) for x in (x_BTD, batch["targets"], batch["weights"])]
+    chunk = min(chunk, flat[0].shape[0])
     pad = -flat[0].shape[0] % chunk
     flat = [jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, 1, chunk, *x.shape[1:]) for x in flat]
     return jax.lax.scan(lambda total, xs: (total + jax.checkpoint(part)(*xs), None), jnp.float32(0), tuple(flat))[0]

@@ -18,6 +18,7 @@ from jax import lax
 from ladder_jax.sharding import TENSOR, axis_size
 
 PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
+LANES = 128         # of a TPU's registers: arrays cut at multiples of it are not moved
 
 
 class Round(NamedTuple):
@@ -37,22 +38,44 @@ def one_shot(value):
     return value, [Round(lambda x: lax.all_gather(x, TENSOR), total)], lambda total: total
 
 
-def recursive_doubling(value):
+def recursive_doubling(value, steps=None):
     """log2 n exchanges of the whole message with partners ..., 4, 2, 1 apart (Thakur et al. 2005, section 4).
 
     The farthest, which takes the longest where its messages share links, goes first: a block's first products are the
-    longest to run behind.
+    longest to run behind. `steps`: the distances in another order.
     Where n is no power of two, the shards beyond the largest one first hand over their partials, and get the sum last.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
     add = lambda x, other: x + other        # what has no sender arrives as zeros
-    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in reversed(_powers(core))]
+    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in steps or _powers(core)[::-1]]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
         rounds = [Round(_permute(fold), add), *rounds, Round(_permute([(b, a) for a, b in fold]), take)]
     return value, rounds, lambda total: total
+
+
+def rotated_doubling(value):
+    """Recursive doubling of log2 n parts at once, each with its partners in another order.
+
+    In every round the parts cross different links, so that a torus of 2 x 2 x 2 sends on all three of a chip's links
+    at once: 1 / log2 n of the time of a long message (Sack and Gropp 2015, "Collective algorithms for multiported
+    torus networks").
+    """
+    steps = _powers(axis_size(TENSOR))[::-1]
+    if value.ndim == 0 or value.shape[-1] < len(steps) or len(steps) < 2:
+        return recursive_doubling(value)
+    unit = LANES if value.shape[-1] >= LANES * len(steps) else 1
+    ends = [value.shape[-1] * i // len(steps) // unit * unit for i in range(1, len(steps))]
+    orders = [steps[i:] + steps[:i] for i in range(len(steps))]
+    states, rounds, finishes = zip(*map(recursive_doubling, jnp.split(value, ends, axis=-1), orders))
+
+    def together(sides):
+        return Round(lambda xs: tuple(side.send(x) for side, x in zip(sides, xs)),
+                     lambda xs, others: tuple(side.merge(*pair) for side, *pair in zip(sides, xs, others)))
+    finish = lambda xs: jnp.concatenate([f(x) for f, x in zip(finishes, xs)], axis=-1)
+    return states, [together(sides) for sides in zip(*rounds)], finish
 
 
 def halving_doubling(value):
@@ -133,6 +156,7 @@ def ring(value):
 
 
 REDUCTIONS = {"psum": psum, "one-shot": one_shot, "recursive-doubling": recursive_doubling,
+              "rotated-doubling": rotated_doubling,
               "halving-doubling": halving_doubling, "direct": direct, "ring": ring}
 
 
@@ -187,8 +211,10 @@ class InFlight:
         self._products += 1
         if self._rounds and len(self._rounds) > PRODUCTS - self._products:
             tied = (self._state, self._arriving, product)
-            state, arriving, product = lax.optimization_barrier(tied)      # whose rule would differentiate the state
+            state, arriving, after = lax.optimization_barrier(tied)      # whose rule would differentiate the state
             self._state, self._arriving = lax.stop_gradient((state, arriving))
+            if len(self._rounds) > 1:       # what comes next need not wait for the last round
+                product = after
             self._merge()
         return product
 
@@ -202,6 +228,92 @@ class InFlight:
     def done(self):
         """Whether no round is left."""
         return not self._rounds
+
+
+class Returning:
+    """The sum of a stream's cotangent, laid out where the forward pass is traced.
+
+    A block's input is a sum of `sources`. Its cotangents are partials, and their reduction may run behind the backward
+    pass of the block before, which does not need them where the input is stale. The forward pass passes the same places
+    in the opposite order: it ends the reduction where that block starts, passes the block's products, and starts it
+    where the block ends. What stands for the reduction in the forward pass is zeros, of which nothing is computed; the
+    cotangent of these zeros is the reduction's state.
+    """
+
+    def __init__(self, sources, reduction):
+        self.like = jax.ShapeDtypeStruct(sources[0].shape, sources[0].dtype)
+        self.name = reduction(sources[0]) if callable(reduction) else reduction
+        self.stages = jax.eval_shape(self._all, self.like)
+        self.stage = self.tied = min(len(self.stages) - 1, PRODUCTS)        # rounds that are to end behind a product
+        self.products = 0
+
+        def back(stage):
+            for k in range(self.tied, len(self.stages) - 1):
+                stage = self._next(k, stage)
+            total = self._built()[2](stage[0])
+            return ((total,) * len(sources),)
+        self.token = _backward(back)(lambda sources: _zeros(self.stages[self.tied]), sources)
+
+    def behind(self, operands):
+        """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
+        self.products += 1
+        k = PRODUCTS - self.products
+        if not 0 <= k < self.tied:
+            return operands
+
+        def back(cotangents):
+            stage, products = lax.optimization_barrier(cotangents)
+            # what comes next need not wait for the last round
+            return self._next(k, stage), products if k + 2 < len(self.stages) else cotangents[1]
+        self.token, operands = _backward(back)(lambda token, operands: (_zeros(self.stages[k]), operands),
+                                               self.token, operands)
+        self.stage = k
+        return operands
+
+    def start(self):
+        """What the next block's input is to be met with (see `meet`)."""
+        def back(cotangent):
+            stage = self._first(cotangent)
+            for k in range(self.stage):         # behind which no product was
+                stage = self._next(k, stage)
+            return (stage,)
+        return _backward(back)(lambda token: _zeros(self.like), self.token)
+
+    def _built(self):
+        return REDUCTIONS[self.name](_zeros(self.like))
+
+    def _first(self, value):
+        state, rounds, _ = REDUCTIONS[self.name](value)
+        return state, rounds[0].send(state)
+
+    def _next(self, k, stage):
+        rounds = self._built()[1]
+        state = rounds[k].merge(*stage)
+        return state, rounds[k + 1].send(state) if k + 1 < len(rounds) else None
+
+    def _all(self, value):
+        stages = [self._first(value)]
+        for k in range(len(self._built()[1])):
+            stages.append(self._next(k, stages[-1]))
+        return stages
+
+
+def meet(value, ahead):
+    """`value`, shared by all tensor shards, whose cotangents, partials, go where `ahead` comes from (Returning)."""
+    return _backward(lambda cotangent: (None, cotangent))(lambda value, ahead: value, value, ahead)
+
+
+def _backward(back):
+    """Makes a call of a function with the derivative rule `back`: cotangents of its result -> of its arguments."""
+    def call(function, *arguments):
+        made = jax.custom_vjp(function)
+        made.defvjp(lambda *arguments: (function(*arguments), None), lambda _, cotangents: back(cotangents))
+        return made(*arguments)
+    return call
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 @jax.custom_vjp

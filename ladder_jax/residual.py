@@ -4,6 +4,7 @@ The stream is kept as three things: the sum of what has been added, the reduced 
 newest partial, not yet reduced. A partial's reduction starts where the next block starts, so that it can run behind
 that block's compute, and is waited for only by the block that reads it. All of it crosses the layer scan's boundary.
 """
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import sharding
-from ladder_jax.reductions import InFlight, reduce, replicate
+from ladder_jax.reductions import InFlight, Returning, meet, reduce, replicate
 
 
 class Stream(NamedTuple):
@@ -20,6 +21,7 @@ class Stream(NamedTuple):
     total: jax.Array | None              # all that has been added (None: zero)
     pending: tuple = ()                  # not yet added, oldest first: sums, or InFlight while they are being made
     partial: jax.Array | None = None     # the newest block's, not yet reduced
+    ahead: jax.Array | None = None       # zeros; their cotangent is that of the next block's input, not yet reduced
 
     def read(self, delay, reduction):
         """The sum that a block with this delay sees, and the stream afterwards. Starts the newest reduction."""
@@ -30,10 +32,23 @@ class Stream(NamedTuple):
         total = _sum(self.total, *map(_arrived, pending[:due]))
         return total, Stream(total, pending[due:])
 
-    def behind(self, product):
-        """Tells the oldest reduction under way of a matrix product that it can run behind; returns the product."""
+    def returning(self, delay, reduction):
+        """The `Returning` of the next block's cotangent, if its delay is such that this block does without it."""
+        if not delay or sharding.axis_size(sharding.TENSOR) == 1:
+            return None
+        fresh = self.partial is not None        # between blocks; inside of one, its own partial is still to come
+        later = (*self.pending, self.partial) if fresh else (*self.pending, None)
+        due = later[:max(len(later) - delay, 0)]
+        return Returning((self.total, *(x.partial if isinstance(x, InFlight) else x for x in due)), reduction)
+
+    def behind(self, returning, product, *operands):
+        """`product(*operands)`, of activations, with a round of a reduction under way behind it: of the oldest partial
+        in the forward pass, of `returning` in the backward pass."""
+        if returning is not None:
+            operands = returning.behind(operands)
+        made = product(*operands)
         flying = [x for x in self.pending if isinstance(x, InFlight) and not x.done]
-        return checkpoint_name(flying[0].behind(product) if flying else product, "product")
+        return checkpoint_name(flying[0].behind(made) if flying else made, "product")
 
     def landed(self):
         """The same stream with nothing under way, fit to cross a scan's boundary."""
@@ -41,16 +56,21 @@ class Stream(NamedTuple):
 
     def shape(self):
         """Which of its parts there are, to compare streams by."""
-        return self.total is not None, len(self.pending), self.partial is not None
+        return self.total is not None, len(self.pending), self.partial is not None, self.ahead is not None
 
-    def reshape(self, shape):
-        """The same stream with the parts that `shape` names: zeros are put in, what is too old is added."""
-        _, pending, has_partial = shape
+    def reshape(self, shape, delay, reduction):
+        """The same stream with the parts that `shape` names, for a block with this delay: zeros are put in, what is too
+        old is added."""
+        _, pending, has_partial, has_ahead = shape
         surplus = max(len(self.pending) - pending, 0)
         total, kept = _sum(self.total, *self.pending[:surplus]), self.pending[surplus:]
         zero = jnp.zeros_like(self.partial if total is None else total)
-        return Stream(zero if total is None else total, (zero,) * (pending - len(kept)) + kept,
+        made = Stream(zero if total is None else total, (zero,) * (pending - len(kept)) + kept,
                       zero if has_partial and self.partial is None else self.partial)
+        if not has_ahead:
+            return made
+        returning = made.returning(delay, reduction)
+        return made._replace(ahead=self.ahead if returning is None or self.ahead is not None else returning.start())
 
 
 def _arrived(pending):
@@ -73,8 +93,8 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
       embedded_BTD: the embedding's partial over the tensor axis.
       layers: a tree whose leaves lead with a layer dimension (run in `lax.scan` wherever layers repeat), or a list of
         trees, one a layer (run one after another, for compilers that copy slices of a stack).
-      apply: (layer tree, block, x_BTD, behind) -> (partial_BTD, output). It passes its matrix products through
-        `behind`, so that a reduction under way runs behind them; `output` is collected by layer and block.
+      apply: (layer tree, block, x_BTD, behind) -> (partial_BTD, output). It calls its matrix products through
+        `behind`, so that reductions under way run behind them; `output` is collected by layer and block.
       reduction: of reductions.REDUCTIONS.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
       unroll: whether the compiled program has a scan's layers written out one after another.
@@ -91,24 +111,32 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
         elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
             stream = Stream(reduce(embedded_BTD, reduction))
 
-    def run_layer(stream, layer, blocks):
+    def run_layer(stream, layer, blocks, next_delay):
         outputs = []
-        for block in blocks:
+        for block, following in zip(blocks, [*(block.delay for block in blocks[1:]), next_delay]):
             with jax.named_scope("+".join(block.parts)):      # profiles and plan.py tell the blocks apart by it
+                ahead = stream.ahead
                 x_BTD, stream = stream.read(block.delay, reduction)
-                partial_BTD, output = apply(layer, block, x_BTD if schedule.local else shared(x_BTD), stream.behind)
+                if not schedule.local:
+                    x_BTD = shared(x_BTD) if ahead is None else meet(x_BTD, ahead)
+                returning = stream.returning(following, reduction)
+                partial_BTD, output = apply(layer, block, x_BTD, partial(stream.behind, returning))
+                ahead = None if returning is None else returning.start()
             if schedule.local:
                 total = _write_local(stream.total, partial_BTD, block.reduce, reduction)
                 stream = Stream(shared(total) if block.reduce else total)
             else:
-                stream = stream._replace(partial=partial_BTD)
+                stream = stream._replace(partial=partial_BTD, ahead=ahead)
             outputs.append(output)
         return stream.landed(), tuple(outputs)
+
+    def delay_after(layer):
+        return schedule.layers[layer + 1][0].delay if layer + 1 < len(schedule.layers) else 0
 
     if isinstance(layers, list):
         outputs = []
         for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
-            step = lambda stream, layer, blocks=blocks: run_layer(stream, layer, blocks)
+            step = lambda stream, layer, i=index, blocks=blocks: run_layer(stream, layer, blocks, delay_after(i))
             with jax.named_scope(f"layer{index}"):
                 stream, output = _remat(step, remat)(stream, layer)
             outputs.append(output)
@@ -116,12 +144,16 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
         pieces = []
         for start, stop, period in repeats(schedule.layers):
             pattern = schedule.layers[start:start + period]
+            first_delay = pattern[0][0].delay
+            delays = [delay_after(start + i) for i in range(period)]
+            if stop - start > period:
+                delays[-1] = first_delay
 
-            def step(stream, group, pattern=pattern):
+            def step(stream, group, pattern=pattern, delays=delays):
                 outputs = []
                 for i, blocks in enumerate(pattern):
                     one = lambda stream, group, i=i, blocks=blocks: run_layer(
-                        stream, jax.tree.map(lambda x: x[i], group), blocks)
+                        stream, jax.tree.map(lambda x: x[i], group), blocks, delays[i])
                     stream, output = _remat(one, remat)(stream, group)
                     outputs.append(output)
                 return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
@@ -131,7 +163,7 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
                 stream, output = step(stream, jax.tree.map(lambda x: x[0], group))
             else:
                 if not schedule.local:
-                    stream = stream.reshape(_settled(stream.shape(), pattern))
+                    stream = stream.reshape(_settled(stream.shape(), pattern), first_delay, reduction)
                 with jax.named_scope(f"layers{start}to{stop - 1}"):
                     stream, output = lax.scan(step, stream, group, unroll=unroll)
                 output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
@@ -187,7 +219,7 @@ def _settled(shape, pattern):
     while True:
         after = shape
         for block in [block for blocks in pattern for block in blocks]:
-            after = (True, min(after[1] + after[2], block.delay), True)
+            after = (True, min(after[1] + after[2], block.delay), True, pattern[0][0].delay > 0)
         if after == shape:
             return shape
         shape = after

@@ -11,6 +11,7 @@ So follows one rule for parameters: a gradient is a partial over every axis that
 `check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
 equality with a single-device reference is tested on every mesh shape instead.
 """
+import math
 from functools import partial
 
 import jax
@@ -169,6 +170,16 @@ def sum_gradients(gradients, specs):
         missing = tuple(axis for axis in AXES if axis not in spec and axis_size(axis) > 1)
         return lax.psum(gradient, missing) if missing else gradient     # XLA on CPUs copies for a sum of one
     return jax.tree.map(total, gradients, specs)
+
+
+def norm(tree, specs):
+    """The Euclidean norm of a tree of arrays sharded by `specs`, in one sum over all devices, shared by them."""
+    squares = jnp.float32(0)
+    for shard, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+        copies = math.prod(axis_size(axis) for axis in AXES if axis not in spec)
+        squares += jnp.sum(jnp.square(shard.astype(jnp.float32))) / copies
+    axes = tuple(axis for axis in AXES if axis_size(axis) > 1)
+    return jnp.sqrt(lax.psum(squares, axes) if axes else squares)
 
 
 def axis_size(axis):

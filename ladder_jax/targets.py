@@ -68,6 +68,9 @@ OPTIONS = {
         # XLA merges reductions that are ready together. Those of attention and MLP then wait for the later of the two,
         # with nothing left to run behind them.
         "xla_jf_crs_combiner_threshold_in_bytes": "0",
+        # XLA moves the cross-entropy's gather to v5p's SparseCores, and the program that it then hands out cannot be
+        # read back ("async-update instruction should have 1 operands but sees 3").
+        "xla_tpu_offload_gather_to_sparsecore": "false",
     },
     "gpu": {
         "xla_gpu_all_reduce_combine_threshold_bytes": 0,          # as on TPU

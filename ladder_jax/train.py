@@ -58,8 +58,16 @@ def make_optimizer(config, steps):
         return jax.tree.map(lambda name: not name.endswith(("norm", "bq", "bk", "bv")), names)
     adamw = optax.adamw(learning_rate(config, steps), config.beta1, config.beta2, config.eps,
                         weight_decay=config.weight_decay, mask=decayed)
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, adamw)     # the same state with and without clipping
+    clip = optax.identity() if config.clip_norm is None else clip_by_norm(config.clip_norm)
+    return optax.with_extra_args_support(optax.chain(clip, adamw))     # the same state with and without clipping
+
+
+def clip_by_norm(limit):
+    """`optax.clip_by_global_norm` that takes the norm from who knows it already: update(..., norm=norm)."""
+    def update(gradients, state, parameters=None, *, norm=None, **_):
+        norm = optax.tree.norm(gradients) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients), state
+    return optax.GradientTransformationExtraArgs(lambda parameters: optax.EmptyState(), update)
 
 
 # ---------------------------------------------------------------- state and step
@@ -126,13 +134,15 @@ def make_step(config, mesh, optimizer):
     what would be saved is finite).
     """
     gradients_of = loss_and_gradients(config, mesh)
+    specs = sharding.parameter_specs(jax.eval_shape(functools.partial(model.init, config.model), jax.random.key(0)))
+    norm_of = sharding.shard_map(lambda tree: sharding.norm(tree, specs), mesh, (specs,), sharding.REPLICATED)
 
     def step(state, batch):
         loss, gradients = gradients_of(state.model, batch)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+        norm = norm_of(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model, norm=norm)
         parameters = optax.apply_updates(state.model, updates)
-        results = dict(loss=loss, gradient_norm=optax.tree.norm(gradients),
-                       parameter_norm=optax.tree.norm(parameters))
+        results = dict(loss=loss, gradient_norm=norm, parameter_norm=norm_of(parameters))
         return State(parameters, optimizer_state), results
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh, optimizer))

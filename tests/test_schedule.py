@@ -102,25 +102,40 @@ class Doubled:
     done = False
 
     def __init__(self, partial, reduction):
-        self.wait = lambda: 2 * partial
+        self.partial, self.wait = partial, lambda: 2 * partial
 
     def behind(self, product):
         return product
 
 
+class Silent:
+    """A cotangent's reduction, which is nothing to the forward pass."""
+    def __init__(self, sources, reduction):
+        pass
+
+    def behind(self, operands):
+        return operands
+
+    def start(self):
+        return jnp.zeros((1, 1, BLOCKS + 1))
+
+
 def run_toy(made, unrolled):
     """`residual.run` on a stream that records itself: what each block read, one row a block, and the final stream.
 
-    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles and
-    `replicate` triples: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
+    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles, `replicate`
+    and `meet` triple: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
     """
     count = len(made.layers)
     rows_LPD = jnp.eye(BLOCKS + 1)[1:1 + 2 * count].reshape(count, 2, BLOCKS + 1)
     layers = [rows_LPD[i] for i in range(count)] if unrolled else rows_LPD
     row = dict(attention=0, mlp=1)
     apply = lambda layer, block, x, behind: (
-        behind(sum(layer[row[part]] for part in block.parts)[None, None]), x)
-    with mock.patch.multiple(residual, InFlight=Doubled, reduce=lambda x, _: 2 * x, replicate=lambda x, _: 3 * x):
+        behind(lambda: sum(layer[row[part]] for part in block.parts)[None, None]), x)
+    shared = lambda x, _: 3 * x
+    with (mock.patch.multiple(residual, InFlight=Doubled, Returning=Silent, reduce=lambda x, _: 2 * x,
+                              replicate=shared, meet=shared),
+          mock.patch.object(residual.sharding, "axis_size", lambda axis: 8)):
         final, read = residual.run(made, jnp.eye(BLOCKS + 1)[None, None, 0], layers, apply)
     if unrolled:
         read = [x for layer in read for x in layer]

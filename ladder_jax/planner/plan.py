@@ -261,7 +261,7 @@ def unavoidable(compiled, played):
     for c in played.collectives:
         if "tensor" in axis(c.groups, compiled.mesh):
             key = block_of(c.scope)
-            taken[key] = taken.get(key, 0.0) + c.seconds * c.count
+            taken[key] = taken.get(key, 0.0) + c.alone * c.count
     for span in played.spans:
         key = block_of(span.scope)
         compute[key] = compute.get(key, 0.0) + (span.end - span.start) * span.count
@@ -276,8 +276,9 @@ def unavoidable(compiled, played):
 def report(compiled, played):
     """The plan as plain values, ready for JSON.
 
-    A collective counts `count` times: as often as it runs in a step. A step is compute, what is exposed of
-    communication, and, on a GPU, what hidden communication takes from the kernels beside it.
+    A collective counts `count` times: as often as it runs in a step; in the totals, what is sent at the same time over
+    different links counts once. A step is compute, what is exposed of communication, and, on a GPU, what hidden
+    communication takes from the kernels beside it.
     """
     request, chip = compiled.request, compiled.request.target.chip
     us = 1e6
@@ -290,15 +291,16 @@ def report(compiled, played):
                 asynchronous=c.asynchronous, communication_us=c.seconds * us, window_compute_us=c.window * us,
                 hidden_us=c.hidden * us, exposed_us=c.exposed * us, last_of_stack=not layer and part == "last",
                 count=round(c.count, 3), merged=c.arrays, block=" ".join(filter(None, block))))
-    total = lambda name: sum(row[name] * row["count"] for row in rows)
-    slowed = chip.interference * total("hidden_us")
+    sent = sum(c.alone * c.count for c in played.collectives if len(c.groups[0]) > 1)
+    hidden = max(sent - played.stalled, 0.0)
+    slowed = chip.interference * hidden * us
     needed = compiled.weights + compiled.kv + compiled.temporary
     return dict(
         target=request.target.name, recipe=request.recipe, workload=request.workload, batch=request.batch,
         context=request.context, schedule=request.config.model.residual, reduction=reduction_of(compiled),
         layers=request.config.model.layers, collectives=rows,
         totals=dict(step_us=(played.compute + played.stalled) * us + slowed, compute_us=played.compute * us,
-                    communication_us=total("communication_us"), hidden_us=total("hidden_us"),
+                    communication_us=sent * us, hidden_us=hidden * us,
                     exposed_us=played.stalled * us, unavoidable_us=unavoidable(compiled, played) * us,
                     prefetch_us=played.prefetch * us, interference_us=slowed, roofline_us=roofline(compiled) * us),
         memory=dict(weights_bytes=compiled.weights, kv_bytes=compiled.kv, temporary_bytes=int(compiled.temporary),

@@ -39,6 +39,7 @@ class Collective:
     exposed: float = 0.0
     start: float = 0.0            # on the clock, when its transfer begins
     end: float = 0.0
+    alone: float = 0.0            # of `seconds`, what is not the time of a transfer that began before it on other links
 
     @property
     def hidden(self):
@@ -91,6 +92,10 @@ class _Player:
 
     def run(self):
         self.computation(self.module.entry, 1.0)
+        reached = 0.0
+        for made in sorted(self.timeline.collectives, key=lambda made: made.start):
+            made.alone = max(0.0, made.end - max(made.start, reached))
+            reached = max(reached, made.end)
         return self.timeline
 
     def computation(self, name, weight):

@@ -1,0 +1,90 @@
+"""Every reduction is psum: its sum, on every shard the same bits, and its derivatives, for all sizes and shapes."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ladder_jax import config, sharding
+from ladder_jax.reductions import REDUCTIONS, InFlight, Returning, meet, reduce, replicate
+
+SHAPES = [(3, 5, 7), (1,), (), (2, 1, 384)]
+SIZES = [2, 3, 6, 8]
+
+
+def over(size, function):
+    """`function` of a shard's own value, run by `size` tensor shards; values and results lead with the shard."""
+    mesh = sharding.make_mesh(config.Mesh(1, 1, size), jax.devices()[:size])
+    spec = sharding.P("tensor")
+    return jax.jit(sharding.shard_map(lambda x: jax.tree.map(lambda y: y[None], function(x[0])), mesh, spec, spec))
+
+
+def partials(size, shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(size).normal(size=(size, *shape)), dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
+    for shape in SHAPES:
+        given = partials(size, shape)
+        total = np.asarray(over(size, lambda x: reduce(x, name))(given))
+        assert all((row == total[0]).all() for row in total), f"{name}, {size} shards, {shape}: not the same bits"
+        np.testing.assert_allclose(total[0], np.asarray(given).sum(axis=0), rtol=1e-5, atol=1e-6,
+                                   err_msg=f"{name}, {size} shards, {shape}")
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
+    """Three roundings of 8 bits for eight shards; psum on CPUs and one-shot sum in float32."""
+    given = partials(8, (4, 384), jnp.bfloat16)
+    total = np.asarray(over(8, lambda x: reduce(x, name))(given).astype(jnp.float32))[0]
+    exact = np.asarray(given.astype(jnp.float32)).sum(axis=0)
+    assert np.abs(total - exact).max() <= (8 if name == "ring" else 4) * 2 ** -8 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_rules_of_derivatives(name, size):
+    """A sum passes its cotangent on; a shared value sums the cotangents of its shards."""
+    given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
+
+    def grads(x):
+        mine = scale[jax.lax.axis_index("tensor")]
+        passed = jax.grad(lambda x: (mine * reduce(x, name)).sum())(x)
+        summed = jax.grad(lambda x: (mine * replicate(x, name)).sum())(x)
+        return passed, summed
+    passed, summed = over(size, grads)(given)
+    assert (np.asarray(passed) == np.asarray(scale)[:, None, None]).all()
+    np.testing.assert_allclose(np.asarray(summed), scale.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("products", [0, 1, 3, 5])
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_rounds_behind_products_change_nothing(name, size, products):
+    """However many products a block has, forward and backward."""
+    given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
+
+    def block(x, y):                # y + 2 x, whose cotangent is reduced behind the products of another block
+        mine, flying = scale[jax.lax.axis_index("tensor")], InFlight(x, name)
+        returning, other = Returning((x, y), name), y
+        for _ in range(products):
+            (other,) = returning.behind((other,))
+            other = flying.behind(3 * other)
+        stale = meet(x + y, returning.start())
+        return (mine * stale).sum() + 0 * other.sum(), flying.wait()
+
+    def run(x):
+        (_, total), (dx, dy) = jax.value_and_grad(block, argnums=(0, 1), has_aux=True)(x, jnp.ones_like(x))
+        return total, dx, dy
+    total, dx, dy = map(np.asarray, over(size, run)(given))
+    np.testing.assert_allclose(total, np.broadcast_to(np.asarray(given).sum(axis=0), total.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, scale.sum(), rtol=1e-6)
+    np.testing.assert_allclose(dy, scale.sum(), rtol=1e-6)
+
+
+def test_one_shard_has_nothing_to_reduce():
+    given = partials(1, (2, 3))
+    assert (over(1, functools.partial(reduce, reduction="ring"))(given) == given).all()
