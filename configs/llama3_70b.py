@@ -7,7 +7,7 @@ Result:    not run yet, and none is published: the paper (arXiv 2501.06589) meas
 
 The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's from-scratch runs,
 104.9B, where Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
-`rope_scaling=RopeScaling(factor=8.0)` and `max_length=131072` to the model.
+`--model.rope-scaling.factor 8 --model.max-length 131072`.
 """
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 

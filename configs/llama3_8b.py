@@ -10,7 +10,7 @@ Result:    not run yet, and none is published for this run. The paper (arXiv 250
 
 The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's own runs, 104.9B, where
 Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
-`rope_scaling=RopeScaling(factor=8.0)` and `max_length=131072` to the model.
+`--model.rope-scaling.factor 8 --model.max-length 131072`.
 """
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 

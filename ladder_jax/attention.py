@@ -160,7 +160,7 @@ def rotary(positions_BT, head_dim, theta, scaling=None):
     by `factor`, those below original_length / high_freq_factor stay, those between are interpolated.
     """
     frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None:
+    if scaling is not None and scaling.factor != 1:
         turns_H = scaling.original_length * frequency_H / (2 * jnp.pi)      # over the original context
         kept_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept_H = jnp.clip(kept_H, 0, 1)

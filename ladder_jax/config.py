@@ -76,7 +76,7 @@ class _Section:
 class RopeScaling(_Section):
     """Llama-3.1's rescaling of rotary frequencies for contexts longer than those trained on."""
     section = "model.rope_scaling"
-    factor: float = 8.0
+    factor: float = 1.0              # 1: none
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
@@ -100,7 +100,7 @@ class Model(_Section):
     max_length: int = 2048                  # longest context, tokens
     residual: str = "ladder"                # residual schedule, see schedule.py
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = False                   # RMSNorm on every head's query and key (Qwen3)

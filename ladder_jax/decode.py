@@ -142,7 +142,7 @@ def _make_empty(program, width, places, length):
         return Rows(nobody(count, program), [kv.empty(shape, program.kv_dtype) for _ in range(layers)]
                     if program.unstack else kv.empty((layers, *shape), program.kv_dtype))
 
-    shapes = lambda: State(rows(width), rows(places))
+    shapes = lambda: jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), State(rows(width), rows(places)))
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), _specs(program),
                          jax.eval_shape(shapes), is_leaf=lambda x: isinstance(x, P))
     return jax.jit(shapes, out_shardings=sharding.named(program.mesh, specs))
@@ -150,7 +150,11 @@ def _make_empty(program, width, places, length):
 
 def _compiled(function, program, in_specs, out_specs, donate=None):
     """`function` on local shards, jitted over the mesh, with argument `donate` donated."""
-    return jax.jit(sharding.shard_map(function, program.mesh, in_specs, out_specs), donate_argnums=donate,
+    # What comes out goes in again. Without its sharding XLA names an equal one otherwise, and a weak type is another
+    # type: either would be compiled for again.
+    strong = lambda *arguments: jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), function(*arguments))
+    return jax.jit(sharding.shard_map(strong, program.mesh, in_specs, out_specs), donate_argnums=donate,
+                   out_shardings=sharding.named(program.mesh, out_specs),
                    compiler_options=targets.options(program.mesh))
 
 

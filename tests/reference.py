@@ -14,7 +14,7 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling is not None:     # Llama 3.1: three bands of wavelengths
+    if config.rope_scaling.factor != 1:     # Llama 3.1: three bands of wavelengths
         s = config.rope_scaling
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)

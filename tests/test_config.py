@@ -108,7 +108,7 @@ def test_whole_numbers_are_numbers():
 @pytest.mark.parametrize("make, start", [
     (lambda: Config(model=3), "model=3 is not accepted: it must be Model"),
     (lambda: Config(train=Model()), "train=Model("),
-    (lambda: Model(rope_scaling=8.0), "model.rope_scaling=8.0 is not accepted: it must be RopeScaling or None"),
+    (lambda: Model(rope_scaling=8.0), "model.rope_scaling=8.0 is not accepted: it must be RopeScaling"),
     (lambda: Config(train=Train(length=4096)), "train.length=4096 is not accepted: it must be at most "
                                                "model.max_length=2048"),
 ])

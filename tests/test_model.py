@@ -40,7 +40,7 @@ def settings(residual, layers=None, **options):
     if residual in CASES:
         options = {**CASES[residual][1], **options}
     if options.pop("rope_scaling", False):
-        options["rope_scaling"] = config.RopeScaling(original_length=16)
+        options["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
     return config.Model(**{**dict(vocab_size=V, dim=16, layers=layers or CASES[residual][0], heads=16, kv_heads=8,
                                   head_dim=4, ffn_dim=16, residual=residual, dtype="float32"), **options})
 
