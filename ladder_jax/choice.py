@@ -119,5 +119,5 @@ def auto(config, mesh):
     @functools.cache
     def chosen(rows, size):
         return choose(network, groups, size, hides,
-                      block_seconds(config.model, network.chip, rows, mesh.shape[TENSOR]))
+                      block_seconds(config, network.chip, rows, mesh.shape[TENSOR]))
     return lambda value: chosen(value.size // value.shape[-1] if value.ndim else 1, value.size * value.dtype.itemsize)

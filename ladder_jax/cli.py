@@ -270,7 +270,7 @@ def _parse(kind, arguments, name, default=None):
             break
     if close := re.findall(r"--[\w.-]+", more[0]) if more and more[0].startswith("Perhaps") else []:
         message += f": perhaps {' or '.join(close)}"
-    checked = re.fullmatch(r"Error parsing config[.\w]*: (.*)", message)      # a ConfigError, from inside tyro
+    checked = re.fullmatch(r"Error parsing config[.\w-]*: (.*)", message)      # a ConfigError, from inside tyro
     raise ConfigError(checked[1] if checked else f"{message} (see ladder-jax {name} --help)")
 
 

@@ -90,6 +90,7 @@ def wrong(run, *arguments, status=2):
     ("--model.dimm 3", "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim (see ladder-jax train"),
     ("--nothing", "--nothing is not an option (see"),
     ("extra", "extra is not an option"),
+    ("--model.rope-scaling.factor -1", "model.rope_scaling.factor=-1.0 is not accepted: it must be greater than 0"),
     ("--model.dim x", "--model.dim 'x': it must be a whole number"),
     ("--optimizer.learning-rate x", "--optimizer.learning-rate 'x': it must be a number"),
     ("--optimizer.schedule linear", "--optimizer.schedule 'linear': it must be one of 'cosine', 'wsd', 'constant'"),

@@ -382,7 +382,7 @@ def test_generate_keeps_order_beyond_the_queue():
 
 
 def test_after_warm_up_nothing_compiles():
-    made = engine(fit=True, slots=2, staging=2, chunk=3, prefill=32, length=48)
+    made = engine(fit=True, slots=2, staging=2, chunk=3, prefill=32, length=48, bias=3)       # shares no programs
     shapes = []
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = made.compiled()

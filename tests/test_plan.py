@@ -159,6 +159,17 @@ def test_auto_is_psum_where_the_machine_is_not_known():
     assert choice.reduction_for(dataclasses.replace(config, mesh=Mesh(reduction="ring")), mesh) == "ring"
 
 
+def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
+    monkeypatch.setattr(choice, "network_of", lambda devices: grid("v5p", 2, 2, 2))
+    mesh = jax.make_mesh((1, 1, 8), ("data", "fsdp", "tensor"))
+    config = Config(model=Model(residual="ladder"), mesh=Mesh(data=1, tensor=8, reduction="auto"))
+    chosen = choice.auto.__wrapped__(config.model, mesh)
+    message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    assert chosen(message(16, 1, 256)) == "recursive-doubling"
+    assert chosen(message(8192, 4, 1024)) != "recursive-doubling"
+    assert chosen(message()) in reductions.REDUCTIONS
+
+
 def test_a_short_stack_stands_for_a_deep_one():
     stack = plan.shorten("ladder", 80, 4)
     assert stack.notation == "ladder" and stack.counts == (1, 39, 39, 1)
