@@ -103,8 +103,7 @@ def loss_and_gradients(config, mesh):
     """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays."""
     kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
-    # It also undoes rematerialisation, though, unless a loop stands between the two passes; and on an emulated mesh,
-    # which is for trying things out, time to compile counts for more.
+    # On an emulated mesh, which is for trying things out, time to compile counts for more.
     unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
     options = dict(kernel=kernel, reduction=choice.reduction_for(config, mesh), remat=config.train.remat, unroll=unroll,
                    chunk=config.train.loss_chunk)
