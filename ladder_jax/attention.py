@@ -149,8 +149,21 @@ def attend_cache(q_BTNH, cache, positions_BT):
     weights_BKRS = jax.nn.softmax(jnp.where(seen_BRS[:, None], scores_BKRS, MASKED), axis=-1)
     if cache.v_scale is not None:
         weights_BKRS = weights_BKRS * cache.v_scale.reshape(B, K, 1, S)
-    out_BKRH = einsum("bkrs,bksh->bkrh", weights_BKRS.astype(dtype), cache.v, q_BTNH.dtype)
+    out_BKRH = _mix(weights_BKRS.astype(dtype), cache.v, q_BTNH.dtype)
     return out_BKRH.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _mix(weights_BKRS, v_BKSH, out_dtype):
+    """The values' sums [B, K, R, H], weighted."""
+    multiply = lambda weights, v: einsum("bkrs,bksh->bkrh", weights, v, out_dtype)
+    if weights_BKRS.shape[2] > 1:
+        return multiply(weights_BKRS, v_BKSH)
+
+    def add_up(weights_BKRS, v_BKSH):
+        weighted_BKSH = jnp.swapaxes(weights_BKRS, 2, 3).astype(jnp.float32) * v_BKSH
+        return weighted_BKSH.sum(axis=2, keepdims=True).astype(out_dtype)
+    # XLA:CPU computes many products of one row on one core, and a sum on all of them
+    return lax.platform_dependent(weights_BKRS, v_BKSH, cpu=add_up, default=multiply)
 
 
 def rotary(positions_BT, head_dim, theta, scaling=None):

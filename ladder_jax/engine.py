@@ -358,7 +358,7 @@ class Engine:
         grown = max(width, self._width), max(length, self._length)
         self._small = self._small + 1 if (width, length) != grown else 0
         target = grown
-        if self._small > self.patience:
+        if self._small > self.patience or not live:
             target, self._small = (width, length), 0
         if target != (self._width, self._length):
             self._state = decode.reshape(self._state, *target)
@@ -474,7 +474,13 @@ class Engine:
         return True
 
     def _steps(self):
-        return self.options.chunk
+        """Iterations of the next chunk (a `fixed` one always runs all of them): as many fewer as slots stand empty
+        that the next prefill call could fill, so that it comes soon."""
+        decoding = len(self._live) - len(self._prefilled)
+        nearly = sum(len(self._staging[index].request.prompt) - done <= self.options.prefill
+                     for index, done in self._prefilled.items())
+        fillable = min(nearly + len(self._queue), max(self.options.slots - decoding, 0))
+        return max(self.options.chunk * decoding // max(decoding + fillable, 1), 1)
 
     def _land(self, flight):
         """Reads a chunk's events, with those of the prefills before it, and hands them out."""

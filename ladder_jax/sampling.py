@@ -93,6 +93,16 @@ def when(predicate, function, value):
     return lax.cond(predicate, function, lambda value: value, value)
 
 
+def likeliest(logits_BV):
+    """The id [B] int32 of every row's largest logit, the first among equals (some id where a row has NaNs).
+
+    That is argmax, whose one pass over two values at a time XLA:CPU computes four times slower than two passes.
+    """
+    V = logits_BV.shape[1]
+    top_B1 = logits_BV.max(axis=1, keepdims=True)
+    return jnp.where(logits_BV == top_B1, jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=1)
+
+
 def choose(logits_BV, params, history_BV, position_B, vocabulary, maybe=when):
     """The next token [B] int32 of every request.
 
@@ -106,7 +116,7 @@ def choose(logits_BV, params, history_BV, position_B, vocabulary, maybe=when):
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocabulary, logits_BV, -jnp.inf)
     changed_B = ((p.repetition != 1) | (p.presence != 0) | (p.frequency != 0) | (p.bias != 0).any(axis=1))
     logits_BV = maybe(changed_B.any(), lambda x: adjust(x, p, history_BV), logits_BV)
-    greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    greedy_B = likeliest(logits_BV)
 
     def draw(greedy_B):
         scaled_BV = logits_BV / jnp.where(p.temperature > 0, p.temperature, 1)[:, None]
@@ -116,7 +126,7 @@ def choose(logits_BV, params, history_BV, position_B, vocabulary, maybe=when):
         scaled_BV = jnp.where(scaled_BV < least_B1, -jnp.inf, scaled_BV)
         noise_BV = jax.vmap(lambda seed, position: jax.random.gumbel(
             jax.random.fold_in(jax.random.key(seed), position), scaled_BV.shape[1:]))(p.seed, position_B)
-        return jnp.where(p.temperature > 0, jnp.argmax(scaled_BV + noise_BV, axis=1).astype(jnp.int32), greedy_B)
+        return jnp.where(p.temperature > 0, likeliest(scaled_BV + noise_BV), greedy_B)
     return maybe((p.temperature > 0).any(), draw, greedy_B)
 
 

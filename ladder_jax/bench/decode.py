@@ -33,12 +33,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, sharding, targets
+from ladder_jax import decode, sampling, sharding, targets
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.engine import Counters, Engine
@@ -132,6 +131,9 @@ class Batched(Engine):
             self.room = self.options.slots
         self.patience = 10**9 if self._live else 0     # the batch keeps the width that it began with
         return super()._step()
+
+    def _steps(self):
+        return super()._steps() if self.room else self.options.chunk
 
     def _pop(self):
         if not self.opened or not self.room:
@@ -231,7 +233,7 @@ def bare_step(engine, width, length, iterations):
             token_W, position_W, kv = carry
             x, kv = transformer.hidden(weights, program.config, token_W[:, None], position_W[:, None], cache=kv)
             logits = sharding.gather_vocabulary(transformer.logits(weights, program.config, x))[:, 0]
-            return jnp.argmax(logits, axis=1).astype(jnp.int32), (position_W + 1) % S, kv
+            return sampling.likeliest(logits), (position_W + 1) % S, kv
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
     specs = P(), P(), decode._kv_specs(program)
