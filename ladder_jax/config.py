@@ -216,7 +216,7 @@ class Train(_Section):
 class Decode(_Section):
     """The decode engine: what is kept on the device, and how long one call of it runs."""
     section = "decode"
-    slots: int = 8                   # requests that decode together, at most
+    slots: int | None = 8            # requests that decode together, at most; None: as many as kv_memory holds
     staging: int | None = None       # prefilled requests that wait on the device; None: half of slots, 2 or more
     length: int | None = None        # longest request, prompt and output, tokens; None: model.max_length
     chunk: int = 16                  # iterations of one jitted call, at most
@@ -235,7 +235,10 @@ class Decode(_Section):
     loop: Literal["auto", "while", "fixed"] = "auto"   # ends early, or K iterations with masks; auto: fixed on GPU
 
     def check(self):
-        self.positive("slots", "chunk", "queue", "prefill", "prefix_block")
+        self.positive("chunk", "queue", "prefill", "prefix_block")
+        self.need("slots", self.slots is not None or self.kv_memory is not None,
+                  "a number, unless decode.kv_memory says how much there is for them")
+        self.need("slots", self.slots is None or self.slots > 0, "greater than 0, or None")
         for name in ("top_logprobs", "stop_ids", "bias"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         for name in ("staging", "length"):

@@ -8,6 +8,7 @@ One `step` prefills what there is room for, starts a chunk, and then reads the e
 the device never waits for the host: one synchronisation a chunk. A step is taken by whoever iterates a request, or by
 the engine's own thread once it is started (`with engine:`), which asyncio needs.
 """
+import bisect
 import dataclasses
 import heapq
 import itertools
@@ -117,13 +118,13 @@ class Engine:
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
                                       min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
                                       fixed, choice.auto(config, mesh) if reduction == "auto" else reduction)
-        self.places = options.staging or max(2, options.slots // 2)
+        self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
+                                 self.token_bytes * options.prefix_block)
+        self.options = options = dataclasses.replace(options, slots=self._plan_slots())
+        self.places, self.memory = self._plan(options.slots)
         self.widths = ladder(1, options.slots) if options.fit else [options.slots]
         self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]
         self.pieces = ladder(min(16, options.prefill), min(options.prefill, self.length))
-        self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
-                                 self.token_bytes * options.prefix_block)
-        self._plan_memory()
         self._weights = decode.place_weights(self.program, model)
         self._chunk = decode.make_chunk(self.program, options.chunk)
         self._prefill = decode.make_prefill(self.program)
@@ -145,24 +146,28 @@ class Engine:
         """Bytes that one token's keys and values take on one device."""
         return kv.bytes_per_token(self.config, self.program.kv_dtype) // self.mesh.shape[sharding.TENSOR]
 
-    def _plan_memory(self):
-        """Everything that will ever be allocated for keys and values, against the budget."""
-        rows = self.options.slots + self.places
-        row = self.token_bytes * self.length
-        arrays = 2 * self.config.layers if self.options.unstack else 2
-        moving = self.options.slots * row // arrays          # while the state is reshaped, one array exists twice
-        self.memory = dict(rows=rows * row, prefixes=self.prefixes.budget, moving=moving if self.options.fit else 0)
-        self.memory["total"] = sum(self.memory.values())
-        if self.options.kv_memory is None:
-            return
-        budget = configuration.to_bytes(self.options.kv_memory, "decode.kv_memory")
-        if self.memory["total"] > budget:
-            free, taken = budget - self.prefixes.budget, self.memory["total"] - self.prefixes.budget
-            raise ConfigError(
-                f"decode.kv_memory={self.options.kv_memory} is not enough for decode.slots={self.options.slots} of "
-                f"{self.length} tokens, which take {self.memory['total'] / 2**20:.1f}MiB: "
-                f"about {max(free * self.options.slots // taken, 0)} slots fit, "
-                "or take a smaller decode.length or decode.kv_dtype")
+    def _plan(self, slots):
+        """(places in staging, {what: bytes}) for so many slots: all that will ever be allocated for keys and values."""
+        options, row = self.options, self.token_bytes * self.length
+        places = options.staging or max(2, slots // 2)
+        arrays = 2 * self.config.layers if options.unstack else 2
+        moving = slots * row // arrays if options.fit else 0     # while the state is reshaped, one array exists twice
+        memory = dict(rows=(slots + places) * row, prefixes=self.prefixes.budget, moving=moving)
+        return places, memory | dict(total=sum(memory.values()))
+
+    def _plan_slots(self):
+        """The slots that are asked for, if the budget holds them; where none are, as many as it holds."""
+        slots, asked = self.options.slots, self.options.kv_memory
+        if asked is None:
+            return slots
+        budget = configuration.to_bytes(asked, "decode.kv_memory")
+        most = bisect.bisect_right(range(1, 2**16), budget, key=lambda count: self._plan(count)[1]["total"])
+        if most >= (slots or 1):
+            return slots or most
+        needed = self._plan(slots or 1)[1]["total"]
+        raise ConfigError(
+            f"decode.kv_memory={asked} is not enough for decode.slots={slots or 1} of {self.length} tokens, which take "
+            f"{needed / 2**20:.1f}MiB: {most} slots fit; or take a smaller decode.length or decode.kv_dtype")
 
     def report(self):
         """What is planned, in one line."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ladder_jax import decode, generate, sharding
 from ladder_jax import model as transformer
-from ladder_jax.config import ConfigError, Decode, Mesh, Model
+from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
 from ladder_jax.engine import Engine
 from ladder_jax.request import QueueFull, RequestFailed
 from ladder_jax.tokenizer import ByteTokenizer
@@ -373,6 +373,14 @@ def test_memory_is_planned_and_never_overcommitted():
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
         engine(kv_memory="100KiB")
     engine(kv_memory="1MiB")
+    for budget in ("100KiB", "1MiB"):       # without a number, as many slots as the budget holds, and not one more
+        filled = engine(slots=None, staging=None, kv_memory=budget)
+        assert filled.memory["total"] <= to_bytes(budget, "") < filled._plan(filled.options.slots + 1)[1]["total"]
+        assert filled.submit([1, 2], max_tokens=3).result().tokens == alone([1, 2], max_tokens=3)
+    with pytest.raises(ConfigError, match="slots=None is not accepted"):
+        Decode(slots=None)
+    with pytest.raises(ConfigError, match="not enough for decode.slots=1 .* 0 slots fit"):
+        engine(slots=None, kv_memory="1KiB")
 
 
 def test_generate_keeps_order_beyond_the_queue():

@@ -67,7 +67,7 @@ def ladder_jax(config, weights, batch, length):
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     parameters = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
     save(parameters, weights)
-    engine = Engine(parameters, config, mesh, Decode(slots=batch, staging=batch, length=length, prefill=1024))
+    engine = Engine(parameters, config, mesh, Decode(slots=batch, staging=batch, length=length, prefill=2048))
     return lambda prompts, count: engine.generate(prompts, max_tokens=count, stop_ids=())[0].tokens
 
 
