@@ -11,10 +11,11 @@ def computes_here():
     """Whether JAX will compute on this machine's CPUs, as far as it can be known before JAX starts."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    return not any(_installed(name) for name in ACCELERATORS)
+    return not any(installed(name) for name in ACCELERATORS)
 
 
-def _installed(module):
+def installed(module):
+    """Whether a module could be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

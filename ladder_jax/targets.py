@@ -3,12 +3,12 @@
 Names: TPU slices as jax names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as h100:NODESxGPUS (h100:1x8).
 """
 import contextlib
-import importlib.util
 import math
 import os
 import sys
 from typing import NamedTuple
 
+from ladder_jax import host
 from ladder_jax.config import ConfigError
 
 INSTALL = "python -m pip install 'ladder_jax[plan]'"
@@ -143,11 +143,7 @@ def parse(name):
 def _ready(platform):
     """Raises ConfigError where the compiler for `platform` is not installed; keeps it from looking for its chips."""
     module = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda12"}[platform]
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if not host.installed(module):
         raise ConfigError(f"planning for this target takes XLA's {platform.upper()} compiler: {INSTALL} installs it")
 
 
