@@ -82,6 +82,12 @@ def ladder(least, most):
     return [*sizes, most]
 
 
+def between(sizes, start, stop):
+    """Those of `sizes` (ascending) that come after `start` on the way to `stop`, up or down."""
+    i, j = sizes.index(start), sizes.index(stop)
+    return sizes[i + 1:j + 1] if i < j else sizes[j:i][::-1]
+
+
 class Engine:
     """Decodes requests of one model on one mesh.
 
@@ -366,9 +372,15 @@ class Engine:
         if self._small > self.patience or not live:
             target, self._small = (width, length), 0
         if target != (self._width, self._length):
-            self._state = decode.reshape(self._state, *target)
-            self._width, self._length = target
+            self._move(*target)
             self.counters.reshapes += 1
+
+    def _move(self, width, length):
+        """Gives the state another shape by way of all sizes between, so that few moves are ever compiled."""
+        for self._width in between(self.widths, self._width, width):
+            self._state = decode.reshape(self._state, self._width, self._length)
+        for self._length in between(self.lengths, self._length, length):
+            self._state = decode.reshape(self._state, self._width, self._length)
 
     # ------------------------------------------------------------ prefill
 
@@ -578,8 +590,14 @@ class Engine:
                 *((width, None) for width in self.widths), *((self.widths[-1], shape) for shape in by_length[length]))]
             nobody = np.full(self.options.slots + self.places, decode.NOBODY, np.int32)
             turn = decode.nobody(1, self.program)._replace(history=None)
+            for width in self.widths:           # every move that there is, up and down
+                self._move(width, self.lengths[-1])
+                self._move(width, self.lengths[0])
+            for length in self.lengths:
+                self._move(self.widths[-1], length)
+                self._move(self.widths[0], length)
             for length, width, shape in progress(shapes):
-                self._state = decode.reshape(self._state, width, length)
+                self._move(width, length)
                 if shape is None:
                     self._state, *_ = self._chunk(self._weights, self._state, nobody, np.int32(0))
                     continue

@@ -390,8 +390,10 @@ def test_generate_keeps_order_beyond_the_queue():
 
 
 def test_after_warm_up_nothing_compiles():
-    made = engine(fit=True, slots=2, staging=2, chunk=3, prefill=32, length=48, bias=3)       # shares no programs
-    shapes = []
+    made = engine(fit=True, slots=3, staging=2, chunk=3, prefill=16, length=48, bias=3)       # shares no programs
+    made.lengths = [24, 48]
+    made._reset()
+    shapes, compiling = [], []
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = made.compiled()
     assert len(shapes) <= compiled <= most
@@ -401,11 +403,20 @@ def test_after_warm_up_nothing_compiles():
         made.warm_up()
     while made.step():
         pass
-    run_in = [(prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
-              for prompt, options in requests(12, longest=40)]
-    for start in range(0, 12, 4):       # bursts, with the width that fits each
-        run(made, run_in[start:start + 4], config=CONFIG)
-    assert made.compiled()[0] == compiled
+    asked = [(prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
+             for prompt, options in requests(14, longest=40)]
+    serving = True
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiling.append(event) if serving and "compile" in event else None)
+    submitted = []
+    for start, stop in ((0, 1), (1, 5), (5, 7), (7, 14)):       # bursts, with the width that fits each
+        submitted += [made.submit(prompt, **options) for prompt, options in asked[start:stop]]
+        while made.step():
+            pass
+    serving = False
+    assert made.counters.reshapes > 2 and made.compiled()[0] == compiled and not compiling
+    for request, (prompt, options) in zip(submitted, asked):
+        assert request.tokens == alone(prompt, **options)
 
 
 def test_prompts_share_prefill_calls_while_enough_wait():

@@ -193,10 +193,10 @@ class Concurrent:
         return True
 
 
-def make_engines(arguments, model, config, mesh, length, windows):
-    """{name: a function that makes the engine}."""
+def make_engines(arguments, model, config, mesh, length, windows, prompt):
+    """{name: a function that makes the engine}; `prompt`: tokens of the longest."""
     options = Decode(slots=arguments.slots, chunk=arguments.chunk, length=length, queue=10**6, staging=arguments.slots,
-                     prefill=64 if arguments.prompt <= 16 else 256)
+                     prefill=64 if prompt <= 16 else 256)
     make = lambda kind=Engine, pipelined=True, trace=False, **changes: kind(
         model, config, mesh, dataclasses.replace(options, **changes), trace=trace, pipelined=pipelined)
 
@@ -318,7 +318,8 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
     objective = arguments.goodput_ttft * alone, arguments.goodput_tpot * alone
     results, kept = {}, {}
     windows = [w * 1e-3 * scale for w in arguments.windows]
-    for name, make in make_engines(arguments, model, config, mesh, length, windows).items():
+    longest = max(len(one.prompt) for one in asked)
+    for name, make in make_engines(arguments, model, config, mesh, length, windows, longest).items():
         engine = make()
         engine.warm_up()
         serve(engine, [dataclasses.replace(one, arrival=0.0, max_tokens=min(one.max_tokens, 3 * arguments.chunk))
