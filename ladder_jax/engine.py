@@ -377,10 +377,10 @@ class Engine:
 
     def _move(self, width, length):
         """Gives the state another shape by way of all sizes between, so that few moves are ever compiled."""
-        for self._width in between(self.widths, self._width, width):
-            self._state = decode.reshape(self._state, self._width, self._length)
-        for self._length in between(self.lengths, self._length, length):
-            self._state = decode.reshape(self._state, self._width, self._length)
+        steps = [(size, self._length) for size in between(self.widths, self._width, width)]
+        for size in [*steps, *((width, size) for size in between(self.lengths, self._length, length))]:
+            self._state = decode.reshape(self._state, *size)
+        self._width, self._length = width, length
 
     # ------------------------------------------------------------ prefill
 
