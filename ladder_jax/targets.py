@@ -74,9 +74,13 @@ OPTIONS = {
     },
     "gpu": {
         "xla_gpu_all_reduce_combine_threshold_bytes": 0,          # as on TPU
-        "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # the same for reductions made of exchanges
+        "xla_gpu_all_gather_combine_threshold_bytes": 0,          # the same for one-shot
+        "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # and for reductions made of exchanges
         # Moves a reduction's wait down to the first reader of its result; without it the wait follows the start.
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        # XLA's default estimate of a reduction's time is far below NCCL's, so that it starts late, behind one product.
+        # Without this estimate the scheduler takes it for as long as several products, and it starts with its block.
+        "xla_gpu_enable_analytical_sol_latency_estimator": False,
         # XLA merges matrix products that read the same array by concatenating their weights, and where it cannot fuse
         # that (parallel at batch 16: 138 MB a layer) it copies them in every step. Costs ladder 1% where it could.
         "xla_gpu_dot_merger_threshold_mb": 0,

@@ -92,7 +92,9 @@ def training(config, mesh):
     shape = config.train.batch, config.train.length
     kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return train.make_step(config, mesh, optimizer), (
+    # cuDNN says while a program is traced what it can do, and it is not here: XLA's own attention stands for it
+    kernel = "xla" if mesh.devices.flat[0].platform != "tpu" else None
+    return train.make_step(config, mesh, optimizer, kernel), (
         train.abstract_state(config, mesh, optimizer), abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)))
 
 
