@@ -18,7 +18,7 @@ from jax import lax
 from ladder_jax.sharding import TENSOR, axis_size
 
 PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
-LANES = 128         # of a TPU's registers: arrays cut at multiples of it are not moved
+SUBLANES, LANES = 8, 128        # of a TPU's registers: arrays cut at multiples of them are not moved
 
 
 class Round(NamedTuple):
@@ -86,7 +86,7 @@ def halving_doubling(value):
     n = axis_size(TENSOR)
     if n & (n - 1):
         return ring(value)
-    pieces = _pieces(value, n)                          # [n, c]: piece i ends on shard i
+    pieces = _pieces(value, n)
 
     def scatter(step):
         def halves(x):                                  # the half that this shard keeps, the half that it sends
@@ -102,7 +102,7 @@ def halving_doubling(value):
             return jnp.where(upper, jnp.concatenate([other, x]), jnp.concatenate([x, other]))
         return Round(_permute([(i ^ step, i) for i in range(n)]), join)
 
-    rounds = [scatter(step) for step in reversed(_powers(n))] + [gather(step) for step in _powers(n)]
+    rounds = [*map(scatter, _powers(n)), *map(gather, _powers(n)[::-1])]        # halves to the nearest
     return pieces, rounds, partial(_whole, like=value)
 
 
@@ -172,12 +172,33 @@ def _piece(pieces, index):
     return lax.dynamic_slice_in_dim(pieces, index, 1, axis=0)
 
 
+def _cut(value, count):
+    """Whether rows or columns are cut into `count` pieces, at multiples of a TPU's tiles if that can be: "rows" are not
+    even moved then. "" where neither divides."""
+    columns = value.shape[-1] if value.ndim else 1
+    rows = value.size // columns
+    for tile in ((SUBLANES, LANES), (1, 1)):
+        for name, length, unit in zip(("rows", "columns"), (rows, columns), tile):
+            if length and length % (count * unit) == 0:
+                return name
+    return ""
+
+
 def _pieces(value, count):
-    flat = value.reshape(-1)
-    return jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
+    """[count, rows, columns]: `value` cut into pieces of one size, padded with zeros where it has to be."""
+    columns = value.shape[-1] if value.ndim else 1
+    cut = _cut(value, count)
+    if cut == "rows":
+        return value.reshape(count, -1, columns)
+    if cut == "columns":
+        return value.reshape(-1, count, columns // count).swapaxes(0, 1)
+    return jnp.pad(value.reshape(-1), (0, -value.size % count)).reshape(count, 1, -1)
 
 
 def _whole(pieces, like):
+    """What `_pieces` has cut, in the shape of `like`."""
+    if _cut(like, pieces.shape[0]) == "columns":
+        pieces = pieces.swapaxes(0, 1)
     return pieces.reshape(-1)[:like.size].reshape(like.shape)
 
 
