@@ -258,8 +258,8 @@ class Returning:
     def behind(self, operands):
         """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
         self.products += 1
-        k = PRODUCTS - self.products
-        if not 0 <= k < self.tied:
+        k = self.tied - self.products       # where there are fewer rounds, the last ones of the backward pass end them
+        if k < 0:
             return operands
 
         def back(cotangents):

@@ -131,7 +131,7 @@ def parse(text):
             if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+)(?: \(| \{)", line)):
                 name, lines = found[2], []
                 entry = name if found[1] else entry
-        elif line.startswith("}"):      # of one that runs on a SparseCore, `}, execution_thread="sparsecore"`
+        elif line == "}" or line.startswith("}, execution_thread="):        # the latter run on SparseCores
             body = filter(None, map(_instruction, lines))
             computations[name], lines = {instruction.name: instruction for instruction in body}, None
         elif line.startswith("  "):
