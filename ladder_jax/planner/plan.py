@@ -152,12 +152,15 @@ def build(request):
     short, arguments = program(request, mesh, len(stack.counts), stack.notation)
     try:
         compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" in str(error):       # libtpu is newer than jaxlib, which is to parse what it has made
+            raise ConfigError(f"the program for {target.name} cannot be read back: {str(error).splitlines()[0][-150:]}"
+                              ) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(f"batch={request.batch}, context={request.context}: even {len(stack.counts)} layers do not "
                           f"fit into {target.name}: {str(error).splitlines()[0][:200]}") from None
-    text = compiled.as_text()
     weights, *others = program(request, mesh)[1]
     return Compiled(request, mesh, stack, text, share(weights), 0 if request.workload == "train" else share(others[-1]),
                     compiled.memory_analysis().temp_size_in_bytes + growth(hlo.parse(text), stack, arguments))
