@@ -259,7 +259,8 @@ def unavoidable(compiled, played):
     """Seconds of tensor-axis communication that no order of the program's instructions hides.
 
     A reduction may run behind the compute of the block in whose scope it stands, if that block has a delay: at least
-    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full.
+    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full. Where XLA
+    names a layer and no block, all of the layer's compute counts.
     """
     layers = schedule.parse(compiled.stack.notation, len(compiled.stack.counts)).layers
     taken, compute = {}, {}
@@ -273,8 +274,9 @@ def unavoidable(compiled, played):
     total = 0.0
     for (direction, layer, part), seconds in taken.items():
         blocks = layers[int(re.search(r"\d+", layer)[0])] if layer else ()
-        delayed = any(block.delay for block in blocks if "+".join(block.parts) == part)
-        total += max(0.0, seconds - (compute.get((direction, layer, part), 0.0) if delayed else 0.0))
+        delayed = any(block.delay for block in blocks if part in ("", "+".join(block.parts)))
+        beside = sum(spent for key, spent in compute.items() if key[:2] == (direction, layer) and part in ("", key[2]))
+        total += max(0.0, seconds - (beside if delayed else 0.0))
     return total
 
 
