@@ -311,9 +311,9 @@ def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_bac
 
 
 @needs_tpu
-@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["v6e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)])
 def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
-    """Inside products on v5e, on SparseCores elsewhere."""
+    """On SparseCores. (v5e, inside products: at full size, below.)"""
     rows = of_layers(planned(target, "ladder", "auto", "prefill", batch=1, context=1024))
     assert [row["kind"] for row in rows] == ["all-reduce"] * 2
     assert all(row["asynchronous"] and row["merged"] == 1 for row in rows)
