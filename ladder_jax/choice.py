@@ -15,7 +15,7 @@ from ladder_jax.sharding import TENSOR
 # Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
 # compute between direct and recursive doubling in the schedules of 70B decode at batch 64 (docs/overlap.md).
 MESSAGE = 2e-6
-HIDDEN = 0.5        # what a second on the links counts for where compute runs beside it: less than one of compute
+HIDDEN = 0.5        # what a second on a TPU's links counts for where compute runs beside it: less than one of compute
 KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather",
          "ppermute": "collective-permute"}
 
@@ -61,23 +61,29 @@ def seconds(name, network, groups, size):
 def choose(network, groups, size, hides, blocks=None):
     """The name of the reduction for a message of `size` bytes.
 
-    Where compute runs beside it (`hides`), it is one that the compiler makes asynchronous: XLA:GPU's collectives are,
-    XLA:TPU's are not. Its rounds beyond those that a block's products can end are waited for, and count in full; the
-    others for a part. Where nothing hides it, the fastest is taken.
+    Where compute runs beside it (`hides`), it is one that the compiler makes asynchronous: exchanges, all-reduces on a
+    GPU and long ones on TPU. Its rounds beyond those that a block's products can end are waited for, and count in full;
+    the others for a part. Where nothing hides it, the fastest is taken.
 
-    `blocks`: seconds that each block of a layer computes, where products of many rows bound it. On TPU exchanges of
-    long messages take longer than XLA's own all-reduce, which uses more links: what is left to wait for decides then.
+    `blocks`: seconds that each block of a layer computes, where products of many rows bound it. A long message may take
+    longer than a block: what is left to wait for decides then.
     """
-    tpu = network.chip.wrap > 0
+    chip = network.chip
+    tpu = chip.wrap > 0
+    synchronous = ("one-shot",) * tpu + ("psum",) * (tpu and size < chip.aside)
 
     def cost_of(name):
-        taken = seconds(name, network, groups, size)
-        total, more = sum(taken), MESSAGE * (sum(map(len, rounds(name, len(groups[0]), size))) - 1) if tpu else 0.0
+        taken, sent = seconds(name, network, groups, size), sum(rounds(name, len(groups[0]), size), [])
+        more = MESSAGE * (len(sent) - 1) if tpu else 0.0
+        more += sum(bytes for kind, _, bytes in sent if kind == "all-gather") / chip.hbm_bandwidth      # to be summed
+        hidden = sum(taken[:PRODUCTS]) if hides else 0.0
         if tpu and hides and blocks:
-            synchronous = name in ("psum", "one-shot")
-            return sum(max(total - (0.0 if synchronous else block), 0.0) + more for block in blocks)
-        return total - (1 - HIDDEN) * (sum(taken[:PRODUCTS]) if hides else 0.0) + more
-    left_out = ("psum", "one-shot") if tpu and hides and not blocks else ()
+            hides_in = lambda block: 0.0 if name in synchronous else min(hidden, block)
+            return sum(sum(taken) - hides_in(block) + more for block in blocks)
+        return sum(taken) - (1 - (chip.interference or HIDDEN)) * hidden + more
+    if not tpu:         # XLA:GPU runs a kernel for every exchange, and each takes most of what an all-reduce takes
+        return min("psum", "one-shot", key=cost_of)
+    left_out = synchronous if hides and not blocks else ()
     return min((name for name in REDUCTIONS if name not in left_out), key=cost_of)
 
 

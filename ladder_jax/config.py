@@ -126,8 +126,8 @@ class Mesh(_Section):
     data: int = -1          # replicas of the parameters
     fsdp: int = 1           # shards of every parameter and of the optimizer state, gathered layer by layer
     tensor: int = 1         # shards of every block's work (tensor parallelism)
-    reduction: Literal["auto", "psum", "one-shot", "recursive-doubling", "rotated-doubling", "halving-doubling",
-                       "direct", "ring"] = "psum"
+    reduction: Literal["auto", "psum", "one-shot", "recursive-doubling", "halving-doubling", "direct",
+                       "ring"] = "psum"
 
     def check(self):
         for name in ("data", "fsdp", "tensor"):

@@ -18,7 +18,7 @@ from jax import lax
 from ladder_jax.sharding import TENSOR, axis_size
 
 PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
-LANES = 128         # of a TPU's registers: arrays cut at multiples of it are not moved
+SUBLANES, LANES = 8, 128        # of a TPU's registers: arrays cut at multiples of them are not moved
 
 
 class Round(NamedTuple):
@@ -38,17 +38,17 @@ def one_shot(value):
     return value, [Round(lambda x: lax.all_gather(x, TENSOR), total)], lambda total: total
 
 
-def recursive_doubling(value, steps=None):
+def recursive_doubling(value):
     """log2 n exchanges of the whole message with partners ..., 4, 2, 1 apart (Thakur et al. 2005, section 4).
 
     The farthest, which takes the longest where its messages share links, goes first: a block's first products are the
-    longest to run behind. `steps`: the distances in another order.
-    Where n is no power of two, the shards beyond the largest one first hand over their partials, and get the sum last.
+    longest to run behind. Where n is no power of two, the shards beyond the largest one first hand over their partials,
+    and get the sum last.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
     add = lambda x, other: x + other        # what has no sender arrives as zeros
-    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in steps or _powers(core)[::-1]]
+    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in _powers(core)[::-1]]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
@@ -56,54 +56,35 @@ def recursive_doubling(value, steps=None):
     return value, rounds, lambda total: total
 
 
-def rotated_doubling(value):
-    """Recursive doubling of log2 n parts at once, each with its partners in another order.
-
-    In every round the parts cross different links, so that a torus of 2 x 2 x 2 sends on all three of a chip's links
-    at once: 1 / log2 n of the time of a long message (Sack and Gropp 2015, "Collective algorithms for multiported
-    torus networks").
-    """
-    steps = _powers(axis_size(TENSOR))[::-1]
-    if value.ndim == 0 or value.shape[-1] < len(steps) or len(steps) < 2:
-        return recursive_doubling(value)
-    unit = LANES if value.shape[-1] >= LANES * len(steps) else 1
-    ends = [value.shape[-1] * i // len(steps) // unit * unit for i in range(1, len(steps))]
-    orders = [steps[i:] + steps[:i] for i in range(len(steps))]
-    states, rounds, finishes = zip(*map(recursive_doubling, jnp.split(value, ends, axis=-1), orders))
-
-    def together(sides):
-        return Round(lambda xs: tuple(side.send(x) for side, x in zip(sides, xs)),
-                     lambda xs, others: tuple(side.merge(*pair) for side, *pair in zip(sides, xs, others)))
-    finish = lambda xs: jnp.concatenate([f(x) for f, x in zip(finishes, xs)], axis=-1)
-    return states, [together(sides) for sides in zip(*rounds)], finish
-
-
 def halving_doubling(value):
     """Reduce-scatter by recursive halving, then all-gather by doubling: 2 (n - 1) / n of the bytes in 2 log2 n rounds.
 
-    (Rabenseifner 2004.) For a power of two; other sizes go round the ring.
+    (Rabenseifner 2004.) Halves go to the nearest, eighths to the farthest. For a power of two; other sizes go round
+    the ring.
     """
     n = axis_size(TENSOR)
     if n & (n - 1):
         return ring(value)
-    pieces = _pieces(value, n)                          # [n, c]: piece i ends on shard i
+    steps = _powers(n)
 
-    def scatter(step):
-        def halves(x):                                  # the half that this shard keeps, the half that it sends
-            low, high = jnp.split(x, 2)
-            upper = lax.axis_index(TENSOR) & step != 0
-            return jnp.where(upper, high, low), jnp.where(upper, low, high)
-        send = _permute([(i ^ step, i) for i in range(n)])
-        return Round(lambda x: send(halves(x)[1]), lambda x, other: halves(x)[0] + other)
+    def exchange(k, summing):
+        """With the partner steps[k] apart. Bit k of a shard's number says which half of the pieces that are left is its
+        own: it ends with one piece of the sum and, backwards, with all."""
+        length = n >> (k + 1)
+        mine = lambda k: (lax.axis_index(TENSOR) & steps[k] != 0) * (n >> (k + 1))
+        start = sum(map(mine, range(k)), 0)
+        keep, give = start + mine(k), start + length - mine(k)
+        part = lambda x, place: lax.dynamic_slice_in_dim(x, place, length, axis=0)
+        to = _permute([(i ^ steps[k], i) for i in range(n)])
+        if summing:
+            return Round(lambda x: to(part(x, give)),
+                         lambda x, other: lax.dynamic_update_slice_in_dim(x, part(x, keep) + other, keep, axis=0))
+        return Round(lambda x: to(part(x, keep)),
+                     lambda x, other: lax.dynamic_update_slice_in_dim(x, other, give, axis=0))
 
-    def gather(step):
-        def join(x, other):
-            upper = lax.axis_index(TENSOR) & step != 0
-            return jnp.where(upper, jnp.concatenate([other, x]), jnp.concatenate([x, other]))
-        return Round(_permute([(i ^ step, i) for i in range(n)]), join)
-
-    rounds = [scatter(step) for step in reversed(_powers(n))] + [gather(step) for step in _powers(n)]
-    return pieces, rounds, partial(_whole, like=value)
+    there = range(len(steps))
+    rounds = [*(exchange(k, True) for k in there), *(exchange(k, False) for k in there[::-1])]
+    return _pieces(value, n), rounds, partial(_whole, like=value)
 
 
 def direct(value):
@@ -156,7 +137,6 @@ def ring(value):
 
 
 REDUCTIONS = {"psum": psum, "one-shot": one_shot, "recursive-doubling": recursive_doubling,
-              "rotated-doubling": rotated_doubling,
               "halving-doubling": halving_doubling, "direct": direct, "ring": ring}
 
 
@@ -172,12 +152,33 @@ def _piece(pieces, index):
     return lax.dynamic_slice_in_dim(pieces, index, 1, axis=0)
 
 
+def _cut(value, count):
+    """Whether rows or columns are cut into `count` pieces, at multiples of a TPU's tiles if that can be: "rows" are not
+    even moved then. "" where neither divides."""
+    columns = value.shape[-1] if value.ndim else 1
+    rows = value.size // columns
+    for tile in ((SUBLANES, LANES), (1, 1)):
+        for name, length, unit in zip(("rows", "columns"), (rows, columns), tile):
+            if length and length % (count * unit) == 0:
+                return name
+    return ""
+
+
 def _pieces(value, count):
-    flat = value.reshape(-1)
-    return jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
+    """[count, rows, columns]: `value` cut into pieces of one size, padded with zeros where it has to be."""
+    columns = value.shape[-1] if value.ndim else 1
+    cut = _cut(value, count)
+    if cut == "rows":
+        return value.reshape(count, -1, columns)
+    if cut == "columns":
+        return value.reshape(-1, count, columns // count).swapaxes(0, 1)
+    return jnp.pad(value.reshape(-1), (0, -value.size % count)).reshape(count, 1, -1)
 
 
 def _whole(pieces, like):
+    """What `_pieces` has cut, in the shape of `like`."""
+    if _cut(like, pieces.shape[0]) == "columns":
+        pieces = pieces.swapaxes(0, 1)
     return pieces.reshape(-1)[:like.size].reshape(like.shape)
 
 
@@ -257,8 +258,8 @@ class Returning:
     def behind(self, operands):
         """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
         self.products += 1
-        k = PRODUCTS - self.products
-        if not 0 <= k < self.tied:
+        k = self.tied - self.products       # where there are fewer rounds, the last ones of the backward pass end them
+        if k < 0:
             return operands
 
         def back(cotangents):

@@ -24,6 +24,7 @@ class Chip(NamedTuple):
     launch: float            # seconds that a collective takes beside its hops and its bytes
     clock: float = 0.0       # TPU: Hz, the unit of XLA:TPU's estimated_cycles
     wrap: int = 0            # TPU: length of a torus dimension from which on a slice has links around its ends
+    aside: int = 0           # TPU: bytes from which on XLA's own all-reduce runs beside products, and is best there
     far_bandwidth: float = 0.0     # GPU: as link_bandwidth, between nodes
     far_latency: float = 0.0       # GPU: seconds more than in a node
     kernel: float = 0.0            # GPU: seconds that a kernel takes beside its bytes and its FLOPs
@@ -36,10 +37,10 @@ class Chip(NamedTuple):
 # which also has the latency of about a microsecond a hop. Clocks: peak FLOP/s over FLOPs per cycle of the matrix units
 # (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3); its other numbers: see calibrate.py.
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16),
-    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16),
-    "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4),
-    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4),
+    "v5e": Chip(197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16, aside=1 << 20),
+    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16, aside=128 << 10),
+    "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4, aside=256 << 10),
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4, aside=256 << 10),
     "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=1e-6,
                  reached=0.85, interference=0.21),
 }
@@ -57,7 +58,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# Options of XLA by platform, for every program of the model.
+# Options of XLA by platform and by kind of device, for every program of the model.
 OPTIONS = {
     "cpu": {
         # Drops optimization barriers, and with them what they are for: values that are computed once and not again in
@@ -71,12 +72,28 @@ OPTIONS = {
         # XLA moves the cross-entropy's gather to v5p's SparseCores, and the program that it then hands out cannot be
         # read back ("async-update instruction should have 1 operands but sees 3").
         "xla_tpu_offload_gather_to_sparsecore": "false",
+        # SparseCores (v5p, v6e, TPU7x) make all-reduces of 64 KiB and more, which are asynchronous then. XLA takes them
+        # for far shorter than they are, and starts them too late. Where it loads their programs ahead of time, the
+        # whole cannot be read back, as above.
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+        "xla_tpu_sparse_core_all_reduce_latency_multiplier": "20",
+        "xla_tpu_sparse_core_maximum_preloaded_async_calls": "0",
+    },
+    "v5e": {
+        # It has no SparseCores, but XLA can fuse parts of an all-reduce into the products that it is to run behind. It
+        # does so for long messages, if asked to, and refuses to for other TPUs.
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     },
     "gpu": {
         "xla_gpu_all_reduce_combine_threshold_bytes": 0,          # as on TPU
-        "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # the same for reductions made of exchanges
+        "xla_gpu_all_gather_combine_threshold_bytes": 0,          # the same for one-shot
+        "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # and for reductions made of exchanges
         # Moves a reduction's wait down to the first reader of its result; without it the wait follows the start.
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        # XLA's default estimate of a reduction's time is far below NCCL's, so that it starts late, behind one product.
+        # Without this estimate the scheduler takes it for as long as several products, and it starts with its block.
+        "xla_gpu_enable_analytical_sol_latency_estimator": False,
         # XLA merges matrix products that read the same array by concatenating their weights, and where it cannot fuse
         # that (parallel at batch 16: 138 MB a layer) it copies them in every step. Costs ladder 1% where it could.
         "xla_gpu_dot_merger_threshold_mb": 0,
@@ -100,7 +117,7 @@ class Target(NamedTuple):
 
     @property
     def options(self):
-        return OPTIONS[self.platform]
+        return OPTIONS[self.platform] | OPTIONS.get(self.kind, {})
 
     def devices(self):
         """Its jax devices: they can be compiled for, not run on. Raises ConfigError without the [plan] extra."""
@@ -125,8 +142,9 @@ def kind_of(device):
 
 def options(mesh):
     """The options of XLA for programs on a mesh: `jax.jit`'s compiler_options."""
-    platform = mesh.devices.flat[0].platform
-    return OPTIONS.get("gpu" if platform in ("cuda", "rocm") else platform, {})
+    device = mesh.devices.flat[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return OPTIONS.get(platform, {}) | OPTIONS.get(kind_of(device), {})
 
 
 def parse(name):

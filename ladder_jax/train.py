@@ -99,9 +99,12 @@ def init_state(config, mesh, optimizer):
     return jax.jit(make, out_shardings=shardings)()
 
 
-def loss_and_gradients(config, mesh):
-    """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays."""
-    kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
+def loss_and_gradients(config, mesh, kernel=None):
+    """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays.
+
+    `kernel` of attention: by default, what suits the platform.
+    """
+    kernel = kernel or attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # On an emulated mesh, which is for trying things out, time to compile counts for more.
     unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
@@ -126,13 +129,13 @@ def loss_and_gradients(config, mesh):
     return sharding.shard_map(local, mesh, (specs, dict.fromkeys(BATCH, sharding.TOKENS)), (sharding.REPLICATED, specs))
 
 
-def make_step(config, mesh, optimizer):
+def make_step(config, mesh, optimizer, kernel=None):
     """The compiled training step: (state, batch) -> (state, results). The state is donated.
 
     results: loss (before the step), gradient_norm (before clipping), parameter_norm (after the step; it says whether
     what would be saved is finite).
     """
-    gradients_of = loss_and_gradients(config, mesh)
+    gradients_of = loss_and_gradients(config, mesh, kernel)
     specs = sharding.parameter_specs(jax.eval_shape(functools.partial(model.init, config.model), jax.random.key(0)))
     norm_of = sharding.shard_map(lambda tree: sharding.norm(tree, specs), mesh, (specs,), sharding.REPLICATED)
 

@@ -76,6 +76,24 @@ def test_the_clock_hides_what_is_sent_while_it_computes():
     assert (clock.compute, clock.stalled) == (4.0, 2.0)
 
 
+def test_the_reader_sees_what_sparse_cores_reduce():
+    """Their programs are computations of another thread, and all-reduces stand in the midst of a custom call."""
+    text = OVERLAPPED.replace("ENTRY %main", """%offloaded (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-reduce = bf16[4,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main""").replace("(bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%x),",
+                        "((bf16[4,8]{1,0}), bf16[4,8]{1,0}, s32[]) custom-call-start(%x), "
+                        "custom_call_target=\"tpu_custom_call\", called_computations={%offloaded},"
+                        ).replace("collective-permute-done", "custom-call-done")
+    clock = timeline.play(hlo.parse(text), lambda instruction, _: (instruction.cycles or 0) / 1000,
+                          lambda size: 0.0, lambda kind, groups, size: cost.Transfer(0.0, 2.0, frozenset("a")))
+    first = clock.collectives[0]
+    assert (first.kind, first.bytes, first.groups, first.asynchronous) == ("all-reduce", 64, [[0, 1, 2, 3]], True)
+    assert (first.hidden, clock.stalled) == (2.0, 2.0)
+
+
 def test_a_loop_counts_as_often_as_it_runs():
     text = OVERLAPPED.replace("ENTRY %main", "%body").replace("ROOT %total", "%total") + """
 ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
@@ -139,17 +157,15 @@ def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
     everyone = [list(range(8))]
     tpu, gpu = grid("v5p", 2, 2, 2), cost.Network(targets.CHIPS["h100"], [0] * 8)
     assert choice.choose(tpu, everyone, 16 * 1024, hides=True) == "recursive-doubling"     # few rounds: latency
-    assert choice.choose(tpu, everyone, 64 << 20, hides=True) == "rotated-doubling"        # all links
-    assert choice.choose(tpu, everyone, 64 << 20, hides=False) == "psum"
-    assert choice.choose(gpu, everyone, 1 << 20, hides=True) == "psum"
-    # training on 2048 tokens: what blocks of 8B compute hides three links' exchanges, not those of 2 x 4 chips
+    assert choice.choose(tpu, everyone, 512 * 1024, hides=True) == "psum"                  # by SparseCores
+    assert choice.choose(grid("v5e", 2, 4, 1), everyone, 512 * 1024, hides=True) == "recursive-doubling"
+    assert choice.choose(gpu, everyone, 64 * 1024, hides=True) == "one-shot"
+    assert choice.choose(gpu, everyone, 1 << 20, hides=True) == choice.choose(gpu, everyone, 64 << 20, False) == "psum"
     model = Model(vocab_size=1024, dim=4096, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336)
-    for network, name in ((tpu, "rotated-doubling"), (grid("v6e", 2, 4, 1), "psum")):
+    for network in (tpu, grid("v6e", 2, 4, 1), grid("v5e", 2, 4, 1)):      # training on 2048 tokens
         blocks = choice.block_seconds(model, network.chip, 2048, 8)
-        assert choice.choose(network, everyone, 16 << 20, hides=True, blocks=blocks) == name
+        assert choice.choose(network, everyone, 16 << 20, hides=True, blocks=blocks) == "psum"
     assert choice.block_seconds(model, tpu.chip, 64, 8) is None        # decode: reading the weights takes longer
-    network = lambda name: sum(choice.seconds(name, gpu, everyone, 64 << 20))
-    assert choice.choose(gpu, everyone, 64 << 20, hides=False) == min(reductions.REDUCTIONS, key=network)
 
 
 def test_auto_is_psum_where_the_machine_is_not_known():
@@ -271,12 +287,38 @@ def test_gpu_reads_weights_where_they_are(schedule):
     assert not plan.copies(hlo.parse(compiled.text))
 
 
+def hides(made):
+    """Whether what is waited for is near what no order of instructions hides: the bar of docs/overlap.md."""
+    totals = made["totals"]
+    return totals["exposed_us"] <= 1.1 * totals["unavoidable_us"] + 0.05 * totals["communication_us"]
+
+
 @needs_gpu
-def test_gpu_runs_a_ladders_all_reduces_behind_its_blocks():
-    made = planned("h100:1x8", "ladder", "psum")
+@pytest.mark.parametrize("reduction", ["psum", "one-shot"])
+def test_gpu_runs_a_ladders_reductions_behind_its_blocks(reduction):
+    made = planned("h100:1x8", "ladder", reduction)
     rows = of_layers(made)
     assert len(rows) == 7 and all(row["asynchronous"] and row["merged"] == 1 for row in rows)
-    assert all(row["window_compute_us"] > 0 for row in rows)
+    for row in rows[1:]:        # behind the whole of a block, not behind its last product
+        assert row["window_compute_us"] > 9, f"{row['name']} ({row['block']}) starts late"
+    assert hides(made), made["totals"]
+
+
+@needs_gpu
+def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_backward():
+    rows = of_layers(planned("h100:1x8", "ladder", "psum", "train", batch=1, context=1024))
+    assert len(rows) == 4 and all(row["asynchronous"] and row["window_compute_us"] > 0 for row in rows)
+
+
+@needs_tpu
+@pytest.mark.parametrize("target", ["v6e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)])
+def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
+    """On SparseCores. (v5e, inside products: at full size, below.)"""
+    rows = of_layers(planned(target, "ladder", "auto", "prefill", batch=1, context=1024))
+    assert [row["kind"] for row in rows] == ["all-reduce"] * 2
+    assert all(row["asynchronous"] and row["merged"] == 1 for row in rows)
+    for row in rows:
+        assert row["hidden_us"] > 0.5 * row["communication_us"], f"{target}: {row['name']} ({row['block']}) is waited for"
 
 
 @needs_tpu
@@ -297,19 +339,25 @@ def test_the_command_prints_one_json_object_and_no_noise():
 
 
 # What meets the bar at full size; docs/overlap.md has what does not, and why.
-MET = [("llama3_8b", "v5e:2x4", "decode", 1, 2048), ("llama3_8b", "v6e:2x4", "decode", 1, 2048),
-       ("llama3_8b", "v6e:2x4", "decode", 16, 2048), ("llama3_8b", "v5p:2x2x2", "train", 1, 2048)]
+MET = [("llama3_8b", "v5e:2x4", "decode", 1, 2048), ("llama3_8b", "v5e:2x4", "decode", 16, 2048),
+       ("llama3_8b", "v6e:2x4", "decode", 1, 2048), ("llama3_8b", "v6e:2x4", "decode", 16, 2048),
+       ("llama3_8b", "v6e:2x4", "decode", 64, 2048), ("llama3_8b", "v5p:2x2x2", "decode", 64, 2048),
+       *(("llama3_8b", target, "prefill", 1, 1024) for target in ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")),
+       ("llama3_8b", "v5p:2x2x2", "prefill", 4, 2048), ("llama3_8b", "h100:1x8", "prefill", 4, 2048),
+       *(("llama3_8b", target, "train", 1, 2048) for target in ("v5e:2x4", "v5p:2x2x2", "h100:1x8")),
+       *((recipe, "h100:1x8", "decode", batch, 2048) for recipe in ("llama3_8b", "llama3_70b") for batch in (1, 16, 64))]
 
 
 @pytest.mark.slow
 @needs_tpu
+@needs_gpu
 @pytest.mark.parametrize("recipe, target, workload, batch, context", MET)
 def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, context):
     config = cli.recipe(f"configs/{recipe}.py")
     config = dataclasses.replace(config, mesh=Mesh(data=1, tensor=8, reduction="auto"))
     compiled = plan.build(plan.Request(recipe, config, targets.parse(target), workload, batch, context))
-    totals = plan.report(compiled, plan.read(compiled))["totals"]
-    assert totals["exposed_us"] <= 1.1 * totals["unavoidable_us"] + 0.05 * totals["communication_us"]
+    made = plan.report(compiled, plan.read(compiled))
+    assert hides(made), made["totals"]
 
 
 def test_the_h100_model_is_near_what_was_published():

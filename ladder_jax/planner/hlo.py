@@ -15,6 +15,7 @@ import numpy as np
 BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128, "token": 0, "opaque": 0, "bf16": 16}    # others: by name
 
 # Collectives by opcode. Their asynchronous forms append -start and -done, or wrap them in async-start and -done.
+WRAPPED = {"async-start": "calls", "fusion": "calls", "custom-call-start": "called_computations"}    # SparseCores: last
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 
@@ -42,7 +43,7 @@ class Instruction:
 
     def named(self, key):
         """The computation that attribute `key` (calls, body, to_apply, ...) names, or None."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.text)
+        found = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.text)
         return found and found[1]
 
     @property
@@ -83,10 +84,8 @@ class Module:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             return opcode, instruction, computation
-        inside = instruction.named("calls") if instruction.opcode in ("async-start", "fusion") else None
-        if inside:
-            return self._first_collective(inside)
-        return None
+        inside = WRAPPED.get(instruction.opcode) and instruction.named(WRAPPED[instruction.opcode])
+        return self._first_collective(inside) if inside else None
 
     @functools.cache        # noqa: B019  a module lives as long as the report that it is read for
     def _first_collective(self, computation):
@@ -132,7 +131,7 @@ def parse(text):
             if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+)(?: \(| \{)", line)):
                 name, lines = found[2], []
                 entry = name if found[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):        # the latter run on SparseCores
             body = filter(None, map(_instruction, lines))
             computations[name], lines = {instruction.name: instruction for instruction in body}, None
         elif line.startswith("  "):

@@ -92,7 +92,9 @@ def training(config, mesh):
     shape = config.train.batch, config.train.length
     kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return train.make_step(config, mesh, optimizer), (
+    # cuDNN says while a program is traced what it can do, and it is not here: XLA's own attention stands for it
+    kernel = "xla" if mesh.devices.flat[0].platform != "tpu" else None
+    return train.make_step(config, mesh, optimizer, kernel), (
         train.abstract_state(config, mesh, optimizer), abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)))
 
 
@@ -150,12 +152,15 @@ def build(request):
     short, arguments = program(request, mesh, len(stack.counts), stack.notation)
     try:
         compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" in str(error):       # libtpu is newer than jaxlib, which is to parse what it has made
+            raise ConfigError(f"the program for {target.name} cannot be read back: {str(error).splitlines()[0][-150:]}"
+                              ) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(f"batch={request.batch}, context={request.context}: even {len(stack.counts)} layers do not "
                           f"fit into {target.name}: {str(error).splitlines()[0][:200]}") from None
-    text = compiled.as_text()
     weights, *others = program(request, mesh)[1]
     return Compiled(request, mesh, stack, text, share(weights), 0 if request.workload == "train" else share(others[-1]),
                     compiled.memory_analysis().temp_size_in_bytes + growth(hlo.parse(text), stack, arguments))
@@ -254,7 +259,8 @@ def unavoidable(compiled, played):
     """Seconds of tensor-axis communication that no order of the program's instructions hides.
 
     A reduction may run behind the compute of the block in whose scope it stands, if that block has a delay: at least
-    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full.
+    max(0, communication - compute) is seen. Where it has none, and outside of the layers, it is seen in full. Where XLA
+    names a layer and no block, all of the layer's compute counts.
     """
     layers = schedule.parse(compiled.stack.notation, len(compiled.stack.counts)).layers
     taken, compute = {}, {}
@@ -268,8 +274,9 @@ def unavoidable(compiled, played):
     total = 0.0
     for (direction, layer, part), seconds in taken.items():
         blocks = layers[int(re.search(r"\d+", layer)[0])] if layer else ()
-        delayed = any(block.delay for block in blocks if "+".join(block.parts) == part)
-        total += max(0.0, seconds - (compute.get((direction, layer, part), 0.0) if delayed else 0.0))
+        delayed = any(block.delay for block in blocks if part in ("", "+".join(block.parts)))
+        beside = sum(spent for key, spent in compute.items() if key[:2] == (direction, layer) and part in ("", key[2]))
+        total += max(0.0, seconds - (beside if delayed else 0.0))
     return total
 
 

@@ -175,7 +175,7 @@ class _Player:
         size = sum(buffer.bytes for name in inner.operands for buffer in inside[name].outputs)
         if kind == "all-gather":
             size *= len(groups[0])
-        paired = inner.opcode.endswith("-start") or instruction.opcode in ("async-start", "fusion")
+        paired = inner.opcode.endswith("-start") or instruction.opcode in hlo.WRAPPED
         asynchronous = paired and '"is_sync":true' not in instruction.text
         transfer = self.cost(kind, groups, size)
         made = Collective(instruction.name, kind, self.scope, size, groups, len(inner.operands), asynchronous,
@@ -219,5 +219,5 @@ class _Player:
 
 def _is_done(instruction):
     return (instruction.opcode.removesuffix("-done") in hlo.COLLECTIVES and instruction.opcode.endswith("-done")
-            or instruction.opcode == "async-done"
+            or instruction.opcode in ("async-done", "custom-call-done")
             or instruction.opcode == "fusion" and instruction.name.startswith("async-collective-done"))
