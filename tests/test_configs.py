@@ -66,7 +66,8 @@ def shards(tree):
 @pytest.fixture
 def planned(monkeypatch):
     """The mesh of a config, of devices that are not there."""
-    monkeypatch.setattr(AbstractMesh, "devices", np.array([SimpleNamespace(platform="cpu", device_kind="cpu")]))   # plain attention
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu")       # plain attention
+    monkeypatch.setattr(AbstractMesh, "devices", np.array([cpu]))
     return lambda config: AbstractMesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), sharding.AXES,
                                        axis_types=(AxisType.Auto,) * 3)
 
