@@ -25,9 +25,9 @@ from ladder_jax import cache as kv
 from ladder_jax import choice, decode, prefill, sampling, sharding
 from ladder_jax import config as configuration
 from ladder_jax.config import ConfigError
-from ladder_jax.prefill import fitting
 from ladder_jax.prefixes import Prefixes
 from ladder_jax.request import QueueFull, Request, Token
+from ladder_jax.sizes import between, fitting, ladder
 from ladder_jax.text import Stopper
 
 log = logging.getLogger(__name__)
@@ -71,21 +71,6 @@ class _Flight(NamedTuple):
     prefills: list               # Events [P]
     events: object               # Events [K, W]
     waiting: object              # [R]
-
-
-def ladder(least, most):
-    """Powers of two from `least` up, and `most` itself, which is the last."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= 2
-    return [*sizes, most]
-
-
-def between(sizes, start, stop):
-    """Those of `sizes` (ascending) that come after `start` on the way to `stop`, up or down."""
-    i, j = sizes.index(start), sizes.index(stop)
-    return sizes[i + 1:j + 1] if i < j else sizes[j:i][::-1]
 
 
 class Engine:

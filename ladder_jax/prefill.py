@@ -5,6 +5,7 @@ import jax
 import numpy as np
 
 from ladder_jax import decode
+from ladder_jax.sizes import fitting
 
 
 class Piece(NamedTuple):
@@ -17,11 +18,6 @@ class Piece(NamedTuple):
     @property
     def stop(self):
         return self.start + self.length
-
-
-def fitting(sizes, needed):
-    """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
-    return next((size for size in sizes if size >= needed), sizes[-1])
 
 
 def rows(count):

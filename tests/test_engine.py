@@ -419,6 +419,14 @@ def test_after_warm_up_nothing_compiles():
         assert request.tokens == alone(prompt, **options)
 
 
+def test_chunks_are_short_while_prefill_fills_slots():
+    """Four slots, one prompt a prefill call: few iterations run before all four decode."""
+    made = engine(slots=4, staging=4, chunk=16, prefill=16, trace=True)
+    run(made, [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)])
+    busy = (np.concatenate([chunk for _, chunk in made.history]) >= 0).sum(axis=1)
+    assert busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12        # a quarter, a half, three quarters of a chunk
+
+
 def test_prompts_share_prefill_calls_while_enough_wait():
     """Short prompts behind long outputs: calls for several of them, and no slot ever idle for want of one."""
     made = engine(slots=4, staging=8, chunk=4, prefill=64, trace=True)

@@ -128,3 +128,10 @@ def test_padded_ids_are_never_taken():
 def test_mistakes_name_the_field(wrong, name):
     with pytest.raises(ConfigError, match=name):
         sampling.params(wrong.pop("bias", None), 2, V, **wrong)
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest_logits():
+    logits_BV = np.random.default_rng(0).integers(-3, 4, (5, 301)).astype(np.float32)      # full of ties
+    logits_BV[3] = -np.inf
+    assert sampling.likeliest(jnp.asarray(logits_BV)).tolist() == logits_BV.argmax(axis=1).tolist()
+    assert 0 <= int(sampling.likeliest(jnp.full((1, 7), jnp.nan))[0]) < 7

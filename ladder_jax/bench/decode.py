@@ -41,7 +41,7 @@ from ladder_jax import decode, sampling, sharding, targets
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.engine import Counters, Engine
-from ladder_jax.prefill import fitting
+from ladder_jax.sizes import fitting
 
 SIZES = {
     "tiny": Model(vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384),
