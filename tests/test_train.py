@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -240,8 +241,14 @@ def test_a_step_that_is_not_finite_stops_the_run(whole, folder, tmp_path, capfd)
 
 def test_a_full_disk_ends_the_run_and_the_rest_is_good(whole, folder, tmp_path, capfd):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    fill = lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))    # no file can grow beyond
     cfg = tiny.make(folder, train_out=str(tmp_path / "run"))
+
+    def fill(_):
+        deadline = time.monotonic() + 60
+        while saved_steps(tmp_path / "run/checkpoints") != [3, 6] and time.monotonic() < deadline:
+            time.sleep(0.01)                                             # they are written beside the steps
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))   # no file can grow beyond
+
     try:
         with at_step(8, fill), pytest.raises(OSError, match=r"/9 could not be written: .*; those before it are as "):
             train.train(cfg)
