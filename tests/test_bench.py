@@ -1,11 +1,11 @@
-"""The training benchmark's own code, at a tiny size and without the peer."""
+"""The own code of the benchmarks beside other libraries, at a tiny size and without those."""
 import importlib.util
 import json
 import sys
 
 import pytest
 
-from ladder_jax.bench import contest
+from ladder_jax.bench import contest, peers
 from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
 
@@ -47,3 +47,34 @@ def test_both_sides_get_the_same_batch_of_whole_sequences():
 def test_a_contender_that_stops_is_named():
     with pytest.raises(ConfigError, match="contender broken stopped with status 3"):
         contest.Contender("broken", [sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_the_engine_alone_is_a_row(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    peers.run(peers.Arguments(size="tiny", batches=(2,), prompt=8, tokens=16, rounds=1, engines=(), json=str(out)))
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["name"], row["batch"], len(row["turns"]), row["ratio"]) == ("ladder_jax", 2, 1, 1)
+    assert "batch   2: ladder_jax" in capsys.readouterr().out
+
+
+def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    found = peers.find(peers.Arguments(engines=("vllm",), pythons=(f"vllm={python}",)))
+    assert found == {"ladder_jax": sys.executable}
+    assert f"vllm is left out: {python} does not have all of ladder_jax, vllm, trans" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(size="huge"), "size='huge' is not accepted: it must be one of tiny, small, m125"),
+    (dict(rounds=0), "rounds=0 is not accepted: it must be 1 or more"),
+    (dict(tokens=1), "tokens must be 2 or more"),
+    (dict(batches=(0,)), "every one of batches 1 or more"),
+    (dict(engines=("tgi",)), "engines='tgi' is not accepted: it must be among ladder_jax, trans"),
+    (dict(pythons=("vllm",)), "pythons='vllm' is not accepted: it must be NAME=PATH"),
+    (dict(pythons=("vllm=/no/python",)), "pythons='vllm=/no/python' is not accepted"),
+])
+def test_what_the_comparison_does_not_accept(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        peers.run(peers.Arguments(**arguments))

@@ -7,16 +7,21 @@ process may use:
 
     ladder_jax     the decode engine
     transformers   `generate`, sdpa, dynamic cache
-    vllm           offline `LLM.generate`, where vLLM is installed (there are builds for CPUs)
+    vllm           offline `LLM.generate` (there are builds for CPUs)
+    llama_cpp      `llama_decode` of all sequences at once, by llama-cpp-python; float32 alone
 
-transformers and vLLM load what this project writes, a Llama with the standard residual schedule. The tokens are
-compared: a batch's first request must begin alike everywhere. Needs `pip install ladder_jax[peers]`.
+The peers load what this project writes, a Llama with the standard residual schedule. The tokens are compared: a batch's
+first request must begin alike everywhere. `pip install ladder_jax[peers]` brings transformers. The others are measured
+where they are installed, here or in an environment of their own, which needs ladder_jax[peers] too:
+
+    ladder-jax bench peers --pythons vllm=../vllm/bin/python llama_cpp=../llama/bin/python
 """
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -43,8 +48,10 @@ class Arguments:
     """New tokens of a request."""
     rounds: int = 3
     """Turns that each contender takes."""
-    engines: tuple[str, ...] = ("transformers", "vllm")
+    engines: tuple[str, ...] = ("transformers", "vllm", "llama_cpp")
     """The peers. One that is not installed is left out, and said so."""
+    pythons: tuple[str, ...] = ()
+    """NAME=PATH: the Python that runs a contender, where it is not this one."""
     json: str | None = None
     """A file for the results."""
 
@@ -76,7 +83,6 @@ def transformers(config, weights, batch, length):
 
     from ladder_jax.bench.train import load
     model = load(config, weights).to(getattr(torch, config.dtype)).eval()
-    model.save_pretrained(Path(weights) / "hugging_face")
 
     def run(prompts, count):
         with torch.inference_mode():
@@ -89,7 +95,11 @@ def transformers(config, weights, batch, length):
 def vllm(config, weights, batch, length):
     os.environ |= dict(VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     from vllm import LLM, SamplingParams
-    engine = LLM(str(Path(weights) / "hugging_face"), dtype=config.dtype, max_model_len=length, max_num_seqs=batch,
+
+    from ladder_jax.bench.train import load
+    folder = Path(weights) / "hugging_face"
+    load(config, weights).save_pretrained(folder)
+    engine = LLM(str(folder), dtype=config.dtype, max_model_len=length, max_num_seqs=batch,
                  enable_prefix_caching=False, skip_tokenizer_init=True)
 
     def run(prompts, count):
@@ -99,7 +109,72 @@ def vllm(config, weights, batch, length):
     return run
 
 
-CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers, "vllm": vllm}
+def llama_cpp(config, weights, batch, length):
+    import llama_cpp as llama
+
+    from ladder_jax.bench.train import load
+    path = Path(weights) / "model.gguf"
+    write_gguf(load(config, weights).state_dict(), config, path)
+    llama.llama_log_set(llama.llama_log_callback(lambda *_: None), None)
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    asked = llama.llama_context_default_params()
+    asked.n_ctx, asked.n_seq_max, asked.n_batch, asked.n_ubatch = batch * length, batch, batch * length, 512
+    asked.type_k = asked.type_v = llama.GGML_TYPE_F32
+    asked.n_threads = asked.n_threads_batch = len(os.sched_getaffinity(0))
+    context = llama.llama_init_from_model(model, asked)
+    tokens = llama.llama_batch_init(batch * length, 0, 1)
+
+    def forward(rows, start):
+        """Greedy choices after every sequence's next tokens, `rows` [batch, T], which stand at `start`."""
+        tokens.n_tokens = rows.size
+        for i, (sequence, offset) in enumerate(np.ndindex(rows.shape)):
+            tokens.token[i], tokens.pos[i] = int(rows[sequence, offset]), start + offset
+            tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, sequence
+            tokens.logits[i] = offset == rows.shape[1] - 1
+        if llama.llama_decode(context, tokens):
+            raise RuntimeError("llama_decode failed")
+        last = (sequence * rows.shape[1] + rows.shape[1] - 1 for sequence in range(batch))
+        logits = [np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), (config.vocab_size,)) for i in last]
+        return np.array([[row.argmax()] for row in logits])
+
+    def run(prompts, count):
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        rows, start, first = np.array(prompts), 0, []
+        for _ in range(count):
+            rows, start = forward(rows, start), start + rows.shape[1]
+            first.append(int(rows[0, 0]))
+        return first
+    return run
+
+
+def write_gguf(state, config, path):
+    """Writes a LlamaForCausalLM's state dict as float32 GGUF, without a tokenizer."""
+    import gguf
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
+    for name, value in state.items():
+        array = value.float().numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):       # llama.cpp rotates neighbours, not halves
+            array = array.reshape(-1, 2, config.head_dim // 2, config.dim).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers, "vllm": vllm, "llama_cpp": llama_cpp}
 
 
 def contend(name, weights, asked):
@@ -121,18 +196,44 @@ def contend(name, weights, asked):
 
 # ---------------------------------------------------------------- the comparison
 
-def compare(dtype, batch, names, arguments):
-    """{name: (tokens/s of every turn)} of one batch size, in `names`' order."""
+def find(arguments):
+    """{contender: the Python that runs it}, of those that are installed. Raises ConfigError for a name or a path."""
+    pythons = {}
+    for entry in arguments.pythons:
+        name, _, path = entry.partition("=")
+        if name not in CONTENDERS or not shutil.which(path):
+            raise ConfigError(f"pythons={entry!r} is not accepted: it must be NAME=PATH, a Python's path and one of "
+                              f"{', '.join(CONTENDERS)}")
+        pythons[name] = path
+    unknown = set(arguments.engines) - CONTENDERS.keys()
+    if unknown:
+        raise ConfigError(f"engines={unknown.pop()!r} is not accepted: it must be among {', '.join(CONTENDERS)}")
+    found = {}
+    for name in ("ladder_jax", *(name for name in arguments.engines if name != "ladder_jax")):
+        python = found[name] = pythons.get(name, sys.executable)
+        wanted = ["ladder_jax", name, *([] if name == "ladder_jax" else ["transformers"])]
+        look = f"import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, {wanted})))"
+        if subprocess.run([python, "-c", look]).returncode:
+            del found[name]
+            print(f"{name} is left out: {python} does not have all of {', '.join(wanted)}", file=sys.stderr)
+    if "ladder_jax" not in found:
+        raise ConfigError(f"pythons=ladder_jax={python} is not accepted: ladder_jax is not installed there")
+    return found
+
+
+def compare(dtype, batch, found, arguments):
+    """{name: (tokens/s of every turn)} of one batch size; found: `find`'s."""
     asked = dict(size=arguments.size, dtype=dtype, batch=batch, prompt=arguments.prompt, tokens=arguments.tokens)
     with tempfile.TemporaryDirectory() as weights:
-        command = [sys.executable, "-m", "ladder_jax.bench.peers", "contend"]
-        contenders = [contest.Contender(name, [*command, name, weights, json.dumps(asked)]) for name in names]
+        command = ["-m", "ladder_jax.bench.peers", "contend"]
+        contenders = [contest.Contender(name, [python, *command, name, weights, json.dumps(asked)])
+                      for name, python in found.items()]
         for contender in contenders:
             wanted, got = contenders[0].said["tokens"], contender.said["tokens"]
             if len(got) != arguments.tokens or (dtype == "float32" and got[:ALIKE] != wanted[:ALIKE]):
                 raise ArithmeticError(f"batch {batch}: {contender.name} does other work than {contenders[0].name}: "
                                       f"tokens {got[:ALIKE]}... against {wanted[:ALIKE]}...")
-        made = {name: [] for name in names}
+        made = {name: [] for name in found}
         for _ in range(arguments.rounds):
             for contender in contenders:
                 (one, _), (all, _) = contender.turn(2)
@@ -151,21 +252,14 @@ def run(arguments):
             raise ConfigError(f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more")
     if arguments.tokens < 2 or min(arguments.batches, default=1) < 1:
         raise ConfigError("tokens must be 2 or more, and every one of batches 1 or more")
-    unknown = set(arguments.engines) - set(CONTENDERS)
-    if unknown:
-        raise ConfigError(f"engines={unknown.pop()!r} is not accepted: it must be among transformers, vllm")
-    names = ["ladder_jax"]
-    for name in sorted(set(arguments.engines) | {"transformers"} if "vllm" in arguments.engines else arguments.engines):
-        if importlib.util.find_spec(name) is not None:
-            names.append(name)
-        else:
-            print(f"{name} is not installed, and left out", file=sys.stderr)
+    found = find(arguments)
     rows = []
     print(f"{arguments.size}, {arguments.prompt} tokens of prompt, {arguments.tokens} new; tokens/s, median of "
           f"{arguments.rounds} turns (least-most); ratio of ladder_jax to each, turn by turn, median")
     for dtype in arguments.dtypes:
         for batch in arguments.batches:
-            made = compare(dtype, batch, names, arguments)
+            able = {name: found[name] for name in found if (name, dtype) != ("llama_cpp", "bfloat16")}
+            made = compare(dtype, batch, able, arguments)
             cells = []
             for name, rates in made.items():
                 ratio = float(np.median(np.divide(made["ladder_jax"], rates)))
