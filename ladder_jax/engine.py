@@ -8,7 +8,6 @@ One `step` prefills what there is room for, starts a chunk, and then reads the e
 the device never waits for the host: one synchronisation a chunk. A step is taken by whoever iterates a request, or by
 the engine's own thread once it is started (`with engine:`), which asyncio needs.
 """
-import bisect
 import dataclasses
 import heapq
 import itertools
@@ -24,10 +23,11 @@ import numpy as np
 from ladder_jax import cache as kv
 from ladder_jax import choice, decode, prefill, sampling, sharding
 from ladder_jax import config as configuration
+from ladder_jax.capacity import Capacity
 from ladder_jax.config import ConfigError
 from ladder_jax.prefixes import Prefixes
 from ladder_jax.request import QueueFull, Request, Token
-from ladder_jax.sizes import between, fitting, ladder
+from ladder_jax.sizes import fitting
 from ladder_jax.text import Stopper
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class Engine:
       reduction: of reductions.REDUCTIONS, or "auto": what choice.py takes for this machine.
       trace: keep what every slot did in every iteration in `self.history`, a list of (seconds, request ids [K, W]).
     Raises ConfigError where the options do not fit the model, the mesh or the memory.
+
+    On a mesh of several hosts each has an engine, and all take the same steps: the same calls in the same order, and no
+    thread of the engine's. Nothing is decided by time, so that they agree.
     """
 
     def __init__(self, model, config, mesh, options=None, tokenizer=None, *, reduction="auto", trace=False,
@@ -109,13 +112,12 @@ class Engine:
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
                                       min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
                                       fixed, choice.auto(config, mesh) if reduction == "auto" else reduction)
+        token_bytes = kv.bytes_per_token(config, kv_dtype) // mesh.shape[sharding.TENSOR]      # on one device
         self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
-                                 self.token_bytes * options.prefix_block)
-        self.options = options = dataclasses.replace(options, slots=self._plan_slots())
-        self.places, self.memory = self._plan(options.slots)
-        self.widths = ladder(1, options.slots) if options.fit else [options.slots]
-        self.lengths = ladder(min(64, self.length), self.length) if options.fit else [self.length]
-        self.pieces = ladder(min(16, options.prefill), min(options.prefill, self.length))
+                                 token_bytes * options.prefix_block)
+        self.capacity = Capacity(options, self.length, token_bytes, 2 * config.layers if options.unstack else 2,
+                                 self.prefixes.budget)
+        self.options = options = dataclasses.replace(options, slots=self.capacity.slots)
         self._weights = decode.place_weights(self.program, model)
         self._chunk = decode.make_chunk(self.program, options.chunk)
         self._prefill = decode.make_prefill(self.program)
@@ -129,43 +131,6 @@ class Engine:
         self._stepping, self._counting = threading.RLock(), threading.Lock()
         self._thread, self._wake, self._closing = None, threading.Event(), False
         self._reset()
-
-    # ------------------------------------------------------------ memory
-
-    @property
-    def token_bytes(self):
-        """Bytes that one token's keys and values take on one device."""
-        return kv.bytes_per_token(self.config, self.program.kv_dtype) // self.mesh.shape[sharding.TENSOR]
-
-    def _plan(self, slots):
-        """(places in staging, {what: bytes}) for so many slots: all that will ever be allocated for keys and values."""
-        options, row = self.options, self.token_bytes * self.length
-        places = options.staging or max(2, slots // 2)
-        arrays = 2 * self.config.layers if options.unstack else 2
-        moving = slots * row // arrays if options.fit else 0     # while the state is reshaped, one array exists twice
-        memory = dict(rows=(slots + places) * row, prefixes=self.prefixes.budget, moving=moving)
-        return places, memory | dict(total=sum(memory.values()))
-
-    def _plan_slots(self):
-        """The slots that are asked for, if the budget holds them; where none are, as many as it holds."""
-        slots, asked = self.options.slots, self.options.kv_memory
-        if asked is None:
-            return slots
-        budget = configuration.to_bytes(asked, "decode.kv_memory")
-        most = bisect.bisect_right(range(1, 2**16), budget, key=lambda count: self._plan(count)[1]["total"])
-        if most >= (slots or 1):
-            return slots or most
-        needed = self._plan(slots or 1)[1]["total"]
-        raise ConfigError(
-            f"decode.kv_memory={asked} is not enough for decode.slots={slots or 1} of {self.length} tokens, which take "
-            f"{needed / 2**20:.1f}MiB: {most} slots fit; or take a smaller decode.length or decode.kv_dtype")
-
-    def report(self):
-        """What is planned, in one line."""
-        m = {name: f"{value / 2**20:.1f} MiB" for name, value in self.memory.items()}
-        return (f"{self.options.slots} slots and {self.places} places of {self.length} tokens in "
-                f"{self.program.kv_dtype}: {m['rows']}, prefixes {m['prefixes']}, reshaping {m['moving']}, "
-                f"together {m['total']} a device")
 
     # ------------------------------------------------------------ the door
 
@@ -240,7 +205,10 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self):
-        """Starts the engine's thread, if it does not run."""
+        """Starts the engine's thread, if it does not run. Raises ConfigError on a mesh of several hosts."""
+        if len({device.process_index for device in self.mesh.devices.flat}) > 1:
+            raise ConfigError("on several hosts an engine has no thread of its own, as all must take the same steps: "
+                              "submit the same requests on each, and iterate them there")
         with self._counting:
             if not self.running:
                 self._closing = False
@@ -298,9 +266,9 @@ class Engine:
         return started or bool(prefills) or bool(self._prefilled)
 
     def _reset(self):
-        self._width, self._length, self._small = self.widths[0], self.lengths[0], 0
-        self._state = decode.empty(self.program, self._width, self.places, self._length)
-        self._staging = [None] * self.places         # _Place or None
+        self._width, self._length, self._small = self.capacity.widths[0], self.capacity.lengths[0], 0
+        self._state = decode.empty(self.program, self._width, self.capacity.places, self._length)
+        self._staging = [None] * self.capacity.places    # _Place or None
         self._prefilled = {}                         # place -> prompt tokens computed so far, in order of admission
         self._live = {}                              # id -> request, of those on the device
         self._cancelled = []                         # ids that the next chunk cancels
@@ -342,15 +310,15 @@ class Engine:
         """Grows the state's compiled shape to what the next chunk needs; shrinks it when less has sufficed for long."""
         if not self.options.fit:
             return
-        room = self.places - sum(place is not None for place in self._staging)
+        room = self.capacity.places - sum(place is not None for place in self._staging)
         coming = [request for _, _, request in heapq.nsmallest(room, self._queue) if not request.finish]
         live = len(self._live) + len(self._cancelled)        # an upper bound: some may have finished already
         if not live + len(coming):
             return
-        width = fitting(self.widths, min(live + len(coming), self.options.slots))
+        width = fitting(self.capacity.widths, min(live + len(coming), self.options.slots))
         steps = self.options.chunk * (len(self._flights) + 1)
         reach = lambda request: len(request.prompt) + min(request.max_tokens, len(request.tokens) + steps + 1)
-        length = fitting(self.lengths, max(map(reach, [*self._live.values(), *coming]), default=0))
+        length = fitting(self.capacity.lengths, max(map(reach, [*self._live.values(), *coming]), default=0))
         grown = max(width, self._width), max(length, self._length)
         self._small = self._small + 1 if (width, length) != grown else 0
         target = grown
@@ -361,10 +329,9 @@ class Engine:
             self.counters.reshapes += 1
 
     def _move(self, width, length):
-        """Gives the state another shape by way of all sizes between, so that few moves are ever compiled."""
-        steps = [(size, self._length) for size in between(self.widths, self._width, width)]
-        for size in [*steps, *((width, size) for size in between(self.lengths, self._length, length))]:
-            self._state = decode.reshape(self._state, *size)
+        """Gives the state another shape."""
+        for shape in self.capacity.moves((self._width, self._length), (width, length)):
+            self._state = decode.reshape(self._state, *shape)
         self._width, self._length = width, length
 
     # ------------------------------------------------------------ prefill
@@ -422,13 +389,13 @@ class Engine:
     def _prefill_call(self, budget):
         """Computes the next pieces of as many prompts as fit `budget` tokens, padding included; tokens computed."""
         waiting = [(index, done, len(self._staging[index].request.prompt)) for index, done in self._prefilled.items()]
-        chosen, width = prefill.choose(waiting, self.pieces, budget)
+        chosen, width = prefill.choose(waiting, self.capacity.pieces, budget)
         if not chosen:
             return 0
         requests = [self._staging[piece.place].request for piece in chosen]
-        seen = fitting(self._seen(self._length), max(piece.stop for piece in chosen))
-        prompts = prefill.pack(chosen, width, seen, [request.prompt for request in requests],
-                               [self._turn(request) for request in requests], self.places, self.config.vocab_size)
+        seen = fitting(self.capacity.seen(self._length), max(piece.stop for piece in chosen))
+        prompts = self._pack(chosen, width, seen, [request.prompt for request in requests],
+                             [self._turn(request) for request in requests])
         staging, events = self._prefill(self._weights, self._state.staging, prompts)
         self._stage(staging)
         _copy_to_host(events)
@@ -444,6 +411,9 @@ class Engine:
             else:
                 self._prefilled[piece.place] = piece.stop
         return prompts.tokens.size
+
+    def _pack(self, *pieces):
+        return prefill.pack(*pieces, self.capacity.places, self.config.vocab_size)
 
     def _turn(self, request):
         """Its row; who waits on the device takes turns by priority, then by number."""
@@ -463,7 +433,7 @@ class Engine:
         """Starts a chunk if anything may be live on the device; whether it did."""
         if not len(self._live) > len(self._prefilled) and not self._cancelled:
             return False
-        most = self.options.slots + self.places
+        most = self.options.slots + self.capacity.places
         cancelled, self._cancelled = self._cancelled[:most], self._cancelled[most:]
         padded = np.full(most, decode.NOBODY, np.int32)
         padded[:len(cancelled)] = cancelled
@@ -545,20 +515,14 @@ class Engine:
 
     # ------------------------------------------------------------ figures
 
+    def report(self):
+        """What is planned, in one line."""
+        return self.capacity.report(self.program.kv_dtype)
+
     def compiled(self):
         """(programs compiled so far, most that there can ever be) for this engine's shapes."""
         functions = self._chunk, self._prefill, self._read_block, self._write_block
-        chunks, prefills = len(self.widths) * len(self.lengths), sum(1 for _ in self._prefill_shapes())
-        return sum(f._cache_size() for f in functions), chunks + prefills + 2 * len(self.lengths)
-
-    def _seen(self, length):
-        """How much of a cache of `length` a prefill call may be compiled to look at: every second of the lengths."""
-        return self.lengths[:self.lengths.index(length) + 1][::-2][::-1]
-
-    def _prefill_shapes(self):
-        """(length of the state, tokens seen, rows, width) of every prefill call that there can be."""
-        return ((length, seen, *shape) for length in self.lengths for seen in self._seen(length)
-                for shape in prefill.shapes(self.pieces, self.options.prefill))
+        return sum(f._cache_size() for f in functions), self.capacity.most_programs()
 
     def warm_up(self, progress=lambda shapes: shapes):
         """Compiles every program that this engine can need, before there are requests; else each is when it is needed.
@@ -568,28 +532,25 @@ class Engine:
         with self._stepping:
             if self._live or self._flights:
                 raise RuntimeError("warm_up is for an engine without live requests: call it before the first")
-            by_length = {}
-            for length, *shape in self._prefill_shapes():
-                by_length.setdefault(length, []).append(shape)
-            shapes = [(length, width, shape) for length in self.lengths for width, shape in (
-                *((width, None) for width in self.widths), *((self.widths[-1], shape) for shape in by_length[length]))]
-            nobody = np.full(self.options.slots + self.places, decode.NOBODY, np.int32)
+            widths, lengths, prefills = self.capacity.widths, self.capacity.lengths, self.capacity.prefills
+            shapes = [(length, width, shape) for length in lengths for width, shape in (
+                *((width, None) for width in widths), *((widths[-1], shape) for shape in prefills(length)))]
+            nobody = np.full(self.options.slots + self.capacity.places, decode.NOBODY, np.int32)
             turn = decode.nobody(1, self.program)._replace(history=None)
-            for width in self.widths:           # every move that there is, up and down
-                self._move(width, self.lengths[-1])
-                self._move(width, self.lengths[0])
-            for length in self.lengths:
-                self._move(self.widths[-1], length)
-                self._move(self.widths[0], length)
+            for width in widths:                # every move that there is, up and down
+                self._move(width, lengths[-1])
+                self._move(width, lengths[0])
+            for length in lengths:
+                self._move(widths[-1], length)
+                self._move(widths[0], length)
             for length, width, shape in progress(shapes):
                 self._move(width, length)
                 if shape is None:
                     self._state, *_ = self._chunk(self._weights, self._state, nobody, np.int32(0))
                     continue
                 seen, count, width = shape
-                pieces = [prefill.Piece(self.places, 0, width, False)] * count
-                prompts = prefill.pack(pieces, width, seen, [np.zeros(width, np.int32)] * count, [turn] * count,
-                                       self.places, self.config.vocab_size)
+                pieces = [prefill.Piece(self.capacity.places, 0, width, False)] * count
+                prompts = self._pack(pieces, width, seen, [np.zeros(width, np.int32)] * count, [turn] * count)
                 self._stage(self._prefill(self._weights, self._state.staging, prompts)[0])
             self._reset()
 

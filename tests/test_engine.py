@@ -2,8 +2,14 @@
 import asyncio
 import dataclasses
 import functools
+import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -169,7 +175,7 @@ def test_residual_schedules_and_tensor_shards(residual, tensor):
 def test_the_compiled_shape_follows_what_is_live():
     """Grows for a burst of long requests, shrinks by the memory shuffle while one goes on, and no token changes."""
     made = engine(fit=True, slots=4, staging=2, chunk=2, length=64)
-    made.lengths = [32, 64]
+    made.capacity.lengths = [32, 64]
     widths = []
     asked = [([1, 2, 3], dict(max_tokens=60, seed=1)), *[([i], dict(max_tokens=6, seed=i)) for i in range(5)]]
     submitted = [(made.submit(prompt, **options), prompt, options) for prompt, options in asked]
@@ -367,7 +373,7 @@ def test_one_synchronisation_a_chunk():
 def test_memory_is_planned_and_never_overcommitted():
     made = engine(slots=3, staging=2)
     row = 2 * 2 * 8 * 4 * 4 * 64      # keys and values, layers, heads, head, float32, tokens
-    assert made.memory["rows"] == 5 * row == sum(
+    assert made.capacity.memory["rows"] == 5 * row == sum(
         x.nbytes for x in jax.tree.leaves((made._state.slots.kv, made._state.staging.kv)))
     assert "5" in made.report() or "MiB" in made.report()
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
@@ -375,7 +381,8 @@ def test_memory_is_planned_and_never_overcommitted():
     engine(kv_memory="1MiB")
     for budget in ("100KiB", "1MiB"):       # without a number, as many slots as the budget holds, and not one more
         filled = engine(slots=None, staging=None, kv_memory=budget)
-        assert filled.memory["total"] <= to_bytes(budget, "") < filled._plan(filled.options.slots + 1)[1]["total"]
+        more = filled.capacity.plan(filled.options.slots + 1)[1]
+        assert filled.capacity.memory["total"] <= to_bytes(budget, "") < more["total"]
         assert filled.submit([1, 2], max_tokens=3).result().tokens == alone([1, 2], max_tokens=3)
     with pytest.raises(ConfigError, match="slots=None is not accepted"):
         Decode(slots=None)
@@ -391,7 +398,7 @@ def test_generate_keeps_order_beyond_the_queue():
 
 def test_after_warm_up_nothing_compiles():
     made = engine(fit=True, slots=3, staging=2, chunk=3, prefill=16, length=48, bias=3)       # shares no programs
-    made.lengths = [24, 48]
+    made.capacity.lengths = [24, 48]
     made._reset()
     shapes, compiling = [], []
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
@@ -435,6 +442,42 @@ def test_prompts_share_prefill_calls_while_enough_wait():
     assert made.counters.prefill_calls <= 10
     busy = np.concatenate([chunk for _, chunk in made.history]) >= 0
     assert busy[:24 * 23 // 4 - 24].all()
+
+
+HOST = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import test_engine
+from ladder_jax.config import ConfigError
+made = test_engine.engine(tensor=4, fit=True)
+submitted = [made.submit(prompt, **options) for prompt, options in test_engine.requests(6, longest=12)]
+submitted[4].cancel()
+print(json.dumps([request.result().tokens for request in submitted]))
+try:
+    made.start()
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_two_hosts_agree():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [subprocess.Popen([sys.executable, "-c", HOST, address, str(n)], text=True, cwd=Path(__file__).parent,
+                             stdout=subprocess.PIPE, env=os.environ | {
+                                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                                 "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"})
+            for n in range(2)]
+    wanted = [alone(prompt, **options) for prompt, options in requests(6, longest=12)]
+    for process in both:
+        tokens, said = process.communicate(timeout=300)[0].splitlines()[-2:]
+        assert process.returncode == 0 and "on several hosts an engine has no thread" in said
+        tokens = json.loads(tokens)
+        assert tokens.pop(4) == [] and tokens == wanted[:4] + wanted[5:]
 
 
 @pytest.mark.slow

@@ -36,7 +36,10 @@ def peak():
 
 
 def _say(value):
-    print(json.dumps(value), file=_stdout, flush=True)
+    try:
+        print(json.dumps(value), file=_stdout, flush=True)
+    except BrokenPipeError:         # the parent has given up, and has said why
+        os._exit(1)
 
 
 # A contender's libraries may print; what they print goes to stderr, and stdout stays JSON.

@@ -155,7 +155,7 @@ class Concurrent:
         request = self.like.submit(prompt, max_tokens=max_tokens)     # for its handle and row alone
         self.like._inbox.clear()
         self.like._waiting_count = 0
-        length = fitting(self.like.lengths, len(prompt) + max_tokens)
+        length = fitting(self.like.capacity.lengths, len(prompt) + max_tokens)
         self.running.append((request, decode.empty(self.like.program, 1, 1, length), False))
         return request
 
@@ -170,7 +170,7 @@ class Concurrent:
         prefills = []
         if not started:
             n = len(request.prompt)
-            width = fitting(engine.lengths, n)
+            width = fitting(engine.capacity.lengths, n)
             one = lambda value, kind=np.int32: np.asarray([value], kind)
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :n] = request.prompt
@@ -178,7 +178,7 @@ class Concurrent:
                 tokens, one(0), one(n), one(0), one(True, bool), tokens, request._row))
             state = state._replace(staging=staging)
             prefills.append(jax.tree.map(lambda x: x[None], events))
-        nobody = np.full(engine.options.slots + engine.places, decode.NOBODY, np.int32)
+        nobody = np.full(engine.options.slots + engine.capacity.places, decode.NOBODY, np.int32)
         state, events, _ = engine._chunk(engine._weights, state, nobody, np.int32(engine.options.chunk))
         self.counters.syncs += 1
         for made in jax.device_get([*prefills, events]):

@@ -1,0 +1,79 @@
+"""What an engine has room for: slots and staging within a budget of memory, and the few shapes that are compiled."""
+import bisect
+
+from ladder_jax import config as configuration
+from ladder_jax import prefill
+from ladder_jax.config import ConfigError
+from ladder_jax.sizes import between, ladder
+
+
+class Capacity:
+    """Planned once, before anything is allocated.
+
+    Args:
+      options: config.Decode.
+      length: most tokens of a request.
+      token_bytes: what one token's keys and values take on one device.
+      arrays: in how many arrays of equal size they are kept.
+      prefixes: bytes for shared prefixes.
+
+    slots, places: requests that decode, and that stand by in staging.
+    memory: {what: bytes on one device}, all that will ever be allocated for keys and values.
+    widths, lengths: of the state, that are compiled; pieces: of a prompt.
+    Raises ConfigError where decode.kv_memory does not hold decode.slots.
+    """
+
+    def __init__(self, options, length, token_bytes, arrays, prefixes):
+        self.options, self.length, self.arrays, self.prefixes = options, length, arrays, prefixes
+        self.row = token_bytes * length
+        self.slots = self._most_slots()
+        self.places, self.memory = self.plan(self.slots)
+        self.widths = ladder(1, self.slots) if options.fit else [self.slots]
+        self.lengths = ladder(min(64, length), length) if options.fit else [length]
+        self.pieces = ladder(min(16, options.prefill), min(options.prefill, length))
+
+    def plan(self, slots):
+        """(places in staging, {what: bytes}) for so many slots."""
+        places = self.options.staging or max(2, slots // 2)
+        moving = slots * self.row // self.arrays if self.options.fit else 0     # a reshape has one array twice
+        memory = dict(rows=(slots + places) * self.row, prefixes=self.prefixes, moving=moving)
+        return places, memory | dict(total=sum(memory.values()))
+
+    def _most_slots(self):
+        """The slots that are asked for, if the budget holds them; where none are, as many as it holds."""
+        slots, asked = self.options.slots, self.options.kv_memory
+        if asked is None:
+            return slots
+        budget = configuration.to_bytes(asked, "decode.kv_memory")
+        most = bisect.bisect_right(range(1, 2**16), budget, key=lambda count: self.plan(count)[1]["total"])
+        if most >= (slots or 1):
+            return slots or most
+        needed = self.plan(slots or 1)[1]["total"]
+        raise ConfigError(
+            f"decode.kv_memory={asked} is not enough for decode.slots={slots or 1} of {self.length} tokens, which take "
+            f"{needed / 2**20:.1f}MiB: {most} slots fit; or take a smaller decode.length or decode.kv_dtype")
+
+    def report(self, kv_dtype):
+        """What is planned, in one line."""
+        m = {name: f"{value / 2**20:.1f} MiB" for name, value in self.memory.items()}
+        return (f"{self.slots} slots and {self.places} places of {self.length} tokens in {kv_dtype}: {m['rows']}, "
+                f"prefixes {m['prefixes']}, reshaping {m['moving']}, together {m['total']} a device")
+
+    def moves(self, start, stop):
+        """The shapes (width, length) on the way from one to another, by neighbours, so that few moves are compiled."""
+        (width, length), (to_width, to_length) = start, stop
+        return [*((size, length) for size in between(self.widths, width, to_width)),
+                *((to_width, size) for size in between(self.lengths, length, to_length))]
+
+    def seen(self, length):
+        """How much of a cache of `length` a prefill call may be compiled to look at: every second of the lengths."""
+        return self.lengths[:self.lengths.index(length) + 1][::-2][::-1]
+
+    def prefills(self, length):
+        """(tokens seen, rows, width) of every prefill call that there can be into a state of this length."""
+        return [(seen, *shape) for seen in self.seen(length)
+                for shape in prefill.shapes(self.pieces, self.options.prefill)]
+
+    def most_programs(self):
+        """As many as can ever be compiled: chunks, prefill calls, blocks of a prefix read and written."""
+        return (len(self.widths) + 2) * len(self.lengths) + sum(len(self.prefills(length)) for length in self.lengths)
