@@ -175,6 +175,8 @@ def write_gguf(state, config, path):
 
 
 CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers, "vllm": vllm, "llama_cpp": llama_cpp}
+NEEDS = {"ladder_jax": ("jax",), "transformers": ("torch", "transformers"), "vllm": ("vllm", "transformers"),
+         "llama_cpp": ("llama_cpp", "gguf", "transformers")}         # transformers makes the weights' names
 
 
 def contend(name, weights, asked):
@@ -211,7 +213,7 @@ def find(arguments):
     found = {}
     for name in ("ladder_jax", *(name for name in arguments.engines if name != "ladder_jax")):
         python = found[name] = pythons.get(name, sys.executable)
-        wanted = ["ladder_jax", name, *([] if name == "ladder_jax" else ["transformers"])]
+        wanted = ["ladder_jax", *NEEDS[name]]
         look = f"import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, {wanted})))"
         if subprocess.run([python, "-c", look]).returncode:
             del found[name]
