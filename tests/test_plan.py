@@ -232,11 +232,12 @@ needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reaso
 needs_gpu = pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is None
                                if importlib.util.find_spec("jax_plugins") else True,
                                reason=f"no jax-cuda12-plugin: {targets.INSTALL}")
+targets.prepare()
 SMALL = Model(vocab_size=1024, dim=2048, layers=4, heads=16, kv_heads=8, head_dim=128, ffn_dim=8192, residual="ladder")
 
 
-def planned(target, schedule, reduction, workload="decode", batch=16, context=256):
-    config = Config(model=dataclasses.replace(SMALL, residual=schedule), train=Train(remat="reductions"),
+def planned(target, schedule, reduction, workload="decode", batch=16, context=256, **model):
+    config = Config(model=dataclasses.replace(SMALL, residual=schedule, **model), train=Train(remat="reductions"),
                     mesh=Mesh(data=1, tensor=8, reduction=reduction))
     compiled = plan.build(plan.Request("small", config, targets.parse(target), workload, batch, context))
     return plan.report(compiled, plan.read(compiled))
@@ -257,6 +258,14 @@ def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target):
     for row in rows:
         assert row["window_compute_us"] > 0, f"{target}: nothing is computed while {row['name']} ({row['block']}) runs"
     assert sum(row["last_of_stack"] for row in made["collectives"]) == 3
+
+
+@needs_tpu
+def test_tpu_multiplies_a_lone_row_as_fast_as_two():
+    """One row of a batch; one query for each head of the cache."""
+    compute = lambda **asked: planned("v5p:2x2x2", "ladder", "recursive-doubling", **asked)["totals"]["compute_us"]
+    assert compute(batch=1) < 1.1 * compute(batch=2)
+    assert compute(batch=4, context=2048, kv_heads=16) < 1.1 * compute(batch=4, context=2048)
 
 
 @needs_tpu

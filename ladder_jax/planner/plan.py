@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import choice, cost, model, schedule, sharding, targets, train
@@ -81,8 +83,12 @@ def forward(config, mesh, batch, tokens, context, reduction, unstacked):
         return model.logits(parameters, config, x_BTD[:, -1:]), cache
 
     ids = abstract(mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS)
+    # a step of the engine's loop, in which the cache keeps whatever layout XLA likes
+    kept = jax.tree.map(lambda spec: Format(Layout.AUTO, NamedSharding(mesh, spec)), cache_specs,
+                        is_leaf=lambda x: isinstance(x, P)) if unstacked else None
     program = jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache_specs),
-                                         (sharding.LOGITS, cache_specs)), donate_argnums=3)
+                                         (sharding.LOGITS, cache_specs)), donate_argnums=3,
+                      in_shardings=(None, None, None, kept), out_shardings=(None, kept))
     return program, (abstract(mesh, parameters, specs), ids, ids, abstract(mesh, cache, cache_specs))
 
 
