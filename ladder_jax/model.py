@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import attention as attention_door
 from ladder_jax import cache as kv
@@ -40,7 +41,7 @@ class Context(NamedTuple):
     kernel: str                        # of attention, see attention.kernel_for
 
 
-def _alone(product, *operands):
+def _alone(product, *operands, name=None):
     """In the place of residual.Stream.behind, where nothing is to run behind a product."""
     return product(*operands)
 
@@ -102,8 +103,11 @@ class MLP(nnx.Module):
     def __call__(self, u_BTD, behind=_alone):
         """The partial [B, T, D] of this block; `behind` as in Attention."""
         gate_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.gate[...]), u_BTD)
-        up_BTF = behind(lambda u_BTD: einsum("btd,df->btf", u_BTD, self.up[...]), u_BTD)
-        gated_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(u_BTD.dtype)     # rounded once
+
+        def activate(u_BTD):
+            up_BTF = checkpoint_name(einsum("btd,df->btf", u_BTD, self.up[...]), "product")
+            return (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(u_BTD.dtype)     # rounded once
+        gated_BTF = behind(activate, u_BTD, name="activation")      # which remat computes again from the two products
         return behind(lambda gated_BTF: einsum("btf,fd->btd", gated_BTF, self.down[...]), gated_BTF)
 
 

@@ -41,14 +41,14 @@ class Stream(NamedTuple):
         due = later[:max(len(later) - delay, 0)]
         return Returning((self.total, *(x.partial if isinstance(x, InFlight) else x for x in due)), reduction)
 
-    def behind(self, returning, product, *operands):
+    def behind(self, returning, product, *operands, name="product"):
         """`product(*operands)`, of activations, with a round of a reduction under way behind it: of the oldest partial
-        in the forward pass, of `returning` in the backward pass."""
+        in the forward pass, of `returning` in the backward pass. `name` is what policies of `remat` know it by."""
         if returning is not None:
             operands = returning.behind(operands)
         made = product(*operands)
         flying = [x for x in self.pending if isinstance(x, InFlight) and not x.done]
-        return checkpoint_name(flying[0].behind(made) if flying else made, "product")
+        return checkpoint_name(flying[0].behind(made) if flying else made, name)
 
     def landed(self):
         """The same stream with nothing under way, fit to cross a scan's boundary."""
