@@ -193,6 +193,7 @@ class InFlight:
         name = reduction(value) if callable(reduction) else reduction       # see choice.py
         self._state, self._rounds, self._finish = REDUCTIONS[name](lax.stop_gradient(value))
         self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
+        self._untied = int(len(self._rounds) > 1)
         self._arriving, self._products = None, 0
         self._send()
 
@@ -207,14 +208,15 @@ class InFlight:
     def behind(self, product):
         """Lets a round end once `product`, a matrix product's result, is there. Returns the product.
 
-        Where there are fewer rounds than products, the last products end them.
+        Where there are fewer rounds than products, the last products end them. XLA ends the last of several rounds best
+        where the sum is read; an only round it would start there, too.
         """
         self._products += 1
-        if self._rounds and len(self._rounds) > PRODUCTS - self._products:
+        if len(self._rounds) > max(PRODUCTS - self._products, self._untied):
             tied = (self._state, self._arriving, product)
             state, arriving, after = lax.optimization_barrier(tied)      # whose rule would differentiate the state
             self._state, self._arriving = lax.stop_gradient((state, arriving))
-            if len(self._rounds) > 1:       # what comes next need not wait for the last round
+            if self._untied:        # what comes next need not wait for an only round
                 product = after
             self._merge()
         return product

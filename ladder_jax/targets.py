@@ -38,9 +38,9 @@ class Chip(NamedTuple):
 # (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3); its other numbers: see calibrate.py.
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16, aside=1 << 20),
-    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16, aside=128 << 10),
-    "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4, aside=256 << 10),
-    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4, aside=256 << 10),
+    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16, aside=512 << 10),
+    "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4, aside=512 << 10),
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4, aside=512 << 10),
     "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=1e-6,
                  reached=0.85, interference=0.21),
 }
