@@ -21,6 +21,7 @@ from ladder_jax import config as configuration
 from ladder_jax.cache import KV
 from ladder_jax.config import ConfigError
 from ladder_jax.planner import hlo, timeline
+from ladder_jax.reductions import LANES
 from ladder_jax.residual import repeats
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
@@ -83,9 +84,9 @@ def forward(config, mesh, batch, tokens, context, reduction, unstacked):
         return model.logits(parameters, config, x_BTD[:, -1:]), cache
 
     ids = abstract(mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS)
-    # a step of the engine's loop, in which the cache keeps whatever layout XLA likes
+    # In the engine's loop the cache keeps the layout that XLA likes: JAX's own where heads fill a TPU's lanes.
     kept = jax.tree.map(lambda spec: Format(Layout.AUTO, NamedSharding(mesh, spec)), cache_specs,
-                        is_leaf=lambda x: isinstance(x, P)) if unstacked else None
+                        is_leaf=lambda x: isinstance(x, P)) if unstacked and config.head_dim % LANES else None
     program = jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache_specs),
                                          (sharding.LOGITS, cache_specs)), donate_argnums=3,
                       in_shardings=(None, None, None, kept), out_shardings=(None, kept))
