@@ -126,4 +126,8 @@ def auto(config, mesh):
     def chosen(rows, size):
         return choose(network, groups, size, hides,
                       block_seconds(config, network.chip, rows, mesh.shape[TENSOR]))
-    return lambda value: chosen(value.size // value.shape[-1] if value.ndim else 1, value.size * value.dtype.itemsize)
+
+    def reduction(value):
+        return chosen(value.size // value.shape[-1] if value.ndim else 1, value.size * value.dtype.itemsize)
+    reduction.in_order = network.chip.in_order
+    return reduction

@@ -185,7 +185,7 @@ def _whole(pieces, like):
 class InFlight:
     """A partial on its way to becoming a sum, while the program is traced.
 
-    `reduction` is a name in REDUCTIONS, or a function of the partial that gives one.
+    `reduction` is a name in REDUCTIONS, or a function of the partial that gives one (choice.auto).
     """
 
     def __init__(self, value, reduction):
@@ -246,6 +246,7 @@ class Returning:
     def __init__(self, sources, reduction):
         self.like = jax.ShapeDtypeStruct(sources[0].shape, sources[0].dtype)
         self.name = reduction(sources[0]) if callable(reduction) else reduction
+        self.in_order = getattr(reduction, "in_order", False)       # see targets.Chip
         self.stages = jax.eval_shape(self._all, self.like)
         self.stage = self.tied = min(len(self.stages) - 1, PRODUCTS)        # rounds that are to end behind a product
         self.products = 0
@@ -267,7 +268,7 @@ class Returning:
         def back(cotangents):
             stage, products = lax.optimization_barrier(cotangents)
             # what comes next need not wait for the last round
-            return self._next(k, stage), products if k + 2 < len(self.stages) else cotangents[1]
+            return self._next(k, stage), products if self.in_order or k + 2 < len(self.stages) else cotangents[1]
         self.token, operands = _backward(back)(lambda token, operands: (_zeros(self.stages[k]), operands),
                                                self.token, operands)
         self.stage = k

@@ -25,6 +25,7 @@ class Chip(NamedTuple):
     clock: float = 0.0       # TPU: Hz, the unit of XLA:TPU's estimated_cycles
     wrap: int = 0            # TPU: length of a torus dimension from which on a slice has links around its ends
     aside: int = 0           # TPU: bytes from which on XLA's own all-reduce runs beside products, and is best there
+    in_order: bool = False   # TPU: XLA puts blocks' backward passes out of their order, unless each waits for the last
     far_bandwidth: float = 0.0     # GPU: as link_bandwidth, between nodes
     far_latency: float = 0.0       # GPU: seconds more than in a node
     kernel: float = 0.0            # GPU: seconds that a kernel takes beside its bytes and its FLOPs
@@ -38,11 +39,11 @@ class Chip(NamedTuple):
 # (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3); its other numbers: see calibrate.py.
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16, aside=1 << 20),
-    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16, aside=512 << 10),
+    "v6e": Chip(918e12, 1640e9, 32e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=16, aside=512 << 10, in_order=True),
     "v5p": Chip(459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4, aside=512 << 10),
     "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96e9, 90e9, 1e-6, 1e-6, clock=2.2e9, wrap=4, aside=512 << 10),
     "h100": Chip(989e12, 3350e9, 80e9, 139e9, 2.35e-6, 7.45e-6, far_bandwidth=15e9, far_latency=21e-6, kernel=1e-6,
-                 reached=0.85, interference=0.21),
+                 reached=0.85, interference=0.295),
 }
 
 # GpuTargetConfigProto of an H100 80GB SXM5: what XLA:GPU asks the driver where there is one.
