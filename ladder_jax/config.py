@@ -127,7 +127,7 @@ class Mesh(_Section):
     fsdp: int = 1           # shards of every parameter and of the optimizer state, gathered layer by layer
     tensor: int = 1         # shards of every block's work (tensor parallelism)
     reduction: Literal["auto", "psum", "one-shot", "recursive-doubling", "halving-doubling", "direct",
-                       "ring"] = "psum"
+                       "ring"] = "auto"     # by choice.py, for the machine and each message; psum where it is not known
 
     def check(self):
         for name in ("data", "fsdp", "tensor"):
