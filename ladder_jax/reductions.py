@@ -267,7 +267,7 @@ class Returning:
 
         def back(cotangents):
             stage, products = lax.optimization_barrier(cotangents)
-            # what comes next need not wait for the last round
+            # what comes next need not wait for the last round, unless XLA would then put it first
             return self._next(k, stage), products if self.in_order or k + 2 < len(self.stages) else cotangents[1]
         self.token, operands = _backward(back)(lambda token, operands: (_zeros(self.stages[k]), operands),
                                                self.token, operands)
