@@ -6,6 +6,8 @@ from ladder_jax import prefill
 from ladder_jax.config import ConfigError
 from ladder_jax.sizes import between, ladder
 
+SHORTER = 4         # times fewer iterations has the short chunk of a loop that cannot end early
+
 
 class Capacity:
     """Planned once, before anything is allocated.
@@ -16,20 +18,22 @@ class Capacity:
       token_bytes: what one token's keys and values take on one device.
       arrays: in how many arrays of equal size they are kept.
       prefixes: bytes for shared prefixes.
+      fixed: whether a chunk runs all of its iterations, so that a short one has to be another program.
 
     slots, places: requests that decode, and that stand by in staging.
     memory: {what: bytes on one device}, all that will ever be allocated for keys and values.
-    widths, lengths: of the state, that are compiled; pieces: of a prompt.
+    widths, lengths: of the state, that are compiled; chunks: their iterations; pieces: of a prompt.
     Raises ConfigError where decode.kv_memory does not hold decode.slots.
     """
 
-    def __init__(self, options, length, token_bytes, arrays, prefixes):
+    def __init__(self, options, length, token_bytes, arrays, prefixes, fixed):
         self.options, self.length, self.arrays, self.prefixes = options, length, arrays, prefixes
         self.row = token_bytes * length
         self.slots = self._most_slots()
         self.places, self.memory = self.plan(self.slots)
         self.widths = ladder(1, self.slots) if options.fit else [self.slots]
         self.lengths = ladder(min(64, length), length) if options.fit else [length]
+        self.chunks = sorted({-(-options.chunk // SHORTER), options.chunk}) if fixed else [options.chunk]
         self.pieces = ladder(min(16, options.prefill), min(options.prefill, length))
 
     def plan(self, slots):
@@ -76,4 +80,5 @@ class Capacity:
 
     def most_programs(self):
         """As many as can ever be compiled: chunks, prefill calls, blocks of a prefix read and written."""
-        return (len(self.widths) + 2) * len(self.lengths) + sum(len(self.prefills(length)) for length in self.lengths)
+        chunks, blocks = len(self.widths) * len(self.chunks), 2
+        return sum(chunks + blocks + len(self.prefills(length)) for length in self.lengths)

@@ -68,6 +68,7 @@ class _Flight(NamedTuple):
     """Results under way to the host."""
     chunk: int
     width: int
+    steps: int                   # iterations of the chunk
     prefills: list               # Events [P]
     events: object               # Events [K, W]
     waiting: object              # [R]
@@ -116,10 +117,10 @@ class Engine:
         self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
                                  token_bytes * options.prefix_block)
         self.capacity = Capacity(options, self.length, token_bytes, 2 * config.layers if options.unstack else 2,
-                                 self.prefixes.budget)
+                                 self.prefixes.budget, fixed)
         self.options = options = dataclasses.replace(options, slots=self.capacity.slots)
         self._weights = decode.place_weights(self.program, model)
-        self._chunk = decode.make_chunk(self.program, options.chunk)
+        self._chunks = {size: decode.make_chunk(self.program, size) for size in self.capacity.chunks}
         self._prefill = decode.make_prefill(self.program)
         self._read_block = decode.make_read_block(self.program, options.prefix_block)
         self._write_block = decode.make_write_block(self.program)
@@ -272,7 +273,7 @@ class Engine:
         self._prefilled = {}                         # place -> prompt tokens computed so far, in order of admission
         self._live = {}                              # id -> request, of those on the device
         self._cancelled = []                         # ids that the next chunk cancels
-        self._flights, self._chunks = deque(), 0
+        self._flights, self._started = deque(), 0      # chunks under way, and how many were started so far
         self._pending = []                           # prefill events that no chunk has taken along yet
         self.prefixes.clear()
 
@@ -406,7 +407,7 @@ class Engine:
         for piece, request in zip(chosen, requests):
             if piece.last:
                 del self._prefilled[piece.place]
-                self._staging[piece.place] = _Place(request, self._chunks)
+                self._staging[piece.place] = _Place(request, self._started)
                 self._keep_prefix(piece.place, request)
             else:
                 self._prefilled[piece.place] = piece.stop
@@ -430,29 +431,49 @@ class Engine:
     # ------------------------------------------------------------ chunks
 
     def _start_chunk(self, prefills):
-        """Starts a chunk if anything may be live on the device; whether it did."""
-        if not len(self._live) > len(self._prefilled) and not self._cancelled:
+        """Starts a chunk if there is anything for it to do; whether it did."""
+        if not self._left() and not self._cancelled:
             return False
         most = self.options.slots + self.capacity.places
         cancelled, self._cancelled = self._cancelled[:most], self._cancelled[most:]
         padded = np.full(most, decode.NOBODY, np.int32)
         padded[:len(cancelled)] = cancelled
-        self._state, events, waiting = self._chunk(self._weights, self._state, padded, np.int32(self._steps()))
+        steps = self._steps()
+        events, waiting = self._chunk(padded, steps)
         _copy_to_host((events, waiting))
-        self._flights.append(_Flight(self._chunks, self._width, self._pending, events, waiting))
+        self._flights.append(_Flight(self._started, self._width, steps, self._pending, events, waiting))
         self._pending = []
-        self._chunks += 1
+        self._started += 1
         self.counters.chunks += 1
         return True
 
+    def _chunk(self, cancelled, steps):
+        """Starts the smallest compiled chunk that has so many iterations; its (events, waiting)."""
+        chunk = self._chunks[fitting(self.capacity.chunks, steps)]
+        self._state, events, waiting = chunk(self._weights, self._state, cancelled, np.int32(steps))
+        return events, waiting
+
+    def _left(self):
+        """The most tokens that a request has left to make by decoding once the chunks under way have run."""
+        waits = {place.request.number: place.chunk for place in self._staging if place}
+        decoding = [request for number, request in self._live.items() if waits.get(number, 0) is not None]
+        crowded = len(decoding) > self._width       # who still waits in staging may do so for long
+
+        def left(request):
+            since = waits.get(request.number, 0)
+            ran = 0 if crowded and request.number in waits else sum(f.steps for f in self._flights if f.chunk >= since)
+            return request.max_tokens - max(len(request.tokens), 1) - ran       # one of them comes with prefill
+        return max([0, *map(left, decoding)])
+
     def _steps(self):
-        """Iterations of the next chunk (a `fixed` one always runs all of them): as many fewer as slots stand empty
+        """Iterations of the next chunk: no more than tokens are left to make, and as many fewer as slots stand empty
         that the next prefill call could fill, so that it comes soon."""
         decoding = len(self._live) - len(self._prefilled)
         nearly = sum(len(self._staging[index].request.prompt) - done <= self.options.prefill
                      for index, done in self._prefilled.items())
         fillable = min(nearly + len(self._queue), max(self.options.slots - decoding, 0))
-        return max(self.options.chunk * decoding // max(decoding + fillable, 1), 1)
+        steps = max(min(self.options.chunk * decoding // max(decoding + fillable, 1), self._left()), 1)
+        return fitting(self.capacity.chunks, steps) if self.program.fixed else steps
 
     def _land(self, flight):
         """Reads a chunk's events, with those of the prefills before it, and hands them out."""
@@ -461,7 +482,7 @@ class Engine:
         for made in prefills:
             self._hand_out(jax.tree.map(lambda x: x[None], made))
         ran = np.flatnonzero((events.flag != decode.IDLE).any(axis=1))
-        ran = self.options.chunk if self.program.fixed else (ran[-1] + 1 if ran.size else 0)
+        ran = len(events.flag) if self.program.fixed else (ran[-1] + 1 if ran.size else 0)
         self.counters.iterations += int(ran)
         self.counters.slot_iterations += int(ran) * flight.width
         self.counters.busy += int((events.flag != decode.IDLE).sum())
@@ -474,28 +495,33 @@ class Engine:
                 self._staging[index] = None
 
     def _hand_out(self, events):
-        """Events [K, W], in the order of their making."""
-        for i, j in zip(*np.nonzero(events.flag)):
-            request = self._live.get(int(events.request[i, j]))
+        """Events [K, W]: to every request its own, in the order of their making."""
+        ids, tokens, flags = events.request.tolist(), events.token.tolist(), events.flag.tolist()
+        places = {}
+        for i, j in np.argwhere(events.flag).tolist():
+            places.setdefault(ids[i][j], []).append((i, j))
+        for number, own in places.items():
+            request = self._live.get(number)
             if request is None or request.finish:    # cancelled, or ended by a stop string
                 continue
-            token, flag = int(events.token[i, j]), int(events.flag[i, j])
-            self.counters.tokens += 1
-            error = None
-            try:
-                finish = self._push(request, token, flag, events, (i, j))
-            except Exception as raised:              # of this request alone, such as its tokenizer's
-                finish, error = "error", raised
-            if finish:
-                if flag == decode.TOKEN:             # the device does not know that it has ended
-                    self._drop(request)
-                else:
-                    del self._live[request.number]
-                    self.counters.finished += 1
-                request._put(finish=finish, error=error)
+            made, finish, error = [], None, None
+            for i, j in own:
+                self.counters.tokens += 1
+                try:
+                    finish = self._push(request, tokens[i][j], flags[i][j], events, (i, j), made)
+                except Exception as raised:          # of this request alone, such as its tokenizer's
+                    finish, error = "error", raised
+                if finish:
+                    break
+            if finish and flags[i][j] == decode.TOKEN:       # the device does not know that it has ended
+                self._drop(request)
+            elif finish:
+                del self._live[number]
+                self.counters.finished += 1
+            request._put(made, finish, error)
 
-    def _push(self, request, token, flag, events, at):
-        """Hands a token to its request; how the request has ended with it, or None."""
+    def _push(self, request, token, flag, events, at, made):
+        """Appends what a token means for its client to `made`; how the request has ended with it, or None."""
         finish, text = {decode.STOP: "stop", decode.LENGTH: "length"}.get(flag), ""
         if request._stopper:
             if flag != decode.STOP:
@@ -504,13 +530,14 @@ class Engine:
             text += request._stopper.flush() if finish else ""
             request.text += text
         if flag == decode.STOP:
-            if text:
-                request._put(Token(None, text))
+            made += [Token(None, text)] if text else []
             return finish
         request.tokens.append(token)
-        logprob = float(events.logprob[at]) if request._top is not None else None
-        top = tuple(zip(events.top_ids[at].tolist(), events.top_logprobs[at].tolist()))[:request._top or 0]
-        request._put(Token(token, text, logprob, top))
+        if request._top is None:
+            made.append(Token(token, text))
+        else:
+            top = tuple(zip(events.top_ids[at].tolist(), events.top_logprobs[at].tolist()))[:request._top]
+            made.append(Token(token, text, float(events.logprob[at]), top))
         return finish
 
     # ------------------------------------------------------------ figures
@@ -521,7 +548,7 @@ class Engine:
 
     def compiled(self):
         """(programs compiled so far, most that there can ever be) for this engine's shapes."""
-        functions = self._chunk, self._prefill, self._read_block, self._write_block
+        functions = *self._chunks.values(), self._prefill, self._read_block, self._write_block
         return sum(f._cache_size() for f in functions), self.capacity.most_programs()
 
     def warm_up(self, progress=lambda shapes: shapes):
@@ -546,7 +573,8 @@ class Engine:
             for length, width, shape in progress(shapes):
                 self._move(width, length)
                 if shape is None:
-                    self._state, *_ = self._chunk(self._weights, self._state, nobody, np.int32(0))
+                    for iterations in self.capacity.chunks:
+                        self._chunk(nobody, iterations)
                     continue
                 seen, count, width = shape
                 pieces = [prefill.Piece(self.capacity.places, 0, width, False)] * count

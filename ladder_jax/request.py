@@ -91,13 +91,12 @@ class Request:
             raise RequestFailed(f"request {self.number} failed: {self.error}") from self.error
         return None
 
-    def _put(self, token=None, finish=None, error=None):
+    def _put(self, tokens=(), finish=None, error=None):
         with self._changed:
             if self.finish:
                 return
-            if token is not None:
-                self._unread.append(token)
-                self.times.append(time.perf_counter())
+            self._unread.extend(tokens)
+            self.times += [time.perf_counter()] * len(tokens)
             if finish:
                 self.finish, self.error = finish, error
             self._changed.notify_all()

@@ -163,6 +163,16 @@ def test_ways_of_running_have_the_same_tokens(changes):
     run(engine(**changes), requests(6))
 
 
+def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
+    made = engine(loop="fixed")
+    assert made.capacity.chunks == [1, 4] and engine().capacity.chunks == [4]
+    run(made, [([1, 2], dict(max_tokens=2))])       # one by prefill, one by the loop
+    assert (made.counters.chunks, made.counters.iterations) == (1, 1)
+    run(made, [([3], dict(max_tokens=12))])
+    assert (made.counters.chunks, made.counters.iterations) == (4, 13)
+    assert made.compiled()[0] <= made.compiled()[1]
+
+
 @pytest.mark.parametrize("residual, tensor", [("ladder", 8), ("hybrid:last1", 2), ("desync:2", 2), ("parallel", 1),
                                               *(pytest.param(residual, 2, marks=pytest.mark.slow)
                                                 for residual in ("standard", "ladder:1,2", "parallel"))])
