@@ -432,7 +432,7 @@ class Engine:
 
     def _start_chunk(self, prefills):
         """Starts a chunk if there is anything for it to do; whether it did."""
-        if not self._left() and not self._cancelled:
+        if not (self._left() or self._cancelled or self._pending):
             return False
         most = self.options.slots + self.capacity.places
         cancelled, self._cancelled = self._cancelled[:most], self._cancelled[most:]

@@ -170,6 +170,8 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     assert (made.counters.chunks, made.counters.iterations) == (1, 1)
     run(made, [([3], dict(max_tokens=12))])
     assert (made.counters.chunks, made.counters.iterations) == (4, 13)
+    run(made, [([4], dict(max_tokens=1))])      # prefill's token alone comes to the host with a chunk, too
+    assert (made.counters.chunks, made.counters.iterations) == (5, 14)
     assert made.compiled()[0] <= made.compiled()[1]
 
 
