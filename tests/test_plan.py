@@ -251,9 +251,9 @@ def of_layers(made):
 
 
 @needs_tpu
-@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
-def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target):
-    made = planned(target, "ladder", "recursive-doubling")
+@pytest.mark.parametrize("target, groups", [("v5e:2x4", 1), ("v6e:2x4", 1), ("v5p:2x2x2", 1), ("v5e:16x16", 32)])
+def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target, groups):
+    made = planned(target, "ladder", "recursive-doubling", batch=16 * groups)
     rows = of_layers(made)
     assert len(rows) == 3 * 7       # three exchanges for every block but the last, whose sum is the stack's
     assert all(row["kind"] == "collective-permute" and row["asynchronous"] and row["merged"] == 1 for row in rows)
