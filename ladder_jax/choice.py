@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import cost, schedule, targets
+from ladder_jax.config import ConfigError
 from ladder_jax.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
@@ -106,8 +107,20 @@ def network_of(devices, all_reduce=None):
 
 
 def reduction_for(config, mesh):
-    """mesh.reduction of a whole `config` as what `model.hidden` takes."""
-    return auto(config.model, mesh) if config.mesh.reduction == "auto" else config.mesh.reduction
+    """mesh.reduction of a whole `config` as what `model.hidden` takes. ConfigError where it cannot be compiled."""
+    name = config.mesh.reduction
+    if name == "auto":
+        return auto(config.model, mesh)
+    if name == "one-shot" and _delayed(config.model) and mesh.shape[TENSOR] > 1 and (
+            targets.kind_of(mesh.devices.flat[0]) == "v5e"):
+        raise ConfigError(f"mesh.reduction='one-shot' is not accepted on v5e with model.residual="
+                          f"{config.model.residual!r}: XLA's fusion of its all-gathers does not come to an end; choose "
+                          "'auto' or another reduction")
+    return name
+
+
+def _delayed(config):
+    return any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
 
 
 @functools.lru_cache(maxsize=32)
@@ -120,7 +133,7 @@ def auto(config, mesh):
     if network is None or mesh.shape[TENSOR] == 1:
         return "psum"
     groups = [list(map(int, row)) for row in jnp.arange(mesh.size).reshape(-1, mesh.shape[TENSOR])]
-    hides = any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
+    hides = _delayed(config)
 
     @functools.cache
     def chosen(rows, size):

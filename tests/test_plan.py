@@ -349,6 +349,12 @@ def test_the_command_prints_one_json_object_and_no_noise():
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "does not divide" in again.stderr
 
 
+@needs_tpu
+def test_what_the_compiler_does_not_come_to_an_end_of_is_refused():
+    with pytest.raises(ConfigError, match="mesh.reduction='one-shot' is not accepted on v5e with model.residual='ladder'"):
+        planned("v5e:2x4", "ladder", "one-shot")
+
+
 # What meets the bar at full size; docs/overlap.md has what does not, and why.
 MET = [*((recipe, "v5e:2x4", "decode", batch, 2048)
          for recipe in ("llama3_8b", "llama3_70b") for batch in (1, 16)),
