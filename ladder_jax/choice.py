@@ -106,16 +106,14 @@ def network_of(devices, all_reduce=None):
     return cost.Network(chip, [tuple(d.coords) if chip.wrap else d.process_index for d in devices], all_reduce)
 
 
-def reduction_for(config, mesh):
-    """mesh.reduction of a whole `config` as what `model.hidden` takes. ConfigError where it cannot be compiled."""
-    name = config.mesh.reduction
+def reduction_for(name, config, mesh):
+    """What `model.hidden` takes for mesh.reduction=`name` and a model (config.Model). ConfigError where it cannot be
+    compiled."""
     if name == "auto":
-        return auto(config.model, mesh)
-    if name == "one-shot" and _delayed(config.model) and mesh.shape[TENSOR] > 1 and (
-            targets.kind_of(mesh.devices.flat[0]) == "v5e"):
-        raise ConfigError(f"mesh.reduction='one-shot' is not accepted on v5e with model.residual="
-                          f"{config.model.residual!r}: XLA's fusion of its all-gathers does not come to an end; choose "
-                          "'auto' or another reduction")
+        return auto(config, mesh)
+    if name == "one-shot" and _delayed(config) and targets.kind_of(mesh.devices.flat[0]) == "v5e":
+        raise ConfigError(f"mesh.reduction='one-shot' is not accepted on v5e with model.residual={config.residual!r}: "
+                          "XLA's fusion of its all-gathers does not come to an end; choose 'auto' or another reduction")
     return name
 
 

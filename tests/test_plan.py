@@ -170,9 +170,8 @@ def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
 
 def test_auto_is_psum_where_the_machine_is_not_known():
     mesh = jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
-    config = Config(mesh=Mesh(data=1, tensor=4, reduction="auto"))
-    assert choice.reduction_for(config, mesh) == "psum"
-    assert choice.reduction_for(dataclasses.replace(config, mesh=Mesh(reduction="ring")), mesh) == "ring"
+    assert choice.reduction_for("auto", Model(), mesh) == "psum"
+    assert choice.reduction_for("ring", Model(), mesh) == "ring"
 
 
 def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
