@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import cost, schedule, targets
+from ladder_jax.config import ConfigError
 from ladder_jax.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
@@ -105,9 +106,19 @@ def network_of(devices, all_reduce=None):
     return cost.Network(chip, [tuple(d.coords) if chip.wrap else d.process_index for d in devices], all_reduce)
 
 
-def reduction_for(config, mesh):
-    """mesh.reduction of a whole `config` as what `model.hidden` takes."""
-    return auto(config.model, mesh) if config.mesh.reduction == "auto" else config.mesh.reduction
+def reduction_for(name, config, mesh):
+    """What `model.hidden` takes for mesh.reduction=`name` and a model (config.Model). ConfigError where it cannot be
+    compiled."""
+    if name == "auto":
+        return auto(config, mesh)
+    if name == "one-shot" and _delayed(config) and targets.kind_of(mesh.devices.flat[0]) == "v5e":
+        raise ConfigError(f"mesh.reduction='one-shot' is not accepted on v5e with model.residual={config.residual!r}: "
+                          "XLA's fusion of its all-gathers does not come to an end; choose 'auto' or another reduction")
+    return name
+
+
+def _delayed(config):
+    return any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
 
 
 @functools.lru_cache(maxsize=32)
@@ -120,7 +131,7 @@ def auto(config, mesh):
     if network is None or mesh.shape[TENSOR] == 1:
         return "psum"
     groups = [list(map(int, row)) for row in jnp.arange(mesh.size).reshape(-1, mesh.shape[TENSOR])]
-    hides = any(block.delay for blocks in schedule.parse(config.residual, config.layers).layers for block in blocks)
+    hides = _delayed(config)
 
     @functools.cache
     def chosen(rows, size):

@@ -112,7 +112,7 @@ class Engine:
         kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
         self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
                                       min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
-                                      fixed, choice.auto(config, mesh) if reduction == "auto" else reduction)
+                                      fixed, choice.reduction_for(reduction, config, mesh))
         token_bytes = kv.bytes_per_token(config, kv_dtype) // mesh.shape[sharding.TENSOR]      # on one device
         self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
                                  token_bytes * options.prefix_block)

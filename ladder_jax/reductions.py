@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ladder_jax.sharding import TENSOR, axis_size
+from ladder_jax.sharding import TENSOR, axis_size, gray
 
 PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
 SUBLANES, LANES = 8, 128        # of a TPU's registers: arrays cut at multiples of them are not moved
@@ -39,16 +39,16 @@ def one_shot(value):
 
 
 def recursive_doubling(value):
-    """log2 n exchanges of the whole message with partners ..., 4, 2, 1 apart (Thakur et al. 2005, section 4).
+    """log2 n exchanges of the whole message, each with the shard whose Gray code differs in one bit (sharding.gray).
 
-    The farthest, which takes the longest where its messages share links, goes first: a block's first products are the
-    longest to run behind. Where n is no power of two, the shards beyond the largest one first hand over their partials,
-    and get the sum last.
+    (Thakur et al. 2005, section 4, whose partners differ in a bit of the index.) The highest bit goes first: its
+    partners are the farthest apart, and a block's first products are the longest to run behind. Where n is no power of
+    two, the shards beyond the largest one first hand over their partials, and get the sum last.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
     add = lambda x, other: x + other        # what has no sender arrives as zeros
-    rounds = [Round(_permute([(i ^ step, i) for i in range(core)]), add) for step in _powers(core)[::-1]]
+    rounds = [Round(_permute(exchange(core, bit)), add) for bit in _powers(core)[::-1]]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
@@ -65,25 +65,25 @@ def halving_doubling(value):
     n = axis_size(TENSOR)
     if n & (n - 1):
         return ring(value)
-    steps = _powers(n)
+    bits = _powers(n)
 
-    def exchange(k, summing):
-        """With the partner steps[k] apart. Bit k of a shard's number says which half of the pieces that are left is its
-        own: it ends with one piece of the sum and, backwards, with all."""
+    def halve(k, summing):
+        """Bit k of a shard's Gray code says which half of the pieces that are left is its own: it ends with one piece
+        of the sum and, backwards, with all."""
         length = n >> (k + 1)
-        mine = lambda k: (lax.axis_index(TENSOR) & steps[k] != 0) * (n >> (k + 1))
+        mine = lambda k: (gray(lax.axis_index(TENSOR)) & bits[k] != 0) * (n >> (k + 1))
         start = sum(map(mine, range(k)), 0)
         keep, give = start + mine(k), start + length - mine(k)
         part = lambda x, place: lax.dynamic_slice_in_dim(x, place, length, axis=0)
-        to = _permute([(i ^ steps[k], i) for i in range(n)])
+        to = _permute(exchange(n, bits[k]))
         if summing:
             return Round(lambda x: to(part(x, give)),
                          lambda x, other: lax.dynamic_update_slice_in_dim(x, part(x, keep) + other, keep, axis=0))
         return Round(lambda x: to(part(x, keep)),
                      lambda x, other: lax.dynamic_update_slice_in_dim(x, other, give, axis=0))
 
-    there = range(len(steps))
-    rounds = [*(exchange(k, True) for k in there), *(exchange(k, False) for k in there[::-1])]
+    there = range(len(bits))
+    rounds = [*(halve(k, True) for k in there), *(halve(k, False) for k in there[::-1])]
     return _pieces(value, n), rounds, partial(_whole, like=value)
 
 
@@ -142,6 +142,11 @@ REDUCTIONS = {"psum": psum, "one-shot": one_shot, "recursive-doubling": recursiv
 
 def _permute(pairs):
     return lambda x: lax.ppermute(x, TENSOR, pairs)
+
+
+def exchange(n, bit):
+    """The pairs of shards, of n, whose Gray codes differ in `bit`: their indices differ in all bits up to it."""
+    return [(i ^ (2 * bit - 1), i) for i in range(n)]
 
 
 def _powers(n):

@@ -108,7 +108,8 @@ def loss_and_gradients(config, mesh, kernel=None):
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # On an emulated mesh, which is for trying things out, time to compile counts for more.
     unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
-    options = dict(kernel=kernel, reduction=choice.reduction_for(config, mesh), remat=config.train.remat, unroll=unroll,
+    reduction = choice.reduction_for(config.mesh.reduction, config.model, mesh)
+    options = dict(kernel=kernel, reduction=reduction, remat=config.train.remat, unroll=unroll,
                    chunk=config.train.loss_chunk)
 
     def local(parameters, batch):

@@ -170,9 +170,8 @@ def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
 
 def test_auto_is_psum_where_the_machine_is_not_known():
     mesh = jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
-    config = Config(mesh=Mesh(data=1, tensor=4, reduction="auto"))
-    assert choice.reduction_for(config, mesh) == "psum"
-    assert choice.reduction_for(dataclasses.replace(config, mesh=Mesh(reduction="ring")), mesh) == "ring"
+    assert choice.reduction_for("auto", Model(), mesh) == "psum"
+    assert choice.reduction_for("ring", Model(), mesh) == "ring"
 
 
 def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
@@ -183,7 +182,9 @@ def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
     message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     assert chosen(message(16, 1, 256)) == "recursive-doubling"
     assert chosen(message(8192, 4, 1024)) != "recursive-doubling"
-    assert chosen(message()) in reductions.REDUCTIONS
+    assert chosen(message()) in reductions.REDUCTIONS and not chosen.in_order
+    monkeypatch.setattr(choice, "network_of", lambda devices: grid("v6e", 2, 4, 1))
+    assert choice.auto.__wrapped__(config.model, mesh).in_order
 
 
 def test_a_short_stack_stands_for_a_deep_one():
@@ -249,9 +250,9 @@ def of_layers(made):
 
 
 @needs_tpu
-@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
-def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target):
-    made = planned(target, "ladder", "recursive-doubling")
+@pytest.mark.parametrize("target, groups", [("v5e:2x4", 1), ("v6e:2x4", 1), ("v5p:2x2x2", 1), ("v5e:16x16", 32)])
+def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target, groups):
+    made = planned(target, "ladder", "recursive-doubling", batch=16 * groups)
     rows = of_layers(made)
     assert len(rows) == 3 * 7       # three exchanges for every block but the last, whose sum is the stack's
     assert all(row["kind"] == "collective-permute" and row["asynchronous"] and row["merged"] == 1 for row in rows)
@@ -345,6 +346,12 @@ def test_the_command_prints_one_json_object_and_no_noise():
     again = subprocess.run([sys.executable, "-c", "from ladder_jax.cli import main; main()", "plan", "configs/demo.py",
                             "--target", "v5e:2x2", "--tensor", "3"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "does not divide" in again.stderr
+
+
+@needs_tpu
+def test_what_the_compiler_does_not_come_to_an_end_of_is_refused():
+    with pytest.raises(ConfigError, match="mesh.reduction='one-shot' is not accepted on v5e with model.residual='ladder'"):
+        planned("v5e:2x4", "ladder", "one-shot")
 
 
 # What meets the bar at full size; docs/overlap.md has what does not, and why.

@@ -2,6 +2,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,31 @@ def test_rounds_behind_products_change_nothing(name, size, products):
     np.testing.assert_allclose(total, np.broadcast_to(np.asarray(given).sum(axis=0), total.shape), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, scale.sum(), rtol=1e-6)
     np.testing.assert_allclose(dy, scale.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, waiting", [("psum", [False]), (in_order, [True]),
+                                           ("recursive-doubling", [False, True, True])])
+def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
+    """By product, in the forward pass's order: whether the backward pass goes on behind the round that the product's
+    cotangent ends. Behind an only or last round, that is where blocks are to keep their order (targets.Chip)."""
+    def cotangents(x, *operands):
+        def block(*operands):
+            returning = Returning((x,), name)
+            made = [returning.behind((operand,))[0] for operand in operands]
+            return meet(x, returning.start()).sum() + sum(jnp.sin(value).sum() for value in made)
+        return jax.grad(block, argnums=range(len(operands)))(*operands)
+
+    jaxpr = jax.make_jaxpr(cotangents, axis_env=[("tensor", 8)])(*[jnp.ones(())] * (1 + len(waiting))).jaxpr
+
+    def waits(cotangent):
+        reached = {cotangent}
+        for equation in reversed(jaxpr.eqns):
+            if reached.intersection(equation.outvars):
+                if equation.primitive.name == "optimization_barrier":
+                    return True
+                reached |= {value for value in equation.invars if not isinstance(value, jax.extend.core.Literal)}
+        return False
+    assert [waits(cotangent) for cotangent in jaxpr.outvars] == waiting
 
 
 def test_one_shard_has_nothing_to_reduce():

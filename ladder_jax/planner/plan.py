@@ -147,7 +147,7 @@ def program(request, mesh, layers=None, notation=None):
             config.train, batch=request.batch, length=request.context, accumulate=1)), mesh)
     decode = request.workload == "decode"
     return forward(made, mesh, request.batch, 1 if decode else request.context, request.context,
-                   choice.reduction_for(config, mesh), unstacked=decode)
+                   choice.reduction_for(config.mesh.reduction, made, mesh), unstacked=decode)
 
 
 def build(request):
@@ -340,7 +340,7 @@ def roofline(compiled):
 def reduction_of(compiled):
     """The name of the reduction of a block's partial; of what "auto" has chosen, where it was asked to."""
     request, mesh = compiled.request, compiled.mesh
-    reduction = choice.reduction_for(request.config, mesh)
+    reduction = choice.reduction_for(request.config.mesh.reduction, request.config.model, mesh)
     rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
     tokens = 1 if request.workload == "decode" else request.context
     dtype = jnp.dtype(request.config.model.dtype)
