@@ -324,12 +324,14 @@ def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_bac
 @pytest.mark.parametrize("target", ["v6e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)])
 def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
     """On SparseCores. (v5e, inside products: at full size, below.) The stack's end sends what is read alone."""
-    rows = of_layers(planned(target, "ladder", "auto", "prefill", batch=1, context=1024))
+    made = planned(target, "ladder", "auto", "prefill", batch=1, context=1024)
+    rows = of_layers(made)
     long = [row for row in rows if row["kind"] == "all-reduce"]
     assert len(long) == 5 and all(row["bytes"] == 2048 * 2 for row in rows if row not in long)
     assert all(row["asynchronous"] and row["merged"] == 1 for row in rows)
-    for row in long[:-1]:       # the last has an MLP of one token beside it
-        assert row["hidden_us"] > 0.5 * row["communication_us"], f"{target}: {row['name']} ({row['block']}) is waited for"
+    for row in long:
+        assert row["hidden_us"] > 0, f"{target}: nothing is computed while {row['name']} ({row['block']}) runs"
+    assert hides(made), made["totals"]
 
 
 @needs_tpu
