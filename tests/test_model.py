@@ -247,7 +247,8 @@ def prefilled(cfg, unstacked, tensor, read):
 
 
 @pytest.mark.parametrize("name, tensor, unstacked", [
-    pytest.param(name, tensor, unstacked, marks=[] if tensor == 2 and unstacked or name == "ladder" else pytest.mark.slow)
+    pytest.param(name, tensor, unstacked,
+                 marks=[] if tensor == 2 and unstacked or name == "ladder" else pytest.mark.slow)
     for name in CASES if name != "desync:3" for tensor in (1, 2, 8) for unstacked in (False, True)])
 def test_what_is_read_alone_is_what_is_read_of_all(name, tensor, unstacked):
     cfg = settings(name)
