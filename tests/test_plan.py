@@ -356,7 +356,8 @@ MET = [*((recipe, "v5e:2x4", "decode", batch, 2048)
          for recipe in ("llama3_8b", "llama3_70b") for batch in (1, 16)),
        *((recipe, target, "decode", batch, 2048) for recipe in ("llama3_8b", "llama3_70b")
          for target in ("v6e:2x4", "v5p:2x2x2") for batch in (1, 16, 64)),
-       *(("llama3_8b", target, "prefill", 1, 1024) for target in ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")),
+       # not v5e's prefill, which takes its compiler more than five minutes
+       *(("llama3_8b", target, "prefill", 1, 1024) for target in ("v6e:2x4", "v5p:2x2x2", "h100:1x8")),
        ("llama3_8b", "v5p:2x2x2", "prefill", 4, 2048), ("llama3_8b", "h100:1x8", "prefill", 4, 2048),
        *(("llama3_8b", target, "train", 1, 2048) for target in ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")),
        *((recipe, "h100:1x8", "decode", batch, 2048) for recipe in ("llama3_8b", "llama3_70b") for batch in (1, 16, 64))]
