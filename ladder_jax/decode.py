@@ -305,11 +305,11 @@ def make_prefill(program):
         at = lambda x, rows: (*(slice(None),) * (x.ndim - 4), rows, slice(None), slice(C))     # of [.., R, K, S, H]
         rows_kv = jax.tree.map(lambda x: x[at(x, prompts.place.clip(0, R - 1))], staging.kv)
         positions_PT = prompts.start[:, None] + jnp.arange(T)
-        x_PTD, rows_kv = transformer.hidden(weights, program.config, prompts.tokens, positions_PT, cache=rows_kv,
-                                            reduction=program.reduction)
+        last_P1 = (prompts.length - 1).clip(0)[:, None]
+        x_P1D, rows_kv = transformer.hidden(weights, program.config, prompts.tokens, positions_PT, cache=rows_kv,
+                                            read_BR=last_P1, reduction=program.reduction)
         kv = jax.tree.map(lambda kept, x: kept.at[at(kept, prompts.place)].set(x, mode="drop"), staging.kv, rows_kv)
-        last_P1D = jnp.take_along_axis(x_PTD, (prompts.length - 1).clip(0)[:, None, None], axis=1)
-        logits_PV = sharding.gather_vocabulary(transformer.logits(weights, program.config, last_P1D))[:, 0]
+        logits_PV = sharding.gather_vocabulary(transformer.logits(weights, program.config, x_P1D))[:, 0]
         row = prompts.row._replace(history=sampling.remember_prompt(prompts.prompt, program.config.vocab_size))
         events, row = next_tokens(program, logits_PV, row, prompts.start + prompts.length, prompts.last)
         place_P = jnp.where(events.flag == TOKEN, prompts.place, R)       # a request that is done already never waits

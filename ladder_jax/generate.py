@@ -23,17 +23,20 @@ def empty_cache(config, mesh, batch, length):
 
 @functools.lru_cache(maxsize=8)
 def make_forward(config, mesh):
-    """(model, tokens [B, T], positions [B, T], cache) -> (logits [B, T, V] float32, cache), compiled; cache donated."""
-    def local(model, tokens_BT, positions_BT, cache):
-        x_BTD, cache = transformer.hidden(model, config, tokens_BT, positions_BT, cache=cache, reduction=reduction)
+    """(model, tokens [B, T], positions [B, T], cache, read=None) -> (logits [B, T, V] float32, cache), compiled; cache
+    donated. With `read` [B, R], logits [B, R, V] of these places along T."""
+    def local(model, tokens_BT, positions_BT, cache, read_BR):
+        x_BTD, cache = transformer.hidden(model, config, tokens_BT, positions_BT, cache=cache, read_BR=read_BR,
+                                          reduction=reduction)
         return transformer.logits(model, config, x_BTD), cache
 
     reduction = choice.auto(config, mesh)
     specs = sharding.parameter_specs(jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0)))
     cache = sharding.CACHE
-    return jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache),
-                                      (sharding.LOGITS, cache)), donate_argnums=3,
-                   compiler_options=targets.options(mesh))
+    program = sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache, sharding.TOKENS),
+                                 (sharding.LOGITS, cache))
+    return jax.jit(lambda model, tokens_BT, positions_BT, cache, read_BR=None: program(
+        model, tokens_BT, positions_BT, cache, read_BR), donate_argnums=3, compiler_options=targets.options(mesh))
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary")
@@ -75,19 +78,18 @@ def _tokens(model, config, mesh, prompt, max_tokens, params, stop, vocabulary):
     cache = empty_cache(config, mesh, rows, length)
     # A padded prompt writes junk behind its end, which the tokens that come there replace before it can be seen.
     tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
-    logits_BTV, cache = forward(model, tile([*prompt, *[0] * (padded - len(prompt))]), tile(range(padded)), cache)
-    last_V = logits_BTV[0, len(prompt) - 1]
+    logits_B1V, cache = forward(model, tile([*prompt, *[0] * (padded - len(prompt))]), tile(range(padded)), cache,
+                                tile([len(prompt) - 1]))
     history_BV = np.zeros((1, config.vocab_size), np.int32)
     history_BV[0, prompt] = 1
     for position in range(len(prompt), len(prompt) + max_tokens):
-        token = int(sample(last_V, params, history_BV, np.int32(position), vocabulary))
+        token = int(sample(logits_B1V[0, 0], params, history_BV, np.int32(position), vocabulary))
         if token in stop:
             return
         yield token
         history_BV[0, token] += 2
         if position + 1 < len(prompt) + max_tokens:
-            logits_BTV, cache = forward(model, tile([token]), tile([position]), cache)
-            last_V = logits_BTV[0, 0]
+            logits_B1V, cache = forward(model, tile([token]), tile([position]), cache)
 
 
 class Loaded(NamedTuple):

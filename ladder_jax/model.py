@@ -61,27 +61,30 @@ class Attention(nnx.Module):
                                      for heads in (N, K, K))
         self.q_norm, self.k_norm = (nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2))
 
-    def __call__(self, u_BTD, context, cache=None, behind=_alone):
-        """The partial [B, T, D] of this block, and the cache with this call's keys and values written.
+    def __call__(self, u_BTD, context, cache=None, behind=_alone, read_BR=None):
+        """The partial [B, T, D] of this block, and the cache with this call's keys and values written. With `read_BR`,
+        which takes a cache, the partial is of those positions along T alone (see residual.take).
 
         Matrix products are called through `behind`, so that communication can run behind them (see residual.py): three
         times here as in MLP, behind much the same work each time.
         """
-        q_BTNH, k_BTKH, v_BTKH = behind(lambda u_BTD: (self._project(u_BTD, self.wq, self.bq),
+        asked = lambda x_BT: residual.take(x_BT, read_BR)
+        q_BTNH, k_BTKH, v_BTKH = behind(lambda u_BTD: (self._project(asked(u_BTD), self.wq, self.bq),
                                                        self._project(u_BTD, self.wk, self.bk),
                                                        self._project(u_BTD, self.wv, self.bv)), u_BTD)
         if self.q_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        q_BTNH = attention_door.rotate(q_BTNH, context.rotation)
+        q_BTNH = attention_door.rotate(q_BTNH, map(asked, context.rotation))
         k_BTKH = attention_door.rotate(k_BTKH, context.rotation)
         if cache is None:
             attend = lambda *qkv: attention_door.attend(*qkv, context.segments_BT, context.kernel)
             out_BTNH = behind(attend, q_BTNH, k_BTKH, v_BTKH)
         else:
             cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
-            out_BTNH = behind(lambda q_BTNH: attention_door.attend_cache(q_BTNH, cache, context.positions_BT), q_BTNH)
-        out_BTE = out_BTNH.reshape(*u_BTD.shape[:2], -1)        # E = N H: as one, or XLA:CPU turns `wo` around
+            positions_BT = asked(context.positions_BT)
+            out_BTNH = behind(lambda q_BTNH: attention_door.attend_cache(q_BTNH, cache, positions_BT), q_BTNH)
+        out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)     # E = N H: as one, or XLA:CPU turns `wo` around
         wo_ED = self.wo[...].reshape(-1, u_BTD.shape[2])
         return behind(lambda out_BTE: einsum("bte,ed->btd", out_BTE, wo_ED), out_BTE), cache
 
@@ -161,29 +164,31 @@ def _depth_scaled(config):
 
 # The forward pass and the loss, inside `shard_map`.
 
-def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, *, kernel="xla", reduction="psum",
-           remat="none", unroll=False):
+def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None, read_BR=None, *, kernel="xla",
+           reduction="psum", remat="none", unroll=False):
     """The final residual stream [B, T, D], and the cache with these tokens written.
 
     Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
     `cache` is a cache.KV [L, B, K, S, H] of past keys and values, `positions_BT` says where in it the tokens stand.
     Where `model.layers` is a list of layers (see `unstack`), `cache` is one of KVs [B, K, S, H], and so is the result.
+    With a cache, `read_BR` names the positions along T whose stream [B, R, D] is wanted, where not all are: of the last
+    layer hardly more than keys and values is computed for the others (see residual.run).
     """
     dtype = jnp.dtype(config.dtype)
     rotation = lax.optimization_barrier(        # or XLA:CPU computes sines again for every head
         attention_door.rotary(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling))
     context = Context(rotation, segments_BT, positions_BT, kernel)
 
-    def apply(layer_and_cache, block, x_BTD, behind):
+    def apply(layer_and_cache, block, x_BTD, behind, read_BR):
         layer, cache = layer_and_cache
         parts = {name: sharding.gather_parameters(getattr(layer, name), dtype, name) for name in block.parts}
         u_BTD = rms_norm(x_BTD, parts[block.parts[0]].norm[...], config.norm_eps)
         partials_BTD, new_cache = [], None
         if "attention" in parts:
-            partial_BTD, new_cache = parts["attention"](u_BTD, context, cache, behind)
+            partial_BTD, new_cache = parts["attention"](u_BTD, context, cache, behind, read_BR)
             partials_BTD.append(partial_BTD)
         if "mlp" in parts:
-            partials_BTD.append(parts["mlp"](u_BTD, behind))
+            partials_BTD.append(parts["mlp"](residual.take(u_BTD, read_BR), behind))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
     embedded_BTD = embed(model, dtype, tokens_BT)
@@ -191,7 +196,7 @@ def hidden(model, config, tokens_BT, positions_BT, segments_BT=None, cache=None,
     unstacked = isinstance(model.layers, list)
     layers = list(zip(model.layers, cache or [None] * len(model.layers))) if unstacked else (model.layers, cache)
     x_BTD, outputs = residual.run(plan, embedded_BTD, layers, apply, reduction=reduction, remat=REMAT[remat],
-                                  unroll=unroll)
+                                  unroll=unroll, read_BR=read_BR)
     # a layer's first block is the one with attention
     return x_BTD, [blocks[0] for blocks in outputs] if unstacked else outputs[0]
 

@@ -73,6 +73,13 @@ class Stream(NamedTuple):
         return made._replace(ahead=self.ahead if returning is None or self.ahead is not None else returning.start())
 
 
+def take(x, read_BR):
+    """`x` [B, T, ...] at the positions `read_BR` [B, R] along T: [B, R, ...]; all of it where they are None."""
+    if read_BR is None:
+        return x
+    return jnp.take_along_axis(x, read_BR.reshape(*read_BR.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def _arrived(pending):
     return checkpoint_name(pending.wait(), "reduced") if isinstance(pending, InFlight) else pending
 
@@ -85,7 +92,7 @@ def _sum(*values):
     return total
 
 
-def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, unroll=False):
+def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, unroll=False, read_BR=None):
     """The final residual stream of a model.
 
     Args:
@@ -93,15 +100,20 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
       embedded_BTD: the embedding's partial over the tensor axis.
       layers: a tree whose leaves lead with a layer dimension (run in `lax.scan` wherever layers repeat), or a list of
         trees, one a layer (run one after another, for compilers that copy slices of a stack).
-      apply: (layer tree, block, x_BTD, behind) -> (partial_BTD, output). It calls its matrix products through
-        `behind`, so that reductions under way run behind them; `output` is collected by layer and block.
+      apply: (layer tree, block, x_BTD, behind, read_BR) -> (partial_BTD, output). It calls its matrix products through
+        `behind`, so that reductions under way run behind them; `output` is collected by layer and block. With `read_BR`
+        its partial is of those positions of x_BTD alone.
       reduction: of reductions.REDUCTIONS.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
       unroll: whether the compiled program has a scan's layers written out one after another.
+      read_BR: the positions along T of which the stream after the last block is wanted, or None for all. What the last
+        block with attention does not see is wanted of them alone: its own partial, those after it and, with delays,
+        those just before it. Lists of layers compute and reduce no more. A scan's layers are alike, and to cut off the
+        last ones would copy the rest of the stack: there the last reduction alone is of these positions.
 
     Returns:
-      The stream after the last block [B, T, D], ready for column-parallel work, and the outputs: a tuple with an entry
-      for every block of a layer, stacked by layer, or a list of such tuples where `layers` is a list.
+      The stream after the last block [B, T or R, D], ready for column-parallel work, and the outputs: a tuple with an
+      entry for every block of a layer, stacked by layer, or a list of such tuples where `layers` is a list.
     """
     shared = lambda value: replicate(value, reduction)
     stream = Stream(None, (), embedded_BTD)
@@ -111,16 +123,22 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
         elif schedule.layers[0][0].delay:      # the first block sees the embedding whatever its delay
             stream = Stream(reduce(embedded_BTD, reduction))
 
-    def run_layer(stream, layer, blocks, next_delay):
+    ends = narrowing(schedule) if read_BR is not None and isinstance(layers, list) else ()
+
+    def run_layer(stream, layer, blocks, next_delay, first=0):
         outputs = []
-        for block, following in zip(blocks, [*(block.delay for block in blocks[1:]), next_delay]):
+        for number, (block, following) in enumerate(zip(
+                blocks, [*(block.delay for block in blocks[1:]), next_delay]), first):
             with jax.named_scope("+".join(block.parts)):      # profiles and plan.py tell the blocks apart by it
                 ahead = stream.ahead
                 x_BTD, stream = stream.read(block.delay, reduction)
+                asked_BR = read_BR if number in ends else None
+                if number in ends[-1:]:
+                    stream = stream._replace(total=take(stream.total, read_BR))
                 if not schedule.local:
                     x_BTD = shared(x_BTD) if ahead is None else meet(x_BTD, ahead)
                 returning = stream.returning(following, reduction)
-                partial_BTD, output = apply(layer, block, x_BTD, partial(stream.behind, returning))
+                partial_BTD, output = apply(layer, block, x_BTD, partial(stream.behind, returning), asked_BR)
                 ahead = None if returning is None else returning.start()
             if schedule.local:
                 total = _write_local(stream.total, partial_BTD, block.reduce, reduction)
@@ -136,7 +154,8 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
     if isinstance(layers, list):
         outputs = []
         for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
-            step = lambda stream, layer, i=index, blocks=blocks: run_layer(stream, layer, blocks, delay_after(i))
+            step = lambda stream, layer, i=index, blocks=blocks: run_layer(
+                stream, layer, blocks, delay_after(i), i * len(blocks))
             with jax.named_scope(f"layer{index}"):
                 stream, output = _remat(step, remat)(stream, layer)
             outputs.append(output)
@@ -169,10 +188,18 @@ def run(schedule, embedded_BTD, layers, apply, *, reduction="psum", remat=None, 
                 output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             pieces.append(output)
         outputs = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        stream = jax.tree.map(lambda x: take(x, read_BR), stream)
 
     with jax.named_scope("last"):
         x_BTD, _ = stream.read(0, reduction)
         return (x_BTD if schedule.local else shared(x_BTD)), outputs
+
+
+def narrowing(schedule):
+    """The numbers of the blocks that see all positions, but whose partials are wanted of those that are read alone: the
+    last with attention, which begins the last layer, and those before it that it does not see."""
+    last = sum(map(len, schedule.layers[:-1]))
+    return range(max(last - schedule.layers[-1][0].delay, 0), last + 1)
 
 
 def _write_local(total, partial, reduced, reduction):

@@ -12,7 +12,7 @@ import pytest
 import reference
 from jax import lax
 
-from ladder_jax import config, model, residual, schedule, sharding
+from ladder_jax import cache, config, model, residual, schedule, sharding
 from ladder_jax.config import ConfigError
 from ladder_jax.reductions import InFlight
 
@@ -223,6 +223,52 @@ def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
         assert (influence[r, t, r2, t2] != 0) == sees, (
             f"{name}: the output at row {r}, token {t} {'ignores' if sees else 'depends on'} row {r2}, token {t2} "
             f"({influence[r, t, r2, t2]:.1e})")
+
+
+# ---------------------------------------------------------------- what is read of the final stream
+
+READ = jnp.array([[5, 2]] + [[0, 7]] * (B - 1))       # other places in the first row, not in order
+
+
+def prefilled(cfg, unstacked, tensor, read):
+    """(program, arguments): the final stream, of places `read` or of all, and the caches by layer, of whole prompts."""
+    tree = model.unstack(parameters(cfg)) if unstacked else parameters(cfg)
+    empty = cache.KV(*(jnp.zeros((B, cfg.kv_heads, T, cfg.head_dim)),) * 2)
+    empty = [empty] * cfg.layers if unstacked else jax.tree.map(lambda x: jnp.stack([x] * cfg.layers), empty)
+    cache_spec = sharding.P(*[None] * (1 if unstacked else 2), "tensor")
+
+    def local(tree, empty):
+        positions_BT = jnp.tile(jnp.arange(T), (B, 1))
+        x_BRD, filled = model.hidden(tree, cfg, BATCH["tokens"], positions_BT, cache=empty, read_BR=read)
+        return model.logits(tree, cfg, x_BRD), jax.tree.map(lambda *xs: jnp.stack(xs), *filled) if unstacked else filled
+    run = sharding.shard_map(local, make_mesh((1, 1, tensor)), (sharding.parameter_specs(tree), cache_spec),
+                             (sharding.P(None, None, "tensor"), sharding.P(None, None, "tensor")))
+    return run, (tree, empty)
+
+
+@pytest.mark.parametrize("name, tensor, unstacked", [
+    pytest.param(name, tensor, unstacked,
+                 marks=[] if tensor == 2 and unstacked or name == "ladder" else pytest.mark.slow)
+    for name in CASES if name != "desync:3" for tensor in (1, 2, 8) for unstacked in (False, True)])
+def test_what_is_read_alone_is_what_is_read_of_all(name, tensor, unstacked):
+    cfg = settings(name)
+    run = lambda read: jax.jit((made := prefilled(cfg, unstacked, tensor, read))[0], compiler_options=FAST)(*made[1])
+    (whole_BTV, kept), (some_BRV, kept_too) = run(None), run(READ)
+    np.testing.assert_allclose(some_BRV, jnp.take_along_axis(whole_BTV, READ[..., None], axis=1), atol=1e-5)
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(kept_too), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, unstacked, whole, read", [
+    ("standard", True, 5, 2), ("ladder", True, 4, 3), ("ladder:1,2", True, 4, 3), ("parallel", True, 3, 1),
+    ("desync:2", True, 3, 1), ("ladder", False, 7, 1),
+])
+def test_reductions_that_only_read_places_wait_for_are_of_them_alone(name, unstacked, whole, read):
+    """Of 3 layers and the embedding; a scan with delays has one more (see below)."""
+    run, arguments = prefilled(settings(name, layers=3), unstacked, 8, READ)
+    lengths = collections.Counter(eqn.outvars[0].aval.shape[1] for eqn, times in equations(jax.make_jaxpr(run)(
+        *arguments).jaxpr) for _ in range(times) if eqn.primitive.name.startswith("psum"))
+    assert lengths == {T: whole, READ.shape[1]: read}
 
 
 # ---------------------------------------------------------------- what is communicated

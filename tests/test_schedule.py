@@ -130,7 +130,7 @@ def run_toy(made, unrolled):
     rows_LPD = jnp.eye(BLOCKS + 1)[1:1 + 2 * count].reshape(count, 2, BLOCKS + 1)
     layers = [rows_LPD[i] for i in range(count)] if unrolled else rows_LPD
     row = dict(attention=0, mlp=1)
-    apply = lambda layer, block, x, behind: (
+    apply = lambda layer, block, x, behind, _: (
         behind(lambda: sum(layer[row[part]] for part in block.parts)[None, None]), x)
     shared = lambda x, _: 3 * x
     with (mock.patch.multiple(residual, InFlight=Doubled, Returning=Silent, reduce=lambda x, _: 2 * x,

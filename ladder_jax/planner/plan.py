@@ -22,7 +22,7 @@ from ladder_jax.cache import KV
 from ladder_jax.config import ConfigError
 from ladder_jax.planner import hlo, timeline
 from ladder_jax.reductions import LANES
-from ladder_jax.residual import repeats
+from ladder_jax.residual import narrowing, repeats
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
 
@@ -33,18 +33,19 @@ class Stack(NamedTuple):
     trips: tuple[tuple[str, int], ...]     # scan (its scope) -> its trips in the deep model
 
 
-def shorten(notation, layers, keep):
-    """The `Stack` with at most `keep` repetitions of every pattern of layers that the schedule repeats."""
+def shorten(notation, layers, keep, ends=1):
+    """The `Stack` with at most `keep` repetitions of every pattern of layers that the schedule repeats. The first and
+    the last of them (`ends`: the last few) stand for themselves alone."""
     deep = schedule.parse(notation, layers)
     kept, counts, trips = [], [], []
     for start, stop, period in repeats(deep.layers):
         repetitions = (stop - start) // period
         few = min(repetitions, keep)
-        inner = (repetitions - 2) / (few - 2) if few > 2 else repetitions / few
+        inner = (repetitions - 1 - ends) / (few - 1 - ends) if few > 1 + ends else repetitions / few
         trips.append((f"layers{len(kept)}to{len(kept) + few * period - 1}", repetitions))
         for repetition in range(few):
             kept.extend(deep.layers[start:start + period])
-            counts += [inner if few <= 2 or 0 < repetition < few - 1 else 1.0] * period
+            counts += [inner if few <= 1 + ends or 0 < repetition < few - ends else 1.0] * period
     for short in (notation, "delays:" + ",".join(str(block.delay) for blocks in kept for block in blocks)):
         try:
             if schedule.parse(short, len(kept)).layers == tuple(kept):
@@ -62,31 +63,28 @@ def abstract(mesh, tree, specs):
                         sharding.named(mesh, specs))
 
 
-def forward(config, mesh, batch, tokens, context, reduction, unstacked):
+def forward(config, mesh, batch, tokens, context, reduction):
     """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments.
 
-    Parameters are in the compute dtype: nothing but training needs more.
+    Parameters are in the compute dtype, since nothing but training needs more, and an array for every layer.
     """
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
-    parameters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    shape = config.layers, batch, config.kv_heads, context, config.head_dim
-    pair = lambda shape: KV(*(jax.ShapeDtypeStruct(shape, dtype),) * 2)
-    cache, cache_specs = pair(shape), KV(*(sharding.CACHE,) * 2)
-    if unstacked:
-        parameters = jax.eval_shape(model.unstack, parameters)
-        cache = [pair(shape[1:])] * config.layers
-        cache_specs = [KV(*(P(*sharding.CACHE[1:]),) * 2)] * config.layers
+    parameters = jax.eval_shape(model.unstack, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes))
+    rows = jax.ShapeDtypeStruct((batch, config.kv_heads, context, config.head_dim), dtype)
+    cache, cache_specs = [KV(rows, rows)] * config.layers, [KV(*(P(*sharding.CACHE[1:]),) * 2)] * config.layers
     specs = sharding.parameter_specs(parameters)
 
     def local(parameters, tokens_BT, positions_BT, cache):
-        x_BTD, cache = model.hidden(parameters, config, tokens_BT, positions_BT, cache=cache, reduction=reduction)
-        return model.logits(parameters, config, x_BTD[:, -1:]), cache
+        last_B1 = jnp.full((tokens_BT.shape[0], 1), tokens - 1) if tokens > 1 else None
+        x_B1D, cache = model.hidden(parameters, config, tokens_BT, positions_BT, cache=cache, read_BR=last_B1,
+                                    reduction=reduction)
+        return model.logits(parameters, config, x_B1D), cache
 
     ids = abstract(mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS)
     # In the engine's loop the cache keeps the layout that XLA likes: JAX's own where heads fill a TPU's lanes.
     kept = jax.tree.map(lambda spec: Format(Layout.AUTO, NamedSharding(mesh, spec)), cache_specs,
-                        is_leaf=lambda x: isinstance(x, P)) if unstacked and config.head_dim % LANES else None
+                        is_leaf=lambda x: isinstance(x, P)) if tokens == 1 and config.head_dim % LANES else None
     program = jax.jit(sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache_specs),
                                          (sharding.LOGITS, cache_specs)), donate_argnums=3,
                       in_shardings=(None, None, None, kept), out_shardings=(None, kept))
@@ -145,9 +143,8 @@ def program(request, mesh, layers=None, notation=None):
     if request.workload == "train":
         return training(dataclasses.replace(config, train=dataclasses.replace(
             config.train, batch=request.batch, length=request.context, accumulate=1)), mesh)
-    decode = request.workload == "decode"
-    return forward(made, mesh, request.batch, 1 if decode else request.context, request.context,
-                   choice.reduction_for(config.mesh.reduction, made, mesh), unstacked=decode)
+    return forward(made, mesh, request.batch, 1 if request.workload == "decode" else request.context, request.context,
+                   choice.reduction_for(config.mesh.reduction, made, mesh))
 
 
 def build(request):
@@ -155,7 +152,11 @@ def build(request):
     config, target = request.config, request.target
     mesh = place(config.mesh, target.devices(), request.workload)
     sharding.check(config.model, mesh, request.batch)
-    stack = shorten(config.model.residual, config.model.layers, request.keep)
+    ends = 1
+    if request.workload == "prefill":       # its last layers compute less
+        plan = schedule.parse(config.model.residual, config.model.layers)
+        ends = config.model.layers - narrowing(plan)[0] // len(plan.layers[0])
+    stack = shorten(config.model.residual, config.model.layers, request.keep + ends - 1, ends)
     short, arguments = program(request, mesh, len(stack.counts), stack.notation)
     try:
         compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
@@ -326,13 +327,15 @@ def roofline(compiled):
     request, chip = compiled.request, compiled.request.target.chip
     config = request.config.model
     train_, decode = request.workload == "train", request.workload == "decode"
-    width = config.heads * config.head_dim
-    block = config.dim * (2 * width + 2 * config.kv_heads * config.head_dim + 3 * config.ffn_dim)
+    width, pair = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     tokens = request.batch * (1 if decode else request.context)
     seen = request.context if decode else request.context / 2
-    attention = config.layers * 4 * width * seen
-    heads = tokens if train_ else request.batch
-    flops = tokens * (2 * config.layers * block + attention) + heads * 2 * config.dim * config.vocab_size
+    asked = tokens if train_ else request.batch      # whose logits are wanted
+    work = dict(attention=4 * width * (config.dim + seen), mlp=6 * config.dim * config.ffn_dim)      # beside K and V
+    plan = schedule.parse(config.residual, config.layers)
+    flops = tokens * config.layers * 2 * config.dim * pair + asked * 2 * config.dim * config.vocab_size
+    flops += sum((tokens if number < narrowing(plan)[0] else asked) * sum(work[part] for part in block.parts)
+                 for number, block in enumerate(block for blocks in plan.layers for block in blocks))
     return max((3 if train_ else 1) * flops / compiled.mesh.size / chip.flops,
                (compiled.weights + (compiled.kv if decode else 0)) / chip.hbm_bandwidth)
 
