@@ -148,14 +148,14 @@ def _make_empty(program, width, places, length):
     return jax.jit(shapes, out_shardings=sharding.named(program.mesh, specs))
 
 
-def _compiled(function, program, in_specs, out_specs, donate=None):
-    """`function` on local shards, jitted over the mesh, with argument `donate` donated."""
+def _compiled(function, program, in_specs, out_specs, donate=None, workload="decode"):
+    """`function` on local shards, jitted over the mesh, with argument `donate` donated; workload: see targets."""
     # What comes out goes in again. Without its sharding XLA names an equal one otherwise, and a weak type is another
     # type: either would be compiled for again.
     strong = lambda *arguments: jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), function(*arguments))
     return jax.jit(sharding.shard_map(strong, program.mesh, in_specs, out_specs), donate_argnums=donate,
                    out_shardings=sharding.named(program.mesh, out_specs),
-                   compiler_options=targets.options(program.mesh))
+                   compiler_options=targets.options(program.mesh, workload))
 
 
 def _arrange(program, model):
@@ -315,7 +315,7 @@ def make_prefill(program):
         place_P = jnp.where(events.flag == TOKEN, prompts.place, R)       # a request that is done already never waits
         return Rows(jax.tree.map(lambda kept, x: kept.at[place_P].set(x, mode="drop"), staging.row, row), kv), events
     return _compiled(local, program, (_weights_specs(program), _rows_specs(program), P()),
-                     (_rows_specs(program), P()), donate=1)
+                     (_rows_specs(program), P()), donate=1, workload="prefill")
 
 
 @functools.lru_cache(maxsize=32)

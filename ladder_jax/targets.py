@@ -59,7 +59,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# Options of XLA by platform and by kind of device, for every program of the model.
+# Options of XLA by platform and by kind of device, for every program of the model or for one workload's.
 OPTIONS = {
     "cpu": {
         # Drops optimization barriers, and with them what they are for: values that are computed once and not again in
@@ -85,6 +85,15 @@ OPTIONS = {
         # does so for long messages, if asked to, and refuses to for other TPUs.
         "xla_enable_async_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    },
+    "v5e decode": {
+        # Without it two layers that are written out one after another, not in a scan, may compile for ever.
+        "xla_tpu_async_collective_fusion_with_start_done_only": "true",
+    },
+    "v5e prefill": {
+        "xla_tpu_async_collective_fusion_with_start_done_only": "true",     # as for decode
+        # Products count for half, so that long all-reduces are fused into two of them: one is too short.
+        "xla_lhs_output_fusion_latency_multiplier": "0.5",
     },
     "gpu": {
         "xla_gpu_all_reduce_combine_threshold_bytes": 0,          # as on TPU
@@ -116,9 +125,8 @@ class Target(NamedTuple):
     def chip(self):
         return CHIPS[self.kind]
 
-    @property
-    def options(self):
-        return OPTIONS[self.platform] | OPTIONS.get(self.kind, {})
+    def options(self, workload):
+        return _options(self.platform, self.kind, workload)
 
     def devices(self):
         """Its jax devices: they can be compiled for, not run on. Raises ConfigError without the [plan] extra."""
@@ -141,11 +149,16 @@ def kind_of(device):
     return next((kind for name, kind in known.items() if name in device.device_kind.lower()), None)
 
 
-def options(mesh):
-    """The options of XLA for programs on a mesh: `jax.jit`'s compiler_options."""
+def options(mesh, workload=None):
+    """The options of XLA for programs on a mesh: `jax.jit`'s compiler_options. `workload`: "decode" or "prefill" of the
+    engine, whose layers are a list; None for any other."""
     device = mesh.devices.flat[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return OPTIONS.get(platform, {}) | OPTIONS.get(kind_of(device), {})
+    return _options(platform, kind_of(device), workload)
+
+
+def _options(platform, kind, workload):
+    return OPTIONS.get(platform, {}) | OPTIONS.get(kind, {}) | OPTIONS.get(f"{kind} {workload}", {})
 
 
 def parse(name):

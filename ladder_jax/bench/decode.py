@@ -242,7 +242,7 @@ def bare_step(engine, width, length, iterations):
 
     specs = P(), P(), decode._kv_specs(program)
     step = jax.jit(sharding.shard_map(local, program.mesh, (decode._weights_specs(program), *specs), specs),
-                   donate_argnums=3, compiler_options=targets.options(program.mesh))
+                   donate_argnums=3, compiler_options=targets.options(program.mesh, "decode"))
     carry = np.zeros(width, np.int32), np.full(width, S // 2, np.int32), state.slots.kv
 
     def measure(rounds):

@@ -159,7 +159,7 @@ def build(request):
     stack = shorten(config.model.residual, config.model.layers, request.keep + ends - 1, ends)
     short, arguments = program(request, mesh, len(stack.counts), stack.notation)
     try:
-        compiled = short.lower(*arguments).compile(compiler_options=dict(target.options))
+        compiled = short.lower(*arguments).compile(compiler_options=target.options(request.workload))
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         if "RET_CHECK" in str(error):       # libtpu is newer than jaxlib, which is to parse what it has made
