@@ -389,11 +389,12 @@ for n in range(12):
     os.close(ready)
     resumed = int.from_bytes(os.read(out, 4), "little")
     assert resumed >= newest, "a checkpoint was lost"
-    time.sleep(choose.uniform(0.1, 0.35))
     partial = lambda: [f for f in os.listdir(folder) if "tmp" in f]
-    while n % 2 and not partial():
-        pass
-    newest = max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
+    latest = lambda: max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
+    while not partial() if n % 2 else latest() <= resumed:      # in the middle of a save, or some time after one
+        time.sleep(1e-4)
+    time.sleep(0 if n % 2 else choose.uniform(0, 0.25))
+    newest = latest()
     middle += bool(partial())
     sent = choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     os.kill(child, sent)
@@ -405,11 +406,11 @@ print(newest, middle)
 
 def test_killed_at_any_moment(tmp_path):
     folder = tmp_path / "checkpoints"
-    ended = subprocess.run([sys.executable, "-c", RUN, folder, "0"], cwd=Path(__file__).parents[1], timeout=120,
+    ended = subprocess.run([sys.executable, "-c", RUN, folder, "0"], cwd=Path(__file__).parents[1], timeout=400,
                            capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert ended.returncode == 0, ended.stderr
     newest, middle = map(int, ended.stdout.split())
-    assert newest > 0 and middle >= 3       # how far it came depends on the machine's speed
+    assert newest >= 6 and middle >= 3       # how far it came depends on the machine's speed
     left = folder / "999.orbax-checkpoint-tmp"
     left.mkdir(exist_ok=True)
     shape = jax.eval_shape(lambda: {str(i): jnp.zeros((200, 500)) for i in range(8)})
@@ -468,6 +469,6 @@ def test_two_processes(tmp_path):
                              env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
             for n in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0 and out.endswith("ok\n"), err
         assert err.count("3 is damaged") == 1
