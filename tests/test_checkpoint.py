@@ -350,12 +350,12 @@ def test_random_keys_and_scalars(tmp_path):
 
 RUN = """
 import os, random, signal, sys, time
-import grain, jax, jax.numpy as jnp, numpy as np
-from ladder_jax.checkpoint import Checkpoints
 
 folder, seed = sys.argv[1], int(sys.argv[2])
 
 def train(ready):
+    import grain, jax, jax.numpy as jnp, numpy as np        # after the fork: their threads would not survive it
+    from ladder_jax.checkpoint import Checkpoints
     jax.config.update("jax_platforms", "cpu")
     position = iter(grain.MapDataset.range(1 << 20).to_iter_dataset())
     step, shape = 0, jax.eval_shape(lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}})
@@ -375,7 +375,7 @@ def train(ready):
 
 choose = random.Random(seed)
 newest, middle = 0, 0
-for n in range(12):
+for n in range(8):
     out, ready = os.pipe()
     if not (child := os.fork()):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -398,7 +398,10 @@ for n in range(12):
     middle += bool(partial())
     sent = choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     os.kill(child, sent)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        time.sleep(1)
+        os.kill(child, sent)        # Python drops an interrupt that falls into a destructor
+    status = os.waitstatus_to_exitcode(ended[1])
     assert status in (-sent, 0), status
 print(newest, middle)
 """
@@ -410,7 +413,7 @@ def test_killed_at_any_moment(tmp_path):
                            capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert ended.returncode == 0, ended.stderr
     newest, middle = map(int, ended.stdout.split())
-    assert newest >= 6 and middle >= 3       # how far it came depends on the machine's speed
+    assert newest >= 4 and middle >= 2       # how far it came depends on the machine's speed
     left = folder / "999.orbax-checkpoint-tmp"
     left.mkdir(exist_ok=True)
     shape = jax.eval_shape(lambda: {str(i): jnp.zeros((200, 500)) for i in range(8)})
