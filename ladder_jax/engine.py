@@ -260,7 +260,7 @@ class Engine:
         self._read_inbox()
         self._fit()
         prefills = self._admit()
-        started = self._start_chunk(prefills)
+        started = self._start_chunk()
         if self._flights and (not started or not self.pipelined or len(self._flights) > 1):
             self._land(self._flights.popleft())
             return True
@@ -430,7 +430,7 @@ class Engine:
 
     # ------------------------------------------------------------ chunks
 
-    def _start_chunk(self, prefills):
+    def _start_chunk(self):
         """Starts a chunk if there is anything for it to do; whether it did."""
         if not (self._left() or self._cancelled or self._pending):
             return False
