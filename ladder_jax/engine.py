@@ -9,6 +9,7 @@ the device never waits for the host: one synchronisation a chunk. A step is take
 the engine's own thread once it is started (`with engine:`), which asyncio needs.
 """
 import dataclasses
+import gc
 import heapq
 import itertools
 import logging
@@ -554,6 +555,9 @@ class Engine:
     def warm_up(self, progress=lambda shapes: shapes):
         """Compiles every program that this engine can need, before there are requests; else each is when it is needed.
 
+        What Python holds by then its garbage collector will not walk again, in this process (`gc.freeze`): of JAX alone
+        that is a million objects, and a walk holds up whatever is being decoded for most of a second.
+
         progress: wraps the list of shapes, as tqdm does. Raises RuntimeError where requests are live already.
         """
         with self._stepping:
@@ -581,6 +585,8 @@ class Engine:
                 prompts = self._pack(pieces, width, seen, [np.zeros(width, np.int32)] * count, [turn] * count)
                 self._stage(self._prefill(self._weights, self._state.staging, prompts)[0])
             self._reset()
+            gc.collect()
+            gc.freeze()
 
 
 def _copy_to_host(tree):

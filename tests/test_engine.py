@@ -2,6 +2,7 @@
 import asyncio
 import dataclasses
 import functools
+import gc
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -408,6 +410,25 @@ def test_generate_keeps_order_beyond_the_queue():
     assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [alone(p, max_tokens=4) for p in prompts]
 
 
+def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
+    made = engine()
+    gc.disable()
+    try:
+        made.generate([[1, 2], [3]], max_tokens=4)
+        request = made.submit([1], max_tokens=30)
+        next(iter(request))
+        request.cancel()
+        while made.step():
+            pass
+        with made:
+            made.submit([1], max_tokens=4).result()
+        gone = weakref.ref(made)
+        del made, request
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_after_warm_up_nothing_compiles():
     made = engine(fit=True, slots=3, staging=2, chunk=3, prefill=16, length=48, bias=3)       # shares no programs
     made.capacity.lengths = [24, 48]
@@ -416,6 +437,7 @@ def test_after_warm_up_nothing_compiles():
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = made.compiled()
     assert len(shapes) <= compiled <= most
+    assert not any(x is made for x in gc.get_objects()) and gc.get_freeze_count()      # nothing to walk while serving
     with pytest.raises(RuntimeError, match="before the first"):
         made.submit([1], max_tokens=9)
         made.step()

@@ -201,8 +201,12 @@ def make_engines(arguments, model, config, mesh, length, windows, prompt):
     """{name: a function that makes the engine}; `prompt`: tokens of the longest."""
     options = Decode(slots=arguments.slots, chunk=arguments.chunk, length=length, queue=10**6, staging=arguments.slots,
                      prefill=64 if prompt <= 16 else 256)
-    make = lambda kind=Engine, pipelined=True, trace=False, **changes: kind(
-        model, config, mesh, dataclasses.replace(options, **changes), trace=trace, pipelined=pipelined)
+    placed = {}
+
+    def make(kind=Engine, pipelined=True, trace=False, **changes):
+        engine = kind(model, config, mesh, dataclasses.replace(options, **changes), trace=trace, pipelined=pipelined)
+        engine._weights = placed.setdefault(engine.program, engine._weights)      # all stand side by side: kept once
+        return engine
 
     def batched(window):
         made = make(Batched)
@@ -320,16 +324,16 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
     scale = 1.0 if arguments.unscaled else alone / PAPER_STEP
     asked = workload(kind, gap * 1e-3 * scale, arguments, config.vocab_size, length)
     objective = arguments.goodput_ttft * alone, arguments.goodput_tpot * alone
-    results, kept = {}, {}
     windows = [w * 1e-3 * scale for w in arguments.windows]
     longest = max(len(one.prompt) for one in asked)
+    engines, turns = {}, {}
     for name, make in make_engines(arguments, model, config, mesh, length, windows, longest).items():
-        engine = make()
-        engine.warm_up()
-        serve(engine, [dataclasses.replace(one, arrival=0.0, max_tokens=min(one.max_tokens, 3 * arguments.chunk))
-                       for one in asked[:2 * arguments.slots]])
-        turns = []
-        for _ in range(arguments.rounds):
+        engines[name], turns[name] = make(), []
+        engines[name].warm_up()
+        serve(engines[name], [dataclasses.replace(one, arrival=0.0, max_tokens=min(one.max_tokens, 3 * arguments.chunk))
+                              for one in asked[:2 * arguments.slots]])
+    for _ in range(arguments.rounds):       # all in turns, as the machine's pace changes
+        for name, engine in engines.items():
             engine.counters = Counters()
             getattr(engine, "history", []).clear()
             before = bare(BARE_ROUNDS)
@@ -342,10 +346,12 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
             history = list(getattr(engine, "history", []))
             if history and kind == "saturated":
                 made["occupancy_while_saturated"] = saturated_occupancy(history)
-            turns.append((made, (requests, history)))
-        results[name], kept[name] = sorted(turns, key=lambda turn: turn[0]["of_bare"])[len(turns) // 2]
-        results[name]["of_bare_of_rounds"] = [made["of_bare"] for made, _ in turns]
-        print(f"  {name}: {results[name]['tokens_per_s']:.0f} tokens/s", file=sys.stderr, flush=True)
+            turns[name].append((made, (requests, history)))
+            print(f"  {name}: {made['tokens_per_s']:.0f} tokens/s", file=sys.stderr, flush=True)
+    results, kept = {}, {}
+    for name, rounds in turns.items():
+        results[name], kept[name] = sorted(rounds, key=lambda turn: turn[0]["of_bare"])[len(rounds) // 2]
+        results[name]["of_bare_of_rounds"] = [made["of_bare"] for made, _ in rounds]
     return results, kept
 
 
