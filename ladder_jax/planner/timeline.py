@@ -6,11 +6,13 @@ its start and its done are computed; its done waits for what is left. Two that s
 the second's latency behind the first's bytes.
 
   window     what is computed between a collective's start and its done
-  exposed    the part of a collective's transfer during which the device waits
-  hidden     the rest of its transfer: the device computes meanwhile
+  exposed    the part of a collective's transfer during which the device waits for it alone
+  hidden     the rest of its transfer: the device is at work meanwhile
 
 On TPU, weights are prefetched from HBM into VMEM by asynchronous copies: these get the HBM bandwidth that the
-instructions meanwhile leave, and their done waits for what is left in the same way.
+instructions meanwhile leave, and their done waits for what is left in the same way. While a collective is waited for,
+HBM goes on; what a prefetch therefore need not be waited for later, that collective has not cost. So the exposed time
+of asynchronous collectives is what the step would save if they took no time. A synchronous one is exposed in full.
 """
 import re
 from dataclasses import dataclass, field
@@ -44,6 +46,17 @@ class Collective:
     @property
     def hidden(self):
         return max(self.seconds - self.exposed, 0.0)
+
+
+@dataclass
+class Stall:
+    """A wait for asynchronous collectives, as far as it is exposed. Seconds."""
+    start: float
+    end: float
+    left: float
+    weight: float
+    scope: str
+    shares: list                  # of (collective, its transfer meanwhile)
 
 
 class Span(NamedTuple):
@@ -88,6 +101,8 @@ class _Player:
         self.free = {}            # link -> when it is free
         self.flying = {}          # name of the start -> (collective, busy time at its start)
         self.copies = {}          # name of the start -> seconds of HBM that are left, in order
+        self.unaided = {}         # the same, had no asynchronous collective been waited for
+        self.stalls = []
         self.weight, self.scope = 1.0, ""
 
     def run(self):
@@ -96,6 +111,7 @@ class _Player:
         for made in sorted(self.timeline.collectives, key=lambda made: made.start):
             made.alone = max(0.0, made.end - max(made.start, reached))
             reached = max(reached, made.end)
+        self.timeline.spans.sort(key=lambda span: span.start)
         return self.timeline
 
     def computation(self, name, weight):
@@ -121,7 +137,7 @@ class _Player:
             self.computation(longest, self.weight)
         elif opcode in ("copy-start", "slice-start"):
             moved = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
-            self.copies[instruction.name] = self.hbm_seconds(moved.bytes)
+            self.copies[instruction.name] = self.unaided[instruction.name] = self.hbm_seconds(moved.bytes)
         elif opcode in ("copy-done", "slice-done"):
             self.finish_copy(instruction.operands[0])
         elif _is_done(instruction):
@@ -138,7 +154,7 @@ class _Player:
         if not duration:
             return
         own = min(duration, self.hbm_seconds(traffic(self.module, instruction, body)))
-        self.drain(duration - own)
+        self.drain(duration - own, self.copies, self.unaided)
         self.timeline.spans.append(Span(instruction.name, self.scope, self.now, self.now + duration, self.weight))
         self.now += duration
         self.busy += duration
@@ -146,27 +162,41 @@ class _Player:
 
     # prefetches
 
-    def drain(self, spare):
+    def drain(self, spare, *queues):
         """Gives `spare` seconds of HBM to the copies under way, the oldest first."""
-        for name, left in self.copies.items():
-            used = min(left, spare)
-            self.copies[name] -= used
-            spare -= used
+        for queue in queues:
+            rest = spare
+            for name, left in queue.items():
+                used = min(left, rest)
+                queue[name] -= used
+                rest -= used
 
     def finish_copy(self, name):
-        waited = 0.0
-        for other in list(self.copies):
-            waited += self.copies[other]
-            self.copies[other] = 0.0
-            if other == name:
-                break
-        self.copies.pop(name, None)
+        waited, unaided = (_finish(queue, name) for queue in (self.copies, self.unaided))
         if waited:
             self.timeline.spans.append(Span("prefetch", self.scope, self.now, self.now + waited, self.weight))
             self.now += waited
             self.busy += waited
             self.timeline.compute += waited * self.weight
             self.timeline.prefetch += waited * self.weight
+        self.forgive(unaided - waited)
+
+    def forgive(self, seconds):
+        """So long a prefetch would have been waited for now, had collectives not been: they are not to blame for it."""
+        while seconds > 0 and self.stalls:
+            stall = self.stalls[-1]
+            spent = min(seconds, stall.left)
+            for made, share in stall.shares:
+                made.exposed -= share * spent / (stall.end - stall.start)
+            stall.left -= spent
+            seconds -= spent
+            self.timeline.spans.append(Span("prefetch", stall.scope, stall.start + stall.left,
+                                            stall.start + stall.left + spent, stall.weight))
+            self.timeline.stalled -= spent * stall.weight
+            self.timeline.compute += spent * stall.weight
+            self.timeline.prefetch += spent * stall.weight
+            if not stall.left:
+                self.stalls.pop()
 
     # collectives
 
@@ -199,11 +229,17 @@ class _Player:
     def wait(self, made):
         if made.end <= self.now:
             return
+        length, shares = made.end - self.now, []
         for other in self.timeline.collectives:
-            other.exposed += max(0.0, min(other.end, made.end) - max(other.start, self.now))
-        stall = made.end - self.now
-        self.drain(stall)
-        self.timeline.stalled += stall * self.weight
+            if (share := min(other.end, made.end) - max(other.start, self.now)) > 0:
+                other.exposed += share
+                shares.append((other, share))
+        self.drain(length, self.copies)
+        if made.asynchronous:
+            self.stalls.append(Stall(self.now, made.end, length, self.weight, self.scope, shares))
+        else:
+            self.drain(length, self.unaided)
+        self.timeline.stalled += length * self.weight
         self.now = made.end
 
     def _started_by(self, instruction, body):
@@ -215,6 +251,18 @@ class _Player:
                 return name
             queue.extend(body[name].operands if name in body else ())
         raise ValueError(f"the schedule ends a collective that it did not start: {instruction.name}")
+
+
+def _finish(copies, name):
+    """Ends copy `name` and those before it; the seconds that they had left."""
+    waited = 0.0
+    for other in copies:
+        waited += copies[other]
+        copies[other] = 0.0
+        if other == name:
+            break
+    copies.pop(name, None)
+    return waited
 
 
 def _is_done(instruction):
