@@ -8,7 +8,7 @@ def draw(path, timelines):
     """Writes a PNG with a pair of lanes for every timeline: compute above, communication below.
 
     Two layers from the middle of the stack are shown, for as long as the longest timeline takes for them. Green is sent
-    while the device computes, red is waited for.
+    while the device is at work (prefetching weights included), red is waited for.
 
     Args:
       path: of the PNG.
@@ -36,7 +36,7 @@ def draw(path, timelines):
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False, labelsize=8)
     axes[-1, 0].set_xlabel("microseconds, two layers from the middle of the stack")
-    names = {"attention": BLOCKS["attention"], "MLP": BLOCKS["mlp"], "sent while it computes": HIDDEN,
+    names = {"attention": BLOCKS["attention"], "MLP": BLOCKS["mlp"], "sent while it works": HIDDEN,
              "waited for": EXPOSED}
     figure.legend(handles=[Patch(color=color, label=name) for name, color in names.items()], ncols=4, fontsize=8,
                   loc="upper right", frameon=False)
@@ -50,12 +50,17 @@ def _middle(played, block_of):
     (start, end, the waits)."""
     blocks = [(span, *block_of(span.scope)[1:]) for span in played.spans]
     layers = list(dict.fromkeys(layer for _, layer, _ in blocks if layer))
-    middle = (len(layers) - 1) // 2
-    chosen = layers[middle:middle + 2] if len(layers) > 3 else layers
-    inside = [(span, part) for span, layer, part in blocks if layer in chosen]
-    start, after = inside[0][0].start, layers[middle + 2:middle + 3] if len(layers) > 3 else []
-    end = next((span.start for span, layer, _ in blocks if layer in after), max(span.end for span, _ in inside))
-    spans = [(span.start, min(span.end, end), part) for span, _, part in blocks if start <= span.start < end]
+    if len(layers) > 3:         # XLA mixes neighbours: a layer begins here with what its attention computes longest
+        middle = (len(layers) - 1) // 2
+        attention = ([span for span, layer, part in blocks
+                      if layer == name and part.startswith("attention") and span.name != "prefetch"]
+                     for name in (layers[middle], layers[middle + 2]))
+        start, end = (max(spans, key=lambda span: span.end - span.start).start for spans in attention)
+    else:
+        inside = [span for span, layer, _ in blocks if layer]
+        start, end = inside[0].start, max(span.end for span in inside)
+    spans = [(max(span.start, start), min(span.end, end), part) for span, _, part in blocks
+             if span.end > start and span.start < end]
     waits = [(a, b) for a, b in zip([s.end for s in played.spans], [s.start for s in played.spans[1:]]) if b - a > 1e-9]
     return start, end, spans, [(max(c.start, start), min(c.end, end), waits) for c in played.collectives
                                if c.end > start and c.start < end]
