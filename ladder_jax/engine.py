@@ -529,11 +529,9 @@ class Engine:
                 text, stopped = request._stopper.push(token)
                 finish = "stop" if stopped else finish
             text += request._stopper.flush() if finish else ""
-            request.text += text
         if flag == decode.STOP:
             made += [Token(None, text)] if text else []
             return finish
-        request.tokens.append(token)
         if request._top is None:
             made.append(Token(token, text))
         else:

@@ -95,8 +95,11 @@ class Request:
         with self._changed:
             if self.finish:
                 return
+            ids = [token.id for token in tokens if token.id is not None]
             self._unread.extend(tokens)
-            self.times += [time.perf_counter()] * len(tokens)
+            self.tokens += ids
+            self.times += [time.perf_counter()] * len(ids)
+            self.text += "".join(token.text for token in tokens)
             if finish:
                 self.finish, self.error = finish, error
             self._changed.notify_all()

@@ -24,7 +24,7 @@ from ladder_jax import decode, generate, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
 from ladder_jax.engine import Engine
-from ladder_jax.request import QueueFull, RequestFailed
+from ladder_jax.request import QueueFull, RequestFailed, Token
 from ladder_jax.tokenizer import ByteTokenizer
 
 CONFIG = Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",
@@ -408,6 +408,15 @@ def test_generate_keeps_order_beyond_the_queue():
     made = engine(queue=2)
     prompts = [[i] for i in range(7)]
     assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [alone(p, max_tokens=4) for p in prompts]
+
+
+def test_what_comes_after_a_cancellation_is_not_the_requests():
+    request = engine().submit([1, 2], max_tokens=9)
+    request._put([Token(5, "a"), Token(None, "b")])
+    request.cancel()
+    request._put([Token(6, "c")], "length")         # of a chunk whose events are being handed out
+    assert (request.tokens, request.text, request.finish, len(request.times)) == ([5], "ab", "cancelled", 1)
+    assert [token.id for token in request] == [5, None]
 
 
 def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
