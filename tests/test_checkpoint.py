@@ -392,6 +392,7 @@ for n in range(8):
     partial = lambda: [f for f in os.listdir(folder) if "tmp" in f]
     latest = lambda: max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
     while not partial() if n % 2 else latest() <= resumed:      # in the middle of a save, or some time after one
+        assert not any(died := os.waitpid(child, os.WNOHANG)), f"died by itself: {died}"
         time.sleep(1e-4)
     time.sleep(0 if n % 2 else choose.uniform(0, 0.25))
     newest = latest()
@@ -409,8 +410,9 @@ print(newest, middle)
 
 def test_killed_at_any_moment(tmp_path):
     folder = tmp_path / "checkpoints"
-    ended = subprocess.run([sys.executable, "-c", RUN, folder, "0"], cwd=Path(__file__).parents[1], timeout=400,
-                           capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    command = [sys.executable, "-X", "faulthandler", "-c", RUN, folder, "0"]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=400, capture_output=True, text=True,
+                           env=os.environ | {"XLA_FLAGS": ""})
     assert ended.returncode == 0, ended.stderr
     newest, middle = map(int, ended.stdout.split())
     assert newest >= 4 and middle >= 2       # how far it came depends on the machine's speed
