@@ -379,6 +379,7 @@ for n in range(8):
     out, ready = os.pipe()
     if not (child := os.fork()):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs ignore it
         try:
             train(ready)
         except KeyboardInterrupt:
