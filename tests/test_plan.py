@@ -91,6 +91,7 @@ def test_what_a_prefetch_would_be_waited_for_anyway_is_not_exposed(fetch, expose
     made, free = clock(5.0), clock(0.0)
     exchange, total = made.collectives
     assert (exchange.exposed, exchange.hidden, total.exposed) == (exposed, 5.0 - exposed, 5.0)
+    assert exchange.window == exchange.hidden
     assert made.compute + made.stalled - exposed == free.compute + free.stalled       # if it took no time
     assert made.compute == free.compute == 4.0 + made.prefetch and made.stalled == exposed + 5.0
     ends = [span.end for span in made.spans]

@@ -5,7 +5,7 @@ an asynchronous one occupies links, in the order in which such collectives are s
 its start and its done are computed; its done waits for what is left. Two that share a link send one after the other,
 the second's latency behind the first's bytes.
 
-  window     what is computed between a collective's start and its done
+  window     what is computed, or waited for from HBM, between a collective's start and its done
   exposed    the part of a collective's transfer during which the device waits for it alone
   hidden     the rest of its transfer: the device is at work meanwhile
 
@@ -188,6 +188,7 @@ class _Player:
             spent = min(seconds, stall.left)
             for made, share in stall.shares:
                 made.exposed -= share * spent / (stall.end - stall.start)
+                made.window += share * spent / (stall.end - stall.start)
             stall.left -= spent
             seconds -= spent
             self.timeline.spans.append(Span("prefetch", stall.scope, stall.start + stall.left,
@@ -223,7 +224,7 @@ class _Player:
     def finish(self, instruction, body):
         name = self._started_by(instruction, body)
         made, busy = self.flying.pop(name)
-        made.window = self.busy - busy
+        made.window += self.busy - busy
         self.wait(made)
 
     def wait(self, made):
