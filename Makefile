@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
+# XLA's compilers for other machines have an environment of their own: where they are, every command logs a line or two.
+COMPILERS ?= .venv-plan
 
 .PHONY: demo test test-slow lint clean
 
@@ -9,13 +11,15 @@ demo: $(VENV)/demo
 	rm -rf runs/demo
 	$(RUN)/ladder-jax train configs/demo.py --devices 8
 
-test: $(VENV)/test
+test: $(VENV)/test $(COMPILERS)/test
 	$(RUN)/ruff check .
 	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
-	@echo "done: every test passed, their times are in runs/tests.xml"
+	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py
+	@echo "done: every test passed, their times are in runs/tests.xml and runs/plan.xml"
 
-test-slow: $(VENV)/test
+test-slow: $(VENV)/test $(COMPILERS)/test
 	$(RUN)/python -m pytest -m slow
+	$(COMPILERS)/bin/python -m pytest -m slow tests/test_plan.py
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ladder_jax needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -27,5 +31,10 @@ $(VENV)/test: $(VENV)/demo
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+$(COMPILERS)/test: $(VENV)/test
+	$(PYTHON) -m venv $(COMPILERS)
+	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,plan]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(COMPILERS) runs/demo
