@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # XLA's compilers for other machines have an environment of their own: where they are, every command logs a line or two.
 COMPILERS ?= .venv-plan
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo

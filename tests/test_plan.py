@@ -380,13 +380,12 @@ def test_what_the_compiler_does_not_come_to_an_end_of_is_refused():
         planned("v5e:2x4", "ladder", "one-shot")
 
 
-# The bar at full size; docs/overlap.md has the rows whose compilers take too long or need another jaxlib.
-SLICES = "v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8"
-FULL = [*((recipe, target, "decode", batch, 2048) for recipe in ("llama3_8b", "llama3_70b")
-          for target in SLICES for batch in (1, 16, 64)),
-        *(("llama3_8b", target, "prefill", 1, 1024) for target in SLICES),
-        *(("llama3_8b", target, "prefill", 4, 2048) for target in SLICES if target != "v6e:2x4"),
-        *(("llama3_8b", target, "train", 1, 2048) for target in SLICES),
+# The bar at full size. Of v6e's prefill of 4x2048 tokens the program is read by jaxlib 0.12 alone.
+SLICES, RECIPES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8"), ("llama3_8b", "llama3_70b")
+SHAPES = [*(("decode", batch, 2048) for batch in (1, 16, 64)), ("prefill", 1, 1024), ("prefill", 4, 2048),
+          ("train", 1, 2048)]
+FULL = [*((recipe, target, *shape) for recipe in RECIPES for target in SLICES for shape in SHAPES
+          if jax.__version_info__ >= (0, 12) or (target, *shape) != ("v6e:2x4", "prefill", 4, 2048)),
         *(("llama3_8b", target, "decode", 512, 2048) for target in ("v5e:16x16", "v5p:8x8x8"))]
 
 

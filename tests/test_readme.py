@@ -11,7 +11,7 @@ from ladder_jax import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.startswith("ladder-jax ")]
+            for line in block.splitlines() if line.split()[:1] and line.split()[0].endswith("ladder-jax")]
 KINDS = {"train": cli.TrainArguments, "generate": cli.GenerateArguments, "tokenizer": cli.TokenizerArguments,
          "plan": cli.PlanArguments}
 
