@@ -15,11 +15,11 @@ from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 config = Config(
     model=Model(vocab_size=32000, dim=8192, layers=48, heads=64, kv_heads=8, head_dim=128, ffn_dim=22016,
                 max_length=16384, residual="ladder", rope_theta=1_000_000.0),
-    data=Data(source="data/code/**/*.parquet", tokenizer="data/codellama/tokenizer.json", held_out=0.001,
-              cache="data/tokens"),                                 # on a disk that all nodes see
+    data=Data(source="data/code/**/*.parquet", tokenizer="data/codellama/tokenizer.json", held_out_fraction=0.001,
+              token_cache="data/tokens"),                                 # on a disk that all nodes see
     mesh=Mesh(data=1, fsdp=8, tensor=8),
-    optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=1000, final_fraction=1 / 30),
-    train=Train(out="runs/codellama_34b", steps=25_000, batch=1024, length=4096,    # 4.19M tokens a step
-                accumulate=32,                                      # 4 sequences a node at a time
+    optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=1000, final_lr_fraction=1 / 30),
+    train=Train(out="runs/codellama_34b", steps=25_000, global_batch=1024, seq_len=4096,    # 4.19M tokens a step
+                grad_accum_steps=32,                                      # 4 sequences a node at a time
                 remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
 )

@@ -14,6 +14,6 @@ config = Config(
     data=Data(source="builtin", tokenizer="bytes"),
     mesh=Mesh(data=2, fsdp=1, tensor=4),
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
-    train=Train(out="runs/demo", steps=300, batch=16, length=256, eval_every=100, save_every=100, log_every=10,
+    train=Train(out="runs/demo", steps=300, global_batch=16, seq_len=256, eval_every=100, save_every=100, log_every=10,
                 eval_batches=10, sample_tokens=300),
 )

@@ -5,7 +5,7 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py
                      --local-dir data/fineweb-edu
                      hf download bigcode/starcoder tokenizer.json --local-dir data/starcoder
            compare:  --model.residual standard --train.out runs/scratch_1b_standard   (or parallel, desync:2, ...)
-           smaller:  8 devices: --mesh.data 1 --train.accumulate 32
+           smaller:  8 devices: --mesh.data 1 --train.grad-accum-steps 32
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 1.9 GB of parameters and AdamW state
 Time:      10.1 hours = 9.18e20 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
@@ -23,12 +23,12 @@ from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 config = Config(
     model=Model(vocab_size=49152, dim=1536, layers=40, heads=24, kv_heads=24, head_dim=64, ffn_dim=4096,
                 max_length=2048, residual="ladder"),
-    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/starcoder/tokenizer.json", held_out=0.001,
-              cache="data/tokens"),                                 # on a disk that all nodes see
+    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/starcoder/tokenizer.json", held_out_fraction=0.001,
+              token_cache="data/tokens"),                                 # on a disk that all nodes see
     mesh=Mesh(data=8, fsdp=8, tensor=1),
-    optimizer=Optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=2000, final_fraction=0.1, beta1=0.9,
+    optimizer=Optimizer(learning_rate=3e-4, lr_schedule="cosine", warmup_steps=2000, final_lr_fraction=0.1, beta1=0.9,
                         beta2=0.95, eps=1e-10, weight_decay=0.1, clip_norm=1.0),
-    train=Train(out="runs/scratch_1b", steps=25_000, batch=2048, length=2048,   # 4.19M tokens a step, 104.9B in all
-                accumulate=4,                                       # 8 sequences a device at a time, as in the paper
-                remat="products", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    train=Train(out="runs/scratch_1b", steps=25_000, global_batch=2048, seq_len=2048,   # 4.19M tokens a step, 104.9B in all
+                grad_accum_steps=4,                                       # 8 sequences a device at a time, as in the paper
+                remat="dots", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
 )

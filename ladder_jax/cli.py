@@ -8,18 +8,15 @@ import importlib.metadata
 import io
 import os
 import re
-import runpy
 import sys
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ladder_jax import config as configuration
-from ladder_jax import host
 from ladder_jax.config import ConfigError
+from ladder_jax.hardware import distributed, malloc
 
 
 @dataclass(frozen=True)
@@ -109,49 +106,14 @@ class PlanArguments:
     """Prints one JSON object."""
 
 
-def recipe(path):
-    """The `config` of a recipe, a Python file."""
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise ConfigError(f"recipe {path!r} does not exist" + (f": there are {known}" if known else ""))
-    try:
-        made = runpy.run_path(path).get("config")
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"recipe {path!r}{f', line {line}' if line else ''}: {kind}{error}") from error
-    if not isinstance(made, configuration.Config):
-        raise ConfigError(f"recipe {path!r} defines no `config` of type ladder_jax.config.Config")
-    return made
-
-
-def _emulate(devices):
-    """Must come before JAX starts."""
-    if devices is not None:
-        if devices < 1:
-            raise ConfigError(f"devices={devices} is not accepted: it must be 1 or more")
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _join(chosen):
-    """Makes this process one of several; before anything else asks JAX for devices."""
+    """Joins the other processes where --distributed says so."""
     place = dict(coordinator=chosen.coordinator, processes=chosen.processes, process=chosen.process)
     given = [name for name, value in place.items() if value is not None]
-    if not chosen.distributed:
-        if given:
-            raise ConfigError(f"{given[0]}={place[given[0]]!r} is not accepted without --distributed")
-        return
-    if given and len(given) < 3:
-        raise ConfigError(f"{given[0]} comes with {' and '.join(n for n in place if n not in given)}: give all three")
-    import jax
-    try:
-        jax.distributed.initialize(chosen.coordinator, chosen.processes, chosen.process)
-    except (ValueError, RuntimeError) as error:
-        why = str(error) if given else ("no cluster tells this process its place: give --coordinator HOST:PORT "
-                                        "--processes N --process I")
-        raise ConfigError(f"--distributed: {why}") from error
+    if chosen.distributed:
+        distributed.join(**place)
+    elif given:
+        raise ConfigError(f"{given[0]}={place[given[0]]!r} is not accepted without --distributed")
 
 
 def train(arguments):
@@ -159,9 +121,10 @@ def train(arguments):
         if arguments and arguments[0] in ("-h", "--help"):
             _parse(TrainArguments, arguments, "train RECIPE", TrainArguments(configuration.Config()))
         raise ConfigError("train takes a recipe first, such as: ladder-jax train configs/demo.py")
-    chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", TrainArguments(recipe(arguments[0])))
-    _emulate(chosen.devices)
-    host.keep_freed_memory()
+    default = TrainArguments(configuration.from_recipe(arguments[0]))
+    chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", default)
+    distributed.emulate(chosen.devices)
+    malloc.keep_freed_memory()
     _join(chosen)
     import jax
 
@@ -179,18 +142,18 @@ def train(arguments):
 
 def generate(arguments):
     chosen = _parse(GenerateArguments, arguments, "generate")
-    _emulate(chosen.devices)
-    from ladder_jax.generate import load
+    distributed.emulate(chosen.devices)
+    from ladder_jax.loading import load
     mesh = configuration.Mesh(data=1, tensor=chosen.tensor) if chosen.tensor is not None else None
     loaded = load(chosen.checkpoint, step=chosen.step, mesh=mesh)
     options = dict(max_tokens=chosen.max_tokens, temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p,
                    seed=chosen.seed)
     if chosen.prompts_file is not None:
-        from ladder_jax import batch
-        from ladder_jax.engine import Engine
+        from ladder_jax.serve import offline
+        from ladder_jax.serve.engine import Engine
         engine = Engine(loaded.model, loaded.config.model, loaded.mesh, chosen.decode, loaded.tokenizer)
         print(engine.report(), file=sys.stderr)
-        made, before, failed = batch.run(engine, chosen.prompts_file, chosen.out, options)
+        made, before, failed = offline.run(engine, chosen.prompts_file, chosen.out, options)
         already = f", {before} were there already" if before else ""
         return f"done: {made} outputs in {chosen.out}{already}" + (f", {failed} of them errors" if failed else "")
     for text in loaded.generate(chosen.prompt, **options):
@@ -200,8 +163,8 @@ def generate(arguments):
 
 def tokenizer(arguments):
     chosen = _parse(TokenizerArguments, arguments, "tokenizer")
-    from ladder_jax import data
-    from ladder_jax import tokenizer as tokenizers
+    from ladder_jax.data import corpus as data
+    from ladder_jax.data import tokenizer as tokenizers
     if chosen.vocab_size < 260:
         raise ConfigError(f"vocab_size={chosen.vocab_size} is not accepted: it must be 260 or more")
     source = configuration.Data(source=chosen.source, text_field=chosen.text_field)
@@ -212,11 +175,11 @@ def tokenizer(arguments):
 
 def plan(arguments):
     chosen = _parse(PlanArguments, arguments, "plan")
-    from ladder_jax import targets
-    targets.prepare()
-    with targets.silence():
+    from ladder_jax.hardware import aot
+    aot.prepare()
+    with aot.silence():
         from ladder_jax.planner import plan as planner
-        return planner.run(recipe(chosen.recipe), chosen)
+        return planner.run(configuration.from_recipe(chosen.recipe), chosen)
 
 
 

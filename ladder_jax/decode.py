@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import cache as kv
+from ladder_jax import kv_cache, sampling, sharding
 from ladder_jax import model as transformer
-from ladder_jax import sampling, sharding, targets
+from ladder_jax.hardware import xla_options
 
 NOBODY = -1                                # in place of a request's id
 NEVER = 2**31 - 1                          # the turn of a place that nobody waits in
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 class Rows(NamedTuple):
     """The slots, or staging. Keys and values are a list of KVs [W or R, K, S, H], one a layer, or one KV [L, ...]."""
     row: Row
-    kv: list[kv.KV] | kv.KV
+    kv: list[kv_cache.KV] | kv_cache.KV
 
 
 class State(NamedTuple):
@@ -89,7 +89,7 @@ class Program(NamedTuple):
     entries: tuple[int, int]    # most stop ids, most biased ids of a request
     top: int                    # most alternatives whose log-probability is emitted
     kv_dtype: str
-    unstack: bool
+    unroll_layers: bool
     fixed: bool                 # trip counts known beforehand, masks instead of branches (GPU; see below)
     reduction: object = "psum"     # see model.hidden
 
@@ -116,7 +116,7 @@ def nobody(count, program):
 
 def _kv_specs(program):
     layer = P(*sharding.CACHE[1:])
-    return [layer] * program.config.layers if program.unstack else sharding.CACHE
+    return [layer] * program.config.layers if program.unroll_layers else sharding.CACHE
 
 
 def _rows_specs(program):
@@ -139,8 +139,8 @@ def _make_empty(program, width, places, length):
     def rows(count):
         shape = count, config.kv_heads, length, config.head_dim
         layers = config.layers
-        return Rows(nobody(count, program), [kv.empty(shape, program.kv_dtype) for _ in range(layers)]
-                    if program.unstack else kv.empty((layers, *shape), program.kv_dtype))
+        return Rows(nobody(count, program), [kv_cache.empty(shape, program.kv_dtype) for _ in range(layers)]
+                    if program.unroll_layers else kv_cache.empty((layers, *shape), program.kv_dtype))
 
     shapes = lambda: jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), State(rows(width), rows(places)))
     specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), _specs(program),
@@ -155,13 +155,13 @@ def _compiled(function, program, in_specs, out_specs, donate=None, workload="dec
     strong = lambda *arguments: jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), function(*arguments))
     return jax.jit(sharding.shard_map(strong, program.mesh, in_specs, out_specs), donate_argnums=donate,
                    out_shardings=sharding.named(program.mesh, out_specs),
-                   compiler_options=targets.options(program.mesh, workload))
+                   compiler_options=xla_options.options(program.mesh, workload))
 
 
 def _arrange(program, model):
     cast = lambda name, x: x if name.endswith("norm") else x.astype(program.config.dtype)
     model = jax.tree.map(cast, sharding.parameter_names(model), model)
-    return transformer.unstack(model) if program.unstack else model
+    return transformer.unstack(model) if program.unroll_layers else model
 
 
 def _weights_specs(program):

@@ -3,22 +3,21 @@
 Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed and the position alone.
 """
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ladder_jax import cache as kv
-from ladder_jax import checkpoint, choice, sampling, schedule, sharding, targets, tokenizer
-from ladder_jax import config as configuration
+from ladder_jax import kv_cache, sampling, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError
+from ladder_jax.hardware import xla_options
+from ladder_jax.residual import choose
 
 
 def empty_cache(config, mesh, batch, length):
     """Keys and values for `batch` rows of `length` tokens: a cache.KV [L, B, K, S, H] of zeros in the compute dtype."""
     shape = config.layers, batch, config.kv_heads, length, config.head_dim
-    return jax.jit(lambda: kv.empty(shape, config.dtype), out_shardings=sharding.named(mesh, sharding.CACHE))()
+    return jax.jit(lambda: kv_cache.empty(shape, config.dtype), out_shardings=sharding.named(mesh, sharding.CACHE))()
 
 
 @functools.lru_cache(maxsize=8)
@@ -30,13 +29,13 @@ def make_forward(config, mesh):
                                           reduction=reduction)
         return transformer.logits(model, config, x_BTD), cache
 
-    reduction = choice.auto(config, mesh)
+    reduction = choose.auto(config, mesh)
     specs = sharding.parameter_specs(jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0)))
     cache = sharding.CACHE
     program = sharding.shard_map(local, mesh, (specs, sharding.TOKENS, sharding.TOKENS, cache, sharding.TOKENS),
                                  (sharding.LOGITS, cache))
     return jax.jit(lambda model, tokens_BT, positions_BT, cache, read_BR=None: program(
-        model, tokens_BT, positions_BT, cache, read_BR), donate_argnums=3, compiler_options=targets.options(mesh))
+        model, tokens_BT, positions_BT, cache, read_BR), donate_argnums=3, compiler_options=xla_options.options(mesh))
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary")
@@ -90,66 +89,3 @@ def _tokens(model, config, mesh, prompt, max_tokens, params, stop, vocabulary):
         history_BV[0, token] += 2
         if position + 1 < len(prompt) + max_tokens:
             logits_B1V, cache = forward(model, tile([token]), tile([position]), cache)
-
-
-class Loaded(NamedTuple):
-    """A checkpoint, ready for use: `model` is a Flax module, whose arrays are the parameters."""
-    model: transformer.Transformer
-    config: configuration.Config
-    tokenizer: tokenizer.Tokenizer
-    mesh: Any
-
-    def generate(self, prompt, *, max_tokens=None, **options):
-        """Yields text as it is made. max_tokens: default 200, or as many as there is room for; options: those of
-        `generate.generate`."""
-        ids = self.tokenizer.prompt(prompt)
-        if max_tokens is None:
-            max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
-        stream = self.tokenizer.stream()
-        for token in generate(self.model, self.config.model, self.mesh, ids, max_tokens=max_tokens,
-                              stop=(self.tokenizer.eos,), vocabulary=self.tokenizer.size, **options):
-            yield stream.push(token)
-        yield stream.flush()
-
-    def logits(self, text):
-        """Logits [T, V] float32 after every token of `text`, and the tokens' ids."""
-        ids = self.tokenizer.prompt(text)
-        rows = self.mesh.shape[sharding.DATA] * self.mesh.shape[sharding.FSDP]
-        cache = empty_cache(self.config.model, self.mesh, rows, len(ids))
-        tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
-        logits, _ = make_forward(self.config.model, self.mesh)(self.model, tile(ids), tile(range(len(ids))), cache)
-        return logits[0, :, :self.tokenizer.size], ids
-
-
-def load(path, *, step=None, mesh=None, devices=None):
-    """A checkpoint's model, config and tokenizer, in one call.
-
-    Args:
-      path: a run's folder, its checkpoints folder, or one step's.
-      step: which checkpoint (default: the newest that can be read).
-      mesh: a config.Mesh to shard the model over (default: one device; a desync model's tensor axis, which is a part
-        of what it is, stays).
-      devices: which devices (default: as many of jax.devices() as the mesh takes).
-    Raises ConfigError or ValueError where there is no such checkpoint or it does not fit the mesh.
-    """
-    meta = checkpoint.read_meta(path, step)
-    config = configuration.from_dict(meta["config"])
-    local = schedule.parse(config.model.residual, config.model.layers).local
-    trained = meta.get("tensor", 1)
-    mesh = mesh or configuration.Mesh(data=1, tensor=trained if local else 1)
-    if devices is None and -1 not in (mesh.data, mesh.fsdp, mesh.tensor):
-        count = mesh.data * mesh.fsdp * mesh.tensor
-        if count > jax.device_count():
-            raise ConfigError(f"the mesh needs {count} devices, but there are {jax.device_count()}"
-                              + (f" ({config.model.residual} models keep the mesh.tensor they were trained with)"
-                                 if local else ""))
-        devices = jax.devices()[:count]
-    placed = sharding.make_mesh(mesh, devices)
-    if local and placed.shape[sharding.TENSOR] != trained:
-        raise ConfigError(f"mesh.tensor={placed.shape[sharding.TENSOR]} is not accepted: this {config.model.residual} "
-                          f"model was trained with mesh.tensor={trained}, and its ranks' streams are a part of it")
-    sharding.check(config.model, placed)
-    abstract = jax.eval_shape(functools.partial(transformer.init, config.model), jax.random.key(0))
-    shardings = sharding.named(placed, sharding.parameter_specs(abstract))
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Loaded(checkpoint.load_model(path, abstract, step), config, tokenizer.from_json(meta["tokenizer"]), placed)

@@ -12,15 +12,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import attention as attention_door
-from ladder_jax import cache as kv
-from ladder_jax import residual, schedule, sharding
+from ladder_jax import kv_cache, schedule, sharding
 from ladder_jax.matmul import einsum
-from ladder_jax.reductions import reduce
+from ladder_jax.residual import layers as residual
+from ladder_jax.residual.reductions import reduce
 
 _save = jax.checkpoint_policies.save_only_these_names
 REMAT = {    # what the backward pass does not recompute of a layer
     "none": None,                                # everything is kept
-    "products": _save("product", "reduced"),     # the blocks' matrix products and the reductions' sums
+    "dots": _save("product", "reduced"),     # the blocks' matrix products and the reductions' sums
     "reductions": _save("reduced"),              # no communication is repeated
     "full": _save(),                             # the stream at the layer's start alone
 }
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         self.wk = _normal(rngs, (D, K, H), config.init_std)
         self.wv = _normal(rngs, (D, K, H), config.init_std)
         self.wo = _normal(rngs, (N, H, D), _depth_scaled(config))
-        self.bq, self.bk, self.bv = (nnx.Param(jnp.zeros((heads, H))) if config.attention_bias else None
+        self.bq, self.bk, self.bv = (nnx.Param(jnp.zeros((heads, H))) if config.qkv_bias else None
                                      for heads in (N, K, K))
         self.q_norm, self.k_norm = (nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2))
 
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
             attend = lambda *qkv: attention_door.attend(*qkv, context.segments_BT, context.kernel)
             out_BTNH = behind(attend, q_BTNH, k_BTKH, v_BTKH)
         else:
-            cache = kv.write(cache, k_BTKH, v_BTKH, context.positions_BT)
+            cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = asked(context.positions_BT)
             out_BTNH = behind(lambda q_BTNH: attention_door.attend_cache(q_BTNH, cache, positions_BT), q_BTNH)
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)     # E = N H: as one, or XLA:CPU turns `wo` around

@@ -105,7 +105,7 @@ def check(model, mesh, batch=None):
                                   f"(parameter {name}): choose a mesh.{axis} that divides it")
     rows = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch is not None and batch % rows:
-        raise ConfigError(f"a batch of {batch} sequences (train.batch / train.accumulate) does not divide by "
+        raise ConfigError(f"a batch of {batch} sequences (train.global_batch / train.grad_accum_steps) does not divide by "
                           f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}")
 
 

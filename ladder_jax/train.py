@@ -22,52 +22,19 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ladder_jax import attention, chips, choice, data, model, schedule, sharding, targets, tokenizer
+from ladder_jax import attention, model, schedule, sharding
 from ladder_jax import config as configuration
 from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from ladder_jax.config import ConfigError
+from ladder_jax.data import corpus as data
+from ladder_jax.data import tokenizer
 from ladder_jax.generate import generate
+from ladder_jax.hardware import chips, xla_options
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
+from ladder_jax.optimizer import learning_rate, make_optimizer
+from ladder_jax.residual import choose
 
 BATCH = ("tokens", "targets", "segments", "positions", "weights")       # what data.py gives, each [B, T]
-
-
-# ---------------------------------------------------------------- optimizer
-
-def learning_rate(config, steps):
-    """The learning rate as a function of the step (config: config.Optimizer; steps: of the whole run)."""
-    peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
-    decay = {"cosine": steps - warmup, "wsd": steps // 5, "constant": 0}[config.schedule]
-    if config.decay_steps is not None and config.schedule != "constant":
-        decay = config.decay_steps
-    decay = max(min(decay, steps - warmup), 0)
-    if config.schedule == "cosine":
-        tail = optax.cosine_decay_schedule(peak, max(decay, 1), config.final_fraction)
-        parts, bounds = [tail], [warmup]
-    else:
-        tail = optax.linear_schedule(peak, peak * (config.final_fraction if decay else 1), max(decay, 1))
-        parts, bounds = [optax.constant_schedule(peak), tail], [warmup, steps - decay]
-    # the first step already learns: warm-up takes values 1/w, 2/w, ... 1
-    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), *parts], bounds)
-
-
-def make_optimizer(config, steps):
-    """AdamW (arXiv 1711.05101) with decay of matrices alone, after clipping by the global norm."""
-    def decayed(parameters):
-        names = sharding.parameter_names(parameters)
-        return jax.tree.map(lambda name: not name.endswith(("norm", "bq", "bk", "bv")), names)
-    adamw = optax.adamw(learning_rate(config, steps), config.beta1, config.beta2, config.eps,
-                        weight_decay=config.weight_decay, mask=decayed)
-    clip = optax.identity() if config.clip_norm is None else clip_by_norm(config.clip_norm)
-    return optax.with_extra_args_support(optax.chain(clip, adamw))     # the same state with and without clipping
-
-
-def clip_by_norm(limit):
-    """`optax.clip_by_global_norm` that takes the norm from who knows it already: update(..., norm=norm)."""
-    def update(gradients, state, parameters=None, *, norm=None, **_):
-        norm = optax.tree.norm(gradients) if norm is None else norm
-        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients), state
-    return optax.GradientTransformationExtraArgs(lambda parameters: optax.EmptyState(), update)
 
 
 # ---------------------------------------------------------------- state and step
@@ -104,18 +71,18 @@ def loss_and_gradients(config, mesh, kernel=None):
 
     `kernel` of attention: by default, what suits the platform.
     """
-    kernel = kernel or attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
+    kernel = kernel or attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.seq_len)
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # On an emulated mesh, which is for trying things out, time to compile counts for more.
     unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
-    reduction = choice.reduction_for(config.mesh.reduction, config.model, mesh)
+    reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
     options = dict(kernel=kernel, reduction=reduction, remat=config.train.remat, unroll=unroll,
                    chunk=config.train.loss_chunk)
 
     def local(parameters, batch):
         weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH), 1)
         objective = jax.value_and_grad(lambda m, part: model.loss(m, config.model, part, **options) / weight)
-        count = config.train.accumulate
+        count = config.train.grad_accum_steps
         if count == 1:
             loss, gradients = objective(parameters, batch)
         else:
@@ -152,12 +119,12 @@ def make_step(config, mesh, optimizer, kernel=None):
     tokens = sharding.named(mesh, dict.fromkeys(BATCH, sharding.TOKENS))
     replicated = sharding.named(mesh, sharding.REPLICATED)
     return jax.jit(step, in_shardings=(shardings, tokens), out_shardings=(shardings, replicated), donate_argnums=0,
-                   compiler_options=targets.options(mesh))
+                   compiler_options=xla_options.options(mesh))
 
 
 def make_evaluation(config, mesh):
     """(model, batch) -> (sum of losses in nats, sum of weights) over the batch, compiled."""
-    kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.length)
+    kernel = attention.kernel_for(mesh.devices.flat[0].platform, config.model, config.train.seq_len)
 
     def local(parameters, batch):
         loss = model.loss(parameters, config.model, batch, kernel=kernel, chunk=config.train.loss_chunk)
@@ -166,7 +133,7 @@ def make_evaluation(config, mesh):
     specs = sharding.parameter_specs(parameters)
     return jax.jit(sharding.shard_map(local, mesh, (specs, dict.fromkeys(BATCH, sharding.TOKENS)),
                                       (sharding.REPLICATED, sharding.REPLICATED)),
-                   compiler_options=targets.options(mesh))
+                   compiler_options=xla_options.options(mesh))
 
 
 def flops_per_token(config, length):
@@ -183,8 +150,8 @@ def flops_per_token(config, length):
 
 # ---------------------------------------------------------------- the job
 
-FROZEN = {"model": None, "data": ("source", "text_field", "tokenizer", "held_out"),
-          "train": ("batch", "length", "seed")}       # what a resumed run may not change
+FROZEN = {"model": None, "data": ("source", "text_field", "tokenizer", "held_out_fraction"),
+          "train": ("global_batch", "seq_len", "seed")}       # what a resumed run may not change
 
 
 def check_resumed(saved, now):
@@ -224,7 +191,7 @@ def train(config, resume=False):
 
     # ---- everything that can be wrong, before anything is written
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check(config.model, mesh, config.train.batch // config.train.accumulate)
+    sharding.check(config.model, mesh, config.train.global_batch // config.train.grad_accum_steps)
     shard, shards = sharding.data_shard(mesh)
     tokens = tokenizer.load(config.data.tokenizer)
     if tokens.size > config.model.vocab_size:
@@ -250,7 +217,7 @@ def train(config, resume=False):
     check_resumed(meta | before, meta)
 
     # ---- data
-    split = dict(batch=config.train.batch // shards, length=config.train.length,
+    split = dict(batch=config.train.global_batch // shards, length=config.train.seq_len,
                  process_index=shard, process_count=shards)
     batches = data.train_iterator(corpus, seed=config.train.seed, **split)
     held_out = data.held_out_batches(corpus, **split)
@@ -258,7 +225,7 @@ def train(config, resume=False):
 
     with contextlib.ExitStack() as opened:      # closed in the opposite order, whatever happens
         stop = opened.enter_context(_Stop(config.train.log_every))
-        checkpoints = opened.enter_context(Checkpoints(out / "checkpoints", config.train.keep))
+        checkpoints = opened.enter_context(Checkpoints(out / "checkpoints", config.train.keep_checkpoints))
 
         # ---- state, new or resumed
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -281,7 +248,7 @@ def train(config, resume=False):
         evaluation = make_evaluation(config, mesh)
         rate = learning_rate(config.optimizer, config.train.steps)
         rates = jax.device_get(jax.jit(jax.vmap(rate))(jnp.arange(config.train.steps)))
-        flops = flops_per_token(config.model, config.train.length)
+        flops = flops_per_token(config.model, config.train.seq_len)
         peak = (config.train.peak_tflops * 1e12 if config.train.peak_tflops else
                 chips.peak_flops(mesh.devices.flat[0], config.model.dtype))
         pace = _Pace(first)
@@ -312,7 +279,7 @@ def train(config, resume=False):
             text = (f"loss {values['loss']:.4f}  grad norm {values['gradient_norm']:.3f}  "
                     f"lr {values['learning_rate']:.2e}")
             if seconds := pace.lap(step):
-                values["tokens_per_s"] = config.train.batch * config.train.length / seconds
+                values["tokens_per_s"] = config.train.global_batch * config.train.seq_len / seconds
                 text += f"  {values['tokens_per_s']:,.0f} tok/s"
                 if peak:
                     values["mfu"] = values["tokens_per_s"] * flops / (peak * mesh.size)

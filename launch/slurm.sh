@@ -4,7 +4,7 @@
 #     sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py [--train.steps 100 ...]
 #
 # Submitted again, it continues from the newest checkpoint. Nodes times GPUs must be the product of the recipe's mesh;
-# train.out, data.cache and data.source must be on a disk that all nodes see.
+# train.out, data.token_cache and data.source must be on a disk that all nodes see.
 #
 # Change here or on sbatch's command line: GPUs of a node (both lines), time, and what the cluster asks for besides
 # (--partition, --account). Environment: LADDER_JAX, the command (default .venv/bin/ladder-jax).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import attention, cache, config
+from ladder_jax import attention, config, kv_cache
 from ladder_jax.matmul import einsum
 
 FAST = {} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0}     # to compile, not to run
@@ -125,7 +125,7 @@ def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
     positions = jnp.array([[3, 4, 5], [7, 8, 9]])
     rows = jnp.arange(2)[:, None]
     heads_first = lambda x: cached(x).transpose(0, 2, 1, 3)
-    got = attention.attend_cache(q[rows, positions], cache.KV(heads_first(k), heads_first(v)), positions)
+    got = attention.attend_cache(q[rows, positions], kv_cache.KV(heads_first(k), heads_first(v)), positions)
     np.testing.assert_allclose(got, whole[rows, positions], rtol=0, atol=1e-6)
 
 

@@ -47,32 +47,32 @@ WRONG = {       # fields of a section that cannot be -> what the message says
         (dict(data=2, fsdp=-1, tensor=-1), "tensor=-1", "given, where mesh.fsdp is -1"),
     ],
     Data: [
-        *((({name: ""}), f"{name}=''", "non-empty") for name in ("source", "text_field", "tokenizer", "cache")),
-        (dict(held_out=0.0), "held_out=0.0", "between 0 and 1"),
-        (dict(held_out=1.0), "held_out=1.0", "between 0 and 1"),
+        *((({name: ""}), f"{name}=''", "non-empty") for name in ("source", "text_field", "tokenizer", "token_cache")),
+        (dict(held_out_fraction=0.0), "held_out_fraction=0.0", "between 0 and 1"),
+        (dict(held_out_fraction=1.0), "held_out_fraction=1.0", "between 0 and 1"),
     ],
     Optimizer: [
         (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
         (dict(learning_rate=float("nan")), "learning_rate=nan", "float"),
         (dict(eps=0.0), "eps=0.0", "greater than 0"),
-        (dict(schedule="linear"), "schedule='linear'", "one of 'cosine', 'wsd', 'constant'"),
+        (dict(lr_schedule="linear"), "lr_schedule='linear'", "one of 'cosine', 'wsd', 'constant'"),
         (dict(warmup_steps=-1), "warmup_steps=-1", "0 or more"),
         (dict(weight_decay=-0.1), "weight_decay=-0.1", "0 or more"),
         (dict(beta1=1.0), "beta1=1.0", "from 0 to below 1"),
         (dict(beta2=-0.1), "beta2=-0.1", "from 0 to below 1"),
-        (dict(final_fraction=1.5), "final_fraction=1.5", "from 0 to 1"),
+        (dict(final_lr_fraction=1.5), "final_lr_fraction=1.5", "from 0 to 1"),
         (dict(decay_steps=0), "decay_steps=0", "greater than 0"),
         (dict(clip_norm=0.0), "clip_norm=0.0", "greater than 0, or None for no clipping"),
     ],
     Train: [
         *((({name: 0}), f"{name}=0", "greater than 0") for name in
-          ("steps", "batch", "length", "accumulate", "log_every", "eval_every", "eval_batches", "save_every", "keep")),
+          ("steps", "global_batch", "seq_len", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints")),
         *((({name: -1}), f"{name}=-1", "0 or more") for name in ("loss_chunk", "profile_steps", "sample_tokens")),
         (dict(seed=-1), "seed=-1", "from 0 to 2 ** 32 - 1"),
         (dict(out="gs://bucket/run"), "out='gs://bucket/run'", "a folder"),
         (dict(out=""), "out=''", "a folder"),
-        (dict(batch=8, accumulate=3), "accumulate=3", "a divisor of train.batch=8"),
-        (dict(remat="some"), "remat='some'", "one of 'none', 'products', 'reductions', 'full'"),
+        (dict(global_batch=8, grad_accum_steps=3), "grad_accum_steps=3", "a divisor of train.global_batch=8"),
+        (dict(remat="some"), "remat='some'", "one of 'none', 'dots', 'reductions', 'full'"),
         (dict(peak_tflops=0.0), "peak_tflops=0.0", "greater than 0"),
     ],
 }
@@ -109,7 +109,7 @@ def test_whole_numbers_are_numbers():
     (lambda: Config(model=3), "model=3 is not accepted: it must be Model"),
     (lambda: Config(train=Model()), "train=Model("),
     (lambda: Model(rope_scaling=8.0), "model.rope_scaling=8.0 is not accepted: it must be RopeScaling"),
-    (lambda: Config(train=Train(length=4096)), "train.length=4096 is not accepted: it must be at most "
+    (lambda: Config(train=Train(seq_len=4096)), "train.seq_len=4096 is not accepted: it must be at most "
                                                "model.max_length=2048"),
 ])
 def test_sections_and_what_two_of_them_must_agree_on(make, start):
@@ -118,8 +118,8 @@ def test_sections_and_what_two_of_them_must_agree_on(make, start):
 
 EVERY_KIND = Config(
     model=Model(rope_scaling=RopeScaling(factor=4.0, original_length=4096), residual="hybrid:1,2", tie_embeddings=True),
-    data=Data(source="data/*.parquet", held_out=0.1), mesh=Mesh(data=1, fsdp=-1, tensor=2),
-    optimizer=Optimizer(schedule="wsd", decay_steps=10, clip_norm=None), train=Train(peak_tflops=989.0, seed=3))
+    data=Data(source="data/*.parquet", held_out_fraction=0.1), mesh=Mesh(data=1, fsdp=-1, tensor=2),
+    optimizer=Optimizer(lr_schedule="wsd", decay_steps=10, clip_norm=None), train=Train(peak_tflops=989.0, seed=3))
 
 
 @pytest.mark.parametrize("config", [Config(), EVERY_KIND])
@@ -130,7 +130,7 @@ def test_json_keeps_all_of_it(config):
 
 @pytest.mark.parametrize("values, start", [
     (dict(modle={}), "modle is not a field: data, mesh, model, optimizer, train are"),
-    (dict(model=dict(layer=3)), "model.layer is not a field: attention_bias, dim, "),
+    (dict(model=dict(layer=3)), "model.layer is not a field: dim, "),
     (dict(model=dict(rope_scaling=dict(by=3))), "model.rope_scaling.by is not a field: factor, "),
     (dict(mesh=None), "mesh=None is not accepted: it must be Mesh"),
     (dict(train=dict(steps="9")), "train.steps='9' is not accepted: it must be int"),

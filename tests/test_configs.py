@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ladder_jax import chips, cli, model, sharding, train
+from ladder_jax import cli, model, sharding, train
+from ladder_jax.config import from_recipe
+from ladder_jax.hardware import chips
+from ladder_jax.optimizer import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -38,7 +41,7 @@ PARAMETERS = {
 def recipe(name, *overrides):
     """A recipe's config, as the command line makes it."""
     path = str(ROOT / "configs" / f"{name}.py")
-    return cli._parse(cli.TrainArguments, list(overrides), name, cli.TrainArguments(cli.recipe(path))).config
+    return cli._parse(cli.TrainArguments, list(overrides), name, cli.TrainArguments(from_recipe(path))).config
 
 
 def documentation(name):
@@ -73,7 +76,7 @@ def planned(monkeypatch):
 
 
 def batch_of(config, rows):
-    return {name: jax.ShapeDtypeStruct((rows, config.train.length), jnp.float32 if name == "weights" else jnp.int32)
+    return {name: jax.ShapeDtypeStruct((rows, config.train.seq_len), jnp.float32 if name == "weights" else jnp.int32)
             for name in train.BATCH}
 
 
@@ -86,7 +89,7 @@ def kept_for_backward(config, mesh):
     specs = sharding.parameter_specs(parameters(config.model)), dict.fromkeys(train.BATCH, sharding.TOKENS)
     local = sharding.shard_map(forward, mesh, specs, PartitionSpec())
     return jax.eval_shape(local, parameters(config.model),
-                          batch_of(config, config.train.batch // config.train.accumulate))
+                          batch_of(config, config.train.global_batch // config.train.grad_accum_steps))
 
 
 def test_every_recipe_is_tested():
@@ -96,20 +99,20 @@ def test_every_recipe_is_tested():
 @pytest.mark.parametrize("name", RECIPES)
 def test_full_size(name, planned):
     config = recipe(name)
-    mesh, optimizer = planned(config), train.make_optimizer(config.optimizer, config.train.steps)
+    mesh, optimizer = planned(config), make_optimizer(config.optimizer, config.train.steps)
     assert PARAMETERS[name] in (None, count(config.model))
-    sharding.check(config.model, mesh, config.train.batch // config.train.accumulate)
+    sharding.check(config.model, mesh, config.train.global_batch // config.train.grad_accum_steps)
 
     state = train.abstract_state(config, mesh, optimizer)
     after, results = jax.eval_shape(train.make_step(config, mesh, optimizer), state,
-                                    batch_of(config, config.train.batch))
+                                    batch_of(config, config.train.global_batch))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert results["loss"].shape == ()
-    evaluated = jax.eval_shape(train.make_evaluation(config, mesh), state.model, batch_of(config, config.train.batch))
+    evaluated = jax.eval_shape(train.make_evaluation(config, mesh), state.model, batch_of(config, config.train.global_batch))
     assert [x.shape for x in evaluated] == [(), ()]
 
     # A device's memory: less than what it has, and as the recipe says. Gradients are there twice while accumulated.
-    held, gradients = bytes_of(shards(state)), bytes_of(shards(state.model)) * (1 + (config.train.accumulate > 1))
+    held, gradients = bytes_of(shards(state)), bytes_of(shards(state.model)) * (1 + (config.train.grad_accum_steps > 1))
     activations = bytes_of(kept_for_backward(config, mesh))
     print(f"{name}: {held / 1e9:.1f} GB of parameters and AdamW state, {gradients / 1e9:.1f} GB of gradients, "
           f"{activations / 1e9:.1f} GB kept for the backward pass")
@@ -135,8 +138,8 @@ def test_documentation(name):
     config = recipe(name)
     said, unit, flops, devices, peak, mfu = re.search(
         r"Time: +(\S+) (hours|days) = (\S+) FLOPs / \((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)", text).groups()
-    tokens = config.train.steps * config.train.batch * config.train.length
-    assert float(flops) == pytest.approx(tokens * train.flops_per_token(config.model, config.train.length), rel=0.005)
+    tokens = config.train.steps * config.train.global_batch * config.train.seq_len
+    assert float(flops) == pytest.approx(tokens * train.flops_per_token(config.model, config.train.seq_len), rel=0.005)
     seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
     assert said == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"
     device = re.search(r"Hardware: +\d+ (?:NVIDIA )?(.*?) of", text).group(1).lower()
@@ -147,27 +150,27 @@ def test_documentation(name):
 def test_a_step_is_4_million_tokens_and_a_run_105_billion(name):
     """As in the paper's runs from scratch: runs of different models then differ in the model alone."""
     config = recipe(name).train
-    assert config.batch * config.length == 2048 * 2048 and config.steps == 25_000
+    assert config.global_batch * config.seq_len == 2048 * 2048 and config.steps == 25_000
 
 
 VARIANTS = {        # what the docstrings say can be changed: arguments -> parameters
     "scratch_1b --model.residual standard --train.out runs/scratch_1b_standard": PARAMETERS["scratch_1b"],
     "scratch_1b --model.residual parallel": PARAMETERS["scratch_1b"] - 40 * 1536,       # one norm a layer less
-    "scratch_1b --mesh.data 1 --train.accumulate 32": PARAMETERS["scratch_1b"],
+    "scratch_1b --mesh.data 1 --train.grad-accum-steps 32": PARAMETERS["scratch_1b"],
     "scratch_1b --mesh.fsdp 1 --mesh.tensor 8": PARAMETERS["scratch_1b"],
     "scratch_3b --mesh.fsdp 2 --mesh.tensor 4": PARAMETERS["scratch_3b"],
     "scratch_3b --model.heads 32 --model.kv-heads 32 --model.head-dim 72 --mesh.fsdp 1 --mesh.tensor 8":
         PARAMETERS["scratch_3b"],
     "llama3_8b --model.residual hybrid:last16": PARAMETERS["llama3_8b"],
     "llama3_70b --model.residual desync:2": PARAMETERS["llama3_70b"],
-    "llama3_405b --model.kv-heads 8 --mesh.fsdp 128 --mesh.tensor 8 --train.accumulate 8": 405_853_388_800,
+    "llama3_405b --model.kv-heads 8 --mesh.fsdp 128 --mesh.tensor 8 --train.grad-accum-steps 8": 405_853_388_800,
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant, planned):
     config = recipe(*shlex.split(variant))
-    sharding.check(config.model, planned(config), config.train.batch // config.train.accumulate)
+    sharding.check(config.model, planned(config), config.train.global_batch // config.train.grad_accum_steps)
     assert count(config.model) == VARIANTS[variant]
 
 

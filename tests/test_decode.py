@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import cache, decode, sharding
+from ladder_jax import decode, kv_cache, sharding
 from ladder_jax.config import Mesh, Model
 
 CONFIG = Model(vocab_size=32, dim=16, layers=2, heads=2, kv_heads=2, head_dim=8, ffn_dim=16, dtype="float32",
@@ -17,7 +17,7 @@ CONFIG = Model(vocab_size=32, dim=16, layers=2, heads=2, kv_heads=2, head_dim=8,
 @functools.cache
 def program(**changes):
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    options = dict(unstack=True, fixed=False) | changes
+    options = dict(unroll_layers=True, fixed=False) | changes
     return decode.Program(CONFIG, mesh, 32, (2, 2), 0, "float32", **options)
 
 
@@ -41,9 +41,9 @@ def test_the_memory_shuffle_makes_the_fewest_moves():
             assert {i for i, x in enumerate(live) if x} <= set(got) and len(set(got)) == width
 
 
-@pytest.mark.parametrize("unstack", [True, False])
-def test_reshaping_keeps_what_is_live_and_nothing_else(unstack):
-    p = program(unstack=unstack)
+@pytest.mark.parametrize("unroll_layers", [True, False])
+def test_reshaping_keeps_what_is_live_and_nothing_else(unroll_layers):
+    p = program(unroll_layers=unroll_layers)
     state = decode.empty(p, 4, 2, 8)
     marked = jax.tree.map(lambda x: x + jnp.arange(4, dtype=x.dtype).reshape(4, 1, 1, 1), state.slots.kv)
     row = state.slots.row._replace(request=jnp.array([-1, 7, -1, 9]), active=jnp.array([False, True, False, True]))
@@ -90,19 +90,19 @@ def test_int8_keys_and_values_are_near_and_attention_applies_their_scales():
     k, v, q = (jnp.asarray(rng.normal(size=(2, 5, 2, 8)), jnp.float32) for _ in range(3))
     positions = jnp.tile(jnp.arange(5), (2, 1))
     outs = {}
-    for dtype in cache.DTYPES:
-        filled = cache.write(cache.empty((2, 2, 6, 8), dtype), k, v, positions)
+    for dtype in kv_cache.DTYPES:
+        filled = kv_cache.write(kv_cache.empty((2, 2, 6, 8), dtype), k, v, positions)
         outs[dtype] = attention.attend_cache(q, filled, positions)
     assert np.abs(outs["int8"] - outs["float32"]).max() < 0.03
     assert np.abs(outs["bfloat16"] - outs["float32"]).max() < 0.03
-    low, scale = cache.quantise(k)
+    low, scale = kv_cache.quantise(k)
     assert low.dtype == jnp.int8 and np.abs(low * scale - k).max() <= np.abs(k).max() / 254 * 1.001
-    assert cache.bytes_per_token(CONFIG, "int8") == sum(
-        x.nbytes for x in jax.tree.leaves(cache.empty((2, 1, 2, 1, 8), "int8")))
+    assert kv_cache.bytes_per_token(CONFIG, "int8") == sum(
+        x.nbytes for x in jax.tree.leaves(kv_cache.empty((2, 1, 2, 1, 8), "int8")))
 
 
 def test_writes_outside_the_cache_are_dropped():
-    empty = cache.empty((1, 1, 4, 2), "float32")
+    empty = kv_cache.empty((1, 1, 4, 2), "float32")
     ones = jnp.ones((1, 3, 1, 2))
-    filled = cache.write(empty, ones, ones, jnp.array([[3, 4, 1000]]))
+    filled = kv_cache.write(empty, ones, ones, jnp.array([[3, 4, 1000]]))
     assert filled.k[0, 0, :, 0].tolist() == [0, 0, 0, 1]

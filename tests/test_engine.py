@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from ladder_jax import decode, generate, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
-from ladder_jax.engine import Engine
-from ladder_jax.request import QueueFull, RequestFailed, Token
-from ladder_jax.tokenizer import ByteTokenizer
+from ladder_jax.data.tokenizer import ByteTokenizer
+from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.request import QueueFull, RequestFailed, Token
 
 CONFIG = Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",
                dtype="float32", max_length=64, init_std=0.3)
-OPTIONS = Decode(slots=3, staging=2, chunk=4, prefill=16, length=64, fit=False, top_logprobs=3, stop_ids=2, bias=2)
+OPTIONS = Decode(slots=3, staging=2, steps_per_call=4, prefill_budget=16, max_length=64, fit_shapes=False, max_logprobs=3, max_stop_ids=2, max_logit_bias=2)
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def shared_programs(made):
     return made.compiled()
 
 
-@pytest.mark.parametrize("changes", [dict(loop="fixed"), dict(unstack=False), dict(chunk=1),
+@pytest.mark.parametrize("changes", [dict(loop="fixed"), dict(unroll_layers=False), dict(steps_per_call=1),
                                      pytest.param(dict(slots=1, staging=1), marks=pytest.mark.slow)], ids=str)
 def test_ways_of_running_have_the_same_tokens(changes):
     run(engine(**changes), requests(6))
@@ -188,7 +188,7 @@ def test_residual_schedules_and_tensor_shards(residual, tensor):
 
 def test_the_compiled_shape_follows_what_is_live():
     """Grows for a burst of long requests, shrinks by the memory shuffle while one goes on, and no token changes."""
-    made = engine(fit=True, slots=4, staging=2, chunk=2, length=64)
+    made = engine(fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=64)
     made.capacity.lengths = [32, 64]
     widths = []
     asked = [([1, 2, 3], dict(max_tokens=60, seed=1)), *[([i], dict(max_tokens=6, seed=i)) for i in range(5)]]
@@ -223,8 +223,8 @@ def test_long_prompts_come_in_pieces_between_chunks_of_those_that_run():
     while not waiting.tokens:
         calls = made.counters.prefill_calls
         made.step()
-        assert made.counters.prefill_calls - calls <= 1          # at most decode.prefill tokens between two chunks
-    assert len(running.tokens) - before >= 3 * made.options.chunk     # it went on all the while
+        assert made.counters.prefill_calls - calls <= 1          # at most decode.prefill_budget tokens between two chunks
+    assert len(running.tokens) - before >= 3 * made.options.steps_per_call     # it went on all the while
     assert waiting.result().tokens == alone(*long[:1], **long[1])
     assert running.result().tokens == alone([1, 2], max_tokens=40)
 
@@ -242,7 +242,7 @@ def test_prompts_that_begin_alike_share_the_computed_prefix():
 
 
 def test_prefixes_are_bounded_and_the_least_recent_goes_first():
-    from ladder_jax.prefixes import Prefixes
+    from ladder_jax.serve.prefix_cache import Prefixes
     kept = Prefixes(2, 30, 10)
     a, b = np.arange(4), np.arange(4) + 10
     for prompt in (a, b):
@@ -303,9 +303,9 @@ def test_first_come_first_served_but_for_priority():
 
 
 def test_the_queue_is_bounded_and_cancelling_makes_room():
-    made = engine(queue=2)
+    made = engine(queue_size=2)
     first, second = made.submit([1], max_tokens=2), made.submit([2], max_tokens=2)
-    with pytest.raises(QueueFull, match="decode.queue=2"):
+    with pytest.raises(QueueFull, match="decode.queue_size=2"):
         made.submit([3], max_tokens=2)
     second.cancel()
     assert list(second) == [] and second.finish == "cancelled"
@@ -381,7 +381,7 @@ def test_one_synchronisation_a_chunk():
             request.result()
     assert get.call_count == made.counters.syncs <= made.counters.chunks
     tokens = sum(len(r.tokens) for r in submitted)
-    assert made.counters.syncs / tokens < 1 / made.options.chunk
+    assert made.counters.syncs / tokens < 1 / made.options.steps_per_call
 
 
 def test_memory_is_planned_and_never_overcommitted():
@@ -405,7 +405,7 @@ def test_memory_is_planned_and_never_overcommitted():
 
 
 def test_generate_keeps_order_beyond_the_queue():
-    made = engine(queue=2)
+    made = engine(queue_size=2)
     prompts = [[i] for i in range(7)]
     assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [alone(p, max_tokens=4) for p in prompts]
 
@@ -439,7 +439,7 @@ def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
 
 
 def test_after_warm_up_nothing_compiles():
-    made = engine(fit=True, slots=3, staging=2, chunk=3, prefill=16, length=48, bias=3)       # shares no programs
+    made = engine(fit_shapes=True, slots=3, staging=2, steps_per_call=3, prefill_budget=16, max_length=48, max_logit_bias=3)       # shares no programs
     made.capacity.lengths = [24, 48]
     made._reset()
     shapes, compiling = [], []
@@ -471,7 +471,7 @@ def test_after_warm_up_nothing_compiles():
 
 def test_chunks_are_short_while_prefill_fills_slots():
     """Four slots, one prompt a prefill call: few iterations run before all four decode."""
-    made = engine(slots=4, staging=4, chunk=16, prefill=16, trace=True)
+    made = engine(slots=4, staging=4, steps_per_call=16, prefill_budget=16, trace=True)
     run(made, [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)])
     busy = (np.concatenate([chunk for _, chunk in made.history]) >= 0).sum(axis=1)
     assert busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12        # a quarter, a half, three quarters of a chunk
@@ -479,7 +479,7 @@ def test_chunks_are_short_while_prefill_fills_slots():
 
 def test_prompts_share_prefill_calls_while_enough_wait():
     """Short prompts behind long outputs: calls for several of them, and no slot ever idle for want of one."""
-    made = engine(slots=4, staging=8, chunk=4, prefill=64, trace=True)
+    made = engine(slots=4, staging=8, steps_per_call=4, prefill_budget=64, trace=True)
     asked = [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)]
     run(made, asked)
     assert made.counters.prefill_calls <= 10
@@ -495,7 +495,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import test_engine
 from ladder_jax.config import ConfigError
-made = test_engine.engine(tensor=4, fit=True)
+made = test_engine.engine(tensor=4, fit_shapes=True)
 submitted = [made.submit(prompt, **options) for prompt, options in test_engine.requests(6, longest=12)]
 submitted[4].cancel()
 print(json.dumps([request.result().tokens for request in submitted]))
@@ -527,7 +527,7 @@ def test_two_hosts_agree():
 @pytest.mark.parametrize("slots, chunk, tensor", [(1, 64, 1), (64, 1, 1), (64, 64, 1), (17, 5, 1), (32, 16, 2),
                                                   (8, 7, 4), (16, 32, 8)])
 def test_widths_chunks_and_shards(slots, chunk, tensor):
-    run(engine(slots=slots, staging=max(2, slots // 2), chunk=chunk, fit=True, tensor=tensor),
+    run(engine(slots=slots, staging=max(2, slots // 2), steps_per_call=chunk, fit_shapes=True, tensor=tensor),
         requests(3 * slots + 5, longest=12))
 
 
@@ -536,7 +536,7 @@ def test_a_soak_with_random_cancellations():
     """20,000 requests: nothing lost, memory and compile count flat."""
     import gc
     import resource
-    made, rng, waiting = engine(slots=16, staging=8, chunk=8, queue=64), np.random.default_rng(0), []
+    made, rng, waiting = engine(slots=16, staging=8, steps_per_call=8, queue_size=64), np.random.default_rng(0), []
     asked = requests(40, longest=12)
     reference = [alone(prompt, **options) for prompt, options in asked]
     memory, programs, done, start = [], [], 0, time.time()

@@ -12,9 +12,10 @@ import pytest
 import reference
 
 import ladder_jax
-from ladder_jax import config, generate, model, sampling, sharding, tokenizer
+from ladder_jax import config, generate, loading, model, sampling, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
+from ladder_jax.data import tokenizer
 
 V, LENGTH = 40, 24
 SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladder:1,2"]
@@ -160,7 +161,7 @@ def test_all_there_is_room_for(small):
 
 def save(folder, cfg, tensor=1):
     """A run with two checkpoints: in that of step 2 all parameters are halved."""
-    meta = dict(config=config.to_dict(config.Config(model=cfg, train=config.Train(length=16))), tensor=tensor,
+    meta = dict(config=config.to_dict(config.Config(model=cfg, train=config.Train(seq_len=16))), tensor=tensor,
                 tokenizer=tokenizer.load("bytes").to_json())
     with Checkpoints(folder / "checkpoints", 9) as checkpoints:
         checkpoints.save(1, {"model": parameters(cfg)}, None, meta)
@@ -240,7 +241,7 @@ def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
 def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
     loaded = ladder_jax.load(run)
     ids = [*"a€😀".encode(), 0xe2, 0x82]
-    monkeypatch.setattr(generate, "generate", lambda *_, **__: iter(ids))
+    monkeypatch.setattr(loading, "generate", lambda *_, **__: iter(ids))
     pieces = list(loaded.generate(""))
     assert pieces[:4] == ["a", "", "", "€"] and "".join(pieces) == "a€😀�"
 

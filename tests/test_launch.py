@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ladder_jax import cli
+from ladder_jax.config import from_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = ["configs/scratch_1b.py", "--train.out", "runs/two words", "--data.source", "data/*.parquet"]
@@ -29,7 +30,7 @@ def parsed(arguments):
     """What `ladder-jax` makes of `arguments`, from the word train on."""
     command, recipe, *rest = arguments[arguments.index("train"):]
     assert command == "train"
-    return cli._parse(cli.TrainArguments, rest, "train", cli.TrainArguments(cli.recipe(str(ROOT / recipe))))
+    return cli._parse(cli.TrainArguments, rest, "train", cli.TrainArguments(from_recipe(str(ROOT / recipe))))
 
 
 def check(chosen):

@@ -10,7 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ladder_jax import chips, config, train
+from ladder_jax import config, train
+from ladder_jax.hardware import chips
 from ladder_jax.metrics import Metrics, plot, read
 
 

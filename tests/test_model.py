@@ -12,23 +12,24 @@ import pytest
 import reference
 from jax import lax
 
-from ladder_jax import cache, config, model, residual, schedule, sharding
+from ladder_jax import config, kv_cache, model, schedule, sharding
 from ladder_jax.config import ConfigError
-from ladder_jax.reductions import InFlight
+from ladder_jax.residual import layers as residual
+from ladder_jax.residual.reductions import InFlight
 
 FAST = {"xla_backend_optimization_level": 0}       # compiles in half the time
 B, T, V = 8, 8, 32
 
 # A schedule, how many layers, and what else of the model it is tested with. 16 query heads share 8 key-value heads.
 CASES = {
-    "standard": (2, dict(tie_embeddings=True, attention_bias=True)),
-    "ladder": (3, dict(qk_norm=True, attention_bias=True, rope_scaling=True)),
+    "standard": (2, dict(tie_embeddings=True, qkv_bias=True)),
+    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
     "ladder:1,2": (3, dict(tie_embeddings=True, qk_norm=True)),
-    "hybrid:0": (2, dict(attention_bias=True)),
+    "hybrid:0": (2, dict(qkv_bias=True)),
     "hybrid:last1": (2, dict(rope_scaling=True)),
     "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
-    "parallel": (2, dict(qk_norm=True, attention_bias=True, rope_scaling=True)),
-    "desync:2": (2, dict(tie_embeddings=True, attention_bias=True)),
+    "parallel": (2, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
+    "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
     "desync:3": (2, dict(rope_scaling=True)),
 }
@@ -144,7 +145,7 @@ def test_the_batch_has_what_can_go_wrong():
 
 
 @pytest.mark.parametrize("options", [
-    dict(remat="products", chunk=5), dict(remat="reductions", chunk=16, reduction="recursive-doubling"),
+    dict(remat="dots", chunk=5), dict(remat="reductions", chunk=16, reduction="recursive-doubling"),
     dict(remat="full", chunk=100, reduction="direct"), dict(unrolled=True),
 ], ids=lambda options: "-".join(map(str, options.values())))
 def test_remat_chunks_and_unrolling_change_nothing(options):
@@ -180,7 +181,7 @@ def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name
 @pytest.mark.parametrize("name", [*CASES, "upper-bound"])
 def test_parameters_are_standards_but_for_parallels_second_norm(name):
     def counted(name):
-        tree = abstract(settings(name, layers=2, qk_norm=True, attention_bias=True, tie_embeddings=False))
+        tree = abstract(settings(name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False))
         names = sharding.parameter_names(tree)
         return collections.Counter((n, leaf.shape) for n, leaf in zip(*map(jax.tree.leaves, (names, tree))))
     lacks = {("mlp.norm", (2, 16)): 1} if name == "parallel" else {}
@@ -233,7 +234,7 @@ READ = jnp.array([[5, 2]] + [[0, 7]] * (B - 1))       # other places in the firs
 def prefilled(cfg, unstacked, tensor, read):
     """(program, arguments): the final stream, of places `read` or of all, and the caches by layer, of whole prompts."""
     tree = model.unstack(parameters(cfg)) if unstacked else parameters(cfg)
-    empty = cache.KV(*(jnp.zeros((B, cfg.kv_heads, T, cfg.head_dim)),) * 2)
+    empty = kv_cache.KV(*(jnp.zeros((B, cfg.kv_heads, T, cfg.head_dim)),) * 2)
     empty = [empty] * cfg.layers if unstacked else jax.tree.map(lambda x: jnp.stack([x] * cfg.layers), empty)
     cache_spec = sharding.P(*[None] * (1 if unstacked else 2), "tensor")
 
@@ -378,8 +379,8 @@ def test_no_partial_is_left_in_the_final_stream(name):
 
 # ---------------------------------------------------------------- the mesh and the specs
 
-VARIANTS = [{}, dict(tie_embeddings=True), dict(qk_norm=True), dict(attention_bias=True), dict(residual="parallel"),
-            dict(residual="desync:2", qk_norm=True, attention_bias=True, layers=1)]
+VARIANTS = [{}, dict(tie_embeddings=True), dict(qk_norm=True), dict(qkv_bias=True), dict(residual="parallel"),
+            dict(residual="desync:2", qk_norm=True, qkv_bias=True, layers=1)]
 
 
 def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():

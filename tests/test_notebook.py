@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from ladder_jax import model, tokenizer
+from ladder_jax import model
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, Model, to_dict
+from ladder_jax.data import tokenizer
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "checkpoint.ipynb"
 

@@ -10,9 +10,11 @@ import sys
 import jax
 import pytest
 
-from ladder_jax import choice, cli, cost, reductions, targets
-from ladder_jax.config import Config, ConfigError, Mesh, Model, Train
+from ladder_jax import cli
+from ladder_jax.config import Config, ConfigError, Mesh, Model, Train, from_recipe
+from ladder_jax.hardware import aot, chips, cost
 from ladder_jax.planner import calibrate, hlo, plan, timeline
+from ladder_jax.residual import choose, reductions
 
 OVERLAPPED = """HloModule step, is_scheduled=true, num_partitions=4
 
@@ -132,11 +134,11 @@ ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
 def grid(kind, *shape):
     """The network of a slice without its compiler: devices in the order in which jax lists them, x fastest."""
     places = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
-    return cost.Network(targets.CHIPS[kind], places)
+    return cost.Network(chips.CHIPS[kind], places)
 
 
 def test_exchanges_take_the_links_between_chips():
-    chip, network = targets.CHIPS["v5e"], grid("v5e", 2, 4, 1)
+    chip, network = chips.CHIPS["v5e"], grid("v5e", 2, 4, 1)
     near = network.collective("collective-permute", [(0, 1), (1, 0)], 45_000)
     assert near.latency == pytest.approx(chip.launch + chip.hop_latency)
     assert near.flow == pytest.approx(1e-6) and len(near.links) == 2
@@ -149,7 +151,7 @@ def test_exchanges_take_the_links_between_chips():
 
 
 def test_gpu_all_reduces_take_what_was_published():
-    node = cost.Network(targets.CHIPS["h100"], [0] * 8)
+    node = cost.Network(chips.CHIPS["h100"], [0] * 8)
     seconds = lambda n, size: node.collective("all-reduce", [list(range(n))], size).seconds * 1e6
     assert seconds(8, 16 * 1024) == pytest.approx(24.0, rel=0.02)        # facts: 70B, batch 1
     assert seconds(4, 16 * 1024) == pytest.approx(14.5, rel=0.02)
@@ -166,47 +168,47 @@ def test_bytes_and_flops_of_a_matrix_product():
 
 def test_rounds_are_read_off_the_reductions_themselves():
     size = 8 * 1024
-    assert [[kind for kind, *_ in sends] for sends in choice.rounds("psum", 8, size)] == [["all-reduce"]]
-    doubling = choice.rounds("recursive-doubling", 8, size)
+    assert [[kind for kind, *_ in sends] for sends in choose.rounds("psum", 8, size)] == [["all-reduce"]]
+    doubling = choose.rounds("recursive-doubling", 8, size)
     assert [len(sends) for sends in doubling] == [1, 1, 1] and {sends[0][2] for sends in doubling} == {size}
-    halving = choice.rounds("halving-doubling", 8, size)
+    halving = choose.rounds("halving-doubling", 8, size)
     assert [sends[0][2] * 8 // size for sends in halving] == [4, 2, 1, 1, 2, 4]
-    assert [len(sends) for sends in choice.rounds("direct", 8, size)] == [7, 7]
-    assert len(choice.rounds("ring", 3, size)) == 4
+    assert [len(sends) for sends in choose.rounds("direct", 8, size)] == [7, 7]
+    assert len(choose.rounds("ring", 3, size)) == 4
 
 
 def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
     everyone = [list(range(8))]
-    tpu, gpu = grid("v5p", 2, 2, 2), cost.Network(targets.CHIPS["h100"], [0] * 8)
-    assert choice.choose(tpu, everyone, 16 * 1024, hides=True) == "recursive-doubling"     # few rounds: latency
-    assert choice.choose(tpu, everyone, 512 * 1024, hides=True) == "psum"                  # by SparseCores
-    assert choice.choose(grid("v5e", 2, 4, 1), everyone, 512 * 1024, hides=True) == "recursive-doubling"
-    assert choice.choose(gpu, everyone, 64 * 1024, hides=True) == "one-shot"
-    assert choice.choose(gpu, everyone, 1 << 20, hides=True) == choice.choose(gpu, everyone, 64 << 20, False) == "psum"
+    tpu, gpu = grid("v5p", 2, 2, 2), cost.Network(chips.CHIPS["h100"], [0] * 8)
+    assert choose.choose(tpu, everyone, 16 * 1024, hides=True) == "recursive-doubling"     # few rounds: latency
+    assert choose.choose(tpu, everyone, 512 * 1024, hides=True) == "psum"                  # by SparseCores
+    assert choose.choose(grid("v5e", 2, 4, 1), everyone, 512 * 1024, hides=True) == "recursive-doubling"
+    assert choose.choose(gpu, everyone, 64 * 1024, hides=True) == "one-shot"
+    assert choose.choose(gpu, everyone, 1 << 20, hides=True) == choose.choose(gpu, everyone, 64 << 20, False) == "psum"
     model = Model(vocab_size=1024, dim=4096, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336)
     for network in (tpu, grid("v6e", 2, 4, 1), grid("v5e", 2, 4, 1)):      # training on 2048 tokens
-        blocks = choice.block_seconds(model, network.chip, 2048, 8)
-        assert choice.choose(network, everyone, 16 << 20, hides=True, blocks=blocks) == "psum"
-    assert choice.block_seconds(model, tpu.chip, 64, 8) is None        # decode: reading the weights takes longer
+        blocks = choose.block_seconds(model, network.chip, 2048, 8)
+        assert choose.choose(network, everyone, 16 << 20, hides=True, blocks=blocks) == "psum"
+    assert choose.block_seconds(model, tpu.chip, 64, 8) is None        # decode: reading the weights takes longer
 
 
 def test_auto_is_psum_where_the_machine_is_not_known():
     mesh = jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
-    assert choice.reduction_for("auto", Model(), mesh) == "psum"
-    assert choice.reduction_for("ring", Model(), mesh) == "ring"
+    assert choose.reduction_for("auto", Model(), mesh) == "psum"
+    assert choose.reduction_for("ring", Model(), mesh) == "ring"
 
 
 def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
-    monkeypatch.setattr(choice, "network_of", lambda devices: grid("v5p", 2, 2, 2))
+    monkeypatch.setattr(choose, "network_of", lambda devices: grid("v5p", 2, 2, 2))
     mesh = jax.make_mesh((1, 1, 8), ("data", "fsdp", "tensor"))
     config = Config(model=Model(residual="ladder"), mesh=Mesh(data=1, tensor=8, reduction="auto"))
-    chosen = choice.auto.__wrapped__(config.model, mesh)
+    chosen = choose.auto.__wrapped__(config.model, mesh)
     message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     assert chosen(message(16, 1, 256)) == "recursive-doubling"
     assert chosen(message(8192, 4, 1024)) != "recursive-doubling"
     assert chosen(message()) in reductions.REDUCTIONS and not chosen.in_order
-    monkeypatch.setattr(choice, "network_of", lambda devices: grid("v6e", 2, 4, 1))
-    assert choice.auto.__wrapped__(config.model, mesh).in_order
+    monkeypatch.setattr(choose, "network_of", lambda devices: grid("v6e", 2, 4, 1))
+    assert choose.auto.__wrapped__(config.model, mesh).in_order
 
 
 def test_a_short_stack_stands_for_a_deep_one():
@@ -252,18 +254,18 @@ def test_without_its_compiler_a_target_says_how_to_install_it(monkeypatch):
 
 # ---------------------------------------------------------------- real compilers
 
-needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=f"no libtpu: {targets.INSTALL}")
+needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=f"no libtpu: {aot.INSTALL}")
 needs_gpu = pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is None
                                if importlib.util.find_spec("jax_plugins") else True,
-                               reason=f"no jax-cuda12-plugin: {targets.INSTALL}")
-targets.prepare()
+                               reason=f"no jax-cuda12-plugin: {aot.INSTALL}")
+aot.prepare()
 SMALL = Model(vocab_size=1024, dim=2048, layers=4, heads=16, kv_heads=8, head_dim=128, ffn_dim=8192, residual="ladder")
 
 
 def planned(target, schedule, reduction, workload="decode", batch=16, context=256, **model):
     config = Config(model=dataclasses.replace(SMALL, residual=schedule, **model), train=Train(remat="reductions"),
                     mesh=Mesh(data=1, tensor=8, reduction=reduction))
-    compiled = plan.build(plan.Request("small", config, targets.parse(target), workload, batch, context))
+    compiled = plan.build(plan.Request("small", config, aot.parse(target), workload, batch, context))
     return plan.report(compiled, plan.read(compiled))
 
 
@@ -316,7 +318,7 @@ def test_tpu_exposes_a_standard_models_psum():
 @pytest.mark.parametrize("schedule", ["ladder", "parallel"])
 def test_gpu_reads_weights_where_they_are(schedule):
     config = Config(model=dataclasses.replace(SMALL, residual=schedule), mesh=Mesh(data=1, tensor=8))
-    compiled = plan.build(plan.Request("small", config, targets.parse("h100:1x8"), "decode", 16, 256))
+    compiled = plan.build(plan.Request("small", config, aot.parse("h100:1x8"), "decode", 16, 256))
     assert not plan.copies(hlo.parse(compiled.text))
 
 
@@ -394,9 +396,9 @@ FULL = [*((recipe, target, *shape) for recipe in RECIPES for target in SLICES fo
 @needs_gpu
 @pytest.mark.parametrize("recipe, target, workload, batch, context", FULL)
 def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, context):
-    config = cli.recipe(f"configs/{recipe}.py")
+    config = from_recipe(f"configs/{recipe}.py")
     config = dataclasses.replace(config, mesh=Mesh(data=-1, tensor=8, reduction="auto"))
-    compiled = plan.build(plan.Request(recipe, config, targets.parse(target), workload, batch, context))
+    compiled = plan.build(plan.Request(recipe, config, aot.parse(target), workload, batch, context))
     made = plan.report(compiled, plan.read(compiled))
     assert hides(made), made["totals"]
 

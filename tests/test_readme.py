@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ladder_jax import cli
+from ladder_jax.config import from_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,7 +22,7 @@ def test_command(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, arguments = words[1], words[2:]
     if command == "train":
-        default = cli.TrainArguments(cli.recipe(arguments[0]))
+        default = cli.TrainArguments(from_recipe(arguments[0]))
         assert cli._parse(KINDS[command], arguments[1:], command, default).config.train.out.startswith("runs/")
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")

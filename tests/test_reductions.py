@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, sharding
-from ladder_jax.reductions import REDUCTIONS, InFlight, Returning, meet, reduce, replicate
+from ladder_jax.residual.reductions import REDUCTIONS, InFlight, Returning, meet, reduce, replicate
 
 SHAPES = [(3, 5, 7), (1,), (), (2, 1, 384)]
 SIZES = [2, 3, 6, 8]
@@ -97,7 +97,7 @@ def test_rounds_behind_products_change_nothing(name, size, products):
                                            ("recursive-doubling", [False, True, True])])
 def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
     """By product, in the forward pass's order: whether the backward pass goes on behind the round that the product's
-    cotangent ends. Behind an only or last round, that is where blocks are to keep their order (targets.Chip)."""
+    cotangent ends. Behind an only or last round, that is where blocks are to keep their order (chips.Chip)."""
     def cotangents(x, *operands):
         def block(*operands):
             returning = Returning((x,), name)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import residual
+from ladder_jax.residual import layers as residual
 from ladder_jax.schedule import ATTENTION, MLP, Block, parse
 
 

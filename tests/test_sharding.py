@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ladder_jax import reductions, sharding
+from ladder_jax import sharding
 from ladder_jax.config import Mesh
+from ladder_jax.residual import reductions
 
 
 @dataclass(frozen=True, order=True)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ladder_jax import sources
+from ladder_jax.data import sources
 
 
 def read(source, text_field="text"):

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ladder_jax import tokenizer
+from ladder_jax.data import tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat sat", "naïve café — 東京 🙂🙂", "def f(x):\n    return x + 1\n"] * 4
 

@@ -23,9 +23,12 @@ import pytest
 import tiny
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax import config, data, model, sharding, tokenizer, train
+from ladder_jax import config, model, sharding, train
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
+from ladder_jax.data import corpus as data
+from ladder_jax.data import tokenizer
+from ladder_jax.optimizer import learning_rate, make_optimizer
 
 GOLDEN = [5.570938, 5.543566, 5.492551, 5.388082, 5.228017, 5.075004, 4.922790, 4.764683, 4.610224, 4.480014,
           4.343559, 4.229178, 4.106212, 4.015522, 3.953678, 3.888940, 3.843435, 3.804221, 3.765382, 3.748419]
@@ -177,7 +180,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import jax
-from ladder_jax import cli, train
+from ladder_jax import config, train
 
 recipe, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 place, choose = train._place, random.Random(0)
@@ -189,7 +192,7 @@ while True:
     if not (child := os.fork()):
         try:
             jax.config.update("jax_num_cpu_devices", 8)
-            train.train(cli.recipe(recipe), resume=True)
+            train.train(config.from_recipe(recipe), resume=True)
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -271,9 +274,9 @@ def test_resume_without_a_run_starts_it(folder, tmp_path, capfd):
 @pytest.mark.parametrize("changed, message", [
     (dict(model_ffn_dim=128), "model.ffn_dim was 64 in the run to resume and is 128 now: keep it, or"),
     (dict(model_residual="standard"), "model.residual was 'ladder' in the run to resume and is 'standard' now"),
-    (dict(train_batch=16), "train.batch was 8 in the run"),
+    (dict(train_global_batch=16), "train.global_batch was 8 in the run"),
     (dict(train_seed=1), "train.seed was 0 in the run"),
-    (dict(data_held_out=0.3), "data.held_out was 0.2 in the run"),
+    (dict(data_held_out_fraction=0.3), "data.held_out_fraction was 0.2 in the run"),
 ])
 def test_what_a_resumed_run_may_not_change(whole, folder, changed, message):
     before = sorted(whole.rglob("*"))
@@ -304,7 +307,7 @@ def test_mistakes_leave_nothing_behind(folder, tmp_path):
             (dict(data_source=str(tmp_path / "none")), "does not exist"),
             (dict(data_tokenizer=str(tmp_path / "none.json")), "cannot be read"),
             (dict(model_vocab_size=256), "smaller than the 259 tokens"),
-            (dict(train_batch=6), "a batch of 6 sequences"),
+            (dict(train_global_batch=6), "a batch of 6 sequences"),
             (dict(mesh_tensor=3), "has 12 devices, but there are 8")]:
         with pytest.raises(ConfigError, match=message):
             train.train(tiny.make(folder, train_out=str(tmp_path / "run"), **changed))
@@ -386,7 +389,7 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
 def steps_of(cfg, shape, state, batches):
     """(results of every step, parameters at the end) of `cfg` from `state` on a mesh of this shape."""
     mesh = sharding.make_mesh(config.Mesh(*shape), jax.devices()[:math.prod(shape)])
-    optimizer = train.make_optimizer(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
     place = lambda tree, like: jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, like)
     state = place(state, train.abstract_state(cfg, mesh, optimizer))
     batches = [jax.device_put(batch, sharding.named(mesh, sharding.TOKENS)) for batch in batches]
@@ -402,7 +405,7 @@ def steps_of(cfg, shape, state, batches):
 def state(folder, whole):
     """The state that the runs start from, on the host."""
     cfg = tiny.make(folder)
-    return jax.device_get(train.init_state(cfg, sharding.make_mesh(cfg.mesh), train.make_optimizer(cfg.optimizer, 20)))
+    return jax.device_get(train.init_state(cfg, sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, 20)))
 
 
 @pytest.fixture(scope="module")
@@ -420,13 +423,13 @@ def one_device(folder, state, batches):
 
 
 def clipped(folder, **fields):
-    return tiny.make(folder, train_batch=16, optimizer_clip_norm=0.5, **fields)     # gradients have a norm above 1
+    return tiny.make(folder, train_global_batch=16, optimizer_clip_norm=0.5, **fields)     # gradients have a norm above 1
 
 
 @pytest.mark.parametrize("shape, accumulate", [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 4), ((1, 1, 1), 2)])
 def test_a_step_is_the_same_on_every_mesh_and_in_parts(folder, state, batches, one_device, shape, accumulate):
     """Losses, norms and clipped updates; a batch in parts whose weights differ is still one mean."""
-    results, parameters = steps_of(clipped(folder, train_accumulate=accumulate), shape, state, batches)
+    results, parameters = steps_of(clipped(folder, train_grad_accum_steps=accumulate), shape, state, batches)
     for result, expected in zip(results, one_device[0]):
         assert expected["gradient_norm"] > 1 and result == pytest.approx(expected, rel=2e-5)
     for left, right in zip(jax.tree.leaves(parameters), jax.tree.leaves(one_device[1])):
@@ -436,7 +439,7 @@ def test_a_step_is_the_same_on_every_mesh_and_in_parts(folder, state, batches, o
 def test_a_step_updates_in_place(folder):
     cfg = tiny.make(folder)
     mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
-    optimizer = train.make_optimizer(cfg.optimizer, 20)
+    optimizer = make_optimizer(cfg.optimizer, 20)
     state = train.abstract_state(cfg, mesh, optimizer)
     tokens = sharding.named(mesh, sharding.TOKENS)
     batch = {name: jax.ShapeDtypeStruct((8, 32), jnp.float32 if name == "weights" else jnp.int32, sharding=tokens)
@@ -449,7 +452,7 @@ def test_a_step_updates_in_place(folder):
 def test_the_first_state_is_the_same_on_every_mesh(folder, state):
     cfg = tiny.make(folder)
     mesh = sharding.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
-    made = train.init_state(cfg, mesh, train.make_optimizer(cfg.optimizer, 20))
+    made = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
     for left, right in zip(jax.tree.leaves(made), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 
@@ -464,29 +467,29 @@ def test_parameters_that_overflow_are_seen_before_they_are_saved(folder, state, 
 # ---------------------------------------------------------------- optimizer
 
 @pytest.mark.parametrize("fields, steps, expected", [
-    (dict(schedule="cosine", warmup_steps=10), 110, {0: .1, 4: .5, 9: 1, 10: 1, 60: .55, 110: .1}),
-    (dict(schedule="cosine", warmup_steps=0, final_fraction=0.), 100, {0: 1, 50: .5, 100: 0}),
-    (dict(schedule="cosine", warmup_steps=10, decay_steps=40), 110, {10: 1, 30: .55, 50: .1, 109: .1}),
-    (dict(schedule="cosine", warmup_steps=200), 100, {0: .01, 99: 1}),               # warm-up longer than the run
-    (dict(schedule="wsd", warmup_steps=10), 100, {0: .1, 10: 1, 79: 1, 80: 1, 90: .55, 99: .145, 100: .1}),
-    (dict(schedule="wsd", warmup_steps=10, decay_steps=50), 100, {49: 1, 50: 1, 75: .55, 100: .1}),
-    (dict(schedule="wsd", warmup_steps=90, decay_steps=50), 100, {89: 1, 90: 1, 95: .55, 100: .1}),
-    (dict(schedule="wsd", warmup_steps=1), 4, {0: 1, 1: 1, 3: 1}),                   # too short to decay
-    (dict(schedule="constant", warmup_steps=4), 100, {0: .25, 3: 1, 99: 1}),
-    (dict(schedule="constant", warmup_steps=0, decay_steps=50), 100, {0: 1, 99: 1}),
+    (dict(lr_schedule="cosine", warmup_steps=10), 110, {0: .1, 4: .5, 9: 1, 10: 1, 60: .55, 110: .1}),
+    (dict(lr_schedule="cosine", warmup_steps=0, final_lr_fraction=0.), 100, {0: 1, 50: .5, 100: 0}),
+    (dict(lr_schedule="cosine", warmup_steps=10, decay_steps=40), 110, {10: 1, 30: .55, 50: .1, 109: .1}),
+    (dict(lr_schedule="cosine", warmup_steps=200), 100, {0: .01, 99: 1}),               # warm-up longer than the run
+    (dict(lr_schedule="wsd", warmup_steps=10), 100, {0: .1, 10: 1, 79: 1, 80: 1, 90: .55, 99: .145, 100: .1}),
+    (dict(lr_schedule="wsd", warmup_steps=10, decay_steps=50), 100, {49: 1, 50: 1, 75: .55, 100: .1}),
+    (dict(lr_schedule="wsd", warmup_steps=90, decay_steps=50), 100, {89: 1, 90: 1, 95: .55, 100: .1}),
+    (dict(lr_schedule="wsd", warmup_steps=1), 4, {0: 1, 1: 1, 3: 1}),                   # too short to decay
+    (dict(lr_schedule="constant", warmup_steps=4), 100, {0: .25, 3: 1, 99: 1}),
+    (dict(lr_schedule="constant", warmup_steps=0, decay_steps=50), 100, {0: 1, 99: 1}),
 ])
 def test_learning_rate(fields, steps, expected):
-    rate = train.learning_rate(config.Optimizer(learning_rate=2.0, **fields), steps)
+    rate = learning_rate(config.Optimizer(learning_rate=2.0, **fields), steps)
     assert {step: float(rate(step)) / 2 for step in expected} == pytest.approx(expected, abs=1e-6)
-    assert float(rate(0)) > 0 or fields.get("final_fraction") == 0
+    assert float(rate(0)) > 0 or fields.get("final_lr_fraction") == 0
 
 
 def test_only_matrices_decay():
-    cfg = dataclasses.replace(tiny.make(Path("none")).model, qk_norm=True, attention_bias=True)
+    cfg = dataclasses.replace(tiny.make(Path("none")).model, qk_norm=True, qkv_bias=True)
     shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
     parameters = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    optimizer = train.make_optimizer(config.Optimizer(learning_rate=0.5, weight_decay=0.1, warmup_steps=0,
-                                                      schedule="constant"), 10)
+    optimizer = make_optimizer(config.Optimizer(learning_rate=0.5, weight_decay=0.1, warmup_steps=0,
+                                                      lr_schedule="constant"), 10)
     updates = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0])(parameters)
     names = sharding.parameter_names(parameters)
     seen = {}
@@ -500,5 +503,5 @@ def test_only_matrices_decay():
 def test_clipping_or_not_is_the_same_state():
     """So that a run can go on with another `clip_norm`."""
     parameters = {"w": jnp.ones((2, 2))}
-    states = [train.make_optimizer(config.Optimizer(clip_norm=norm), 10).init(parameters) for norm in (None, 1.0)]
+    states = [make_optimizer(config.Optimizer(clip_norm=norm), 10).init(parameters) for norm in (None, 1.0)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -28,11 +28,11 @@ def make(folder, **fields):
     made = config.Config(
         model=config.Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=64,
                            max_length=64, dtype="float32"),
-        data=config.Data(source=str(folder / "corpus"), cache=str(folder / "cache"), held_out=0.2),
+        data=config.Data(source=str(folder / "corpus"), token_cache=str(folder / "cache"), held_out_fraction=0.2),
         mesh=config.Mesh(data=2, fsdp=2, tensor=2),
         optimizer=config.Optimizer(learning_rate=3e-3, warmup_steps=5),
-        train=config.Train(out=str(folder / "run"), steps=20, batch=8, length=32, eval_every=7, save_every=3,
-                           log_every=1, eval_batches=2, keep=20, peak_tflops=1.0))
+        train=config.Train(out=str(folder / "run"), steps=20, global_batch=8, seq_len=32, eval_every=7, save_every=3,
+                           log_every=1, eval_batches=2, keep_checkpoints=20, peak_tflops=1.0))
     for name, value in fields.items():
         section, _, field = name.partition("_")
         changed = dataclasses.replace(getattr(made, section), **{field: value})

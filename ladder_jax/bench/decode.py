@@ -37,11 +37,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, sampling, sharding, targets
+from ladder_jax import decode, sampling, sharding
 from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
-from ladder_jax.engine import Counters, Engine
-from ladder_jax.sizes import fitting
+from ladder_jax.hardware import xla_options
+from ladder_jax.serve.buckets import round_up
+from ladder_jax.serve.engine import Counters, Engine
 
 SIZES = {
     "tiny": Model(vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384),
@@ -136,7 +137,7 @@ class Batched(Engine):
         return super()._step()
 
     def _steps(self):
-        return super()._steps() if self.room else self.options.chunk
+        return super()._steps() if self.room else self.options.steps_per_call
 
     def _pop(self):
         if not self.opened or not self.room:
@@ -158,7 +159,7 @@ class Concurrent:
         request = self.like.submit(prompt, max_tokens=max_tokens)     # for its handle and row alone
         self.like._inbox.clear()
         self.like._waiting_count = 0
-        length = fitting(self.like.capacity.lengths, len(prompt) + max_tokens)
+        length = round_up(self.like.capacity.lengths, len(prompt) + max_tokens)
         self.running.append((request, decode.empty(self.like.program, 1, 1, length), False))
         return request
 
@@ -173,7 +174,7 @@ class Concurrent:
         prefills = []
         if not started:
             n = len(request.prompt)
-            width = fitting(engine.capacity.lengths, n)
+            width = round_up(engine.capacity.lengths, n)
             one = lambda value, kind=np.int32: np.asarray([value], kind)
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :n] = request.prompt
@@ -182,7 +183,7 @@ class Concurrent:
             state = state._replace(staging=staging)
             prefills.append(jax.tree.map(lambda x: x[None], events))
         nobody = np.full(engine.options.slots + engine.capacity.places, decode.NOBODY, np.int32)
-        chunk = engine.options.chunk
+        chunk = engine.options.steps_per_call
         state, events, _ = engine._chunks[chunk](engine._weights, state, nobody, np.int32(chunk))
         self.counters.syncs += 1
         for made in jax.device_get([*prefills, events]):
@@ -199,8 +200,8 @@ class Concurrent:
 
 def make_engines(arguments, model, config, mesh, length, windows, prompt):
     """{name: a function that makes the engine}; `prompt`: tokens of the longest."""
-    options = Decode(slots=arguments.slots, chunk=arguments.chunk, length=length, queue=10**6, staging=arguments.slots,
-                     prefill=64 if prompt <= 16 else 256)
+    options = Decode(slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length, queue_size=10**6, staging=arguments.slots,
+                     prefill_budget=64 if prompt <= 16 else 256)
     placed = {}
 
     def make(kind=Engine, pipelined=True, trace=False, **changes):
@@ -215,11 +216,11 @@ def make_engines(arguments, model, config, mesh, length, windows, prompt):
 
     engines = {
         "sequential": lambda: make(slots=1, staging=1),
-        "concurrent": lambda: Concurrent(make(slots=1, staging=1, chunk=4)),
+        "concurrent": lambda: Concurrent(make(slots=1, staging=1, steps_per_call=4)),
         "static": lambda: batched(0.0),
         **{f"dynamic {w * 1e3:.0f} ms": functools.partial(batched, w) for w in windows},
-        "per-token": lambda: make(chunk=1, pipelined=False, fit=True),
-        "no-shuffle": lambda: make(fit=False, trace=True),
+        "per-token": lambda: make(steps_per_call=1, pipelined=False, fit_shapes=True),
+        "no-shuffle": lambda: make(fit_shapes=False, trace=True),
         "ours": lambda: make(trace=True),
     }
     wanted = arguments.engines or tuple(engines)
@@ -246,7 +247,7 @@ def bare_step(engine, width, length, iterations):
 
     specs = P(), P(), decode._kv_specs(program)
     step = jax.jit(sharding.shard_map(local, program.mesh, (decode._weights_specs(program), *specs), specs),
-                   donate_argnums=3, compiler_options=targets.options(program.mesh, "decode"))
+                   donate_argnums=3, compiler_options=xla_options.options(program.mesh, "decode"))
     carry = np.zeros(width, np.int32), np.full(width, S // 2, np.int32), state.slots.kv
 
     def measure(rounds):
@@ -443,7 +444,7 @@ def run(arguments):
     init = functools.partial(transformer.init, config)
     specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
     model = jax.jit(init, out_shardings=sharding.named(mesh, specs))(jax.random.key(0))
-    probe = Engine(model, config, mesh, Decode(slots=arguments.slots, chunk=arguments.chunk, length=length))
+    probe = Engine(model, config, mesh, Decode(slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length))
     alone = bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS)
     bare = bare_step(probe, arguments.slots, length, arguments.chunk)
     full = bare(BARE_ROUNDS)

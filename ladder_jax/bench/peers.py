@@ -70,11 +70,11 @@ def ladder_jax(config, weights, batch, length):
 
     from ladder_jax import model, sharding
     from ladder_jax.bench.train import save
-    from ladder_jax.engine import Engine
+    from ladder_jax.serve.engine import Engine
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     parameters = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
     save(parameters, weights)
-    engine = Engine(parameters, config, mesh, Decode(slots=batch, staging=batch, length=length, prefill=2048))
+    engine = Engine(parameters, config, mesh, Decode(slots=batch, staging=batch, max_length=length, prefill_budget=2048))
     return lambda prompts, count: engine.generate(prompts, max_tokens=count, stop_ids=())[0].tokens
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import tyro
 
 from ladder_jax import config as configuration
-from ladder_jax import host
 from ladder_jax.bench import contest
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Optimizer, Train
+from ladder_jax.hardware import malloc
 
 SIZES = {
     "tiny": Model(vocab_size=256, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=128),
@@ -53,13 +53,13 @@ class Arguments:
 def config_of(size, dtype, batch=8, length=256):
     """The Config that both sides train with."""
     return Config(model=dataclasses.replace(SIZES[size], residual="standard", dtype=dtype), mesh=Mesh(data=1),
-                  optimizer=Optimizer(schedule="constant", warmup_steps=0, learning_rate=3e-4),
-                  train=Train(batch=batch, length=length))
+                  optimizer=Optimizer(lr_schedule="constant", warmup_steps=0, learning_rate=3e-4),
+                  train=Train(global_batch=batch, seq_len=length))
 
 
 def batch_of(config):
     """One batch of random tokens, whole sequences: the dict that a training step takes."""
-    shape = config.train.batch, config.train.length
+    shape = config.train.global_batch, config.train.seq_len
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
     return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=np.ones(shape, np.int32), positions=positions,
@@ -70,12 +70,13 @@ def batch_of(config):
 
 def ladder_jax(config, weights):
     """This project. Writes its first weights to the folder `weights`, for the other side to load."""
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     import jax
 
     from ladder_jax import sharding, train
+    from ladder_jax.optimizer import make_optimizer
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    optimizer = train.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = train.init_state(config, mesh, optimizer)
     save(state.model, weights)
     function = train.make_step(config, mesh, optimizer)

@@ -12,16 +12,16 @@ modelled block by block; a step's time is
 
 Six numbers come from 70B on 8 GPUs (the rows called calibration, and the communication derived from them): an
 all-reduce of 16 KiB takes 24.0 us among 8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us (hence `launch`,
-`hop_latency` and `link_bandwidth` in targets.CHIPS["h100"]); OVERHEAD comes from the step without communication at
+`hop_latency` and `link_bandwidth` in chips.CHIPS["h100"]); OVERHEAD comes from the step without communication at
 batch 1, ROW from the one at batch 64, `interference` (NCCL takes SMs and HBM bandwidth from the kernels beside it)
 from ladder at all six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
-512 KiB (405B). `reached` is assumed. Everything else in the tables follows from these without fitting again.
+512 KiB (405B). `reached` is assumed. Everything else in the tables follows from these without round_up again.
 """
 from typing import NamedTuple
 
-from ladder_jax import cost, targets
+from ladder_jax.hardware import chips, cost
 
-CHIP = targets.CHIPS["h100"]
+CHIP = chips.CHIPS["h100"]
 OVERHEAD = 13.7e-6          # seconds a block: launches, norms, rotary embedding, cache writes
 ROW = 0.155e-3              # seconds a row of the batch: attention over repeated keys and values, with a full mask
 

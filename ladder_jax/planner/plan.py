@@ -16,13 +16,16 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import choice, cost, model, schedule, sharding, targets, train
 from ladder_jax import config as configuration
-from ladder_jax.cache import KV
+from ladder_jax import model, schedule, sharding, train
 from ladder_jax.config import ConfigError
+from ladder_jax.hardware import aot, cost
+from ladder_jax.kv_cache import KV
+from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo, timeline
-from ladder_jax.reductions import LANES
-from ladder_jax.residual import narrowing, repeats
+from ladder_jax.residual import choose
+from ladder_jax.residual.layers import narrowing, repeats
+from ladder_jax.residual.reductions import LANES
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
 
@@ -93,8 +96,8 @@ def forward(config, mesh, batch, tokens, context, reduction):
 
 def training(config, mesh):
     """The training step and its arguments."""
-    optimizer = train.make_optimizer(config.optimizer, config.train.steps)
-    shape = config.train.batch, config.train.length
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    shape = config.train.global_batch, config.train.seq_len
     kinds = dict.fromkeys(train.BATCH, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
     # cuDNN says while a program is traced what it can do, and it is not here: XLA's own attention stands for it
@@ -107,7 +110,7 @@ class Request(NamedTuple):
     """What to plan."""
     recipe: str
     config: configuration.Config
-    target: targets.Target
+    target: aot.Target
     workload: str
     batch: int          # rows (decode, prefill), sequences (train), over all devices
     context: int        # tokens: of the cache (decode), of the prompts (prefill), of a sequence (train)
@@ -142,9 +145,9 @@ def program(request, mesh, layers=None, notation=None):
     config = dataclasses.replace(config, model=made)
     if request.workload == "train":
         return training(dataclasses.replace(config, train=dataclasses.replace(
-            config.train, batch=request.batch, length=request.context, accumulate=1)), mesh)
+            config.train, global_batch=request.batch, seq_len=request.context, grad_accum_steps=1)), mesh)
     return forward(made, mesh, request.batch, 1 if request.workload == "decode" else request.context, request.context,
-                   choice.reduction_for(config.mesh.reduction, made, mesh))
+                   choose.reduction_for(config.mesh.reduction, made, mesh))
 
 
 def build(request):
@@ -207,7 +210,7 @@ def read(compiled, all_reduce=None):
     """The `timeline.Timeline` of a compiled program; `all_reduce`: see cost.Network."""
     module = hlo.parse(compiled.text)
     stack, chip = compiled.stack, compiled.request.target.chip
-    network = choice.network_of(list(compiled.mesh.devices.flat), all_reduce)
+    network = choose.network_of(list(compiled.mesh.devices.flat), all_reduce)
 
     def seconds(instruction, body):
         if instruction.opcode in timeline.FREE:
@@ -343,7 +346,7 @@ def roofline(compiled):
 def reduction_of(compiled):
     """The name of the reduction of a block's partial; of what "auto" has chosen, where it was asked to."""
     request, mesh = compiled.request, compiled.mesh
-    reduction = choice.reduction_for(request.config.mesh.reduction, request.config.model, mesh)
+    reduction = choose.reduction_for(request.config.mesh.reduction, request.config.model, mesh)
     rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
     tokens = 1 if request.workload == "decode" else request.context
     dtype = jnp.dtype(request.config.model.dtype)
@@ -384,7 +387,7 @@ def request(config, chosen):
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, reduction=chosen.reduction))
     if chosen.schedule is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=chosen.schedule))
-    return Request(chosen.recipe, config, targets.parse(chosen.target), chosen.workload, chosen.batch, context)
+    return Request(chosen.recipe, config, aot.parse(chosen.target), chosen.workload, chosen.batch, context)
 
 
 def run(config, chosen):

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import sys
 
-from ladder_jax import cli, targets
-from ladder_jax.config import ConfigError, Mesh
+from ladder_jax.config import ConfigError, Mesh, from_recipe
+from ladder_jax.hardware import aot
 
 TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")
 SHAPES = {"decode": ("1x2048", "16x2048", "64x2048"), "prefill": ("1x1024", "4x2048"), "train": ("1x2048",)}
@@ -19,13 +19,13 @@ of the hideable, hidden |
 def row(recipe, target, workload, shape, schedule, reduction="auto"):
     """One line of the table: the plan of a recipe's model, tensor-parallel over 8 devices. Times in microseconds."""
     from ladder_jax.planner import plan
-    config = cli.recipe(f"configs/{recipe}.py")
+    config = from_recipe(f"configs/{recipe}.py")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=schedule),
                                  mesh=Mesh(data=-1, tensor=8, reduction=reduction))
     batch, context = map(int, shape.split("x"))
-    request = plan.Request(recipe, config, targets.parse(target), workload, batch, context)
+    request = plan.Request(recipe, config, aot.parse(target), workload, batch, context)
     try:
-        with targets.silence():
+        with aot.silence():
             compiled = plan.build(request)
     except ConfigError as error:
         return f"| {recipe}, {target} | {shape} | {schedule} | {error} | | | | | | |"
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--schedules", nargs="+", default=["ladder"])
     parser.add_argument("--reduction", default="auto")
     chosen = parser.parse_args()
-    targets.prepare()
+    aot.prepare()
     print(HEADER)
     for recipe in chosen.recipes:
         for target in chosen.targets:

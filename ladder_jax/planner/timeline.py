@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ladder_jax.cost import traffic
+from ladder_jax.hardware.cost import traffic
 from ladder_jax.planner import hlo
 
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "partition-id", "replica-id", "after-all",

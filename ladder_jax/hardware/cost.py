@@ -24,7 +24,7 @@ class Network:
     """How a target's devices are connected.
 
     Args:
-      chip: a targets.Chip.
+      chip: a chips.Chip.
       places: the coordinates of logical device 0, 1, ... (TPU), or the node of each (GPU).
       all_reduce: seconds of a GPU's all-reduce of a short message, where another library than NCCL makes it.
     """

@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import sharding
-from ladder_jax.reductions import InFlight, Returning, meet, reduce, replicate
+from ladder_jax.residual.reductions import InFlight, Returning, meet, reduce, replicate
 
 
 class Stream(NamedTuple):

@@ -1,7 +1,7 @@
 """The few sizes that programs are compiled for, and which of them to take."""
 
 
-def ladder(least, most):
+def bucket_sizes(least, most):
     """Powers of two from `least` up, and `most` itself, which is the last."""
     sizes = []
     while least < most:
@@ -10,7 +10,7 @@ def ladder(least, most):
     return [*sizes, most]
 
 
-def fitting(sizes, needed):
+def round_up(sizes, needed):
     """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
     return next((size for size in sizes if size >= needed), sizes[-1])
 

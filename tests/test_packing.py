@@ -3,7 +3,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import decode, prefill, sampling
+from ladder_jax import decode, sampling
+from ladder_jax.serve import packing
 
 SIZES = [4, 8, 16]
 
@@ -13,11 +14,11 @@ SIZES = [4, 8, 16]
 def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
     done, calls = [0] * len(totals), 0
     while waiting := [(i, done[i], total) for i, total in enumerate(totals) if done[i] < total]:
-        chosen, width = prefill.choose(waiting, SIZES, budget)
+        chosen, width = packing.choose(waiting, SIZES, budget)
         if not chosen:
             assert budget < SIZES[0]
             return
-        assert width in SIZES and width * prefill.rows(len(chosen)) <= max(budget, SIZES[0])
+        assert width in SIZES and width * packing.rows(len(chosen)) <= max(budget, SIZES[0])
         assert [piece.place for piece in chosen] == [place for place, _, _ in waiting[:len(chosen)]]
         for piece in chosen:
             assert piece.start == done[piece.place] and 0 < piece.length <= width
@@ -29,14 +30,14 @@ def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
 
 def test_a_call_takes_as_many_prompts_as_fit():
     waiting = [(place, 0, 4) for place in range(9)]
-    assert [len(prefill.choose(waiting, SIZES, budget)[0]) for budget in (4, 16, 63, 64)] == [1, 4, 4, 9]
+    assert [len(packing.choose(waiting, SIZES, budget)[0]) for budget in (4, 16, 63, 64)] == [1, 4, 4, 9]
 
 
 def test_rows_of_padding_have_no_place():
     row = decode.Row(*(np.zeros(1, np.int32),) * 8, sampling.params(None, 2, 32), None)
-    pieces = [prefill.Piece(5, 0, 3, False), prefill.Piece(2, 2, 2, True)]
+    pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]
     prompts = [np.arange(10, 17, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
-    made = prefill.pack(pieces, 4, 8, prompts, [row, row], places=6, nothing=99)
+    made = packing.pack(pieces, 4, 8, prompts, [row, row], places=6, nothing=99)
     assert made.tokens.tolist() == [[10, 11, 12, 0], [22, 23, 0, 0], [0] * 4, [0] * 4]
     assert made.place.tolist() == [5, 2, 6, 6] and made.last.tolist() == [False, True, False, False]
     assert made.start.tolist() == [0, 2, 0, 0] and made.length.tolist() == [3, 2, 0, 0]

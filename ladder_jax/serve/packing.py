@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 from ladder_jax import decode
-from ladder_jax.sizes import fitting
+from ladder_jax.serve.buckets import round_up
 
 
 class Piece(NamedTuple):
@@ -37,19 +37,19 @@ def choose(waiting, sizes, budget):
     chosen, width = [], 0
     for place, done, total in waiting:
         length = min(total - done, sizes[-1])
-        padded = max(width, fitting(sizes, length))
+        padded = max(width, round_up(sizes, length))
         if chosen and padded * rows(len(chosen) + 1) > budget:
             break
         if not chosen and padded > budget:
             length = min(length, max((size for size in sizes if size <= budget), default=0))
-            padded = fitting(sizes, length)
+            padded = round_up(sizes, length)
             if not length:
                 break
         chosen.append(Piece(place, done, length, done + length == total))
         width = padded
     if 2 * len(chosen) < rows(len(chosen)):
         chosen = chosen[:rows(len(chosen)) // 4]
-    return chosen, max((fitting(sizes, piece.length) for piece in chosen), default=0)
+    return chosen, max((round_up(sizes, piece.length) for piece in chosen), default=0)
 
 
 def shapes(sizes, budget):

@@ -251,7 +251,7 @@ class Returning:
     def __init__(self, sources, reduction):
         self.like = jax.ShapeDtypeStruct(sources[0].shape, sources[0].dtype)
         self.name = reduction(sources[0]) if callable(reduction) else reduction
-        self.in_order = getattr(reduction, "in_order", False)       # see targets.Chip
+        self.in_order = getattr(reduction, "in_order", False)       # see chips.Chip
         self.stages = jax.eval_shape(self._all, self.like)
         self.stage = self.tied = min(len(self.stages) - 1, PRODUCTS)        # rounds that are to end behind a product
         self.products = 0

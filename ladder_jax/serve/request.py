@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class QueueFull(RuntimeError):
-    """More requests wait than decode.queue allows: try again later."""
+    """More requests wait than decode.queue_size allows: try again later."""
 
 
 class RequestFailed(RuntimeError):

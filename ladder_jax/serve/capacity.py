@@ -2,9 +2,9 @@
 import bisect
 
 from ladder_jax import config as configuration
-from ladder_jax import prefill
 from ladder_jax.config import ConfigError
-from ladder_jax.sizes import between, ladder
+from ladder_jax.serve import packing
+from ladder_jax.serve.buckets import between, bucket_sizes
 
 SHORTER = 4         # times fewer iterations has the short chunk of a loop that cannot end early
 
@@ -31,15 +31,15 @@ class Capacity:
         self.row = token_bytes * length
         self.slots = self._most_slots()
         self.places, self.memory = self.plan(self.slots)
-        self.widths = ladder(1, self.slots) if options.fit else [self.slots]
-        self.lengths = ladder(min(64, length), length) if options.fit else [length]
-        self.chunks = sorted({-(-options.chunk // SHORTER), options.chunk}) if fixed else [options.chunk]
-        self.pieces = ladder(min(16, options.prefill), min(options.prefill, length))
+        self.widths = bucket_sizes(1, self.slots) if options.fit_shapes else [self.slots]
+        self.lengths = bucket_sizes(min(64, length), length) if options.fit_shapes else [length]
+        self.chunks = sorted({-(-options.steps_per_call // SHORTER), options.steps_per_call}) if fixed else [options.steps_per_call]
+        self.pieces = bucket_sizes(min(16, options.prefill_budget), min(options.prefill_budget, length))
 
     def plan(self, slots):
         """(places in staging, {what: bytes}) for so many slots."""
         places = self.options.staging or max(2, slots // 2)
-        moving = slots * self.row // self.arrays if self.options.fit else 0     # a reshape has one array twice
+        moving = slots * self.row // self.arrays if self.options.fit_shapes else 0     # a reshape has one array twice
         memory = dict(rows=(slots + places) * self.row, prefixes=self.prefixes, moving=moving)
         return places, memory | dict(total=sum(memory.values()))
 
@@ -55,7 +55,7 @@ class Capacity:
         needed = self.plan(slots or 1)[1]["total"]
         raise ConfigError(
             f"decode.kv_memory={asked} is not enough for decode.slots={slots or 1} of {self.length} tokens, which take "
-            f"{needed / 2**20:.1f}MiB: {most} slots fit; or take a smaller decode.length or decode.kv_dtype")
+            f"{needed / 2**20:.1f}MiB: {most} slots fit; or take a smaller decode.max_length or decode.kv_dtype")
 
     def report(self, kv_dtype):
         """What is planned, in one line."""
@@ -76,7 +76,7 @@ class Capacity:
     def prefills(self, length):
         """(tokens seen, rows, width) of every prefill call that there can be into a state of this length."""
         return [(seen, *shape) for seen in self.seen(length)
-                for shape in prefill.shapes(self.pieces, self.options.prefill)]
+                for shape in packing.shapes(self.pieces, self.options.prefill_budget)]
 
     def most_programs(self):
         """As many as can ever be compiled: chunks, prefill calls, blocks of a prefix read and written."""

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ladder_jax import cost, schedule, targets
+from ladder_jax import schedule
 from ladder_jax.config import ConfigError
-from ladder_jax.reductions import PRODUCTS, REDUCTIONS
+from ladder_jax.hardware import chips, cost
+from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS
 from ladder_jax.sharding import TENSOR
 
 # Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
@@ -99,10 +100,10 @@ def block_seconds(model, chip, rows, shards):
 
 def network_of(devices, all_reduce=None):
     """The `cost.Network` of jax devices in a mesh's order, or None where the machine is not known."""
-    kind = targets.kind_of(devices[0])
+    kind = chips.kind_of(devices[0])
     if kind is None:
         return None
-    chip = targets.CHIPS[kind]
+    chip = chips.CHIPS[kind]
     return cost.Network(chip, [tuple(d.coords) if chip.wrap else d.process_index for d in devices], all_reduce)
 
 
@@ -111,7 +112,7 @@ def reduction_for(name, config, mesh):
     compiled."""
     if name == "auto":
         return auto(config, mesh)
-    if name == "one-shot" and _delayed(config) and targets.kind_of(mesh.devices.flat[0]) == "v5e":
+    if name == "one-shot" and _delayed(config) and chips.kind_of(mesh.devices.flat[0]) == "v5e":
         raise ConfigError(f"mesh.reduction='one-shot' is not accepted on v5e with model.residual={config.residual!r}: "
                           "XLA's fusion of its all-gathers does not come to an end; choose 'auto' or another reduction")
     return name

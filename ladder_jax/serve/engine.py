@@ -21,15 +21,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ladder_jax import cache as kv
-from ladder_jax import choice, decode, prefill, sampling, sharding
 from ladder_jax import config as configuration
-from ladder_jax.capacity import Capacity
+from ladder_jax import decode, kv_cache, sampling, sharding
 from ladder_jax.config import ConfigError
-from ladder_jax.prefixes import Prefixes
-from ladder_jax.request import QueueFull, Request, Token
-from ladder_jax.sizes import fitting
-from ladder_jax.text import Stopper
+from ladder_jax.residual import choose
+from ladder_jax.serve import packing
+from ladder_jax.serve.buckets import round_up
+from ladder_jax.serve.capacity import Capacity
+from ladder_jax.serve.prefix_cache import Prefixes
+from ladder_jax.serve.request import QueueFull, Request, Token
+from ladder_jax.serve.stop_strings import Stopper
 
 log = logging.getLogger(__name__)
 PATIENCE = 4        # chunks that a smaller shape must have sufficed for, before the state shrinks to it
@@ -84,7 +85,7 @@ class Engine:
       mesh: of size 1 along data and fsdp; an engine a replica serves data parallel.
       options: config.Decode.
       tokenizer: for prompts that are text, for text of tokens and stop strings; None: ids alone.
-      reduction: of reductions.REDUCTIONS, or "auto": what choice.py takes for this machine.
+      reduction: of reductions.REDUCTIONS, or "auto": what choose.py takes for this machine.
       trace: keep what every slot did in every iteration in `self.history`, a list of (seconds, request ids [K, W]).
     Raises ConfigError where the options do not fit the model, the mesh or the memory.
 
@@ -99,9 +100,9 @@ class Engine:
             raise ConfigError(f"mesh.data x mesh.fsdp = {mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]} is not "
                               "accepted: an engine decodes on a mesh of tensor shards alone, so both must be 1")
         sharding.check(config, mesh)
-        self.length = options.length or config.max_length
+        self.length = options.max_length or config.max_length
         if self.length > config.max_length:
-            raise ConfigError(f"decode.length={self.length} is not accepted: it must be at most "
+            raise ConfigError(f"decode.max_length={self.length} is not accepted: it must be at most "
                               f"model.max_length={config.max_length}")
         self.vocabulary = tokenizer.size if tokenizer else config.vocab_size
         if self.vocabulary > config.vocab_size:
@@ -111,13 +112,13 @@ class Engine:
         fixed = options.loop == "fixed" or (options.loop == "auto" and platform in ("gpu", "cuda", "rocm"))
         likes = "float32" if platform == "cpu" else config.dtype
         kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
-        self.program = decode.Program(config, mesh, self.vocabulary, (options.stop_ids, options.bias),
-                                      min(options.top_logprobs, self.vocabulary), kv_dtype, options.unstack,
-                                      fixed, choice.reduction_for(reduction, config, mesh))
-        token_bytes = kv.bytes_per_token(config, kv_dtype) // mesh.shape[sharding.TENSOR]      # on one device
+        self.program = decode.Program(config, mesh, self.vocabulary, (options.max_stop_ids, options.max_logit_bias),
+                                      min(options.max_logprobs, self.vocabulary), kv_dtype, options.unroll_layers,
+                                      fixed, choose.reduction_for(reduction, config, mesh))
+        token_bytes = kv_cache.bytes_per_token(config, kv_dtype) // mesh.shape[sharding.TENSOR]      # on one device
         self.prefixes = Prefixes(options.prefix_block, configuration.to_bytes(options.prefix_memory, "prefix_memory"),
                                  token_bytes * options.prefix_block)
-        self.capacity = Capacity(options, self.length, token_bytes, 2 * config.layers if options.unstack else 2,
+        self.capacity = Capacity(options, self.length, token_bytes, 2 * config.layers if options.unroll_layers else 2,
                                  self.prefixes.budget, fixed)
         self.options = options = dataclasses.replace(options, slots=self.capacity.slots)
         self._weights = decode.place_weights(self.program, model)
@@ -148,7 +149,7 @@ class Engine:
           logprobs: None, or how many alternatives' log-probabilities come with every token's own (0 or more).
           priority: higher goes first; equals go first come, first served.
           bias: {id: added to its logit}; sampling_options: those of sampling.Params.
-        Raises ConfigError for what is not accepted, QueueFull when decode.queue requests wait already.
+        Raises ConfigError for what is not accepted, QueueFull when decode.queue_size requests wait already.
         """
         if isinstance(prompt, str):
             self._need_tokenizer("prompt is text")
@@ -168,24 +169,24 @@ class Engine:
                 ("prompt", f"{len(prompt)} tokens", room > 0, f"fewer than {self.length} tokens"),
                 ("max_tokens", max_tokens, isinstance(max_tokens, int) and 1 <= max_tokens <= room,
                  f"from 1 to {room}: {self.length} less the {len(prompt)} of the prompt"),
-                ("stop_ids", stop_ids, len(stop_ids) <= self.options.stop_ids, f"at most {self.options.stop_ids} ids"),
+                ("stop_ids", stop_ids, len(stop_ids) <= self.options.max_stop_ids, f"at most {self.options.max_stop_ids} ids"),
                 ("stop", stop, all(isinstance(s, str) and s for s in stop), "non-empty strings"),
                 ("logprobs", logprobs, logprobs is None or 0 <= logprobs <= self.program.top,
                  f"None, or from 0 to {self.program.top}")):
             if not ok:
                 raise ConfigError(f"{name}={value} is not accepted: it must be {accepted}")
-        params = sampling.params(bias, self.options.bias, self.vocabulary, **sampling_options)
+        params = sampling.params(bias, self.options.max_logit_bias, self.vocabulary, **sampling_options)
         number = next(self._numbers)
         one = lambda value, dtype=np.int32: np.asarray([value], dtype)
-        padded = [*map(int, stop_ids), *[decode.NOBODY] * (self.options.stop_ids - len(stop_ids))]
+        padded = [*map(int, stop_ids), *[decode.NOBODY] * (self.options.max_stop_ids - len(stop_ids))]
         row = decode.Row(request=one(number), active=one(False, bool), turn=one(0), token=one(0), position=one(0),
                          remaining=one(max_tokens), stops=one(padded), logprobs=one(logprobs is not None, bool),
                          sampling=params, history=None)
         stopper = Stopper(self.tokenizer.stream(), stop) if self.tokenizer else None
         request = Request(self, number, prompt.astype(np.int32), max_tokens, row, priority, logprobs, stopper)
         with self._counting:
-            if self._waiting_count >= self.options.queue:
-                raise QueueFull(f"{self._waiting_count} requests wait already (decode.queue={self.options.queue})")
+            if self._waiting_count >= self.options.queue_size:
+                raise QueueFull(f"{self._waiting_count} requests wait already (decode.queue_size={self.options.queue_size})")
             self._waiting_count += 1
             self.counters.submitted += 1
         self._inbox.append(request)
@@ -196,7 +197,7 @@ class Engine:
         """The finished Requests of all `prompts` (texts or ids), in order; options: those of `submit`."""
         requests = []
         for prompt in prompts:
-            while self._waiting_count >= self.options.queue:
+            while self._waiting_count >= self.options.queue_size:
                 time.sleep(0.001) if self.running else self.step()
             requests.append(self.submit(prompt, **options))
         return [request.result() for request in requests]
@@ -310,17 +311,17 @@ class Engine:
 
     def _fit(self):
         """Grows the state's compiled shape to what the next chunk needs; shrinks it when less has sufficed for long."""
-        if not self.options.fit:
+        if not self.options.fit_shapes:
             return
         room = self.capacity.places - sum(place is not None for place in self._staging)
         coming = [request for _, _, request in heapq.nsmallest(room, self._queue) if not request.finish]
         live = len(self._live) + len(self._cancelled)        # an upper bound: some may have finished already
         if not live + len(coming):
             return
-        width = fitting(self.capacity.widths, min(live + len(coming), self.options.slots))
-        steps = self.options.chunk * (len(self._flights) + 1)
+        width = round_up(self.capacity.widths, min(live + len(coming), self.options.slots))
+        steps = self.options.steps_per_call * (len(self._flights) + 1)
         reach = lambda request: len(request.prompt) + min(request.max_tokens, len(request.tokens) + steps + 1)
-        length = fitting(self.capacity.lengths, max(map(reach, [*self._live.values(), *coming]), default=0))
+        length = round_up(self.capacity.lengths, max(map(reach, [*self._live.values(), *coming]), default=0))
         grown = max(width, self._width), max(length, self._length)
         self._small = self._small + 1 if (width, length) != grown else 0
         target = grown
@@ -344,7 +345,7 @@ class Engine:
         That is for all whose tokens run out within the chunks under way and the next one; and as a stop may end others
         at any time, for a quarter of the slots.
         """
-        soon = self.options.chunk * (len(self._flights) + 1)
+        soon = self.options.steps_per_call * (len(self._flights) + 1)
         ends = sum(request.max_tokens - len(request.tokens) <= soon for request in self._live.values())
         waiting = sum(place is not None and place.chunk is not None for place in self._staging)
         free = self.options.slots - (len(self._live) - len(self._prefilled) - waiting)
@@ -357,10 +358,10 @@ class Engine:
                 self._staging[index] = _Place(request, None)
                 self._live[request.number] = request
                 self._prefilled[index] = self._paste_prefix(index, request)
-        calls, budget = 0, self.options.prefill
+        calls, budget = 0, self.options.prefill_budget
         decoding = len(self._live) > len(self._prefilled)
         while self._prefilled and (budget > 0 and not self._enough_wait() or not decoding):
-            used = self._prefill_call(budget if decoding else self.options.prefill)
+            used = self._prefill_call(budget if decoding else self.options.prefill_budget)
             if not used:
                 break
             budget -= used
@@ -391,11 +392,11 @@ class Engine:
     def _prefill_call(self, budget):
         """Computes the next pieces of as many prompts as fit `budget` tokens, padding included; tokens computed."""
         waiting = [(index, done, len(self._staging[index].request.prompt)) for index, done in self._prefilled.items()]
-        chosen, width = prefill.choose(waiting, self.capacity.pieces, budget)
+        chosen, width = packing.choose(waiting, self.capacity.pieces, budget)
         if not chosen:
             return 0
         requests = [self._staging[piece.place].request for piece in chosen]
-        seen = fitting(self.capacity.seen(self._length), max(piece.stop for piece in chosen))
+        seen = round_up(self.capacity.seen(self._length), max(piece.stop for piece in chosen))
         prompts = self._pack(chosen, width, seen, [request.prompt for request in requests],
                              [self._turn(request) for request in requests])
         staging, events = self._prefill(self._weights, self._state.staging, prompts)
@@ -415,7 +416,7 @@ class Engine:
         return prompts.tokens.size
 
     def _pack(self, *pieces):
-        return prefill.pack(*pieces, self.capacity.places, self.config.vocab_size)
+        return packing.pack(*pieces, self.capacity.places, self.config.vocab_size)
 
     def _turn(self, request):
         """Its row; who waits on the device takes turns by priority, then by number."""
@@ -450,7 +451,7 @@ class Engine:
 
     def _chunk(self, cancelled, steps):
         """Starts the smallest compiled chunk that has so many iterations; its (events, waiting)."""
-        chunk = self._chunks[fitting(self.capacity.chunks, steps)]
+        chunk = self._chunks[round_up(self.capacity.chunks, steps)]
         self._state, events, waiting = chunk(self._weights, self._state, cancelled, np.int32(steps))
         return events, waiting
 
@@ -470,11 +471,11 @@ class Engine:
         """Iterations of the next chunk: no more than tokens are left to make, and as many fewer as slots stand empty
         that the next prefill call could fill, so that it comes soon."""
         decoding = len(self._live) - len(self._prefilled)
-        nearly = sum(len(self._staging[index].request.prompt) - done <= self.options.prefill
+        nearly = sum(len(self._staging[index].request.prompt) - done <= self.options.prefill_budget
                      for index, done in self._prefilled.items())
         fillable = min(nearly + len(self._queue), max(self.options.slots - decoding, 0))
-        steps = max(min(self.options.chunk * decoding // max(decoding + fillable, 1), self._left()), 1)
-        return fitting(self.capacity.chunks, steps) if self.program.fixed else steps
+        steps = max(min(self.options.steps_per_call * decoding // max(decoding + fillable, 1), self._left()), 1)
+        return round_up(self.capacity.chunks, steps) if self.program.fixed else steps
 
     def _land(self, flight):
         """Reads a chunk's events, with those of the prefills before it, and hands them out."""
@@ -579,7 +580,7 @@ class Engine:
                         self._chunk(nobody, iterations)
                     continue
                 seen, count, width = shape
-                pieces = [prefill.Piece(self.capacity.places, 0, width, False)] * count
+                pieces = [packing.Piece(self.capacity.places, 0, width, False)] * count
                 prompts = self._pack(pieces, width, seen, [np.zeros(width, np.int32)] * count, [turn] * count)
                 self._stage(self._prefill(self._weights, self._state.staging, prompts)[0])
             self._reset()

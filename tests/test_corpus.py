@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax import data, tokenizer
 from ladder_jax.config import Data
+from ladder_jax.data import corpus as data
+from ladder_jax.data import tokenizer
 
 BOS, EOS, PAD = 0, 1, 2
 TOK = tokenizer.ByteTokenizer()
@@ -197,7 +198,7 @@ def both(corpus):
 @pytest.fixture
 def prepare(tmp_path):
     def call(source, tok=TOK, **fields):
-        return data.prepare(Data(**dict(source=str(source), cache=str(tmp_path / "cache"), held_out=0.5) | fields), tok)
+        return data.prepare(Data(**dict(source=str(source), token_cache=str(tmp_path / "cache"), held_out_fraction=0.5) | fields), tok)
     return call
 
 
@@ -237,7 +238,7 @@ def test_more_documents_move_none_and_copies_stay_together(tmp_path, prepare):
         assert set(texts(old)) <= set(texts(new))
     assert not set(texts(after.train)) & set(texts(after.held_out))
     assert len(both(after)) == 46
-    assert sorted(data.documents(Data(source=str(folder), held_out=0.5))) == texts(after.train)
+    assert sorted(data.documents(Data(source=str(folder), held_out_fraction=0.5))) == texts(after.train)
 
 
 class Refusing(tokenizer.ByteTokenizer):
@@ -249,7 +250,7 @@ def test_tokenised_once(tmp_path, prepare):
     folder = write_files(tmp_path / "in", LETTERS)
     first = prepare(folder)
     assert both(prepare(folder, Refusing())) == both(first)
-    assert both(prepare(folder, Refusing(), held_out=0.4)) == both(first)       # the split is made when it is opened
+    assert both(prepare(folder, Refusing(), held_out_fraction=0.4)) == both(first)       # the split is made when it is opened
     (folder / "a.txt").write_text("changed text")
     with pytest.raises(AssertionError, match="tokenised again"):
         prepare(folder, Refusing())
@@ -275,11 +276,12 @@ def test_killed_while_tokenising(tmp_path, prepare):
     folder = write_files(tmp_path / "in", LETTERS)
     script = """if True:
         import os, sys
-        from ladder_jax import config, data, tokenizer
+        from ladder_jax import config
+        from ladder_jax.data import corpus as data, tokenizer
         class Killed(tokenizer.ByteTokenizer):
             def encode_batch(self, texts):
                 os.kill(os.getpid(), 9)
-        data.prepare(config.Data(source=sys.argv[1], cache=sys.argv[2], held_out=0.5), Killed())"""
+        data.prepare(config.Data(source=sys.argv[1], token_cache=sys.argv[2], held_out_fraction=0.5), Killed())"""
     cache = tmp_path / "cache"
     assert subprocess.run([sys.executable, "-c", script, str(folder), str(cache)]).returncode == -signal.SIGKILL
     assert len(list(cache.iterdir())) == 1
@@ -330,22 +332,22 @@ def test_sources_that_hold_nothing(tmp_path, prepare, source, message):
 @pytest.mark.parametrize("held_out, lacking", [(1e-9, "evaluation"), (1 - 1e-9, "training")])
 def test_an_empty_side(tmp_path, prepare, held_out, lacking):
     folder = write_files(tmp_path / "in", LETTERS)
-    with pytest.raises(ValueError, match=f"data.held_out={held_out} leaves none of the 8 documents for {lacking}") as e:
-        prepare(folder, held_out=held_out)
+    with pytest.raises(ValueError, match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for {lacking}") as e:
+        prepare(folder, held_out_fraction=held_out)
     low, high = (float(word) for word in str(e.value).rsplit("from ")[1].split(" to "))
-    assert len(texts(prepare(folder, held_out=low).held_out)) == 1              # what it names is accepted
-    assert len(texts(prepare(folder, held_out=high).train)) == 1
+    assert len(texts(prepare(folder, held_out_fraction=low).held_out)) == 1              # what it names is accepted
+    assert len(texts(prepare(folder, held_out_fraction=high).train)) == 1
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, prepare):
     folder = write_files(tmp_path / "in", LETTERS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="data.cache='.*' cannot be written \\(.*\\): it must be a folder that can$"):
-        prepare(folder, cache=str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder that can$"):
+        prepare(folder, token_cache=str(tmp_path / "file" / "cache"))
 
 
 def test_builtin_is_python_s_documentation(tmp_path):
-    corpus = data.prepare(Data(cache=str(tmp_path)), TOK)
+    corpus = data.prepare(Data(token_cache=str(tmp_path)), TOK)
     assert len(corpus.train.starts_D) > 500 and corpus.train.bytes > 2_000_000 and len(corpus.held_out.starts_D) >= 5
     assert "left out" not in corpus.report and "repaired" not in corpus.report
     for words in ("class OrderedDict(dict)", "assert_stmt"):                    # a docstring, a topic

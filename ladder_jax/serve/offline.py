@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ladder_jax.config import ConfigError
-from ladder_jax.request import RequestFailed
+from ladder_jax.serve.request import RequestFailed
 
 
 def read_prompts(path):
@@ -61,7 +61,7 @@ def run(engine, prompts, out, defaults, show=True):
     done = finished(out)
     todo = iter([(i, row) for i, row in enumerate(rows) if i not in done])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    running, most = {}, max(1, min(engine.options.queue, 4 * engine.options.slots))
+    running, most = {}, max(1, min(engine.options.queue_size, 4 * engine.options.slots))
     with open(out, "a", encoding="utf-8") as file, tqdm(
             total=len(rows), initial=len(done), unit="prompt", disable=not show) as bar:
         def write(index, **values):

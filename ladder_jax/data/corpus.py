@@ -27,8 +27,8 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from ladder_jax import sources
 from ladder_jax.config import ConfigError
+from ladder_jax.data import sources
 
 FORMAT = 1          # of the cache; raise it when the reading of sources or the layout changes
 _PIECE = 1 << 20    # characters: a longer document is tokenised in pieces, cut at line ends
@@ -56,7 +56,7 @@ def documents(config):
     tally, none = sources.Tally(), True
     for path in sources.files(config.source):
         for text in sources.read(config.source, path, config.text_field, tally):
-            if _hash(text.encode()) >= _threshold(config.held_out):
+            if _hash(text.encode()) >= _threshold(config.held_out_fraction):
                 none = False
                 yield text
     if none:
@@ -131,7 +131,7 @@ def _cached(config, files, tok):
     The work is done in a folder of its own, which is then renamed: a cache is there whole or not at all, and of two
     processes that make the same one, the second to finish finds it there and drops its own.
     """
-    root = Path(config.cache).expanduser()
+    root = Path(config.token_cache).expanduser()
     folder = root / f"tokens-{_fingerprint(config, files, tok)}"
     if folder.exists():
         return folder
@@ -153,7 +153,7 @@ def _cached(config, files, tok):
         finally:
             shutil.rmtree(working, ignore_errors=True)
     except OSError as error:
-        raise ConfigError(f"data.cache={config.cache!r} cannot be written ({error.strerror or error}): it must be a "
+        raise ConfigError(f"data.token_cache={config.token_cache!r} cannot be written ({error.strerror or error}): it must be a "
                           "folder that can") from None
     return folder
 
@@ -207,7 +207,7 @@ def prepare(config, tok):
     ids = np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r"))
     stops_D = documents_D["stop"].astype(np.int64)
     starts_D = np.concatenate([[0], stops_D[:-1]])
-    held_D = documents_D["hash"] < np.uint64(_threshold(config.held_out))
+    held_D = documents_D["hash"] < np.uint64(_threshold(config.held_out_fraction))
     _check_split(config, documents_D["hash"], held_D)
 
     def side(chosen_D):
@@ -229,7 +229,7 @@ def _check_split(config, hash_D, held_D):
     if low == high:
         raise ConfigError(f"data.source={config.source!r} has one document ({len(held_D)} with copies), and training "
                           "and held-out text are split by document: it must have two or more, as files or rows")
-    raise ConfigError(f"data.held_out={config.held_out} leaves none of the {len(held_D)} documents for "
+    raise ConfigError(f"data.held_out_fraction={config.held_out_fraction} leaves none of the {len(held_D)} documents for "
                       f"{'training' if held_D.all() else 'evaluation'}: for data.source={config.source!r} it must be "
                       f"from {math.ceil(low * 1e4) / 1e4} to {math.floor(high * 1e4) / 1e4}")
 

@@ -1,0 +1,1 @@
+"""From files to documents, from documents to token ids, from ids to batches."""

@@ -1,0 +1,1 @@
+"""How blocks meet: the stream between them, and reductions that run behind compute."""

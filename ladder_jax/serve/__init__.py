@@ -1,0 +1,1 @@
+"""The host side of serving: requests come in, their tokens come out."""

@@ -1,0 +1,94 @@
+"""Imports point down one list of rooms, and never in a circle.
+
+To add a file, put its module into the row that says what it may know. A module may
+import modules of lower rows and of its own row.
+"""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
+
+# Top to bottom. A name is a module of `ladder_jax`, or a room: a folder of modules.
+ROWS = {
+    "doors": ["cli", "serve.server"],
+    "jobs": ["train", "evaluate", "bench", "planner", "loading", "generate"],
+    "serving": ["serve"],
+    "conversion": ["convert"],
+    "device programs": ["decode", "sampling", "optimizer"],
+    "model": ["model", "attention", "matmul", "kv_cache"],
+    "residual": ["residual"],
+    "data": ["data"],
+    "hardware": ["hardware"],
+    "ground": ["sharding", "checkpoint", "metrics", "config", "schedule"],
+}
+# Names in ROWS whose files are still to be written.
+PLANNED = {"serve.server", "evaluate", "convert"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name below `ladder_jax`."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """The package's modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            base = node.module or ""
+            names = [f"{base}.{alias.name}" for alias in node.names] + [base]
+        else:
+            continue
+        below = [n.removeprefix("ladder_jax.") for n in names if "ladder_jax." in n]
+        found |= {name for name in below if name in known and name}
+    return found
+
+
+def row_of(module: str) -> int:
+    """The number of the row that names a module, or the room that it is in."""
+    rows = list(ROWS.values())
+    for name in (module, module.partition(".")[0]):
+        for number, row in enumerate(rows):
+            if name in row:
+                return number
+    raise AssertionError(f"ladder_jax/{module}: give it a row in {__file__}")
+
+
+MODULES = modules()
+IMPORTS = {name: imports_of(path, set(MODULES)) for name, path in MODULES.items()}
+IMPORTS = {
+    # A package's `__init__` is imported with each of its modules: no arrow of its own.
+    name: {n for n in found if n != name and not name.startswith(f"{n}.")}
+    for name, found in IMPORTS.items()
+}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {""}))
+def test_imports_point_down(module: str) -> None:
+    up = [name for name in IMPORTS[module] if row_of(name) < row_of(module)]
+    assert not up, f"{module} imports {up}, which stand above it in ROWS"
+
+
+def test_no_circles() -> None:
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail("modules import each other: " + " -> ".join(error.args[1]))
+
+
+def test_rows_name_what_there_is() -> None:
+    rooms = {name.partition(".")[0] for name in MODULES if name}
+    for name in [name for row in ROWS.values() for name in row]:
+        exists = name in MODULES or name in rooms
+        assert exists != (name in PLANNED), f"{name}: change ROWS or PLANNED"
