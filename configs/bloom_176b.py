@@ -11,16 +11,40 @@ embedding stand where BLOOM has GELU (of 57344), LayerNorm, biases and ALiBi. So
 parameters, where BLOOM has 176,247,271,424. Learning rate and batch are BLOOM's (arXiv 2211.05100); the
 tokens are those of the paper's from-scratch runs, 104.9B, where BLOOM had 366B.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
-    model=Model(vocab_size=250880, dim=14336, layers=70, heads=112, kv_heads=112, head_dim=128, ffn_dim=50176,
-                max_length=2048, residual="ladder", tie_embeddings=True),
-    data=Data(source="data/text/**/*.parquet", tokenizer="data/bloom/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all nodes see
+    model=Model(
+        vocab_size=250880,
+        dim=14336,
+        layers=70,
+        heads=112,
+        kv_heads=112,
+        head_dim=128,
+        ffn_dim=50176,
+        max_length=2048,
+        residual="ladder",
+        tie_embeddings=True,
+    ),
+    data=Data(
+        source="data/text/**/*.parquet",
+        tokenizer="data/bloom/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all nodes see
     mesh=Mesh(data=1, fsdp=32, tensor=8),
     optimizer=Optimizer(learning_rate=6e-5, warmup_steps=2000),
-    train=Train(out="runs/bloom_176b", steps=25_000, global_batch=2048, seq_len=2048,   # 4.19M tokens a step
-                grad_accum_steps=32,                                      # 2 sequences a node at a time
-                remat="reductions", loss_chunk=2048, eval_every=1000, eval_batches=4, save_every=500),
+    train=Train(
+        out="runs/bloom_176b",
+        steps=25_000,
+        global_batch=2048,
+        seq_len=2048,  # 4.19M tokens a step
+        grad_accum_steps=32,  # 2 sequences a node at a time
+        remat="reductions",
+        loss_chunk=2048,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

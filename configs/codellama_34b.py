@@ -10,16 +10,42 @@ Learning rate, warm-up, decay and tokens a step are CodeLlama's (arXiv 2308.1295
 weights of Llama 2 and took 500B tokens; here the run begins with fresh weights and takes 104.9B, as the paper's
 from-scratch runs do. Rotary base and longest context are those of its long-context fine-tuning.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
-    model=Model(vocab_size=32000, dim=8192, layers=48, heads=64, kv_heads=8, head_dim=128, ffn_dim=22016,
-                max_length=16384, residual="ladder", rope_theta=1_000_000.0),
-    data=Data(source="data/code/**/*.parquet", tokenizer="data/codellama/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all nodes see
+    model=Model(
+        vocab_size=32000,
+        dim=8192,
+        layers=48,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        ffn_dim=22016,
+        max_length=16384,
+        residual="ladder",
+        rope_theta=1_000_000.0,
+    ),
+    data=Data(
+        source="data/code/**/*.parquet",
+        tokenizer="data/codellama/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all nodes see
     mesh=Mesh(data=1, fsdp=8, tensor=8),
-    optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=1000, final_lr_fraction=1 / 30),
-    train=Train(out="runs/codellama_34b", steps=25_000, global_batch=1024, seq_len=4096,    # 4.19M tokens a step
-                grad_accum_steps=32,                                      # 4 sequences a node at a time
-                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    optimizer=Optimizer(
+        learning_rate=1.5e-4, warmup_steps=1000, final_lr_fraction=1 / 30
+    ),
+    train=Train(
+        out="runs/codellama_34b",
+        steps=25_000,
+        global_batch=1024,
+        seq_len=4096,  # 4.19M tokens a step
+        grad_accum_steps=32,  # 4 sequences a node at a time
+        remat="reductions",
+        loss_chunk=4096,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

@@ -11,16 +11,41 @@ model has 410,081,247,232 parameters, where Llama 3.1 has 405,853,388,800 (which
 began with (arXiv 2407.21783, section 3.4); the tokens in all are those of the paper's from-scratch runs, 104.9B, where
 Llama 3 had 15T. Rotary embedding is Llama 3.1's, scaled for its long contexts from the start.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, RopeScaling, Train
 
 config = Config(
-    model=Model(vocab_size=128256, dim=16384, layers=126, heads=128, kv_heads=16, head_dim=128, ffn_dim=53248,
-                max_length=131072, residual="ladder", rope_theta=500_000.0, rope_scaling=RopeScaling(factor=8.0)),
-    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/llama3/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all hosts see
+    model=Model(
+        vocab_size=128256,
+        dim=16384,
+        layers=126,
+        heads=128,
+        kv_heads=16,
+        head_dim=128,
+        ffn_dim=53248,
+        max_length=131072,
+        residual="ladder",
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(factor=8.0),
+    ),
+    data=Data(
+        source="data/fineweb-edu/**/*.parquet",
+        tokenizer="data/llama3/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all hosts see
     mesh=Mesh(data=1, fsdp=64, tensor=16),
     optimizer=Optimizer(learning_rate=8e-5, warmup_steps=2000, final_lr_fraction=0.01),
-    train=Train(out="runs/llama3_405b", steps=25_000, global_batch=1024, seq_len=4096,  # 4.19M tokens a step
-                grad_accum_steps=16,                                      # a sequence at a time for every 16 chips
-                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    train=Train(
+        out="runs/llama3_405b",
+        steps=25_000,
+        global_batch=1024,
+        seq_len=4096,  # 4.19M tokens a step
+        grad_accum_steps=16,  # a sequence at a time for every 16 chips
+        remat="reductions",
+        loss_chunk=4096,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

@@ -9,16 +9,40 @@ The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those
 104.9B, where Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
 `--model.rope-scaling.factor 8 --model.max-length 131072`.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
-    model=Model(vocab_size=128256, dim=8192, layers=80, heads=64, kv_heads=8, head_dim=128, ffn_dim=28672,
-                max_length=8192, residual="ladder", rope_theta=500_000.0),
-    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/llama3/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all hosts see
+    model=Model(
+        vocab_size=128256,
+        dim=8192,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        ffn_dim=28672,
+        max_length=8192,
+        residual="ladder",
+        rope_theta=500_000.0,
+    ),
+    data=Data(
+        source="data/fineweb-edu/**/*.parquet",
+        tokenizer="data/llama3/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all hosts see
     mesh=Mesh(data=1, fsdp=32, tensor=8),
     optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=2000),
-    train=Train(out="runs/llama3_70b", steps=25_000, global_batch=512, seq_len=8192,    # 4.19M tokens a step
-                grad_accum_steps=16,                                      # a sequence at a time for every 8 chips
-                remat="reductions", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    train=Train(
+        out="runs/llama3_70b",
+        steps=25_000,
+        global_batch=512,
+        seq_len=8192,  # 4.19M tokens a step
+        grad_accum_steps=16,  # a sequence at a time for every 8 chips
+        remat="reductions",
+        loss_chunk=4096,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

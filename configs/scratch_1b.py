@@ -18,17 +18,49 @@ Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu
 authors' training configuration. No tensor parallelism, which this size does not need: ladder is trained here for its
 quality. `--mesh.fsdp 1 --mesh.tensor 8` trains the same model with it.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
-    model=Model(vocab_size=49152, dim=1536, layers=40, heads=24, kv_heads=24, head_dim=64, ffn_dim=4096,
-                max_length=2048, residual="ladder"),
-    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/starcoder/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all nodes see
+    model=Model(
+        vocab_size=49152,
+        dim=1536,
+        layers=40,
+        heads=24,
+        kv_heads=24,
+        head_dim=64,
+        ffn_dim=4096,
+        max_length=2048,
+        residual="ladder",
+    ),
+    data=Data(
+        source="data/fineweb-edu/**/*.parquet",
+        tokenizer="data/starcoder/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all nodes see
     mesh=Mesh(data=8, fsdp=8, tensor=1),
-    optimizer=Optimizer(learning_rate=3e-4, lr_schedule="cosine", warmup_steps=2000, final_lr_fraction=0.1, beta1=0.9,
-                        beta2=0.95, eps=1e-10, weight_decay=0.1, clip_norm=1.0),
-    train=Train(out="runs/scratch_1b", steps=25_000, global_batch=2048, seq_len=2048,   # 4.19M tokens a step, 104.9B in all
-                grad_accum_steps=4,                                       # 8 sequences a device at a time, as in the paper
-                remat="dots", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    optimizer=Optimizer(
+        learning_rate=3e-4,
+        lr_schedule="cosine",
+        warmup_steps=2000,
+        final_lr_fraction=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-10,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
+    train=Train(
+        out="runs/scratch_1b",
+        steps=25_000,
+        global_batch=2048,
+        seq_len=2048,  # 4.19M tokens a step, 104.9B in all
+        grad_accum_steps=4,  # 8 sequences a device at a time, as in the paper
+        remat="dots",
+        loss_chunk=4096,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

@@ -15,17 +15,49 @@ authors' training configuration. It has 36 heads of 64, as in their training; th
 since 36 heads do not divide by 8. The mesh is theirs: shards within a node, replicas across. A tensor axis
 of 2, 3, 4, 6 or 12 divides this model; for 8 it must be `--model.heads 32 --model.kv-heads 32 --model.head-dim 72`.
 """
+
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
 
 config = Config(
-    model=Model(vocab_size=49152, dim=2304, layers=40, heads=36, kv_heads=36, head_dim=64, ffn_dim=9216,
-                max_length=2048, residual="ladder"),
-    data=Data(source="data/fineweb-edu/**/*.parquet", tokenizer="data/starcoder/tokenizer.json", held_out_fraction=0.001,
-              token_cache="data/tokens"),                                 # on a disk that all nodes see
+    model=Model(
+        vocab_size=49152,
+        dim=2304,
+        layers=40,
+        heads=36,
+        kv_heads=36,
+        head_dim=64,
+        ffn_dim=9216,
+        max_length=2048,
+        residual="ladder",
+    ),
+    data=Data(
+        source="data/fineweb-edu/**/*.parquet",
+        tokenizer="data/starcoder/tokenizer.json",
+        held_out_fraction=0.001,
+        token_cache="data/tokens",
+    ),  # on a disk that all nodes see
     mesh=Mesh(data=16, fsdp=8, tensor=1),
-    optimizer=Optimizer(learning_rate=3e-4, lr_schedule="cosine", warmup_steps=2000, final_lr_fraction=0.1, beta1=0.9,
-                        beta2=0.95, eps=1e-10, weight_decay=0.1, clip_norm=1.0),
-    train=Train(out="runs/scratch_3b", steps=25_000, global_batch=2048, seq_len=2048,   # 4.19M tokens a step, 104.9B in all
-                grad_accum_steps=4,                                       # 4 sequences a device at a time, as in the paper
-                remat="dots", loss_chunk=4096, eval_every=1000, eval_batches=4, save_every=500),
+    optimizer=Optimizer(
+        learning_rate=3e-4,
+        lr_schedule="cosine",
+        warmup_steps=2000,
+        final_lr_fraction=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-10,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
+    train=Train(
+        out="runs/scratch_3b",
+        steps=25_000,
+        global_batch=2048,
+        seq_len=2048,  # 4.19M tokens a step, 104.9B in all
+        grad_accum_steps=4,  # 4 sequences a device at a time, as in the paper
+        remat="dots",
+        loss_chunk=4096,
+        eval_every=1000,
+        eval_batches=4,
+        save_every=500,
+    ),
 )

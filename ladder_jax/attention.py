@@ -2,13 +2,16 @@
 
 B batch, T tokens (queries), S tokens (keys), N query heads, K key-value heads, G = N / K, H head dimension.
 """
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ladder_jax.matmul import einsum, product
 
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)      # finite: a row with nothing to see stays finite
+MASKED = -0.7 * float(
+    jnp.finfo(jnp.float32).max
+)  # finite: a row with nothing to see stays finite
 
 
 def kernel_for(platform, config, length):
@@ -18,7 +21,11 @@ def kernel_for(platform, config, length):
     """
     if platform == "tpu" and length % 128 == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and config.dtype == "bfloat16" and config.head_dim in range(8, 129, 8):
+    if (
+        platform in ("gpu", "cuda")
+        and config.dtype == "bfloat16"
+        and config.head_dim in range(8, 129, 8)
+    ):
         return "cudnn"
     return "xla"
 
@@ -32,11 +39,15 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kernel="xla"):
         return _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if kernel == "cudnn":
         index_T = jnp.arange(q_BTNH.shape[1])
-        mask_BTS = (index_T[:, None] >= index_T) & (segments_BT[:, :, None] == segments_BT[:, None, :])
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn")
+        mask_BTS = (index_T[:, None] >= index_T) & (
+            segments_BT[:, :, None] == segments_BT[:, None, :]
+        )
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn"
+        )
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
     return _blockwise(q_BTKGH, k_BTKH, v_BTKH, segments_BT).reshape(B, T, N, H)
 
 
@@ -44,7 +55,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     """Attention as the equations have it; the mask says which keys a query sees. Returns [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q_BTNH.dtype)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
     scores_BKGTS = einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, jnp.float32)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
@@ -54,6 +65,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
 # Causal self-attention by blocks of queries, each against the keys up to its end, so that what the mask hides is mostly
 # never computed. The backward pass computes a block's weights again from the logarithm of their sum (FlashAttention's
 # rule, arXiv 2205.14135, algorithm 4): between the passes nothing of size T x S is kept.
+
 
 def _blocks(T):
     """Slices of queries: 128 at a time, more where that would make over 8 of them."""
@@ -83,7 +95,11 @@ def _blockwise_forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT):
         weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
         sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
         weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(q_BTKGH.dtype)
-        outs.append(product("bkgts,bskh->btkgh", weights_BKGTS, v_BTKH[:, :block.stop]).astype(q_BTKGH.dtype))
+        outs.append(
+            product("bkgts,bskh->btkgh", weights_BKGTS, v_BTKH[:, : block.stop]).astype(
+                q_BTKGH.dtype
+            )
+        )
         log_sums.append(top_BKGT1 + jnp.log(sum_BKGT1))
     out_BTKGH = jnp.concatenate(outs, axis=1)
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums)
@@ -97,14 +113,25 @@ def _blockwise_backward(kept, dout_BTKGH):
     dqs = []
     for block, log_sum_BKGT1 in zip(_blocks(q_BTKGH.shape[1]), log_sums):
         seen = slice(0, block.stop)
-        weights_BKGTS = jnp.exp(_scores(q_BTKGH, k_BTKH, segments_BT, block) - log_sum_BKGT1)
-        dweights_BKGTS = product("btkgh,bskh->bkgts", dout_BTKGH[:, block], v_BTKH[:, seen])
-        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - jnp.moveaxis(dot_BTKG[:, block], 1, 3)[..., None])
+        weights_BKGTS = jnp.exp(
+            _scores(q_BTKGH, k_BTKH, segments_BT, block) - log_sum_BKGT1
+        )
+        dweights_BKGTS = product(
+            "btkgh,bskh->bkgts", dout_BTKGH[:, block], v_BTKH[:, seen]
+        )
+        dscores_BKGTS = weights_BKGTS * (
+            dweights_BKGTS - jnp.moveaxis(dot_BTKG[:, block], 1, 3)[..., None]
+        )
         dscores_BKGTS = dscores_BKGTS.astype(dtype)
         dqs.append(product("bkgts,bskh->btkgh", dscores_BKGTS, k_BTKH[:, seen]))
-        dk_BTKH = dk_BTKH.at[:, seen].add(product("bkgts,btkgh->bskh", dscores_BKGTS, q_BTKGH[:, block]))
+        dk_BTKH = dk_BTKH.at[:, seen].add(
+            product("bkgts,btkgh->bskh", dscores_BKGTS, q_BTKGH[:, block])
+        )
         dv_BTKH = dv_BTKH.at[:, seen].add(
-            product("bkgts,btkgh->bskh", weights_BKGTS.astype(dtype), dout_BTKGH[:, block]))
+            product(
+                "bkgts,btkgh->bskh", weights_BKGTS.astype(dtype), dout_BTKGH[:, block]
+            )
+        )
     dq_BTKGH = jnp.concatenate(dqs, axis=1)
     return dq_BTKGH.astype(dtype), dk_BTKH.astype(dtype), dv_BTKH.astype(dtype), None
 
@@ -114,19 +141,36 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
     """The TPU kernel that JAX ships: blocks above the diagonal are skipped, scores never reach memory."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     B, T, N, H = q_BTNH.shape
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
     block = next(size for size in (512, 256, 128) if T % size == 0)
-    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
-                               block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
-    kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-    q_BTNH = q_BTNH * jnp.asarray(H ** -0.5, q_BTNH.dtype)
-    heads_first = [x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)]      # the kernel groups query heads
-    out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
-        *heads_first, segments_BT)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    heads_first = [
+        x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
+    ]  # the kernel groups query heads
+    out_BNTH = jax.vmap(
+        lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
+    )(*heads_first, segments_BT)
     return out_BNTH.transpose(0, 2, 1, 3)
 
 
@@ -139,14 +183,18 @@ def attend_cache(q_BTNH, cache, positions_BT):
     B, T, N, H = q_BTNH.shape
     _, K, S, _ = cache.k.shape
     G = N // K
-    dtype = jnp.promote_types(q_BTNH.dtype, cache.k.dtype)       # a cache wider than the queries is used as it is
-    q_BKRH = (q_BTNH.astype(dtype) * jnp.asarray(H ** -0.5, dtype)).reshape(B, T, K, G, H)
+    dtype = jnp.promote_types(
+        q_BTNH.dtype, cache.k.dtype
+    )  # a cache wider than the queries is used as it is
+    q_BKRH = (q_BTNH.astype(dtype) * jnp.asarray(H**-0.5, dtype)).reshape(B, T, K, G, H)
     q_BKRH = q_BKRH.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     scores_BKRS = einsum("bkrh,bksh->bkrs", q_BKRH, cache.k, jnp.float32)
     if cache.k_scale is not None:
         scores_BKRS = scores_BKRS * cache.k_scale.reshape(B, K, 1, S)
     seen_BRS = jnp.arange(S) <= jnp.repeat(positions_BT, G, axis=1)[:, :, None]
-    weights_BKRS = jax.nn.softmax(jnp.where(seen_BRS[:, None], scores_BKRS, MASKED), axis=-1)
+    weights_BKRS = jax.nn.softmax(
+        jnp.where(seen_BRS[:, None], scores_BKRS, MASKED), axis=-1
+    )
     if cache.v_scale is not None:
         weights_BKRS = weights_BKRS * cache.v_scale.reshape(B, K, 1, S)
     out_BKRH = _mix(weights_BKRS.astype(dtype), cache.v, q_BTNH.dtype)
@@ -162,6 +210,7 @@ def _mix(weights_BKRS, v_BKSH, out_dtype):
     def add_up(weights_BKRS, v_BKSH):
         weighted_BKSH = jnp.swapaxes(weights_BKRS, 2, 3).astype(jnp.float32) * v_BKSH
         return weighted_BKSH.sum(axis=2, keepdims=True).astype(out_dtype)
+
     # XLA:CPU computes many products of one row on one core, and a sum on all of them
     return lax.platform_dependent(weights_BKRS, v_BKSH, cpu=add_up, default=multiply)
 
@@ -174,8 +223,12 @@ def rotary(positions_BT, head_dim, theta, scaling=None):
     """
     frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None and scaling.factor != 1:
-        turns_H = scaling.original_length * frequency_H / (2 * jnp.pi)      # over the original context
-        kept_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        turns_H = (
+            scaling.original_length * frequency_H / (2 * jnp.pi)
+        )  # over the original context
+        kept_H = (turns_H - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
         kept_H = jnp.clip(kept_H, 0, 1)
         frequency_H = frequency_H * (kept_H + (1 - kept_H) / scaling.factor)
     angle_BTH = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
@@ -186,4 +239,6 @@ def rotate(x_BTNH, rotation):
     """`x` rotated by `rotary`'s angles; halves are paired, as in the Hugging Face layout of Llama weights."""
     cosine, sine = rotation
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return lax.concatenate([a * cosine - b * sine, b * cosine + a * sine], 3).astype(x_BTNH.dtype)
+    return lax.concatenate([a * cosine - b * sine, b * cosine + a * sine], 3).astype(
+        x_BTNH.dtype
+    )

@@ -7,6 +7,7 @@
 
 Arrays load onto any mesh. Plain Orbax opens them too, as NumPy arrays on any machine: see notebooks/checkpoint.ipynb.
 """
+
 import contextlib
 import gc
 import importlib.metadata
@@ -21,8 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
-FORMAT = 1      # of what is written here: raised when an older ladder_jax could not read it
-VERSION = next((found.version for found in importlib.metadata.distributions(name="ladder_jax")), "not installed")
+FORMAT = 1  # of what is written here: raised when an older ladder_jax could not read it
+VERSION = next(
+    (found.version for found in importlib.metadata.distributions(name="ladder_jax")),
+    "not installed",
+)
 log = logging.getLogger(__name__)
 
 
@@ -44,19 +48,26 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder, keep):
         self.folder = _absolute(folder)
-        self._step = None       # last step saved or restored: any above it are of a past that the run has left
+        self._step = None  # last step saved or restored: any above it are of a past that the run has left
         training, context = ocp.training, ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
-        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # not as a pytree
+        context.checkpointables.registry.add(
+            ocp.handlers.JsonHandler, checkpointable_name="meta"
+        )  # not as a pytree
         # Made in the background, a folder that cannot be made leaves Orbax's threads waiting for it for minutes.
         context.asynchronous.create_directories_asynchronously = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _quiet():
                 self._checkpointer = training.Checkpointer(
-                    self.folder, context=context, cleanup_tmp_directories=True,
-                    save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),    # whenever asked
-                    preservation_policy=training.preservation_policies.LatestN(keep))
+                    self.folder,
+                    context=context,
+                    cleanup_tmp_directories=True,
+                    save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
+                        1
+                    ),  # whenever asked
+                    preservation_policy=training.preservation_policies.LatestN(keep),
+                )
         except OSError as error:
             raise _not_written(self.folder, error) from error
 
@@ -76,13 +87,24 @@ class Checkpoints(contextlib.AbstractContextManager):
         if step == self._step:
             return
         steps = self.steps()
-        if steps and self._step is None:        # else Orbax would take them, and any folder named by a number, for old
-            raise ValueError(f"{self.folder} holds checkpoints of another run, of steps {steps}: restore one of them "
-                             "to go on from it, or choose another folder")
-        items = {name: unflatten_dict(_named(tree), sep="/") for name, tree in state.items()}
+        if (
+            steps and self._step is None
+        ):  # else Orbax would take them, and any folder named by a number, for old
+            raise ValueError(
+                f"{self.folder} holds checkpoints of another run, of steps {steps}: restore one of them "
+                "to go on from it, or choose another folder"
+            )
+        items = {
+            name: unflatten_dict(_named(tree), sep="/") for name, tree in state.items()
+        }
         if data_iterator is not None:
             items["data"] = data_iterator
-        items["meta"] = {"format": FORMAT, "ladder_jax": VERSION, "parts": sorted(items), **meta}
+        items["meta"] = {
+            "format": FORMAT,
+            "ladder_jax": VERSION,
+            "parts": sorted(items),
+            **meta,
+        }
         try:
             for other in reversed([s for s in steps if s >= step]):
                 self._checkpointer.delete(other)
@@ -107,8 +129,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises ValueError when there is none, none can be read, or it is one of another model or optimizer.
         """
         self.wait()
-        path, (state, meta) = _newest(_choose(self.folder, self.steps(), step),
-                                      lambda path: _load(path, abstract_state, data_iterator, config))
+        path, (state, meta) = _newest(
+            _choose(self.folder, self.steps(), step),
+            lambda path: _load(path, abstract_state, data_iterator, config),
+        )
         self._step = int(path.name)
         return self._step, state, meta
 
@@ -148,36 +172,54 @@ def load_model(path, abstract_model, step=None):
             sharding: on the first device). Floating-point parameters are cast to the dtype asked for.
     Raises ValueError when there is no such checkpoint, none can be read, or it is one of another model.
     """
-    return _newest(_find(path, step), lambda path: _load(path, {"model": abstract_model}, cast=True))[1][0]["model"]
+    return _newest(
+        _find(path, step),
+        lambda path: _load(path, {"model": abstract_model}, cast=True),
+    )[1][0]["model"]
 
 
 def _absolute(path):
     path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.resolve()       # a bucket's address is whole as it is
+    return (
+        path if "://" in str(path) else path.resolve()
+    )  # a bucket's address is whole as it is
 
 
 def _find(path, step):
     """Folders of the checkpoints that a reader's `path` may mean, newest first."""
     path = _absolute(path)
     if (path / "meta").is_dir():
-        return _choose(path.parent, [int(path.name)], step) if path.name.isdigit() else [path]
+        return (
+            _choose(path.parent, [int(path.name)], step)
+            if path.name.isdigit()
+            else [path]
+        )
     for folder in (path, path / "checkpoints"):
         steps = saved_steps(folder)
         if any((folder / str(s) / "meta").is_dir() for s in steps):
             return _choose(folder, steps, step)
-    raise ValueError(f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: a run's folder, its "
-                     "checkpoints folder or the folder of one step is accepted")
+    raise ValueError(
+        f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: a run's folder, its "
+        "checkpoints folder or the folder of one step is accepted"
+    )
 
 
 def saved_steps(folder):
     """The steps of all complete checkpoints in `folder`, ascending; none where there is no such folder."""
     with _quiet():
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(_absolute(folder)))
+        return sorted(
+            found.step
+            for found in ocp.path.step.standard_name_format().find_all(
+                _absolute(folder)
+            )
+        )
 
 
 def _choose(folder, steps, step):
     if not steps or step not in (None, *steps):
-        raise ValueError(f"{folder} holds no checkpoint{'' if step is None else f' of step {step}, only {steps}'}")
+        raise ValueError(
+            f"{folder} holds no checkpoint{'' if step is None else f' of step {step}, only {steps}'}"
+        )
     return [folder / str(s) for s in (reversed(steps) if step is None else [step])]
 
 
@@ -191,7 +233,11 @@ def _newest(paths, read):
             reason = f"checkpoint {path} is damaged: {error}"
         if path != paths[-1]:
             log.warning("%s; taking the one before it", reason)
-    raise ValueError(reason if len(paths) == 1 else f"{reason}; none of {len(paths)} checkpoints can be read")
+    raise ValueError(
+        reason
+        if len(paths) == 1
+        else f"{reason}; none of {len(paths)} checkpoints can be read"
+    )
 
 
 @contextlib.contextmanager
@@ -200,9 +246,13 @@ def _reading(part):
     try:
         yield
     except Exception as error:
-        while error.__cause__ is not None:      # Orbax wraps what happened in what it was trying
+        while (
+            error.__cause__ is not None
+        ):  # Orbax wraps what happened in what it was trying
             error = error.__cause__
-        if isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)):
+        if isinstance(
+            error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+        ):
             raise error from None
         raise Damaged(f"{part}: {_line(error)}") from None
 
@@ -212,8 +262,10 @@ def _meta(path):
         meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
         version = meta["format"]
     if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, of ladder_jax {meta['ladder_jax']}: "
-                         f"ladder_jax {VERSION} reads up to {FORMAT}")
+        raise ValueError(
+            f"{path} has format {version}, of ladder_jax {meta['ladder_jax']}: "
+            f"ladder_jax {VERSION} reads up to {FORMAT}"
+        )
     return meta
 
 
@@ -226,21 +278,35 @@ def _load(path, abstract_state, data_iterator=None, config=None, cast=False):
     for name, tree in abstract_state.items():
         with _reading(name):
             saved = ocp.metadata(path, checkpointable_name=name).metadata
-            if saved is None:       # Orbax has logged why, in many lines
+            if saved is None:  # Orbax has logged why, in many lines
                 raise ValueError("the description of the arrays cannot be read")
-        wanted[name] = {array: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)
-                                                    or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-                        for array, x in _named(tree).items()}
+        wanted[name] = {
+            array: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=getattr(x, "sharding", None)
+                or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            )
+            for array, x in _named(tree).items()
+        }
         if problem := _misfit(flatten_dict(saved, sep="/"), wanted[name], cast):
-            raise ValueError(f"{path} is a checkpoint of another model or optimizer: {name}/{problem}"
-                             + _differences(meta.get("config"), config))
+            raise ValueError(
+                f"{path} is a checkpoint of another model or optimizer: {name}/{problem}"
+                + _differences(meta.get("config"), config)
+            )
     with _reading("arrays"):
-        loaded = ocp.load_checkpointables(path, {n: unflatten_dict(flat, sep="/") for n, flat in wanted.items()})
+        loaded = ocp.load_checkpointables(
+            path, {n: unflatten_dict(flat, sep="/") for n, flat in wanted.items()}
+        )
     loaded = {name: flatten_dict(tree, sep="/") for name, tree in loaded.items()}
     if data_iterator is not None:
         _move(data_iterator, path)
-    return {name: jax.tree.unflatten(jax.tree.structure(tree), [loaded[name][array] for array in wanted[name]])
-            for name, tree in abstract_state.items()}, meta
+    return {
+        name: jax.tree.unflatten(
+            jax.tree.structure(tree), [loaded[name][array] for array in wanted[name]]
+        )
+        for name, tree in abstract_state.items()
+    }, meta
 
 
 def _move(data_iterator, path):
@@ -248,20 +314,34 @@ def _move(data_iterator, path):
     name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
     with _reading("data"):
         files = sorted(file.name for file in (path / "data").glob("process_*"))
-        position = json.loads((path / "data" / name).read_text()) if name in files or not files else None
+        position = (
+            json.loads((path / "data" / name).read_text())
+            if name in files or not files
+            else None
+        )
     if position is None:
-        raise ValueError(f"{path} has data positions {files}, not {name}: resume with as many processes as saved them")
+        raise ValueError(
+            f"{path} has data positions {files}, not {name}: resume with as many processes as saved them"
+        )
     try:
         data_iterator.set_state(position)
     except Exception as error:
-        raise ValueError(f"the data iterator does not fit the position in {path}: {_line(error)}") from error
+        raise ValueError(
+            f"the data iterator does not fit the position in {path}: {_line(error)}"
+        ) from error
 
 
 def _named(tree):
     """Leaves of a pytree by their path, such as layers/attention/wq: no `.value` of Flax variables, no containers."""
     leaves = tree_leaves_with_path(tree)
-    named = {keystr(path[:-1] if path[-1] == GetAttrKey("value") else path, simple=True, separator="/"): leaf
-             for path, leaf in leaves}
+    named = {
+        keystr(
+            path[:-1] if path[-1] == GetAttrKey("value") else path,
+            simple=True,
+            separator="/",
+        ): leaf
+        for path, leaf in leaves
+    }
     assert len(named) == len(leaves), "two leaves have the same name"
     return named
 
@@ -277,28 +357,42 @@ def _misfit(saved, wanted, cast):
         if jax.numpy.issubdtype(here.dtype, jax.dtypes.prng_key):
             here = jax.eval_shape(jax.random.key_data, here)
         if there.shape != here.shape:
-            return f"{array} has shape {there.shape} in the checkpoint, {here.shape} here"
-        floats = all(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in (there, here))
+            return (
+                f"{array} has shape {there.shape} in the checkpoint, {here.shape} here"
+            )
+        floats = all(
+            jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in (there, here)
+        )
         if there.dtype != here.dtype and not (cast and floats):
             return f"{array} is {there.dtype} in the checkpoint, {here.dtype} here"
 
 
 def _differences(saved, config):
     """Fields of the model and the optimizer that differ between two configurations, as the end of a message."""
-    there, here = (flatten_dict({s: (c or {}).get(s, {}) for s in ("model", "optimizer")}, sep=".")
-                   for c in (saved, config))
-    fields = [f"{name}={there[name]!r} in the checkpoint, {here[name]!r} here"
-              for name in there.keys() & here.keys() if there[name] != here[name]]
+    there, here = (
+        flatten_dict({s: (c or {}).get(s, {}) for s in ("model", "optimizer")}, sep=".")
+        for c in (saved, config)
+    )
+    fields = [
+        f"{name}={there[name]!r} in the checkpoint, {here[name]!r} here"
+        for name in there.keys() & here.keys()
+        if there[name] != here[name]
+    ]
     return f" ({'; '.join(sorted(fields))})" if fields else ""
 
 
 def _line(error):
     """An error's message, on one line and without the source locations that TensorStore appends."""
-    return " ".join(str(error).split(" [source locations=")[0].split())[:300] or type(error).__name__
+    return (
+        " ".join(str(error).split(" [source locations=")[0].split())[:300]
+        or type(error).__name__
+    )
 
 
 def _not_written(path, error):
-    return OSError(f"checkpoint {path} could not be written: {_line(error)}; those before it are as they were")
+    return OSError(
+        f"checkpoint {path} could not be written: {_line(error)}; those before it are as they were"
+    )
 
 
 def _is_news(record):
@@ -312,7 +406,10 @@ logging.getLogger("absl").addFilter(_is_news)
 @contextlib.contextmanager
 def _quiet():
     """Silences what Orbax prints of a damaged checkpoint: many lines, some only when its tasks are collected."""
-    loggers, nothing = [logging.getLogger(name) for name in (None, "absl", "asyncio")], lambda *_: None
+    loggers, nothing = (
+        [logging.getLogger(name) for name in (None, "absl", "asyncio")],
+        lambda *_: None,
+    )
     hooks = sys.unraisablehook, sys.excepthook
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -322,7 +419,7 @@ def _quiet():
         try:
             yield
         except Damaged as error:
-            error.__context__ = None        # it holds the tasks
+            error.__context__ = None  # it holds the tasks
             gc.collect()
             raise
         finally:

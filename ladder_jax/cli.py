@@ -3,6 +3,7 @@
 A user's mistake ends in one line on stderr and status 2; what else fails, in one line and status 1. For the traceback
 behind such a line, set LADDER_JAX_TRACEBACK=1.
 """
+
 import contextlib
 import importlib.metadata
 import io
@@ -22,7 +23,10 @@ from ladder_jax.hardware import distributed, malloc
 @dataclass(frozen=True)
 class TrainArguments:
     """Trains the model of a recipe, a Python file that makes a `config`. Any of its fields can be overridden."""
-    config: Annotated[configuration.Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+
+    config: Annotated[
+        configuration.Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
+    ]
     resume: bool = False
     """Continue the run in train.out from its newest checkpoint; where there is none yet, start it."""
     devices: int | None = None
@@ -41,6 +45,7 @@ class TrainArguments:
 @dataclass(frozen=True)
 class GenerateArguments:
     """Writes the text that a model makes of a prompt, as it is made; or of a file of prompts, many at a time."""
+
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, its checkpoints folder, or one step's."""
     prompt: str = ""
@@ -64,13 +69,16 @@ class GenerateArguments:
     """Devices to spread the model over."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
-    decode: Annotated[configuration.Decode, tyro.conf.arg(name="")] = configuration.Decode(slots=16)
+    decode: Annotated[configuration.Decode, tyro.conf.arg(name="")] = (
+        configuration.Decode(slots=16)
+    )
     """How a file of prompts is decoded."""
 
 
 @dataclass(frozen=True)
 class TokenizerArguments:
     """Trains a byte-level BPE tokenizer on a corpus (its training documents alone)."""
+
     source: tyro.conf.Positional[str]
     """A folder, file or glob of text, or builtin."""
     vocab_size: int = 4096
@@ -82,6 +90,7 @@ class TokenizerArguments:
 @dataclass(frozen=True)
 class PlanArguments:
     """Compiles the program of a recipe for chips that are not here, and shows what its communication hides behind."""
+
     recipe: tyro.conf.Positional[str]
     target: str
     """v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1 (TPU slices), h100:1x8 (nodes x GPUs), ..."""
@@ -108,19 +117,32 @@ class PlanArguments:
 
 def _join(chosen):
     """Joins the other processes where --distributed says so."""
-    place = dict(coordinator=chosen.coordinator, processes=chosen.processes, process=chosen.process)
+    place = dict(
+        coordinator=chosen.coordinator,
+        processes=chosen.processes,
+        process=chosen.process,
+    )
     given = [name for name, value in place.items() if value is not None]
     if chosen.distributed:
         distributed.join(**place)
     elif given:
-        raise ConfigError(f"{given[0]}={place[given[0]]!r} is not accepted without --distributed")
+        raise ConfigError(
+            f"{given[0]}={place[given[0]]!r} is not accepted without --distributed"
+        )
 
 
 def train(arguments):
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            _parse(TrainArguments, arguments, "train RECIPE", TrainArguments(configuration.Config()))
-        raise ConfigError("train takes a recipe first, such as: ladder-jax train configs/demo.py")
+            _parse(
+                TrainArguments,
+                arguments,
+                "train RECIPE",
+                TrainArguments(configuration.Config()),
+            )
+        raise ConfigError(
+            "train takes a recipe first, such as: ladder-jax train configs/demo.py"
+        )
     default = TrainArguments(configuration.from_recipe(arguments[0]))
     chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", default)
     distributed.emulate(chosen.devices)
@@ -129,14 +151,21 @@ def train(arguments):
     import jax
 
     from ladder_jax.train import train as run
+
     done = run(chosen.config, chosen.resume)
     if jax.process_index():
         return None
     if done["stopped"]:
-        again = " ".join(["ladder-jax train", *(a for a in arguments if a != "--resume"), "--resume"])
+        again = " ".join(
+            ["ladder-jax train", *(a for a in arguments if a != "--resume"), "--resume"]
+        )
         return f"stopped by {done['stopped']} at step {done['step']}, saved in {done['out']}: continue with {again}"
     plotted = f", loss curve {done['plot']}" if done["plot"] else ""
-    held_out = f"held-out {done['held_out_bits_per_byte']:.3f} bits per byte, " if "held_out_loss" in done else ""
+    held_out = (
+        f"held-out {done['held_out_bits_per_byte']:.3f} bits per byte, "
+        if "held_out_loss" in done
+        else ""
+    )
     return f"done: {done['step']} steps, {held_out}checkpoints in {done['out']}/checkpoints{plotted}"
 
 
@@ -144,18 +173,39 @@ def generate(arguments):
     chosen = _parse(GenerateArguments, arguments, "generate")
     distributed.emulate(chosen.devices)
     from ladder_jax.loading import load
-    mesh = configuration.Mesh(data=1, tensor=chosen.tensor) if chosen.tensor is not None else None
+
+    mesh = (
+        configuration.Mesh(data=1, tensor=chosen.tensor)
+        if chosen.tensor is not None
+        else None
+    )
     loaded = load(chosen.checkpoint, step=chosen.step, mesh=mesh)
-    options = dict(max_tokens=chosen.max_tokens, temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p,
-                   seed=chosen.seed)
+    options = dict(
+        max_tokens=chosen.max_tokens,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+    )
     if chosen.prompts_file is not None:
         from ladder_jax.serve import offline
         from ladder_jax.serve.engine import Engine
-        engine = Engine(loaded.model, loaded.config.model, loaded.mesh, chosen.decode, loaded.tokenizer)
+
+        engine = Engine(
+            loaded.model,
+            loaded.config.model,
+            loaded.mesh,
+            chosen.decode,
+            loaded.tokenizer,
+        )
         print(engine.report(), file=sys.stderr)
-        made, before, failed = offline.run(engine, chosen.prompts_file, chosen.out, options)
+        made, before, failed = offline.run(
+            engine, chosen.prompts_file, chosen.out, options
+        )
         already = f", {before} were there already" if before else ""
-        return f"done: {made} outputs in {chosen.out}{already}" + (f", {failed} of them errors" if failed else "")
+        return f"done: {made} outputs in {chosen.out}{already}" + (
+            f", {failed} of them errors" if failed else ""
+        )
     for text in loaded.generate(chosen.prompt, **options):
         print(text, end="", flush=True)
     print()
@@ -165,8 +215,11 @@ def tokenizer(arguments):
     chosen = _parse(TokenizerArguments, arguments, "tokenizer")
     from ladder_jax.data import corpus as data
     from ladder_jax.data import tokenizer as tokenizers
+
     if chosen.vocab_size < 260:
-        raise ConfigError(f"vocab_size={chosen.vocab_size} is not accepted: it must be 260 or more")
+        raise ConfigError(
+            f"vocab_size={chosen.vocab_size} is not accepted: it must be 260 or more"
+        )
     source = configuration.Data(source=chosen.source, text_field=chosen.text_field)
     made = tokenizers.train(data.documents(source), chosen.vocab_size)
     made.save(chosen.out)
@@ -176,11 +229,12 @@ def tokenizer(arguments):
 def plan(arguments):
     chosen = _parse(PlanArguments, arguments, "plan")
     from ladder_jax.hardware import aot
+
     aot.prepare()
     with aot.silence():
         from ladder_jax.planner import plan as planner
-        return planner.run(configuration.from_recipe(chosen.recipe), chosen)
 
+        return planner.run(configuration.from_recipe(chosen.recipe), chosen)
 
 
 def bench(arguments):
@@ -188,11 +242,18 @@ def bench(arguments):
     if not arguments or arguments[0] not in names:
         raise ConfigError(f"bench takes what to measure first: {', '.join(names)}")
     import importlib
+
     job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
     job.run(_parse(job.Arguments, arguments[1:], f"bench {arguments[0]}"))
 
 
-COMMANDS = {"train": train, "generate": generate, "tokenizer": tokenizer, "plan": plan, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "generate": generate,
+    "tokenizer": tokenizer,
+    "plan": plan,
+    "bench": bench,
+}
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
@@ -203,7 +264,7 @@ USAGE = """usage: ladder-jax COMMAND ...
 
 Each takes --help."""
 
-SAYS = {    # how tyro says what is wrong, and how it reads here
+SAYS = {  # how tyro says what is wrong, and how it reads here
     r"Missing value for argument '(\S+)'.*": r"\1 takes a value",
     r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)": r"\1 \2: it must be a whole number",
     r"Error parsing (\S+): could not convert string to float: (.*)": r"\1 \2: it must be a number",
@@ -225,16 +286,29 @@ def _parse(kind, arguments, name, default=None):
     except SystemExit as stopped:
         if not stopped.code:
             raise
-    parts = re.split(r"\n *│? *─+ *│? *\n", said.getvalue().partition("\n")[2])     # the frame's title is left out
-    message, *more = (" ".join(line.strip("│╰╯─ ") for line in part.splitlines()).strip() for part in parts)
+    parts = re.split(
+        r"\n *│? *─+ *│? *\n", said.getvalue().partition("\n")[2]
+    )  # the frame's title is left out
+    message, *more = (
+        " ".join(line.strip("│╰╯─ ") for line in part.splitlines()).strip()
+        for part in parts
+    )
     for pattern, reads in SAYS.items():
         if found := re.fullmatch(pattern, message):
             message = found.expand(reads)
             break
-    if close := re.findall(r"--[\w.-]+", more[0]) if more and more[0].startswith("Perhaps") else []:
+    if (
+        close := re.findall(r"--[\w.-]+", more[0])
+        if more and more[0].startswith("Perhaps")
+        else []
+    ):
         message += f": perhaps {' or '.join(close)}"
-    checked = re.fullmatch(r"Error parsing config[.\w-]*: (.*)", message)      # a ConfigError, from inside tyro
-    raise ConfigError(checked[1] if checked else f"{message} (see ladder-jax {name} --help)")
+    checked = re.fullmatch(
+        r"Error parsing config[.\w-]*: (.*)", message
+    )  # a ConfigError, from inside tyro
+    raise ConfigError(
+        checked[1] if checked else f"{message} (see ladder-jax {name} --help)"
+    )
 
 
 def main():
@@ -247,18 +321,40 @@ def main():
         print(f"ladder-jax {importlib.metadata.version('ladder_jax')}")
         return
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # a terminal that cannot show a character ends no run
+        stream.reconfigure(
+            errors="backslashreplace"
+        )  # a terminal that cannot show a character ends no run
     try:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"it is not a command: {', '.join(COMMANDS)} are")
         if said := COMMANDS[arguments[0]](arguments[1:]):
             print(said, flush=True)
-    except BrokenPipeError:         # who reads, such as `head`, has seen enough
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+    except (
+        ValueError,
+        OSError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+        KeyboardInterrupt,
+    ) as error:
         if os.environ.get("LADDER_JAX_TRACEBACK"):
             raise
-        said = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
-        print(f"ladder-jax {arguments[0]}: {said or type(error).__name__}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+        said = (
+            "interrupted"
+            if isinstance(error, KeyboardInterrupt)
+            else " ".join(str(error).split())
+        )
+        print(
+            f"ladder-jax {arguments[0]}: {said or type(error).__name__}",
+            file=sys.stderr,
+        )
+        sys.exit(
+            2
+            if isinstance(error, ConfigError)
+            else 130
+            if isinstance(error, KeyboardInterrupt)
+            else 1
+        )

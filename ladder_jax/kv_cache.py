@@ -6,25 +6,35 @@ S, H], so that attention is one matrix product a head without a transpose on any
 int8 keeps a scale for every token and head (symmetric, absolute maximum), which attention applies to scores and
 weights, so that no wider copy of the cache is ever made.
 """
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}      # bytes an element; int8 adds a float32 scale for every head
+DTYPES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "int8": 1,
+}  # bytes an element; int8 adds a float32 scale for every head
 
 
 class KV(NamedTuple):
     """One layer's keys and values [B, K, S, H], or those of all layers, [L, B, K, S, H]."""
+
     k: jax.Array
     v: jax.Array
-    k_scale: jax.Array | None = None      # int8: [..., B, K, S, 1] float32
+    k_scale: jax.Array | None = None  # int8: [..., B, K, S, 1] float32
     v_scale: jax.Array | None = None
 
 
 def empty(shape, dtype):
     """A KV of zeros; `shape` is that of the keys, `dtype` one of DTYPES."""
-    scales = (jnp.zeros((*shape[:-1], 1), jnp.float32) for _ in range(2)) if dtype == "int8" else (None, None)
+    scales = (
+        (jnp.zeros((*shape[:-1], 1), jnp.float32) for _ in range(2))
+        if dtype == "int8"
+        else (None, None)
+    )
     return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 
@@ -36,13 +46,22 @@ def bytes_per_token(config, dtype):
 
 def write(cache, k_BTKH, v_BTKH, positions_BT):
     """The cache of one layer with these keys and values at these positions; positions outside it are dropped."""
-    rows_B1, heads = jnp.arange(positions_BT.shape[0])[:, None, None], jnp.arange(k_BTKH.shape[2])
-    place = lambda kept, new: kept.at[rows_B1, heads, positions_BT[:, :, None]].set(new.astype(kept.dtype), mode="drop")
+    rows_B1, heads = (
+        jnp.arange(positions_BT.shape[0])[:, None, None],
+        jnp.arange(k_BTKH.shape[2]),
+    )
+    place = lambda kept, new: kept.at[rows_B1, heads, positions_BT[:, :, None]].set(
+        new.astype(kept.dtype), mode="drop"
+    )
     if cache.k_scale is None:
         return KV(place(cache.k, k_BTKH), place(cache.v, v_BTKH))
     (k_BTKH, k_scale), (v_BTKH, v_scale) = quantise(k_BTKH), quantise(v_BTKH)
-    return KV(place(cache.k, k_BTKH), place(cache.v, v_BTKH),
-              place(cache.k_scale, k_scale), place(cache.v_scale, v_scale))
+    return KV(
+        place(cache.k, k_BTKH),
+        place(cache.v, v_BTKH),
+        place(cache.k_scale, k_scale),
+        place(cache.v_scale, v_scale),
+    )
 
 
 def quantise(x):

@@ -1,5 +1,5 @@
 """A checkpoint as a model that is ready for use: the door of notebooks and of the command line."""
-import functools
+
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from ladder_jax.generate import empty_cache, generate, make_forward
 
 class Loaded(NamedTuple):
     """A checkpoint, ready for use: `model` is a Flax module, whose arrays are the parameters."""
+
     model: transformer.Transformer
     config: configuration.Config
     tokenizer: tokenizer.Tokenizer
@@ -27,8 +28,16 @@ class Loaded(NamedTuple):
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         stream = self.tokenizer.stream()
-        for token in generate(self.model, self.config.model, self.mesh, ids, max_tokens=max_tokens,
-                              stop=(self.tokenizer.eos,), vocabulary=self.tokenizer.size, **options):
+        for token in generate(
+            self.model,
+            self.config.model,
+            self.mesh,
+            ids,
+            max_tokens=max_tokens,
+            stop=(self.tokenizer.eos,),
+            vocabulary=self.tokenizer.size,
+            **options,
+        ):
             yield stream.push(token)
         yield stream.flush()
 
@@ -38,8 +47,10 @@ class Loaded(NamedTuple):
         rows = self.mesh.shape[sharding.DATA] * self.mesh.shape[sharding.FSDP]
         cache = empty_cache(self.config.model, self.mesh, rows, len(ids))
         tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
-        logits, _ = make_forward(self.config.model, self.mesh)(self.model, tile(ids), tile(range(len(ids))), cache)
-        return logits[0, :, :self.tokenizer.size], ids
+        logits, _ = make_forward(self.config.model, self.mesh)(
+            self.model, tile(ids), tile(range(len(ids))), cache
+        )
+        return logits[0, :, : self.tokenizer.size], ids
 
 
 def load(path, *, step=None, mesh=None, devices=None):
@@ -61,16 +72,32 @@ def load(path, *, step=None, mesh=None, devices=None):
     if devices is None and -1 not in (mesh.data, mesh.fsdp, mesh.tensor):
         count = mesh.data * mesh.fsdp * mesh.tensor
         if count > jax.device_count():
-            raise ConfigError(f"the mesh needs {count} devices, but there are {jax.device_count()}"
-                              + (f" ({config.model.residual} models keep the mesh.tensor they were trained with)"
-                                 if local else ""))
+            raise ConfigError(
+                f"the mesh needs {count} devices, but there are {jax.device_count()}"
+                + (
+                    f" ({config.model.residual} models keep the mesh.tensor they were trained with)"
+                    if local
+                    else ""
+                )
+            )
         devices = jax.devices()[:count]
     placed = sharding.make_mesh(mesh, devices)
     if local and placed.shape[sharding.TENSOR] != trained:
-        raise ConfigError(f"mesh.tensor={placed.shape[sharding.TENSOR]} is not accepted: this {config.model.residual} "
-                          f"model was trained with mesh.tensor={trained}, and its ranks' streams are a part of it")
-    sharding.check(config.model, placed)
-    abstract = jax.eval_shape(functools.partial(transformer.init, config.model), jax.random.key(0))
-    shardings = sharding.named(placed, sharding.parameter_specs(abstract))
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Loaded(checkpoint.load_model(path, abstract, step), config, tokenizer.from_json(meta["tokenizer"]), placed)
+        raise ConfigError(
+            f"mesh.tensor={placed.shape[sharding.TENSOR]} is not accepted: this {config.model.residual} "
+            f"model was trained with mesh.tensor={trained}, and its ranks' streams are a part of it"
+        )
+    sharding.check_fits(config.model, placed)
+    abstract = transformer.abstract(config.model)
+    shardings = sharding.named_shardings(placed, sharding.parameter_specs(abstract))
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+    return Loaded(
+        checkpoint.load_model(path, abstract, step),
+        config,
+        tokenizer.from_json(meta["tokenizer"]),
+        placed,
+    )

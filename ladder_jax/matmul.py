@@ -1,4 +1,5 @@
 """Matrix products as accelerators like them: operands in the compute dtype, sums in float32, backward pass included."""
+
 from functools import partial
 
 import jax
@@ -10,7 +11,9 @@ def product(spec, a, b):
     """`jnp.einsum(spec, a, b)` of two operands of one dtype, in float32; for code with derivative rules of its own."""
     # float32 operands are meant as float32, also where the hardware would rather round them first (TPU, TF32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    multiply = partial(jnp.einsum, spec, precision=precision, preferred_element_type=jnp.float32)
+    multiply = partial(
+        jnp.einsum, spec, precision=precision, preferred_element_type=jnp.float32
+    )
     left, right, out = spec.replace("->", ",").split(",")
     rows = [letter for letter in left if letter not in right]
     if not rows or any(a.shape[left.index(letter)] != 1 for letter in rows):
@@ -19,6 +22,7 @@ def product(spec, a, b):
     def twice(a, b):
         doubled = jnp.concatenate([a, a], axis=left.index(rows[0]))
         return lax.slice_in_dim(multiply(doubled, b), 0, 1, axis=out.index(rows[0]))
+
     # Two rows are faster than one: XLA:TPU multiplies one row on the vector units, by its own estimate two to four
     # times slower than the matrix units, XLA:CPU one row of bfloat16 number by number.
     slow = ("tpu", "cpu") if a.dtype == jnp.bfloat16 else ("tpu",)
@@ -49,8 +53,10 @@ def _backward(spec, out_dtype, operands, cotangent):
     inputs, out = spec.split("->")
     left, right = inputs.split(",")
     cotangent = cotangent.astype(a.dtype)
-    return (product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
-            product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype))
+    return (
+        product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
+        product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype),
+    )
 
 
 _einsum.defvjp(_forward, _backward)

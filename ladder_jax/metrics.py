@@ -1,4 +1,5 @@
 """What a run leaves to look at: metrics.jsonl, TensorBoard events, a plot of the loss."""
+
 import contextlib
 import json
 import os
@@ -12,7 +13,9 @@ def require_tensorboard():
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ConfigError("train.tensorboard=True needs tensorboardX: pip install 'ladder_jax[tensorboard]'") from None
+        raise ConfigError(
+            "train.tensorboard=True needs tensorboardX: pip install 'ladder_jax[tensorboard]'"
+        ) from None
     return SummaryWriter
 
 
@@ -29,10 +32,17 @@ class Metrics(contextlib.AbstractContextManager):
         with self._naming():
             rows = [row for row in read(self.path) if row["step"] <= resumed_at]
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, self.path)        # a kill leaves the old file or the new one
+            os.replace(
+                temporary, self.path
+            )  # a kill leaves the old file or the new one
             self._file = self.path.open("a", buffering=1)
-        self._board = require_tensorboard()(str(Path(folder) / "tensorboard"),
-                                            purge_step=resumed_at + 1) if tensorboard else None
+        self._board = (
+            require_tensorboard()(
+                str(Path(folder) / "tensorboard"), purge_step=resumed_at + 1
+            )
+            if tensorboard
+            else None
+        )
 
     def write(self, step, **values):
         """One row: `values` at `step`. Out of this process at once, so that a killed run keeps it."""
@@ -47,10 +57,12 @@ class Metrics(contextlib.AbstractContextManager):
         try:
             yield
         except OSError as error:
-            raise OSError(f"{self.path} could not be written: {error.strerror}") from error
+            raise OSError(
+                f"{self.path} could not be written: {error.strerror}"
+            ) from error
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):      # of what `write` has told
+        with contextlib.suppress(OSError):  # of what `write` has told
             self._file.close()
         if self._board:
             self._board.close()
@@ -79,7 +91,12 @@ def plot(folder, title):
     for name, style in (("loss", "-"), ("held_out_loss", "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points), style, label=name.replace("_", " ").replace("held out", "held-out"), markersize=4)
+            axes.plot(
+                *zip(*points),
+                style,
+                label=name.replace("_", " ").replace("held out", "held-out"),
+                markersize=4,
+            )
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ Notation, the same in configs, on the command line and in checkpoints:
     desync:n            one reduction every n blocks (published: 2, 4), with the mean rule for the ranks' streams
     upper-bound         no reduction at all: wrong outputs, the speed that no communication would give
 """
+
 from typing import NamedTuple
 
 ATTENTION, MLP = ("attention",), ("mlp",)
@@ -20,19 +21,25 @@ ATTENTION, MLP = ("attention",), ("mlp",)
 
 class Block(NamedTuple):
     """One block of the residual schedule."""
-    parts: tuple[str, ...]      # what is computed, on one shared norm: ("attention",), ("mlp",) or both
-    delay: int = 0              # how many of the newest partials it does not see
-    reduce: bool = True         # False: the partial stays this rank's own (desync)
+
+    parts: tuple[
+        str, ...
+    ]  # what is computed, on one shared norm: ("attention",), ("mlp",) or both
+    delay: int = 0  # how many of the newest partials it does not see
+    reduce: bool = True  # False: the partial stays this rank's own (desync)
 
 
 class Schedule(NamedTuple):
     """A model's blocks, layer by layer."""
+
     layers: tuple[tuple[Block, ...], ...]
-    local: bool = False         # ranks keep streams of their own between reductions (desync)
+    local: bool = False  # ranks keep streams of their own between reductions (desync)
 
 
-FORMS = ("standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), delays:D,D,... (one a block), "
-         "parallel, desync:N or upper-bound")
+FORMS = (
+    "standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), delays:D,D,... (one a block), "
+    "parallel, desync:N or upper-bound"
+)
 
 
 def parse(notation, layers):
@@ -50,15 +57,21 @@ def parse(notation, layers):
             return _delayed(_ramp(pair * layers))
         case "hybrid":
             chosen = _layers(argument, layers)
-            return _delayed([int(layer in chosen) for layer in range(layers) for _ in range(2)])
+            return _delayed(
+                [int(layer in chosen) for layer in range(layers) for _ in range(2)]
+            )
         case "delays":
             delays = _numbers(argument, "delays:D,D,...")
             if len(delays) != 2 * layers:
-                raise ValueError(f"it names {len(delays)} delays, but {layers} layers have {2 * layers} blocks")
+                raise ValueError(
+                    f"it names {len(delays)} delays, but {layers} layers have {2 * layers} blocks"
+                )
             for block, (before, delay) in enumerate(zip([-1] + delays, delays)):
                 if block and delay > before + 1:
-                    raise ValueError(f"block {block} has delay {delay} after {before}, but a delay can grow by at most "
-                                     "one a block: a block does not read an older stream than the one before it")
+                    raise ValueError(
+                        f"block {block} has delay {delay} after {before}, but a delay can grow by at most "
+                        "one a block: a block does not read an older stream than the one before it"
+                    )
             return _delayed(delays)
         case "parallel":
             return Schedule(((Block(ATTENTION + MLP),),) * layers)
@@ -66,7 +79,10 @@ def parse(notation, layers):
             numbers = _numbers(argument, "desync:N")
             if len(numbers) != 1 or numbers[0] < 1:
                 raise ValueError("desync:N takes one number of blocks, 1 or more")
-            return _desync(lambda block: (block + 1) % numbers[0] == 0 or block == 2 * layers - 1, layers)
+            return _desync(
+                lambda block: (block + 1) % numbers[0] == 0 or block == 2 * layers - 1,
+                layers,
+            )
         case "upper-bound":
             return _desync(lambda block: False, layers)
     raise ValueError(f"it must be {FORMS}")
@@ -86,8 +102,13 @@ def _ramp(delays):
 
 
 def _desync(reduces, layers):
-    return Schedule(tuple((Block(ATTENTION, 0, reduces(2 * i)), Block(MLP, 0, reduces(2 * i + 1)))
-                          for i in range(layers)), local=True)
+    return Schedule(
+        tuple(
+            (Block(ATTENTION, 0, reduces(2 * i)), Block(MLP, 0, reduces(2 * i + 1)))
+            for i in range(layers)
+        ),
+        local=True,
+    )
 
 
 def _numbers(text, form):

@@ -5,12 +5,13 @@ this file names. A value is a *partial* over the tensor axis when the true value
 
 Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
 shard, so that the sum that ends a block passes its cotangent through (reductions.reduce), and the cotangents that the
-shards' column-parallel matmuls send back to the stream that they share are partials (reductions.replicate sums them).
+shards' column-parallel matmuls send back to the stream that they share are partials (reductions.copy_to_tensor_axis sums them).
 So follows one rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over
 (`sum_gradients`).
 `check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
 equality with a single-device reference is tested on every mesh shape instead.
 """
+
 import math
 from functools import partial
 
@@ -23,35 +24,48 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax.config import ConfigError
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")     # always all three, of size 1 where unused
-BATCH = (DATA, FSDP)                                       # the axes over which sequences are divided
+DATA, FSDP, TENSOR = AXES = (
+    "data",
+    "fsdp",
+    "tensor",
+)  # always all three, of size 1 where unused
+BATCH_AXES = (DATA, FSDP)  # the axes over which sequences are divided
 
 # Dimensions, by the field of config.Model that gives their size.
-DIMS = {"V": "vocab_size", "D": "dim", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "ffn_dim"}
+DIMS = {
+    "V": "vocab_size",
+    "D": "dim",
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "F": "ffn_dim",
+}
 
-PARAMETERS = {                                   # dimension -> mesh axis; layers stack a dimension before these
-    "embedding":        dict(V=TENSOR, D=FSDP),
-    "attention.norm":   dict(D=None),
-    "attention.wq":     dict(D=FSDP, N=TENSOR, H=None),
-    "attention.wk":     dict(D=FSDP, K=TENSOR, H=None),
-    "attention.wv":     dict(D=FSDP, K=TENSOR, H=None),
-    "attention.bq":     dict(N=TENSOR, H=None),
-    "attention.bk":     dict(K=TENSOR, H=None),
-    "attention.bv":     dict(K=TENSOR, H=None),
+PARAMETERS = {  # dimension -> mesh axis; layers stack a dimension before these
+    "embedding": dict(V=TENSOR, D=FSDP),
+    "attention.norm": dict(D=None),
+    "attention.wq": dict(D=FSDP, N=TENSOR, H=None),
+    "attention.wk": dict(D=FSDP, K=TENSOR, H=None),
+    "attention.wv": dict(D=FSDP, K=TENSOR, H=None),
+    "attention.bq": dict(N=TENSOR, H=None),
+    "attention.bk": dict(K=TENSOR, H=None),
+    "attention.bv": dict(K=TENSOR, H=None),
     "attention.q_norm": dict(H=None),
     "attention.k_norm": dict(H=None),
-    "attention.wo":     dict(N=TENSOR, H=None, D=FSDP),
-    "mlp.norm":         dict(D=None),
-    "mlp.gate":         dict(D=FSDP, F=TENSOR),
-    "mlp.up":           dict(D=FSDP, F=TENSOR),
-    "mlp.down":         dict(F=TENSOR, D=FSDP),
-    "norm":             dict(D=None),
-    "unembedding":      dict(D=FSDP, V=TENSOR),
+    "attention.wo": dict(N=TENSOR, H=None, D=FSDP),
+    "mlp.norm": dict(D=None),
+    "mlp.gate": dict(D=FSDP, F=TENSOR),
+    "mlp.up": dict(D=FSDP, F=TENSOR),
+    "mlp.down": dict(F=TENSOR, D=FSDP),
+    "norm": dict(D=None),
+    "unembedding": dict(D=FSDP, V=TENSOR),
 }
-TOKENS = P(BATCH, None)                              # B T: ids, targets, segments, positions, weights
-LOGITS = P(BATCH, None, TENSOR)                      # B T V
-CACHE = P(None, BATCH, TENSOR, None, None)           # L B K S H: keys and values of past tokens
-REPLICATED = P()                                     # scalars: loss, counts
+TOKENS = P(BATCH_AXES, None)  # B T: ids, targets, segments, positions, weights
+LOGITS = P(BATCH_AXES, None, TENSOR)  # B T V
+CACHE = P(
+    None, BATCH_AXES, TENSOR, None, None
+)  # L B K S H: keys and values of past tokens
+REPLICATED = P()  # scalars: loss, counts
 
 
 def make_mesh(config, devices=None):
@@ -62,15 +76,30 @@ def make_mesh(config, devices=None):
     text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if -1 in sizes.values():
         if len(devices) % given:
-            raise ConfigError(f"mesh {text} does not divide the {len(devices)} devices: "
-                              "choose sizes whose product does")
-        sizes = {axis: len(devices) // given if size == -1 else size for axis, size in sizes.items()}
+            raise ConfigError(
+                f"mesh {text} does not divide the {len(devices)} devices: "
+                "choose sizes whose product does"
+            )
+        sizes = {
+            axis: len(devices) // given if size == -1 else size
+            for axis, size in sizes.items()
+        }
     elif given != len(devices):
-        raise ConfigError(f"mesh {text} has {given} devices, but there are {len(devices)}: "
-                          "change a size, or set one to -1 for the rest")
+        raise ConfigError(
+            f"mesh {text} has {given} devices, but there are {len(devices)}: "
+            "change a size, or set one to -1 for the rest"
+        )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
-    if devices[0].platform == "tpu" and sizes[FSDP] == 1 and sizes[TENSOR].bit_count() == 1:
-        return jax.sharding.Mesh(np.array(_in_blocks(devices, sizes[TENSOR])).reshape(shape), AXES, axis_types=types)
+    if (
+        devices[0].platform == "tpu"
+        and sizes[FSDP] == 1
+        and sizes[TENSOR].bit_count() == 1
+    ):
+        return jax.sharding.Mesh(
+            np.array(_in_blocks(devices, sizes[TENSOR])).reshape(shape),
+            AXES,
+            axis_types=types,
+        )
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
@@ -83,9 +112,13 @@ def _in_blocks(devices, tensor):
     to neighbour. jax.make_mesh lays a tensor axis of 8 on a line instead, and the other axes on whole dimensions:
     better where parameters are gathered over them in every layer (fsdp).
     """
-    def place(device):      # Z-order; a host's chips are neighbours in x and y
+
+    def place(device):  # Z-order; a host's chips are neighbours in x and y
         core, (x, y, z) = getattr(device, "core_on_chip", 0), device.coords
-        return getattr(device, "slice_index", 0), [c >> k & 1 for k in range(8)[::-1] for c in (z, y, x, core)]
+        return getattr(device, "slice_index", 0), [
+            c >> k & 1 for k in range(8)[::-1] for c in (z, y, x, core)
+        ]
+
     near = sorted(devices, key=place)
     return [near[i - i % tensor + gray(i % tensor)] for i in range(len(near))]
 
@@ -95,18 +128,22 @@ def gray(index):
     return index ^ index >> 1
 
 
-def check(model, mesh, batch=None):
+def check_fits(model, mesh, batch=None):
     """Raises ConfigError where `model` (config.Model) or a batch of sequences does not divide over `mesh`."""
     for name, dims in PARAMETERS.items():
         for dim, axis in dims.items():
             size = getattr(model, DIMS[dim])
             if axis and size % mesh.shape[axis]:
-                raise ConfigError(f"model.{DIMS[dim]}={size} does not divide by mesh.{axis}={mesh.shape[axis]} "
-                                  f"(parameter {name}): choose a mesh.{axis} that divides it")
+                raise ConfigError(
+                    f"model.{DIMS[dim]}={size} does not divide by mesh.{axis}={mesh.shape[axis]} "
+                    f"(parameter {name}): choose a mesh.{axis} that divides it"
+                )
     rows = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch is not None and batch % rows:
-        raise ConfigError(f"a batch of {batch} sequences (train.global_batch / train.grad_accum_steps) does not divide by "
-                          f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}")
+        raise ConfigError(
+            f"a batch of {batch} sequences (train.global_batch / train.grad_accum_steps) does not divide by "
+            f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}"
+        )
 
 
 def data_shard(mesh):
@@ -120,15 +157,22 @@ def data_shard(mesh):
             shares.setdefault(device.process_index, set()).add(row)
     distinct = sorted({tuple(sorted(rows)) for rows in shares.values()})
     if sum(map(len, distinct)) != mesh.shape[DATA] * mesh.shape[FSDP]:
-        raise ConfigError(f"the mesh divides a batch's rows unevenly over {len(shares)} processes: "
-                          "choose mesh.tensor so that it divides, or is a multiple of, the devices of a process")
+        raise ConfigError(
+            f"the mesh divides a batch's rows unevenly over {len(shares)} processes: "
+            "choose mesh.tensor so that it divides, or is a multiple of, the devices of a process"
+        )
     return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
 
 
 def _name(path):
     """('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'."""
-    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
-    return ".".join(key for key in keys if key not in ("layers", "value") and not key.isdigit())
+    keys = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", ""))))
+        for key in path
+    ]
+    return ".".join(
+        key for key in keys if key not in ("layers", "value") and not key.isdigit()
+    )
 
 
 def parameter_names(model):
@@ -138,23 +182,32 @@ def parameter_names(model):
 
 def parameter_specs(model):
     """`model`'s tree with a PartitionSpec for every parameter."""
+
     def spec(path, leaf):
         dims = PARAMETERS[_name(path)]
         return P(*(None,) * (leaf.ndim - len(dims)), *dims.values())
+
     return jax.tree_util.tree_map_with_path(spec, model)
 
 
-def named(mesh, specs):
+def named_shardings(mesh, specs):
     """A tree of NamedSharding from a tree of PartitionSpec."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
 
 
 def shard_map(function, mesh, in_specs, out_specs):
     """`jax.shard_map` over the whole mesh with this file's derivative rules in place of JAX's types (see the top)."""
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 # The collectives. Each is called inside `shard_map`, on local shards.
+
 
 def largest(value):
     """The elementwise maximum over the tensor axis, a constant for derivatives."""
@@ -166,8 +219,14 @@ def _gather(shard, dim, dtype):
     return lax.all_gather(shard.astype(dtype), FSDP, axis=dim, tiled=True)
 
 
-def _scatter(dim, dtype, _, cotangent):    # gradients are summed over data shards in float32
-    return (lax.psum_scatter(cotangent.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True),)
+def _scatter(
+    dim, dtype, _, cotangent
+):  # gradients are summed over data shards in float32
+    return (
+        lax.psum_scatter(
+            cotangent.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True
+        ),
+    )
 
 
 _gather.defvjp(lambda shard, dim, dtype: (_gather(shard, dim, dtype), None), _scatter)
@@ -183,16 +242,27 @@ def gather_parameters(module, dtype, prefix=""):
 
     def gather(path, leaf):
         name = _name(path)
-        axes = list(PARAMETERS[f"{prefix}.{name}" if prefix and name else name or prefix].values())
+        axes = list(
+            PARAMETERS[
+                f"{prefix}.{name}" if prefix and name else name or prefix
+            ].values()
+        )
         return _gather(leaf, axes.index(FSDP), dtype) if FSDP in axes else leaf
+
     return jax.tree_util.tree_map_with_path(gather, module)
 
 
 def sum_gradients(gradients, specs):
     """`gradients` summed over every axis that their parameter is not sharded over (`specs`: see `parameter_specs`)."""
+
     def total(gradient, spec):
-        missing = tuple(axis for axis in AXES if axis not in spec and axis_size(axis) > 1)
-        return lax.psum(gradient, missing) if missing else gradient     # XLA on CPUs copies for a sum of one
+        missing = tuple(
+            axis for axis in AXES if axis not in spec and axis_size(axis) > 1
+        )
+        return (
+            lax.psum(gradient, missing) if missing else gradient
+        )  # XLA on CPUs copies for a sum of one
+
     return jax.tree.map(total, gradients, specs)
 
 
@@ -213,7 +283,11 @@ def axis_size(axis):
 
 def gather_vocabulary(logits):
     """The whole vocabulary's logits [..., V] on every tensor shard, from the shards' own."""
-    return logits if axis_size(TENSOR) == 1 else lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
+    return (
+        logits
+        if axis_size(TENSOR) == 1
+        else lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
+    )
 
 
 def vocabulary_offset(local_size):

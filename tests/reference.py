@@ -3,6 +3,7 @@
 Written against the equations (Ladder Residual, arXiv 2501.06589: eq. 1, eq. 2; GPT-J/PaLM parallel blocks; desync
 residual with the mean rule), not against ladder_jax: only the parameter tree is shared.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +15,26 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:     # Llama 3.1: three bands of wavelengths
+    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
         s = config.rope_scaling
         wavelength = 2 * jnp.pi / frequency
-        smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = (s.original_length / wavelength - s.low_freq_factor) / (
+            s.high_freq_factor - s.low_freq_factor
+        )
         middle = (1 - smooth) * frequency / s.factor + smooth * frequency
-        frequency = jnp.where(wavelength > s.original_length / s.low_freq_factor, frequency / s.factor,
-                              jnp.where(wavelength < s.original_length / s.high_freq_factor, frequency, middle))
+        frequency = jnp.where(
+            wavelength > s.original_length / s.low_freq_factor,
+            frequency / s.factor,
+            jnp.where(
+                wavelength < s.original_length / s.high_freq_factor, frequency, middle
+            ),
+        )
     angle = positions_T[:, None] * frequency
     cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
 
 
 def share(size, ranks, rank):
@@ -41,11 +51,18 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
     if p.bq is not None:
         q, k, v = q + p.bq[...], k + p.bk[...], v + p.bv[...]
     if p.q_norm is not None:
-        q, k = norm(q, p.q_norm[...], config.norm_eps), norm(k, p.k_norm[...], config.norm_eps)
+        q, k = (
+            norm(q, p.q_norm[...], config.norm_eps),
+            norm(k, p.k_norm[...], config.norm_eps),
+        )
     q, k = rope(q, positions_T, config), rope(k, positions_T, config)
-    k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))         # every query head its own copy
+    k, v = (
+        jnp.repeat(x, N // K, axis=1) for x in (k, v)
+    )  # every query head its own copy
     T = len(q)
-    allowed = jnp.tril(jnp.ones((T, T), bool)) & (segments_T[:, None] == segments_T[None])
+    allowed = jnp.tril(jnp.ones((T, T), bool)) & (
+        segments_T[:, None] == segments_T[None]
+    )
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
     heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
@@ -61,8 +78,12 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
     """The final residual stream [T, D]; `ranks` matters to desync alone."""
     x = model.embedding[...][tokens_T]
     eps = config.norm_eps
-    layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)]
-    attend = lambda p, u, **rank: attention(p, u, positions_T, segments_T, config, **rank)
+    layers = [
+        jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
+    ]
+    attend = lambda p, u, **rank: attention(
+        p, u, positions_T, segments_T, config, **rank
+    )
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
@@ -77,34 +98,53 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
             x = x + attend(layer.attention, u) + mlp(layer.mlp, u, config)
         return x
 
-    if kind == "hybrid":     # the two accumulated streams of the published conversion code, facts as in the paper
+    if (
+        kind == "hybrid"
+    ):  # the two accumulated streams of the published conversion code, facts as in the paper
         attention_stream = mlp_stream = x
         for i, layer in enumerate(layers):
             if i in parse_layers(argument, config.layers):
                 previous = mlp_stream
                 attention_stream = previous + attend(
-                    layer.attention, norm(attention_stream, layer.attention.norm[...], eps))
-                mlp_stream = attention_stream + mlp(layer.mlp, norm(previous, layer.mlp.norm[...], eps), config)
+                    layer.attention,
+                    norm(attention_stream, layer.attention.norm[...], eps),
+                )
+                mlp_stream = attention_stream + mlp(
+                    layer.mlp, norm(previous, layer.mlp.norm[...], eps), config
+                )
             else:
                 attention_stream = mlp_stream + attend(
-                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps))
+                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
+                )
                 mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps), config)
+                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps), config
+                )
         return mlp_stream
 
-    if kind in ("ladder", "delays"):      # x_i = h_i(x_{i-1-delay_i}) + x_{i-1}
+    if kind in ("ladder", "delays"):  # x_i = h_i(x_{i-1-delay_i}) + x_{i-1}
         delays = [int(d) for d in argument.split(",")] if argument else [1, 1]
         delays = delays * (config.layers if len(delays) == 2 else 1)
-        history = [x]                     # the stream after 0, 1, 2, ... blocks
+        history = [x]  # the stream after 0, 1, 2, ... blocks
         for i, layer in enumerate(layers):
             for part, block in (("attention", 2 * i), ("mlp", 2 * i + 1)):
-                delay = delays[block] if kind == "delays" or block else min(delays[block], block)
-                if kind == "ladder" and block:        # a delay rises by at most one a block
+                delay = (
+                    delays[block]
+                    if kind == "delays" or block
+                    else min(delays[block], block)
+                )
+                if kind == "ladder" and block:  # a delay rises by at most one a block
                     delay = delays[block] = min(delays[block], delays[block - 1] + 1)
                 seen = history[max(block - delay, 0)]
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
-                history.append(history[-1] + (attend(module, u) if part == "attention" else mlp(module, u, config)))
+                history.append(
+                    history[-1]
+                    + (
+                        attend(module, u)
+                        if part == "attention"
+                        else mlp(module, u, config)
+                    )
+                )
         return history[-1]
 
     if kind == "desync":
@@ -117,7 +157,11 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 for rank in range(ranks):
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
-                    outputs.append(attend(module, u, **own) if part == "attention" else mlp(module, u, config, **own))
+                    outputs.append(
+                        attend(module, u, **own)
+                        if part == "attention"
+                        else mlp(module, u, config, **own)
+                    )
                 if (block + 1) % every == 0 or block == blocks - 1:
                     total = sum(outputs) + sum(copies) / ranks
                     copies = [total] * ranks
@@ -138,14 +182,28 @@ def parse_layers(text, count):
 
 
 def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):
-    x = norm(stream(model, config, tokens_T, positions_T, segments_T, ranks), model.norm[...], config.norm_eps)
-    return x @ (model.embedding[...].T if model.unembedding is None else model.unembedding[...])
+    x = norm(
+        stream(model, config, tokens_T, positions_T, segments_T, ranks),
+        model.norm[...],
+        config.norm_eps,
+    )
+    return x @ (
+        model.embedding[...].T if model.unembedding is None else model.unembedding[...]
+    )
 
 
 def loss(model, config, batch, ranks=1):
     """The weighted mean cross-entropy of a batch of packed rows, nats a token."""
+
     def row(tokens_T, positions_T, segments_T, targets_T, weights_T):
-        logp_TV = jax.nn.log_softmax(logits(model, config, tokens_T, positions_T, segments_T, ranks))
-        return -jnp.sum(jnp.take_along_axis(logp_TV, targets_T[:, None], axis=-1)[:, 0] * weights_T)
+        logp_TV = jax.nn.log_softmax(
+            logits(model, config, tokens_T, positions_T, segments_T, ranks)
+        )
+        return -jnp.sum(
+            jnp.take_along_axis(logp_TV, targets_T[:, None], axis=-1)[:, 0] * weights_T
+        )
+
     names = ("tokens", "positions", "segments", "targets", "weights")
-    return jax.vmap(row)(*(batch[name] for name in names)).sum() / batch["weights"].sum()
+    return (
+        jax.vmap(row)(*(batch[name] for name in names)).sum() / batch["weights"].sum()
+    )

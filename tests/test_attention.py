@@ -1,4 +1,5 @@
 """Attention: every kernel against a loop over tokens, gradients included; and the matrix products under it."""
+
 import functools
 from unittest import mock
 
@@ -10,27 +11,37 @@ import pytest
 from ladder_jax import attention, config, kv_cache
 from ladder_jax.matmul import einsum
 
-FAST = {} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0}     # to compile, not to run
-HEADS = [(4, 4), (4, 2), (6, 1)]     # query and key-value heads
+FAST = (
+    {} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0}
+)  # to compile, not to run
+HEADS = [(4, 4), (4, 2), (6, 1)]  # query and key-value heads
 
 
 def inputs(B=2, T=10, N=4, K=2, H=8, dtype=jnp.float32):
     """Queries, keys, values, and the segment numbers of packed rows: a row of one document, then rows of several."""
     random = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(random.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K))
+    q, k, v = (
+        jnp.asarray(random.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K)
+    )
     segments = np.sort(random.integers(0, 4, (B, T)), axis=1)
     segments[0] = 1
-    assert (segments[1:] != segments[1:, :1]).any(), "the other rows should hold several documents"
+    assert (segments[1:] != segments[1:, :1]).any(), (
+        "the other rows should hold several documents"
+    )
     return q, k, v, jnp.asarray(segments, jnp.int32)
 
 
 def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     """Attention written for reading: one softmax for every row, head and token."""
-    q, k, v, segments = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH, segments_BT))
+    q, k, v, segments = (
+        np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    )
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
         seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        head = n * k.shape[2] // q.shape[2]               # consecutive query heads share a key-value head
+        head = (
+            n * k.shape[2] // q.shape[2]
+        )  # consecutive query heads share a key-value head
         scores = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ v[b, seen, head] / weights.sum()
@@ -45,40 +56,68 @@ def value_and_gradients(attend, q, k, v, segments):
     def both(q, k, v):
         out, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
         return out, *back(probe)
+
     return both(q, k, v)
 
 
 def assert_close(got, expected, tolerance, what):
-    for name, a, b in zip(("output", "query gradient", "key gradient", "value gradient"), got, expected):
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {name} is {a.dtype}{a.shape}"
+    for name, a, b in zip(
+        ("output", "query gradient", "key gradient", "value gradient"), got, expected
+    ):
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"{what}: {name} is {a.dtype}{a.shape}"
+        )
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         error = np.abs(a - b).max() / np.abs(b).max()
-        assert error <= tolerance, f"{what}: the {name} differs by {error:.1e} of its largest value"
+        assert error <= tolerance, (
+            f"{what}: the {name} differs by {error:.1e} of its largest value"
+        )
 
 
 @pytest.mark.parametrize("N, K", HEADS)
 def test_plain_attention_is_the_loop(N, K):
     tensors = inputs(N=N, K=K)
-    np.testing.assert_allclose(attention.attend(*tensors), looped(*tensors), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        attention.attend(*tensors), looped(*tensors), rtol=0, atol=2e-6
+    )
 
 
-@pytest.mark.parametrize("N, K, T", [(4, 2, 384), pytest.param(4, 1, 512, marks=pytest.mark.slow),
-                                     pytest.param(2, 2, 128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "N, K, T",
+    [
+        (4, 2, 384),
+        pytest.param(4, 1, 512, marks=pytest.mark.slow),
+        pytest.param(2, 2, 128, marks=pytest.mark.slow),
+    ],
+)
 def test_splash_in_pallas_interpret_mode_is_plain(N, K, T):
     """384 tokens are three blocks: some above the diagonal, some on it, some with segments that end inside."""
     tensors = inputs(N=N, K=K, T=T, H=16)
     splash = functools.partial(attention._splash, interpret=True)
-    assert_close(value_and_gradients(splash, *tensors), value_and_gradients(attention.attend, *tensors), 2e-5,
-                 f"splash, {N} query and {K} key-value heads, {T} tokens")
+    assert_close(
+        value_and_gradients(splash, *tensors),
+        value_and_gradients(attention.attend, *tensors),
+        2e-5,
+        f"splash, {N} query and {K} key-value heads, {T} tokens",
+    )
 
 
 def test_splash_does_not_repeat_keys_and_values():
     q, k, v, segments = inputs(N=8, K=2, T=128, H=16)
-    made = jax.make_jaxpr(functools.partial(attention._splash, interpret=True))(q, k, v, segments)
-    calls = [eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"]
+    made = jax.make_jaxpr(functools.partial(attention._splash, interpret=True))(
+        q, k, v, segments
+    )
+    calls = [
+        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
+    ]
     shapes = [var.aval.shape for eqn in calls for var in eqn.invars]
-    assert calls and shapes.count((2, 8, 128, 16)) == 1 and shapes.count((2, 2, 128, 16)) == 2, (
-        f"the kernel should take 8 query heads, and 2 key and value heads as they are; it takes {shapes}")
+    assert (
+        calls
+        and shapes.count((2, 8, 128, 16)) == 1
+        and shapes.count((2, 2, 128, 16)) == 2
+    ), (
+        f"the kernel should take 8 query heads, and 2 key and value heads as they are; it takes {shapes}"
+    )
 
 
 def test_cudnn_gets_arguments_that_mean_the_same():
@@ -89,28 +128,47 @@ def test_cudnn_gets_arguments_that_mean_the_same():
     def anywhere(*args, implementation, **kwargs):
         implementations.append(implementation)
         return original(*args, implementation="xla", **kwargs)
+
     with mock.patch.object(jax.nn, "dot_product_attention", anywhere):
-        got = value_and_gradients(functools.partial(attention.attend, kernel="cudnn"), *tensors)
+        got = value_and_gradients(
+            functools.partial(attention.attend, kernel="cudnn"), *tensors
+        )
     assert set(implementations) == {"cudnn"}
-    assert_close(got, value_and_gradients(attention.attend, *tensors), 1e-5, "cudnn's arguments")
+    assert_close(
+        got, value_and_gradients(attention.attend, *tensors), 1e-5, "cudnn's arguments"
+    )
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU (run with JAX_PLATFORMS=cuda)")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu",
+    reason="cuDNN needs an NVIDIA GPU (run with JAX_PLATFORMS=cuda)",
+)
 @pytest.mark.parametrize("N, K, H", [(4, 4, 64), (4, 2, 128), (4, 1, 8), (4, 2, 72)])
 def test_cudnn_is_plain(N, K, H):
     tensors = inputs(N=N, K=K, T=64, H=H, dtype=jnp.bfloat16)
     settings = config.Model(heads=N, kv_heads=K, head_dim=H)
     assert attention.kernel_for("gpu", settings, 64) == "cudnn"
-    got = value_and_gradients(functools.partial(attention.attend, kernel="cudnn"), *tensors)
+    got = value_and_gradients(
+        functools.partial(attention.attend, kernel="cudnn"), *tensors
+    )
     assert_close(got, value_and_gradients(attention.attend, *tensors), 2e-2, "cudnn")
 
 
-@pytest.mark.parametrize("platform, length, settings, expected", [
-    ("tpu", 2048, {}, "splash"), ("tpu", 128, dict(dtype="float32"), "splash"), ("tpu", 100, {}, "xla"),
-    ("gpu", 2048, {}, "cudnn"), ("gpu", 2048, dict(head_dim=128), "cudnn"), ("gpu", 100, {}, "cudnn"),
-    ("gpu", 2048, dict(dtype="float32"), "xla"), ("gpu", 2048, dict(head_dim=12), "xla"),
-    ("gpu", 2048, dict(head_dim=264), "xla"), ("cpu", 2048, {}, "xla"),
-])
+@pytest.mark.parametrize(
+    "platform, length, settings, expected",
+    [
+        ("tpu", 2048, {}, "splash"),
+        ("tpu", 128, dict(dtype="float32"), "splash"),
+        ("tpu", 100, {}, "xla"),
+        ("gpu", 2048, {}, "cudnn"),
+        ("gpu", 2048, dict(head_dim=128), "cudnn"),
+        ("gpu", 100, {}, "cudnn"),
+        ("gpu", 2048, dict(dtype="float32"), "xla"),
+        ("gpu", 2048, dict(head_dim=12), "xla"),
+        ("gpu", 2048, dict(head_dim=264), "xla"),
+        ("cpu", 2048, {}, "xla"),
+    ],
+)
 def test_the_kernel_is_one_that_takes_the_model(platform, length, settings, expected):
     """cuDNN takes bfloat16 and heads of a multiple of 8, up to 128 (jax._src.cudnn, check_is_flash_attention)."""
     assert attention.kernel_for(platform, config.Model(**settings), length) == expected
@@ -125,7 +183,9 @@ def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
     positions = jnp.array([[3, 4, 5], [7, 8, 9]])
     rows = jnp.arange(2)[:, None]
     heads_first = lambda x: cached(x).transpose(0, 2, 1, 3)
-    got = attention.attend_cache(q[rows, positions], kv_cache.KV(heads_first(k), heads_first(v)), positions)
+    got = attention.attend_cache(
+        q[rows, positions], kv_cache.KV(heads_first(k), heads_first(v)), positions
+    )
     np.testing.assert_allclose(got, whole[rows, positions], rtol=0, atol=1e-6)
 
 
@@ -134,7 +194,9 @@ def test_rotary_turns_scores_into_functions_of_distance():
     q, k, _, _ = inputs(N=1, K=1, H=8)
     q, k = q[:1, :1], k[:1, :1]
     score = lambda i, j: jnp.sum(turn(q, i) * turn(k, j))
-    turn = lambda x, at: attention.rotate(x, attention.rotary(jnp.full((1, 1), at), 8, 100.0))
+    turn = lambda x, at: attention.rotate(
+        x, attention.rotary(jnp.full((1, 1), at), 8, 100.0)
+    )
     np.testing.assert_array_equal(turn(q, 0), q)
     np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
@@ -142,15 +204,22 @@ def test_rotary_turns_scores_into_functions_of_distance():
 
 def test_rope_scaling_is_llama_3_1s():
     """Short wavelengths stay, long ones are stretched by the factor (Hugging Face's _compute_llama3_parameters)."""
-    scaling = config.RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    scaling = config.RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
+    )
     theta, H = 5e5, 128
     base = theta ** -(np.arange(0, H, 2) / H)
     expected = []
     for frequency in base:
         wavelength = 2 * np.pi / frequency
         smooth = (8192 / wavelength - 1) / (4 - 1)
-        expected.append(frequency if wavelength < 8192 / 4 else frequency / 8 if wavelength > 8192 else
-                        (1 - smooth) * frequency / 8 + smooth * frequency)
+        expected.append(
+            frequency
+            if wavelength < 8192 / 4
+            else frequency / 8
+            if wavelength > 8192
+            else (1 - smooth) * frequency / 8 + smooth * frequency
+        )
     _, sine = attention.rotary(jnp.ones((1, 1), jnp.int32), H, theta, scaling)
     np.testing.assert_allclose(sine[0, 0, 0], np.sin(expected), rtol=2e-5)
     assert expected[0] == base[0] and expected[-1] == base[-1] / 8
@@ -158,23 +227,34 @@ def test_rope_scaling_is_llama_3_1s():
 
 # ---------------------------------------------------------------- matrix products
 
+
 def equations(jaxpr):
     """Every equation of a jaxpr and of those inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             if hasattr(inner, "eqns"):
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
-PRODUCTS = ["btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv", "btkgh,bskh->bkgts", "bkgts,bskh->btkgh"]
+PRODUCTS = [
+    "btd,dnh->btnh",
+    "btnh,nhd->btd",
+    "btd,vd->btv",
+    "btkgh,bskh->bkgts",
+    "bkgts,bskh->btkgh",
+]
 SIZES = dict(b=2, t=3, s=4, d=5, n=2, h=6, v=7, k=2, g=3)
 
 
 def operands(spec, a_dtype, b_dtype):
     random = np.random.default_rng(0)
-    return [jnp.asarray(random.normal(size=[SIZES[d] for d in dims]), dtype)
-            for dims, dtype in zip(spec.split("->")[0].split(","), (a_dtype, b_dtype))]
+    return [
+        jnp.asarray(random.normal(size=[SIZES[d] for d in dims]), dtype)
+        for dims, dtype in zip(spec.split("->")[0].split(","), (a_dtype, b_dtype))
+    ]
 
 
 @pytest.mark.parametrize("spec", PRODUCTS)
@@ -184,27 +264,46 @@ def test_einsum_is_jnps_in_float32_gradients_too(spec):
     got, our_back = jax.vjp(lambda a, b: einsum(spec, a, b), a, b)
     for ours, theirs in zip((got, *our_back(expected)), (expected, *back(expected))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    precisions = [eqn.params["precision"] for eqn in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
-                  if eqn.primitive.name == "dot_general"]
-    assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, f"TPUs and TF32 would round float32: {precisions}"
+    precisions = [
+        eqn.params["precision"]
+        for eqn in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, (
+        f"TPUs and TF32 would round float32: {precisions}"
+    )
 
 
 @pytest.mark.parametrize("spec", PRODUCTS)
 @pytest.mark.parametrize("out_dtype", [None, jnp.float32])
 def test_einsum_multiplies_bfloat16_and_sums_in_float32(spec, out_dtype):
-    a, b = operands(spec, jnp.bfloat16, jnp.float32)     # activations, and a float32 parameter
+    a, b = operands(
+        spec, jnp.bfloat16, jnp.float32
+    )  # activations, and a float32 parameter
+
     def both(a, b):
         out, back = jax.vjp(lambda a, b: einsum(spec, a, b, out_dtype), a, b)
         return out, *back(out)
+
     out, a_bar, b_bar = both(a, b)
-    assert (out.dtype, a_bar.dtype, b_bar.dtype) == (out_dtype or jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (out.dtype, a_bar.dtype, b_bar.dtype) == (
+        out_dtype or jnp.bfloat16,
+        jnp.bfloat16,
+        jnp.float32,
+    )
     assert_bfloat16_products(jax.make_jaxpr(both)(a, b), 3)
-    np.testing.assert_allclose(np.float32(out), jnp.einsum(spec, np.float32(a), b), rtol=0.03, atol=0.05)
+    np.testing.assert_allclose(
+        np.float32(out), jnp.einsum(spec, np.float32(a), b), rtol=0.03, atol=0.05
+    )
 
 
 def assert_bfloat16_products(made, count):
-    products = [eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "dot_general"]
-    assert len(products) == count, f"{count} matrix products were expected, there are {len(products)}"
+    products = [
+        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
+    ]
+    assert len(products) == count, (
+        f"{count} matrix products were expected, there are {len(products)}"
+    )
     for eqn in products:
         kinds = [var.aval.dtype for var in (*eqn.invars, *eqn.outvars)]
         assert kinds == [jnp.bfloat16, jnp.bfloat16, jnp.float32], f"{kinds} in {eqn}"

@@ -1,4 +1,5 @@
 """Checkpoints: bit-exact round trips onto any mesh, and what happens when a save or a file goes wrong."""
+
 import json
 import logging
 import os
@@ -24,13 +25,18 @@ from orbax.checkpoint import v1 as ocp
 from ladder_jax import config
 from ladder_jax.checkpoint import Checkpoints, load_model, read_meta
 
-META = {"config": json.loads(json.dumps(config.to_dict(config.Config()))), "tokenizer": '{"version": "1.0"}'}
+META = {
+    "config": json.loads(json.dumps(config.to_dict(config.Config()))),
+    "tokenizer": '{"version": "1.0"}',
+}
 
 
 class Attention(nnx.Module):
     def __init__(self, key, dim):
         self.wq = nnx.Param(jax.random.normal(key, (dim, 16)))
-        self.value = nnx.Param(jnp.arange(dim, dtype=jnp.int32))      # a name that Flax uses itself
+        self.value = nnx.Param(
+            jnp.arange(dim, dtype=jnp.int32)
+        )  # a name that Flax uses itself
 
 
 class Model(nnx.Module):
@@ -46,19 +52,29 @@ def data():
 
 def make(seed=0, dim=8, optimizer=None):
     model = Model(seed, dim)
-    state = (optimizer or optax.adamw(1e-3)).init(jax.tree.map(lambda x: x.astype(jnp.float32), model))
-    noise = lambda x: x + (jax.random.normal(jax.random.key(seed), x.shape) if x.ndim else seed)
+    state = (optimizer or optax.adamw(1e-3)).init(
+        jax.tree.map(lambda x: x.astype(jnp.float32), model)
+    )
+    noise = lambda x: (
+        x + (jax.random.normal(jax.random.key(seed), x.shape) if x.ndim else seed)
+    )
     return {"model": model, "optimizer": jax.tree.map(noise, state)}
 
 
 def sharding(shape, axes=("data", "tensor")):
-    devices = np.array(jax.devices()[:int(np.prod(shape))]).reshape(shape)
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     return jax.sharding.Mesh(devices, axes)
 
 
 def abstract(state, mesh=None, spec=lambda x: P()):
-    place = lambda x: NamedSharding(mesh, spec(x)) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state)
+    place = lambda x: (
+        NamedSharding(mesh, spec(x))
+        if mesh
+        else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state
+    )
 
 
 def assert_same(a, b):
@@ -101,21 +117,36 @@ def test_any_mesh_to_any_mesh(tmp_path, shape):
     state = make(1)
     by_rows = lambda x: P("data") if x.ndim and x.shape[0] % 8 == 0 else P()
     by_columns = lambda x: P(None, "tensor") if x.ndim == 2 else P()
-    there = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract(state, sharding((8, 1)), by_rows)))
+    there = jax.device_put(
+        state,
+        jax.tree.map(lambda x: x.sharding, abstract(state, sharding((8, 1)), by_rows)),
+    )
     with Checkpoints(tmp_path, 1) as run:
         run.save(1, there, data(), META)
         _, here, _ = run.restore(abstract(state, sharding(shape), by_columns))
     assert_same(here, state)
-    assert here["model"].attention.wq[...].sharding == NamedSharding(sharding(shape), P(None, "tensor"))
+    assert here["model"].attention.wq[...].sharding == NamedSharding(
+        sharding(shape), P(None, "tensor")
+    )
 
 
 def test_plain_orbax_reads_the_names(tmp_path):
     saved(tmp_path, 5)
     tree = ocp.load(tmp_path / "5", checkpointable_name="model")
-    assert set(tree) == {"attention", "norm", "blocks"} and set(tree["attention"]) == {"wq", "value"}
+    assert set(tree) == {"attention", "norm", "blocks"} and set(tree["attention"]) == {
+        "wq",
+        "value",
+    }
     assert_same(tree["attention"]["wq"], make(5)["model"].attention.wq[...])
-    assert set(ocp.load(tmp_path / "5", checkpointable_name="optimizer")["0"]) == {"count", "mu", "nu"}
-    assert json.loads((tmp_path / "5" / "meta" / "data.json").read_text())["config"] == META["config"]
+    assert set(ocp.load(tmp_path / "5", checkpointable_name="optimizer")["0"]) == {
+        "count",
+        "mu",
+        "nu",
+    }
+    assert (
+        json.loads((tmp_path / "5" / "meta" / "data.json").read_text())["config"]
+        == META["config"]
+    )
 
 
 def test_load_model_reads_only_the_parameters(tmp_path):
@@ -127,8 +158,12 @@ def test_load_model_reads_only_the_parameters(tmp_path):
         assert_same(load_model(path, shape_only), Model(7))
         assert read_meta(path)["tokenizer"] == META["tokenizer"]
     assert_same(load_model(run, shape_only, step=5), Model(5))
-    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype),
-                        shape_only)
+    half = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
+        ),
+        shape_only,
+    )
     wq = load_model(run, half).attention.wq[...]
     assert_same(wq, Model(7).attention.wq[...].astype(jnp.bfloat16))
 
@@ -147,16 +182,21 @@ def test_saving_while_the_arrays_are_donated(tmp_path):
             run.save(step, {"model": x}, None, {})
             x["w"] = update(x["w"]) - 1
     for step in range(1, 6):
-        assert np.all(np.asarray(load_model(tmp_path, jax.eval_shape(lambda: x), step)["w"]) == step)
+        assert np.all(
+            np.asarray(load_model(tmp_path, jax.eval_shape(lambda: x), step)["w"])
+            == step
+        )
 
 
 def test_a_step_again_and_a_run_that_goes_another_way(tmp_path):
     saved(tmp_path, 2, 4, 6)
-    with pytest.raises(ValueError, match=r"checkpoints of another run, of steps \[2, 4, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints of another run, of steps \[2, 4, 6\]"
+    ):
         Checkpoints(tmp_path, 9).save(7, make(0), data(), META)
     with Checkpoints(tmp_path, 9) as run:
         step, state, _ = run.restore(abstract(make()))
-        run.save(step, make(99), data(), META)                       # the same step: what is there stays
+        run.save(step, make(99), data(), META)  # the same step: what is there stays
         run.wait()
         assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(6))
         run.restore(abstract(make()), step=2)
@@ -167,10 +207,19 @@ def test_a_step_again_and_a_run_that_goes_another_way(tmp_path):
     assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(44))
 
 
-@pytest.mark.parametrize("kind, message", [
-    ({"dim": 16}, r"model/attention/value has shape \(16,\) in the checkpoint, \(8,\) here"),
-    ({"optimizer": optax.sgd(1e-3, momentum=0.9)}, r"optimizer/0/count is not in the checkpoint"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            {"dim": 16},
+            r"model/attention/value has shape \(16,\) in the checkpoint, \(8,\) here",
+        ),
+        (
+            {"optimizer": optax.sgd(1e-3, momentum=0.9)},
+            r"optimizer/0/count is not in the checkpoint",
+        ),
+    ],
+)
 def test_another_model_is_not_called_damaged(tmp_path, caplog, kind, message):
     saved(tmp_path, 1, 2, **kind)
     there = {"model": {"dim": 16, "layers": 4}, "optimizer": {}}
@@ -179,18 +228,30 @@ def test_another_model_is_not_called_damaged(tmp_path, caplog, kind, message):
     assert not caplog.records
     with Checkpoints(tmp_path / "b", 9) as run:
         run.save(1, make(), data(), {"config": there})
-        with pytest.raises(ValueError, match=r"\(model.dim=16 in the checkpoint, 8 here\)"):
-            run.restore(abstract(make(dim=16)), config={"model": {"dim": 8, "layers": 4}, "optimizer": {}})
+        with pytest.raises(
+            ValueError, match=r"\(model.dim=16 in the checkpoint, 8 here\)"
+        ):
+            run.restore(
+                abstract(make(dim=16)),
+                config={"model": {"dim": 8, "layers": 4}, "optimizer": {}},
+            )
 
 
 def test_dtype_missing_and_unexpected_parameters_are_named(tmp_path):
     with Checkpoints(tmp_path, 9) as run:
         run.save(1, {"model": {"a": jnp.ones(2), "n": jnp.int32(7)}}, None, {})
-        one, number = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        for tree, message in [({"a": one}, "model/n is in the checkpoint, but not here"),
-                              ({"a": one, "n": number, "b": one}, "model/b is not in the checkpoint"),
-                              ({"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "n": number},
-                               "model/a is float32 in the checkpoint, bfloat16 here")]:
+        one, number = (
+            jax.ShapeDtypeStruct((2,), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        for tree, message in [
+            ({"a": one}, "model/n is in the checkpoint, but not here"),
+            ({"a": one, "n": number, "b": one}, "model/b is not in the checkpoint"),
+            (
+                {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "n": number},
+                "model/a is float32 in the checkpoint, bfloat16 here",
+            ),
+        ]:
             with pytest.raises(ValueError, match=message):
                 run.restore({"model": tree})
         with pytest.raises(ValueError, match="holds no optimizer, only model"):
@@ -203,8 +264,13 @@ def harm(folder, name, how):
         if how == "delete":
             path.unlink()
         else:
-            path.write_bytes({"truncate": content[:len(content) // 2], "empty": b"",
-                              "garbage": random.Random(0).randbytes(len(content))}[how])
+            path.write_bytes(
+                {
+                    "truncate": content[: len(content) // 2],
+                    "empty": b"",
+                    "garbage": random.Random(0).randbytes(len(content)),
+                }[how]
+            )
 
 
 @pytest.fixture(scope="module")
@@ -213,15 +279,37 @@ def two(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("two"), 1, 2, dim=128)
 
 
-HARM = [*((name, how) for how in ("delete", "truncate") for name in (
-            "_CHECKPOINT_METADATA", "meta/data.json", "data/process*", "model/_METADATA", "model/manifest.ocdbt",
-            "model/d/*", "model/ocdbt.process_0/d/*", "optimizer/ocdbt.process_0/d/*")),
-        *((name, "garbage") for name in ("_CHECKPOINT_METADATA", "meta/data.json", "model/ocdbt.process_0/d/*")),
-        ("data/process*", "empty")]
+HARM = [
+    *(
+        (name, how)
+        for how in ("delete", "truncate")
+        for name in (
+            "_CHECKPOINT_METADATA",
+            "meta/data.json",
+            "data/process*",
+            "model/_METADATA",
+            "model/manifest.ocdbt",
+            "model/d/*",
+            "model/ocdbt.process_0/d/*",
+            "optimizer/ocdbt.process_0/d/*",
+        )
+    ),
+    *(
+        (name, "garbage")
+        for name in (
+            "_CHECKPOINT_METADATA",
+            "meta/data.json",
+            "model/ocdbt.process_0/d/*",
+        )
+    ),
+    ("data/process*", "empty"),
+]
 
 
 @pytest.mark.parametrize("name, how", HARM)
-def test_a_damaged_one_is_reported_and_the_one_before_it_taken(two, tmp_path, name, how, caplog, capfd):
+def test_a_damaged_one_is_reported_and_the_one_before_it_taken(
+    two, tmp_path, name, how, caplog, capfd
+):
     folder = shutil.copytree(two, tmp_path / "run")
     harm(folder / "2", name, how)
     position, follows = data(), data()
@@ -232,7 +320,9 @@ def test_a_damaged_one_is_reported_and_the_one_before_it_taken(two, tmp_path, na
         next(follows)
         np.testing.assert_array_equal(next(position), next(follows))
         [record] = caplog.records
-        assert record.levelno == logging.WARNING and "2 is damaged" in record.getMessage()
+        assert (
+            record.levelno == logging.WARNING and "2 is damaged" in record.getMessage()
+        )
         assert "\n" not in record.getMessage()
         with pytest.raises(ValueError, match="2 is damaged: ") as error:
             run.restore(abstract(make(dim=128)), data(), step=2)
@@ -247,14 +337,18 @@ def test_a_damaged_one_is_replaced(two, tmp_path):
     with Checkpoints(folder, 9) as run:
         run.restore(abstract(make(dim=128)))
         run.save(2, make(22, dim=128), None, META)
-    assert_same(load_model(folder, jax.eval_shape(lambda: Model(dim=128))), Model(22, dim=128))
+    assert_same(
+        load_model(folder, jax.eval_shape(lambda: Model(dim=128))), Model(22, dim=128)
+    )
 
 
 def test_all_damaged(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "run")
     for step in "12":
         harm(folder / step, "model/manifest.ocdbt", "truncate")
-    with pytest.raises(ValueError, match="1 is damaged: .*; none of 2 checkpoints can be read"):
+    with pytest.raises(
+        ValueError, match="1 is damaged: .*; none of 2 checkpoints can be read"
+    ):
         load_model(folder, jax.eval_shape(lambda: Model(dim=128)))
     assert read_meta(folder)["config"] == META["config"]
 
@@ -263,11 +357,17 @@ def test_not_a_checkpoint(two, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "missing", tmp_path / "file", "/proc"):
         for read in (read_meta, lambda path: load_model(path, jax.eval_shape(Model))):
-            with pytest.raises(ValueError, match="a run's folder, its checkpoints folder or the folder of one step"):
+            with pytest.raises(
+                ValueError,
+                match="a run's folder, its checkpoints folder or the folder of one step",
+            ):
                 read(path)
     with pytest.raises(ValueError, match=r"no checkpoint of step 3, only \[1, 2\]"):
         read_meta(two, step=3)
-    with Checkpoints(tmp_path / "empty", 1) as run, pytest.raises(ValueError, match="holds no checkpoint"):
+    with (
+        Checkpoints(tmp_path / "empty", 1) as run,
+        pytest.raises(ValueError, match="holds no checkpoint"),
+    ):
         run.restore(abstract(make()))
 
 
@@ -279,7 +379,9 @@ def test_positions_of_more_processes_and_of_another_iterator(two, tmp_path):
         with pytest.raises(ValueError, match="the data iterator does not fit"):
             run.restore(abstract(make(dim=128)), data())
         one.rename(one.with_name("process_0-of-2.json"))
-        with pytest.raises(ValueError, match="resume with as many processes as saved them"):
+        with pytest.raises(
+            ValueError, match="resume with as many processes as saved them"
+        ):
             run.restore(abstract(make(dim=128)), data())
 
 
@@ -291,7 +393,9 @@ def test_format_of_the_future(two, tmp_path):
         read_meta(folder)
 
 
-@pytest.mark.parametrize("folder", ["/proc/ladder", "{tmp}/file", "{tmp}/file/checkpoints"])
+@pytest.mark.parametrize(
+    "folder", ["/proc/ladder", "{tmp}/file", "{tmp}/file/checkpoints"]
+)
 def test_a_folder_that_cannot_be_made(tmp_path, folder, capfd):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="could not be written"):
@@ -305,10 +409,14 @@ def test_a_full_disk_is_told_by_the_next_call_and_harms_no_other(tmp_path, capfd
     run.save(1, state, data(), META)
     run.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))      # files cannot grow beyond, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, limits[1])
+    )  # files cannot grow beyond, as on a full disk
     try:
         run.save(2, state, data(), META)
-        with pytest.raises(OSError, match=r"/2 could not be written: .*File too large.*") as error:
+        with pytest.raises(
+            OSError, match=r"/2 could not be written: .*File too large.*"
+        ) as error:
             run.save(3, state, data(), META)
         assert "\n" not in str(error.value)
         run.save(3, state, data(), META)
@@ -324,7 +432,11 @@ def test_a_full_disk_is_told_by_the_next_call_and_harms_no_other(tmp_path, capfd
     with Checkpoints(tmp_path, 9) as run:
         run.restore({"model": state["model"]})
         run.save(4, state, data(), META)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "4"]  # what failed is cleared away
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "1",
+        "3",
+        "4",
+    ]  # what failed is cleared away
 
 
 def test_a_folder_lost_during_the_run(tmp_path, capfd):
@@ -334,17 +446,26 @@ def test_a_folder_lost_during_the_run(tmp_path, capfd):
     folder.touch()
     with pytest.raises(OSError, match="/1 could not be written: "):
         run.save(1, make(), data(), META)
-        run.wait()      # on a busy machine it may be told here
+        run.wait()  # on a busy machine it may be told here
     run.close()
     assert capfd.readouterr() == ("", "")
 
 
 def test_random_keys_and_scalars(tmp_path):
-    state = {"model": {"key": jax.random.key(3), "step": jnp.int32(7), "b": jnp.array([True, False])}}
+    state = {
+        "model": {
+            "key": jax.random.key(3),
+            "step": jnp.int32(7),
+            "b": jnp.array([True, False]),
+        }
+    }
     with Checkpoints(tmp_path, 1) as run:
         run.save(1, state, None, {})
         _, restored, _ = run.restore(abstract(state, sharding((2, 4))))
-    assert_same(jax.random.key_data(restored["model"].pop("key")), jax.random.key_data(state["model"].pop("key")))
+    assert_same(
+        jax.random.key_data(restored["model"].pop("key")),
+        jax.random.key_data(state["model"].pop("key")),
+    )
     assert_same(restored["model"], state["model"])
 
 
@@ -412,20 +533,35 @@ print(newest, middle)
 def test_killed_at_any_moment(tmp_path):
     folder = tmp_path / "checkpoints"
     command = [sys.executable, "-X", "faulthandler", "-c", RUN, folder, "0"]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=400, capture_output=True, text=True,
-                           env=os.environ | {"XLA_FLAGS": ""})
+    ended = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        timeout=400,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
     assert ended.returncode == 0, ended.stderr
     newest, middle = map(int, ended.stdout.split())
-    assert newest >= 4 and middle >= 2       # how far it came depends on the machine's speed
+    assert newest >= 4 and middle >= 2  # how far it came depends on the machine's speed
     left = folder / "999.orbax-checkpoint-tmp"
     left.mkdir(exist_ok=True)
     shape = jax.eval_shape(lambda: {str(i): jnp.zeros((200, 500)) for i in range(8)})
     model = load_model(tmp_path, shape)
-    assert len({float(x) for leaf in jax.tree.leaves(model) for x in (leaf.min(), leaf.max())}) == 1
-    assert left.exists()                                                 # a reader clears nothing away
+    assert (
+        len(
+            {
+                float(x)
+                for leaf in jax.tree.leaves(model)
+                for x in (leaf.min(), leaf.max())
+            }
+        )
+        == 1
+    )
+    assert left.exists()  # a reader clears nothing away
     with Checkpoints(folder, 2) as run:
         run.restore({"model": shape})
-        assert len(run.steps()) in (2, 3)                                # 3: killed before the third was removed
+        assert len(run.steps()) in (2, 3)  # 3: killed before the third was removed
     assert sorted(int(f.name) for f in folder.iterdir()) == run.steps()
 
 
@@ -470,10 +606,17 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    both = [subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, address, str(n)], text=True,
-                             cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
-            for n in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, tmp_path, address, str(n)],
+            text=True,
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        )
+        for n in range(2)
+    ]
     for process in both:
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0 and out.endswith("ok\n"), err

@@ -1,4 +1,5 @@
 """The command: every mistake is one clear line, a terminal shows progress, several processes are one run."""
+
 import json
 import os
 import pty
@@ -37,15 +38,19 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capfd):
     """run(*arguments) -> (status, what it wrote to stdout, to stderr), in this process."""
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ladder-jax", *map(str, arguments)])
-        monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])           # --devices changes both
+        monkeypatch.setenv(
+            "XLA_FLAGS", os.environ["XLA_FLAGS"]
+        )  # --devices changes both
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
         try:
             status = cli.main() or 0
         except SystemExit as stopped:
             status = stopped.code or 0
         return status, *capfd.readouterr()
+
     return call
 
 
@@ -58,17 +63,27 @@ def recipe(folder, tmp_path):
 @pytest.fixture(scope="module")
 def trained(folder, environment):
     """The folder of a run of 20 steps that the command made at a terminal, its stdout, and what the terminal showed."""
-    path = tiny.recipe(folder, train_out=str(folder / "trained"), train_sample_tokens=20, train_log_every=5)
+    path = tiny.recipe(
+        folder,
+        train_out=str(folder / "trained"),
+        train_sample_tokens=20,
+        train_log_every=5,
+    )
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 80))
-    child = subprocess.Popen([*COMMAND, "train", path, "--devices", "8"], env=environment, stdout=subprocess.PIPE,
-                             stderr=stderr, text=True)
+    child = subprocess.Popen(
+        [*COMMAND, "train", path, "--devices", "8"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
     os.close(stderr)
     shown = b""
     while True:
         try:
             shown += os.read(terminal, 1 << 16)
-        except OSError:                     # the child has closed its end
+        except OSError:  # the child has closed its end
             break
     out = child.communicate(timeout=300)[0]
     assert child.returncode == 0, shown
@@ -77,134 +92,308 @@ def trained(folder, environment):
 
 # ---------------------------------------------------------------- mistakes
 
+
 def wrong(run, *arguments, status=2):
     """The one line that these arguments end in."""
     code, out, err = run(*arguments)
-    assert code == status and out == "" and err.endswith("\n") and err.count("\n") == 1, (code, out, err)
+    assert (
+        code == status and out == "" and err.endswith("\n") and err.count("\n") == 1
+    ), (code, out, err)
     command = arguments[0] if arguments else ""
     assert err.startswith(f"ladder-jax {command}: ")
-    return err[len(f"ladder-jax {command}: "):-1]
+    return err[len(f"ladder-jax {command}: ") : -1]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--model.dimm 3", "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim (see ladder-jax train"),
-    ("--nothing", "--nothing is not an option (see"),
-    ("extra", "extra is not an option"),
-    ("--model.rope-scaling.factor -1", "model.rope_scaling.factor=-1.0 is not accepted: it must be greater than 0"),
-    ("--model.dim x", "--model.dim 'x': it must be a whole number"),
-    ("--optimizer.learning-rate x", "--optimizer.learning-rate 'x': it must be a number"),
-    ("--optimizer.lr-schedule linear", "--optimizer.lr-schedule 'linear': it must be one of 'cosine', 'wsd', 'constant'"),
-    ("--train.steps", "--train.steps takes a value"),
-    ("--devices x", "--devices 'x': it must be INT or None"),
-    ("--devices 0", "devices=0 is not accepted: it must be 1 or more"),
-    ("--train.steps 0", "train.steps=0 is not accepted: it must be greater than 0"),
-    ("--model.kv-heads 3", "model.kv_heads=3 is not accepted: it must be a divisor of model.heads=8"),
-    ("--model.residual ladder:x", "model.residual='ladder:x' is not accepted: ladder:A,M takes whole numbers, not 'x'"),
-    ("--train.seq-len 100", "train.seq_len=100 is not accepted: it must be at most model.max_length=64"),
-    ("--train.seed -1", "train.seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1"),
-    ("--train.out gs://bucket/run", "train.out='gs://bucket/run' is not accepted: it must be a folder"),
-    ("--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1", "mesh data=3 x fsdp=1 x tensor=1 has 3 devices, but there are 8"),
-    ("--mesh.data -1 --mesh.fsdp 3", "mesh data=-1 x fsdp=3 x tensor=2 does not divide the 8 devices"),
-    ("--model.heads 6 --model.kv-heads 6 --mesh.tensor 4 --mesh.data 1", "model.heads=6 does not divide by mesh.tens"),
-    ("--model.kv-heads 1", "model.kv_heads=1 does not divide by mesh.tensor=2 (parameter attention.wk): choose a"),
-    ("--model.ffn-dim 63", "model.ffn_dim=63 does not divide by mesh.tensor=2"),
-    ("--model.vocab-size 263", "model.vocab_size=263 does not divide by mesh.tensor=2"),
-    ("--model.dim 33", "model.dim=33 does not divide by mesh.fsdp=2"),
-    ("--train.global-batch 6", "a batch of 6 sequences (train.global_batch / train.grad_accum_steps) does not divide by mesh.data x mesh."),
-    ("--model.vocab-size 256", "model.vocab_size=256 is smaller than the 259 tokens of data.tokenizer='bytes'"),
-    ("--data.source none", "data.source='none' does not exist: it must be 'builtin', or a folder, file or glob"),
-    ("--data.source empty", "data.source='empty' has no files"),
-    ("--data.source blank.txt", "data.source='blank.txt' has no usable document"),
-    ("--data.tokenizer none.json", "data.tokenizer='none.json' cannot be read (No such file or directory)"),
-    ("--data.tokenizer blank.txt", "data.tokenizer='blank.txt' is not accepted: this is not a Hugging Face tokenizer"),
-    ("--data.tokenizer large.json", "model.vocab_size=264 is smaller than the 301 tokens of data.tokenizer='large.js"),
-    ("--train.out blank.txt/run", "train.out='blank.txt/run' is not accepted: {tmp}/blank.txt is not a folder"),
-    ("--processes 2", "processes=2 is not accepted without --distributed"),
-    ("--distributed --processes 2", "processes comes with coordinator and process: give all three"),
-    ("--distributed", "--distributed: no cluster tells this process its place: give --coordinator HOST:PORT"),
-])
-def test_one_line_for_every_mistake(run, recipe, tmp_path, monkeypatch, arguments, message):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            "--model.dimm 3",
+            "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim (see ladder-jax train",
+        ),
+        ("--nothing", "--nothing is not an option (see"),
+        ("extra", "extra is not an option"),
+        (
+            "--model.rope-scaling.factor -1",
+            "model.rope_scaling.factor=-1.0 is not accepted: it must be greater than 0",
+        ),
+        ("--model.dim x", "--model.dim 'x': it must be a whole number"),
+        (
+            "--optimizer.learning-rate x",
+            "--optimizer.learning-rate 'x': it must be a number",
+        ),
+        (
+            "--optimizer.lr-schedule linear",
+            "--optimizer.lr-schedule 'linear': it must be one of 'cosine', 'wsd', 'constant'",
+        ),
+        ("--train.steps", "--train.steps takes a value"),
+        ("--devices x", "--devices 'x': it must be INT or None"),
+        ("--devices 0", "devices=0 is not accepted: it must be 1 or more"),
+        ("--train.steps 0", "train.steps=0 is not accepted: it must be greater than 0"),
+        (
+            "--model.kv-heads 3",
+            "model.kv_heads=3 is not accepted: it must be a divisor of model.heads=8",
+        ),
+        (
+            "--model.residual ladder:x",
+            "model.residual='ladder:x' is not accepted: ladder:A,M takes whole numbers, not 'x'",
+        ),
+        (
+            "--train.seq-len 100",
+            "train.seq_len=100 is not accepted: it must be at most model.max_length=64",
+        ),
+        (
+            "--train.seed -1",
+            "train.seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1",
+        ),
+        (
+            "--train.out gs://bucket/run",
+            "train.out='gs://bucket/run' is not accepted: it must be a folder",
+        ),
+        (
+            "--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1",
+            "mesh data=3 x fsdp=1 x tensor=1 has 3 devices, but there are 8",
+        ),
+        (
+            "--mesh.data -1 --mesh.fsdp 3",
+            "mesh data=-1 x fsdp=3 x tensor=2 does not divide the 8 devices",
+        ),
+        (
+            "--model.heads 6 --model.kv-heads 6 --mesh.tensor 4 --mesh.data 1",
+            "model.heads=6 does not divide by mesh.tens",
+        ),
+        (
+            "--model.kv-heads 1",
+            "model.kv_heads=1 does not divide by mesh.tensor=2 (parameter attention.wk): choose a",
+        ),
+        ("--model.ffn-dim 63", "model.ffn_dim=63 does not divide by mesh.tensor=2"),
+        (
+            "--model.vocab-size 263",
+            "model.vocab_size=263 does not divide by mesh.tensor=2",
+        ),
+        ("--model.dim 33", "model.dim=33 does not divide by mesh.fsdp=2"),
+        (
+            "--train.global-batch 6",
+            "a batch of 6 sequences (train.global_batch / train.grad_accum_steps) does not divide by mesh.data x mesh.",
+        ),
+        (
+            "--model.vocab-size 256",
+            "model.vocab_size=256 is smaller than the 259 tokens of data.tokenizer='bytes'",
+        ),
+        (
+            "--data.source none",
+            "data.source='none' does not exist: it must be 'builtin', or a folder, file or glob",
+        ),
+        ("--data.source empty", "data.source='empty' has no files"),
+        ("--data.source blank.txt", "data.source='blank.txt' has no usable document"),
+        (
+            "--data.tokenizer none.json",
+            "data.tokenizer='none.json' cannot be read (No such file or directory)",
+        ),
+        (
+            "--data.tokenizer blank.txt",
+            "data.tokenizer='blank.txt' is not accepted: this is not a Hugging Face tokenizer",
+        ),
+        (
+            "--data.tokenizer large.json",
+            "model.vocab_size=264 is smaller than the 301 tokens of data.tokenizer='large.js",
+        ),
+        (
+            "--train.out blank.txt/run",
+            "train.out='blank.txt/run' is not accepted: {tmp}/blank.txt is not a folder",
+        ),
+        ("--processes 2", "processes=2 is not accepted without --distributed"),
+        (
+            "--distributed --processes 2",
+            "processes comes with coordinator and process: give all three",
+        ),
+        (
+            "--distributed",
+            "--distributed: no cluster tells this process its place: give --coordinator HOST:PORT",
+        ),
+    ],
+)
+def test_one_line_for_every_mistake(
+    run, recipe, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n")
-    large = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, "w0"))
+    large = tokenizers.Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(300)}, "w0")
+    )
     large.add_special_tokens(["</s>"])
     large.save("large.json")
-    assert wrong(run, "train", recipe, *arguments.split()).startswith(message.replace("{tmp}", str(tmp_path)))
+    assert wrong(run, "train", recipe, *arguments.split()).startswith(
+        message.replace("{tmp}", str(tmp_path))
+    )
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "recipe '{path}' does not exist"),
-    ("x = 1\n", "recipe '{path}' defines no `config` of type ladder_jax.config.Config"),
-    ("config = 3\n", "recipe '{path}' defines no `config` of type"),
-    ("x = 1\nconfig = = 2\n", "recipe '{path}', line 2: SyntaxError: invalid syntax"),
-    ("import nothing\n", "recipe '{path}', line 1: ModuleNotFoundError: No module named 'nothing'"),
-    ("def f():\n    return {}['a']\n\nf()\n", "recipe '{path}', line 2: KeyError: 'a'"),
-    ("from ladder_jax.config import *\n\nconfig = Config(\n    model=Model(dim=-1))\n",
-     "recipe '{path}', line 4: model.dim=-1 is not accepted: it must be greater than 0"),
-    ("from ladder_jax.config import *\nconfig = Config(model=Model(dims=1))\n", "recipe '{path}', line 2: TypeError: "),
-    ("\0", "recipe '{path}': SyntaxError: source code string cannot contain null bytes"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "recipe '{path}' does not exist"),
+        (
+            "x = 1\n",
+            "recipe '{path}' defines no `config` of type ladder_jax.config.Config",
+        ),
+        ("config = 3\n", "recipe '{path}' defines no `config` of type"),
+        (
+            "x = 1\nconfig = = 2\n",
+            "recipe '{path}', line 2: SyntaxError: invalid syntax",
+        ),
+        (
+            "import nothing\n",
+            "recipe '{path}', line 1: ModuleNotFoundError: No module named 'nothing'",
+        ),
+        (
+            "def f():\n    return {}['a']\n\nf()\n",
+            "recipe '{path}', line 2: KeyError: 'a'",
+        ),
+        (
+            "from ladder_jax.config import *\n\nconfig = Config(\n    model=Model(dim=-1))\n",
+            "recipe '{path}', line 4: model.dim=-1 is not accepted: it must be greater than 0",
+        ),
+        (
+            "from ladder_jax.config import *\nconfig = Config(model=Model(dims=1))\n",
+            "recipe '{path}', line 2: TypeError: ",
+        ),
+        (
+            "\0",
+            "recipe '{path}': SyntaxError: source code string cannot contain null bytes",
+        ),
+    ],
+)
 def test_recipes_that_are_none(run, tmp_path, text, message):
     path = tmp_path / "recipe.py"
     if text is not None:
         path.write_text(text)
     said = wrong(run, "train", path)
-    assert re.sub(", line [01](?=: SyntaxError: source)", "", said).startswith(message.format(path=path))
+    assert re.sub(", line [01](?=: SyntaxError: source)", "", said).startswith(
+        message.format(path=path)
+    )
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
-    assert wrong(run, "fly") == "it is not a command: train, generate, tokenizer, plan, bench are"
-    assert wrong(run, "train").startswith("train takes a recipe first, such as: ladder-jax train configs/demo.py")
-    assert wrong(run, "train", "--train.steps", 3).startswith("train takes a recipe first")
-    assert wrong(run, "generate").startswith("what comes first is missing: A run's folder, its checkpoi")
-    assert run() == (2, "", cli.USAGE + "\n") and run("--help") == (0, cli.USAGE + "\n", "")
+    assert (
+        wrong(run, "fly")
+        == "it is not a command: train, generate, tokenizer, plan, bench are"
+    )
+    assert wrong(run, "train").startswith(
+        "train takes a recipe first, such as: ladder-jax train configs/demo.py"
+    )
+    assert wrong(run, "train", "--train.steps", 3).startswith(
+        "train takes a recipe first"
+    )
+    assert wrong(run, "generate").startswith(
+        "what comes first is missing: A run's folder, its checkpoi"
+    )
+    assert run() == (2, "", cli.USAGE + "\n") and run("--help") == (
+        0,
+        cli.USAGE + "\n",
+        "",
+    )
     assert re.fullmatch(r"ladder-jax \d+\.\d+\.\d+\n", run("--version")[1])
-    for arguments in (("train", "--help"), ("train", recipe, "--help"), ("generate", "--help"), ("tokenizer", "-h")):
+    for arguments in (
+        ("train", "--help"),
+        ("train", recipe, "--help"),
+        ("generate", "--help"),
+        ("tokenizer", "-h"),
+    ):
         status, out, err = run(*arguments)
-        assert (status, err) == (0, "") and out.startswith(f"usage: ladder-jax {arguments[0]}")
-    assert "(default: 264)" in run("train", recipe, "--help")[1]        # the recipe's own
+        assert (status, err) == (0, "") and out.startswith(
+            f"usage: ladder-jax {arguments[0]}"
+        )
+    assert "(default: 264)" in run("train", recipe, "--help")[1]  # the recipe's own
 
 
 def test_what_a_bug_says(run, monkeypatch, recipe):
     """Mistakes of the user's are told from those of ours; a traceback on request."""
+
     def broken(arguments):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 3 bytes")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory\nallocating 3 bytes"
+        )
+
     monkeypatch.setitem(cli.COMMANDS, "train", broken)
-    assert wrong(run, "train", recipe, status=1) == "RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes"
+    assert (
+        wrong(run, "train", recipe, status=1)
+        == "RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes"
+    )
     monkeypatch.setenv("LADDER_JAX_TRACEBACK", "1")
     with pytest.raises(jax.errors.JaxRuntimeError):
         run("train", recipe)
     monkeypatch.delenv("LADDER_JAX_TRACEBACK")
-    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setitem(
+        cli.COMMANDS, "train", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert wrong(run, "train", recipe, status=130) == "interrupted"
 
 
 # ---------------------------------------------------------------- a run from the command line
 
+
 def test_a_run_at_a_terminal(trained, folder):
     out, said, shown = trained
     lines = said.splitlines()
-    assert re.match(r"data.source='.*corpus': train 31 documents, .* tokens; held out 9 documents", lines[0])
-    assert lines[1] == ("37,536 parameters, ladder residual, float32, mesh data=2 x fsdp=2 x tensor=2 of cpu")
-    assert re.fullmatch(r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  [\d,]+ tok/s  MFU \d+\.\d%  "
-                        r"\dm\d\ds left", next(line for line in lines if line.startswith("step 5/20")))
-    assert re.search(r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte\n---- the model writes:\n", said)
-    assert re.fullmatch(rf"done: 20 steps, held-out 5\.\d\d\d bits per byte, checkpoints in {out}/checkpoints, "
-                        rf"loss curve {out}/loss.png", lines[-1])
-    assert "20/20" in shown and "step/s" in shown and not re.search("warning|error|traceback", shown.lower())
-    assert [row["step"] for row in tiny.rows(out) if "loss" in row] == [3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20]
+    assert re.match(
+        r"data.source='.*corpus': train 31 documents, .* tokens; held out 9 documents",
+        lines[0],
+    )
+    assert lines[1] == (
+        "37,536 parameters, ladder residual, float32, mesh data=2 x fsdp=2 x tensor=2 of cpu"
+    )
+    assert re.fullmatch(
+        r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  [\d,]+ tok/s  MFU \d+\.\d%  "
+        r"\dm\d\ds left",
+        next(line for line in lines if line.startswith("step 5/20")),
+    )
+    assert re.search(
+        r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte\n---- the model writes:\n",
+        said,
+    )
+    assert re.fullmatch(
+        rf"done: 20 steps, held-out 5\.\d\d\d bits per byte, checkpoints in {out}/checkpoints, "
+        rf"loss curve {out}/loss.png",
+        lines[-1],
+    )
+    assert (
+        "20/20" in shown
+        and "step/s" in shown
+        and not re.search("warning|error|traceback", shown.lower())
+    )
+    assert [row["step"] for row in tiny.rows(out) if "loss" in row] == [
+        3,
+        5,
+        6,
+        7,
+        9,
+        10,
+        12,
+        14,
+        15,
+        18,
+        20,
+    ]
 
 
 def test_what_a_finished_run_allows(run, trained, folder, tmp_path):
     out = trained[0]
     path = folder / "recipe.py"
-    assert re.search("already holds a run, at step 20: continue it with --resume, or choose another --train.out",
-                     wrong(run, "train", path))
-    assert wrong(run, "train", path, "--resume", "--model.ffn-dim", 128).startswith("model.ffn_dim was 64 in the run")
+    assert re.search(
+        "already holds a run, at step 20: continue it with --resume, or choose another --train.out",
+        wrong(run, "train", path),
+    )
+    assert wrong(run, "train", path, "--resume", "--model.ffn-dim", 128).startswith(
+        "model.ffn_dim was 64 in the run"
+    )
     status, said, err = run("train", path, "--resume", "--train.sample-tokens", 0)
-    assert status == 0 and err == "" and f"\ndone: 20 steps, checkpoints in {out}/checkpoints, loss curve" in said
+    assert (
+        status == 0
+        and err == ""
+        and f"\ndone: 20 steps, checkpoints in {out}/checkpoints, loss curve" in said
+    )
 
 
 def test_an_optimizer_of_another_kind(run, folder, trained, tmp_path):
@@ -212,67 +401,132 @@ def test_an_optimizer_of_another_kind(run, folder, trained, tmp_path):
     path = tiny.recipe(folder, train_out=str(trained[0]))
     meta = trained[0] / "checkpoints/20/meta/data.json"
     text = meta.read_text()
-    meta.write_text(text.replace('"ffn_dim": 64', '"ffn_dim": 128').replace('"ffn_dim":64', '"ffn_dim":128'))
+    meta.write_text(
+        text.replace('"ffn_dim": 64', '"ffn_dim": 128').replace(
+            '"ffn_dim":64', '"ffn_dim":128'
+        )
+    )
     try:
         code, out, err = run("train", path, "--resume", "--model.ffn-dim", 128)
     finally:
         meta.write_text(text)
-    assert code == 1 and err.count("\n") == 1 and "is a checkpoint of another model or optimizer: model/layers/" in err
+    assert (
+        code == 1
+        and err.count("\n") == 1
+        and "is a checkpoint of another model or optimizer: model/layers/" in err
+    )
 
 
 def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     """Through a pipe lines come as they are said; the last one gives the command that goes on."""
     path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
     arguments = ["train", path, "--devices", "8", "--train.log-every", "5"]
-    child = subprocess.Popen([*COMMAND, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True)
+    child = subprocess.Popen(
+        [*COMMAND, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     said = ""
     while "step 6/20" not in said:
         said += child.stdout.readline()
     child.send_signal(signal.SIGINT)
     rest, err = child.communicate(timeout=120)
-    assert child.returncode == 0 and err == "\nSIGINT: saving after this step; once more to stop at once\n"
-    again = re.fullmatch(rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: continue with ladder-jax (.*)",
-                         rest.splitlines()[-1])[1].split()
+    assert (
+        child.returncode == 0
+        and err == "\nSIGINT: saving after this step; once more to stop at once\n"
+    )
+    again = re.fullmatch(
+        rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: continue with ladder-jax (.*)",
+        rest.splitlines()[-1],
+    )[1].split()
     assert again == [*map(str, arguments), "--resume"]
-    ended = subprocess.run([*COMMAND, *again], env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [*COMMAND, *again], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 0 and ended.stderr == ""
     assert tiny.rows(tmp_path / "run") == tiny.rows(trained[0])
 
 
 # ---------------------------------------------------------------- generate, tokenizer
 
+
 def test_generate(run, trained):
     out = trained[0]
     status, text, err = run("generate", out, "--prompt", "abc", "--max-tokens", 20)
     assert (status, err) == (0, "") and len(text) == 21 and text.endswith("\n")
-    assert run("generate", out / "checkpoints/20", "--prompt", "abc", "--max-tokens", 20, "--tensor", 8)[1] == text
-    sampled = [run("generate", out, "--temperature", 1, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert (
+        run(
+            "generate",
+            out / "checkpoints/20",
+            "--prompt",
+            "abc",
+            "--max-tokens",
+            20,
+            "--tensor",
+            8,
+        )[1]
+        == text
+    )
+    sampled = [
+        run("generate", out, "--temperature", 1, "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-@pytest.mark.parametrize("arguments, message, status", [
-    ("{tmp}", "{tmp} holds no checkpoint: a run's folder, its checkpoints folder or the folder of one step is acc", 1),
-    ("{tmp}/none", "{tmp}/none does not exist", 1),
-    ("{out} --step 4", "{out}/checkpoints holds no checkpoint of step 4, only [", 1),
-    ("{out} --max-tokens 100", "max_tokens=100 is not accepted: it must be from 0 to 63: model.max_length=64", 2),
-    ("{out} --temperature -1", "temperature=-1.0 is not accepted", 2),
-    ("{out} --top-p 0", "top_p=0.0 is not accepted", 2),
-    ("{out} --tensor 3", "model.vocab_size=264 does not divide|model.heads=8 does not divide by mesh.tensor=3", 2),
-    ("{out} --tensor 16", "the mesh needs 16 devices, but there are 8", 2),
-    ("{out} --tensor 0", "mesh.tensor=0 is not accepted: it must be greater than 0, or -1", 2),
-    ("{out} --seed x", "--seed 'x': it must be a whole number", 2),
-])
-def test_generate_says_what_is_wrong(run, trained, tmp_path, arguments, message, status):
+@pytest.mark.parametrize(
+    "arguments, message, status",
+    [
+        (
+            "{tmp}",
+            "{tmp} holds no checkpoint: a run's folder, its checkpoints folder or the folder of one step is acc",
+            1,
+        ),
+        ("{tmp}/none", "{tmp}/none does not exist", 1),
+        (
+            "{out} --step 4",
+            "{out}/checkpoints holds no checkpoint of step 4, only [",
+            1,
+        ),
+        (
+            "{out} --max-tokens 100",
+            "max_tokens=100 is not accepted: it must be from 0 to 63: model.max_length=64",
+            2,
+        ),
+        ("{out} --temperature -1", "temperature=-1.0 is not accepted", 2),
+        ("{out} --top-p 0", "top_p=0.0 is not accepted", 2),
+        (
+            "{out} --tensor 3",
+            "model.vocab_size=264 does not divide|model.heads=8 does not divide by mesh.tensor=3",
+            2,
+        ),
+        ("{out} --tensor 16", "the mesh needs 16 devices, but there are 8", 2),
+        (
+            "{out} --tensor 0",
+            "mesh.tensor=0 is not accepted: it must be greater than 0, or -1",
+            2,
+        ),
+        ("{out} --seed x", "--seed 'x': it must be a whole number", 2),
+    ],
+)
+def test_generate_says_what_is_wrong(
+    run, trained, tmp_path, arguments, message, status
+):
     places = dict(tmp=tmp_path, out=trained[0])
     said = wrong(run, "generate", *arguments.format(**places).split(), status=status)
     assert any(said.startswith(one) for one in message.format(**places).split("|"))
 
 
 def test_text_is_seen_as_it_is_made_and_a_reader_may_leave(trained, environment):
-    child = subprocess.Popen([*COMMAND, "generate", trained[0], "--prompt", "abc", "--max-tokens", "60"],
-                             env=environment | {"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*COMMAND, "generate", trained[0], "--prompt", "abc", "--max-tokens", "60"],
+        env=environment | {"PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert len(child.stdout.read(1)) == 1
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait(timeout=60) in (0, 1)
@@ -280,58 +534,114 @@ def test_text_is_seen_as_it_is_made_and_a_reader_may_leave(trained, environment)
 
 def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
     path = tmp_path / "small.json"
-    status, said, err = run("tokenizer", folder / "corpus", "--vocab-size", 264, "--out", path)
-    assert (status, said, err) == (0, f"done: 264 tokens in {path}: use it with --data.tokenizer {path}\n", "")
-    assert wrong(run, "tokenizer", folder / "corpus", "--vocab-size", 9).startswith("vocab_size=9 is not accepted")
-    assert wrong(run, "tokenizer", tmp_path / "none").startswith(f"data.source='{tmp_path}/none' does not exist")
-    assert wrong(run, "tokenizer", folder / "corpus", "--out", f"{path}/x", status=1).startswith(f"out='{path}/x' cann")
-    status, said, err = run("train", recipe, "--data.tokenizer", path, "--train.steps", 1)
+    status, said, err = run(
+        "tokenizer", folder / "corpus", "--vocab-size", 264, "--out", path
+    )
+    assert (status, said, err) == (
+        0,
+        f"done: 264 tokens in {path}: use it with --data.tokenizer {path}\n",
+        "",
+    )
+    assert wrong(run, "tokenizer", folder / "corpus", "--vocab-size", 9).startswith(
+        "vocab_size=9 is not accepted"
+    )
+    assert wrong(run, "tokenizer", tmp_path / "none").startswith(
+        f"data.source='{tmp_path}/none' does not exist"
+    )
+    assert wrong(
+        run, "tokenizer", folder / "corpus", "--out", f"{path}/x", status=1
+    ).startswith(f"out='{path}/x' cann")
+    status, said, err = run(
+        "train", recipe, "--data.tokenizer", path, "--train.steps", 1
+    )
     assert status == 0 and err == ""
     path.write_text(path.read_text().replace("<|pad|>", "<|pat|>"))
-    assert wrong(run, "train", recipe, "--data.tokenizer", path, "--train.steps", 1, "--resume") == (
+    assert wrong(
+        run, "train", recipe, "--data.tokenizer", path, "--train.steps", 1, "--resume"
+    ) == (
         f"data.tokenizer={str(path)!r} has other contents now than in the run to resume: restore them, or start a new "
-        "run in another train.out")
+        "run in another train.out"
+    )
 
 
 # ---------------------------------------------------------------- several processes
+
 
 def together(arguments, environment, act=lambda children: None):
     """Two processes of four devices each, as one run: what each wrote and its status."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    children = [subprocess.Popen([*COMMAND, "train", *map(str, arguments), "--devices", "4", "--distributed",
-                                  "--coordinator", address, "--processes", "2", "--process", str(n)], env=environment,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for n in range(2)]
+    children = [
+        subprocess.Popen(
+            [
+                *COMMAND,
+                "train",
+                *map(str, arguments),
+                "--devices",
+                "4",
+                "--distributed",
+                "--coordinator",
+                address,
+                "--processes",
+                "2",
+                "--process",
+                str(n),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
     try:
         act(children)
-        ended = [(*child.communicate(timeout=300), child.returncode) for child in children]
-        return [(re.sub(r"(?m)^\[Gloo\].*\n", "", out), err, status) for out, err, status in ended]    # from C++
+        ended = [
+            (*child.communicate(timeout=300), child.returncode) for child in children
+        ]
+        return [
+            (re.sub(r"(?m)^\[Gloo\].*\n", "", out), err, status)
+            for out, err, status in ended
+        ]  # from C++
     finally:
         for child in children:
             child.kill()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [dict(), dict(mesh_data=1, mesh_fsdp=1, mesh_tensor=8)])
+@pytest.mark.parametrize(
+    "mesh", [dict(), dict(mesh_data=1, mesh_fsdp=1, mesh_tensor=8)]
+)
 def test_two_processes_are_one_run(folder, trained, tmp_path, environment, mesh):
     """The losses of one process; a signal to one of them stops both; both go on."""
-    path = tiny.recipe(folder, train_out=str(tmp_path / "run"), train_log_every=5, train_sample_tokens=5, **mesh)
+    path = tiny.recipe(
+        folder,
+        train_out=str(tmp_path / "run"),
+        train_log_every=5,
+        train_sample_tokens=5,
+        **mesh,
+    )
 
     def stop(children):
-        while (time.sleep(0.05) or not (tmp_path / "run/metrics.jsonl").exists()
-               or len(tiny.rows(tmp_path / "run")) < 2):
+        while (
+            time.sleep(0.05)
+            or not (tmp_path / "run/metrics.jsonl").exists()
+            or len(tiny.rows(tmp_path / "run")) < 2
+        ):
             assert children[0].poll() is None, children[0].communicate()
         children[1].send_signal(signal.SIGTERM)
 
     first, second = together([path], environment, stop)
     assert first[2] == second[2] == 0, (first, second)
-    step, = re.findall(r"stopped by SIGTERM at step (\d+), saved", first[0])
+    (step,) = re.findall(r"stopped by SIGTERM at step (\d+), saved", first[0])
     assert int(step) % 5 == 0 and second[0] == ""
     first, second = together([path, "--resume"], environment)
     assert first[2] == second[2] == 0, (first, second)
     assert f"resumed at step {step} of 20" in first[0] and "done: 20 steps" in first[0]
-    for left, right in zip(tiny.rows(tmp_path / "run"), tiny.rows(trained[0]), strict=True):
+    for left, right in zip(
+        tiny.rows(tmp_path / "run"), tiny.rows(trained[0]), strict=True
+    ):
         assert left == pytest.approx(right, rel=1e-4)
     meta = json.loads((tmp_path / "run/checkpoints/20/meta/data.json").read_text())
     assert meta["tensor"] == mesh.get("mesh_tensor", 2)

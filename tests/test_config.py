@@ -1,4 +1,5 @@
 """Configuration: a mistake is one line that names the field, its value and what is accepted; JSON keeps all of it."""
+
 import dataclasses
 import json
 import typing
@@ -7,11 +8,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, RopeScaling, Train, from_dict, to_dict
+from ladder_jax.config import (
+    Config,
+    ConfigError,
+    Data,
+    Mesh,
+    Model,
+    Optimizer,
+    RopeScaling,
+    Train,
+    from_dict,
+    to_dict,
+)
 
 SECTIONS = [RopeScaling, Model, Mesh, Data, Optimizer, Train]
-FIELDS = [(section, field.name) for section in SECTIONS for field in dataclasses.fields(section)]
-HINTS = {(section, name): typing.get_type_hints(section)[name] for section, name in FIELDS}
+FIELDS = [
+    (section, field.name)
+    for section in SECTIONS
+    for field in dataclasses.fields(section)
+]
+HINTS = {
+    (section, name): typing.get_type_hints(section)[name] for section, name in FIELDS
+}
 
 
 def mistake(make):
@@ -22,23 +40,52 @@ def mistake(make):
     return str(error.value)
 
 
-WRONG = {       # fields of a section that cannot be -> what the message says
+WRONG = {  # fields of a section that cannot be -> what the message says
     RopeScaling: [
         (dict(factor=0.0), "factor=0.0", "greater than 0"),
         (dict(low_freq_factor=-1.0), "low_freq_factor=-1.0", "greater than 0"),
         (dict(original_length=0), "original_length=0", "greater than 0"),
-        (dict(high_freq_factor=1.0), "high_freq_factor=1.0", "greater than low_freq_factor"),
+        (
+            dict(high_freq_factor=1.0),
+            "high_freq_factor=1.0",
+            "greater than low_freq_factor",
+        ),
     ],
     Model: [
-        *((({name: 0}), f"{name}=0", "greater than 0") for name in
-          ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "max_length", "rope_theta",
-           "norm_eps", "init_std")),
+        *(
+            (({name: 0}), f"{name}=0", "greater than 0")
+            for name in (
+                "vocab_size",
+                "dim",
+                "layers",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "ffn_dim",
+                "max_length",
+                "rope_theta",
+                "norm_eps",
+                "init_std",
+            )
+        ),
         (dict(heads=12, kv_heads=8), "kv_heads=8", "a divisor of model.heads=12"),
         (dict(head_dim=33), "head_dim=33", "even, for rotary embedding"),
         (dict(dtype="float16"), "dtype='float16'", "one of 'float32', 'bfloat16'"),
-        (dict(residual="ladders"), "residual='ladders'", "standard, ladder, ladder:A,M"),
-        (dict(residual="hybrid:last5"), "residual='hybrid:last5'", "more than the 4 layers"),
-        (dict(residual="delays:0,1"), "residual='delays:0,1'", "4 layers have 8 blocks"),
+        (
+            dict(residual="ladders"),
+            "residual='ladders'",
+            "standard, ladder, ladder:A,M",
+        ),
+        (
+            dict(residual="hybrid:last5"),
+            "residual='hybrid:last5'",
+            "more than the 4 layers",
+        ),
+        (
+            dict(residual="delays:0,1"),
+            "residual='delays:0,1'",
+            "4 layers have 8 blocks",
+        ),
     ],
     Mesh: [
         (dict(data=0), "data=0", "greater than 0, or -1 for the rest"),
@@ -47,7 +94,10 @@ WRONG = {       # fields of a section that cannot be -> what the message says
         (dict(data=2, fsdp=-1, tensor=-1), "tensor=-1", "given, where mesh.fsdp is -1"),
     ],
     Data: [
-        *((({name: ""}), f"{name}=''", "non-empty") for name in ("source", "text_field", "tokenizer", "token_cache")),
+        *(
+            (({name: ""}), f"{name}=''", "non-empty")
+            for name in ("source", "text_field", "tokenizer", "token_cache")
+        ),
         (dict(held_out_fraction=0.0), "held_out_fraction=0.0", "between 0 and 1"),
         (dict(held_out_fraction=1.0), "held_out_fraction=1.0", "between 0 and 1"),
     ],
@@ -55,34 +105,74 @@ WRONG = {       # fields of a section that cannot be -> what the message says
         (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
         (dict(learning_rate=float("nan")), "learning_rate=nan", "float"),
         (dict(eps=0.0), "eps=0.0", "greater than 0"),
-        (dict(lr_schedule="linear"), "lr_schedule='linear'", "one of 'cosine', 'wsd', 'constant'"),
+        (
+            dict(lr_schedule="linear"),
+            "lr_schedule='linear'",
+            "one of 'cosine', 'wsd', 'constant'",
+        ),
         (dict(warmup_steps=-1), "warmup_steps=-1", "0 or more"),
         (dict(weight_decay=-0.1), "weight_decay=-0.1", "0 or more"),
         (dict(beta1=1.0), "beta1=1.0", "from 0 to below 1"),
         (dict(beta2=-0.1), "beta2=-0.1", "from 0 to below 1"),
         (dict(final_lr_fraction=1.5), "final_lr_fraction=1.5", "from 0 to 1"),
         (dict(decay_steps=0), "decay_steps=0", "greater than 0"),
-        (dict(clip_norm=0.0), "clip_norm=0.0", "greater than 0, or None for no clipping"),
+        (
+            dict(clip_norm=0.0),
+            "clip_norm=0.0",
+            "greater than 0, or None for no clipping",
+        ),
     ],
     Train: [
-        *((({name: 0}), f"{name}=0", "greater than 0") for name in
-          ("steps", "global_batch", "seq_len", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints")),
-        *((({name: -1}), f"{name}=-1", "0 or more") for name in ("loss_chunk", "profile_steps", "sample_tokens")),
+        *(
+            (({name: 0}), f"{name}=0", "greater than 0")
+            for name in (
+                "steps",
+                "global_batch",
+                "seq_len",
+                "grad_accum_steps",
+                "log_every",
+                "eval_every",
+                "eval_batches",
+                "save_every",
+                "keep_checkpoints",
+            )
+        ),
+        *(
+            (({name: -1}), f"{name}=-1", "0 or more")
+            for name in ("loss_chunk", "profile_steps", "sample_tokens")
+        ),
         (dict(seed=-1), "seed=-1", "from 0 to 2 ** 32 - 1"),
         (dict(out="gs://bucket/run"), "out='gs://bucket/run'", "a folder"),
         (dict(out=""), "out=''", "a folder"),
-        (dict(global_batch=8, grad_accum_steps=3), "grad_accum_steps=3", "a divisor of train.global_batch=8"),
-        (dict(remat="some"), "remat='some'", "one of 'none', 'dots', 'reductions', 'full'"),
+        (
+            dict(global_batch=8, grad_accum_steps=3),
+            "grad_accum_steps=3",
+            "a divisor of train.global_batch=8",
+        ),
+        (
+            dict(remat="some"),
+            "remat='some'",
+            "one of 'none', 'dots', 'reductions', 'full'",
+        ),
         (dict(peak_tflops=0.0), "peak_tflops=0.0", "greater than 0"),
     ],
 }
 
 
-@pytest.mark.parametrize("section, fields, value, accepted", [
-    pytest.param(section, *case, id=f"{section.section}.{case[1]}") for section in SECTIONS for case in WRONG[section]])
+@pytest.mark.parametrize(
+    "section, fields, value, accepted",
+    [
+        pytest.param(section, *case, id=f"{section.section}.{case[1]}")
+        for section in SECTIONS
+        for case in WRONG[section]
+    ],
+)
 def test_values_out_of_range(section, fields, value, accepted):
     message = mistake(lambda: section(**fields))
-    assert message.startswith(f"{section.section}.{value} is not accepted: ") and accepted in message
+    assert (
+        message.startswith(f"{section.section}.{value} is not accepted: ")
+        and accepted in message
+    )
 
 
 @pytest.mark.parametrize("section, name", FIELDS)
@@ -98,50 +188,92 @@ def test_wrong_types(section, name):
     wrong += [] if type(None) in kinds else [None]
     for value in wrong:
         message = mistake(lambda value=value: section(**{name: value}))
-        assert message.startswith(f"{section.section}.{name}={value!r} is not accepted: it must be ")
+        assert message.startswith(
+            f"{section.section}.{name}={value!r} is not accepted: it must be "
+        )
 
 
 def test_whole_numbers_are_numbers():
     assert Optimizer(learning_rate=1, clip_norm=1).learning_rate == 1
 
 
-@pytest.mark.parametrize("make, start", [
-    (lambda: Config(model=3), "model=3 is not accepted: it must be Model"),
-    (lambda: Config(train=Model()), "train=Model("),
-    (lambda: Model(rope_scaling=8.0), "model.rope_scaling=8.0 is not accepted: it must be RopeScaling"),
-    (lambda: Config(train=Train(seq_len=4096)), "train.seq_len=4096 is not accepted: it must be at most "
-                                               "model.max_length=2048"),
-])
+@pytest.mark.parametrize(
+    "make, start",
+    [
+        (lambda: Config(model=3), "model=3 is not accepted: it must be Model"),
+        (lambda: Config(train=Model()), "train=Model("),
+        (
+            lambda: Model(rope_scaling=8.0),
+            "model.rope_scaling=8.0 is not accepted: it must be RopeScaling",
+        ),
+        (
+            lambda: Config(train=Train(seq_len=4096)),
+            "train.seq_len=4096 is not accepted: it must be at most "
+            "model.max_length=2048",
+        ),
+    ],
+)
 def test_sections_and_what_two_of_them_must_agree_on(make, start):
     assert mistake(make).startswith(start)
 
 
 EVERY_KIND = Config(
-    model=Model(rope_scaling=RopeScaling(factor=4.0, original_length=4096), residual="hybrid:1,2", tie_embeddings=True),
-    data=Data(source="data/*.parquet", held_out_fraction=0.1), mesh=Mesh(data=1, fsdp=-1, tensor=2),
-    optimizer=Optimizer(lr_schedule="wsd", decay_steps=10, clip_norm=None), train=Train(peak_tflops=989.0, seed=3))
+    model=Model(
+        rope_scaling=RopeScaling(factor=4.0, original_length=4096),
+        residual="hybrid:1,2",
+        tie_embeddings=True,
+    ),
+    data=Data(source="data/*.parquet", held_out_fraction=0.1),
+    mesh=Mesh(data=1, fsdp=-1, tensor=2),
+    optimizer=Optimizer(lr_schedule="wsd", decay_steps=10, clip_norm=None),
+    train=Train(peak_tflops=989.0, seed=3),
+)
 
 
 @pytest.mark.parametrize("config", [Config(), EVERY_KIND])
 def test_json_keeps_all_of_it(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-    assert from_dict({}) == Config()                                    # what is not said is the default
+    assert from_dict({}) == Config()  # what is not said is the default
 
 
-@pytest.mark.parametrize("values, start", [
-    (dict(modle={}), "modle is not a field: data, mesh, model, optimizer, train are"),
-    (dict(model=dict(layer=3)), "model.layer is not a field: dim, "),
-    (dict(model=dict(rope_scaling=dict(by=3))), "model.rope_scaling.by is not a field: factor, "),
-    (dict(mesh=None), "mesh=None is not accepted: it must be Mesh"),
-    (dict(train=dict(steps="9")), "train.steps='9' is not accepted: it must be int"),
-    (dict(model=dict(rope_scaling=dict(factor=0))), "model.rope_scaling.factor=0 is not accepted"),
-])
+@pytest.mark.parametrize(
+    "values, start",
+    [
+        (
+            dict(modle={}),
+            "modle is not a field: data, mesh, model, optimizer, train are",
+        ),
+        (dict(model=dict(layer=3)), "model.layer is not a field: dim, "),
+        (
+            dict(model=dict(rope_scaling=dict(by=3))),
+            "model.rope_scaling.by is not a field: factor, ",
+        ),
+        (dict(mesh=None), "mesh=None is not accepted: it must be Mesh"),
+        (
+            dict(train=dict(steps="9")),
+            "train.steps='9' is not accepted: it must be int",
+        ),
+        (
+            dict(model=dict(rope_scaling=dict(factor=0))),
+            "model.rope_scaling.factor=0 is not accepted",
+        ),
+    ],
+)
 def test_what_json_can_hold_and_a_config_cannot(values, start):
     assert mistake(lambda: from_dict(values)).startswith(start)
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(-9, 9000), st.floats(), st.text(), st.lists(st.integers()),
-                   st.sampled_from(["ladder", "parallel", "desync:2", "ladder:1,2", "hybrid:last2", "wsd", "full"]))
+values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 9000),
+    st.floats(),
+    st.text(),
+    st.lists(st.integers()),
+    st.sampled_from(
+        ["ladder", "parallel", "desync:2", "ladder:1,2", "hybrid:last2", "wsd", "full"]
+    ),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -160,4 +292,6 @@ def test_any_value_is_taken_and_kept_or_refused_in_one_line(where, value):
 def test_a_config_cannot_be_changed_and_a_changed_copy_is_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.dim = 3
-    assert "model.heads=7" in mistake(lambda: dataclasses.replace(Model(kv_heads=4), heads=7))
+    assert "model.heads=7" in mistake(
+        lambda: dataclasses.replace(Model(kv_heads=4), heads=7)
+    )

@@ -1,4 +1,5 @@
 """Recipes: each is built full-size and one step of it is traced on its own mesh, at the cost of shapes alone."""
+
 import ast
 import functools
 import math
@@ -23,15 +24,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 PARAMETERS = {
-    "demo": None,                                                   # not anybody's model
-    "scratch_1b": 1_208_083_968 + 49152 * 1536,                     # the paper counts one of two embeddings: 1.2B
-    "scratch_3b": 3_510_819_072 + 49152 * 2304,                     # 3.5B
+    "demo": None,  # not anybody's model
+    "scratch_1b": 1_208_083_968
+    + 49152 * 1536,  # the paper counts one of two embeddings: 1.2B
+    "scratch_3b": 3_510_819_072 + 49152 * 2304,  # 3.5B
     "llama3_8b": 8_030_261_248,
     "codellama_34b": 33_743_970_304,
     "llama3_70b": 70_553_706_496,
     # BLOOM has 176,247,271,424. Here: 70 layers of four square matrices, three of the MLP's and two norms; a norm; one
     # embedding for both ends.
-    "bloom_176b": 70 * (4 * 14336 ** 2 + 3 * 14336 * 50176 + 2 * 14336) + 14336 + 250880 * 14336,
+    "bloom_176b": 70 * (4 * 14336**2 + 3 * 14336 * 50176 + 2 * 14336)
+    + 14336
+    + 250880 * 14336,
     # Published with 8 key-value heads: 8 more have a key and a value matrix each in 126 layers.
     "llama3_405b": 405_853_388_800 + 126 * 2 * 16384 * 8 * 128,
 }
@@ -41,7 +45,9 @@ PARAMETERS = {
 def recipe(name, *overrides):
     """A recipe's config, as the command line makes it."""
     path = str(ROOT / "configs" / f"{name}.py")
-    return cli._parse(cli.TrainArguments, list(overrides), name, cli.TrainArguments(from_recipe(path))).config
+    return cli._parse(
+        cli.TrainArguments, list(overrides), name, cli.TrainArguments(from_recipe(path))
+    ).config
 
 
 def documentation(name):
@@ -50,7 +56,7 @@ def documentation(name):
 
 @functools.cache
 def parameters(config):
-    return jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    return model.abstract(config)
 
 
 def count(config):
@@ -58,38 +64,67 @@ def count(config):
 
 
 def bytes_of(tree):
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
 def shards(tree):
     """A device's share of a tree of arrays that say how they are sharded."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree
+    )
 
 
 @pytest.fixture
 def planned(monkeypatch):
     """The mesh of a config, of devices that are not there."""
-    cpu = SimpleNamespace(platform="cpu", device_kind="cpu")       # plain attention
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu")  # plain attention
     monkeypatch.setattr(AbstractMesh, "devices", np.array([cpu]))
-    return lambda config: AbstractMesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), sharding.AXES,
-                                       axis_types=(AxisType.Auto,) * 3)
+    return lambda config: AbstractMesh(
+        (config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
 
 
 def batch_of(config, rows):
-    return {name: jax.ShapeDtypeStruct((rows, config.train.seq_len), jnp.float32 if name == "weights" else jnp.int32)
-            for name in train.BATCH}
+    return {
+        name: jax.ShapeDtypeStruct(
+            (rows, config.train.seq_len),
+            jnp.float32 if name == "weights" else jnp.int32,
+        )
+        for name in train.BATCH_FIELDS
+    }
 
 
 def kept_for_backward(config, mesh):
     """What one device's forward pass of one accumulated part leaves for its backward pass; parameters may be in it."""
-    def forward(parameters, batch):
-        return jax.tree.leaves(jax.vjp(lambda parameters: model.loss(
-            parameters, config.model, batch, remat=config.train.remat, chunk=config.train.loss_chunk), parameters)[1])
 
-    specs = sharding.parameter_specs(parameters(config.model)), dict.fromkeys(train.BATCH, sharding.TOKENS)
+    def forward(parameters, batch):
+        return jax.tree.leaves(
+            jax.vjp(
+                lambda parameters: model.loss(
+                    parameters,
+                    config.model,
+                    batch,
+                    remat=config.train.remat,
+                    chunk=config.train.loss_chunk,
+                ),
+                parameters,
+            )[1]
+        )
+
+    specs = (
+        sharding.parameter_specs(parameters(config.model)),
+        dict.fromkeys(train.BATCH_FIELDS, sharding.TOKENS),
+    )
     local = sharding.shard_map(forward, mesh, specs, PartitionSpec())
-    return jax.eval_shape(local, parameters(config.model),
-                          batch_of(config, config.train.global_batch // config.train.grad_accum_steps))
+    return jax.eval_shape(
+        local,
+        parameters(config.model),
+        batch_of(config, config.train.global_batch // config.train.grad_accum_steps),
+    )
 
 
 def test_every_recipe_is_tested():
@@ -99,25 +134,44 @@ def test_every_recipe_is_tested():
 @pytest.mark.parametrize("name", RECIPES)
 def test_full_size(name, planned):
     config = recipe(name)
-    mesh, optimizer = planned(config), make_optimizer(config.optimizer, config.train.steps)
+    mesh, optimizer = (
+        planned(config),
+        make_optimizer(config.optimizer, config.train.steps),
+    )
     assert PARAMETERS[name] in (None, count(config.model))
-    sharding.check(config.model, mesh, config.train.global_batch // config.train.grad_accum_steps)
+    sharding.check_fits(
+        config.model, mesh, config.train.global_batch // config.train.grad_accum_steps
+    )
 
     state = train.abstract_state(config, mesh, optimizer)
-    after, results = jax.eval_shape(train.make_step(config, mesh, optimizer), state,
-                                    batch_of(config, config.train.global_batch))
+    after, results = jax.eval_shape(
+        train.make_step(config, mesh, optimizer),
+        state,
+        batch_of(config, config.train.global_batch),
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert results["loss"].shape == ()
-    evaluated = jax.eval_shape(train.make_evaluation(config, mesh), state.model, batch_of(config, config.train.global_batch))
+    evaluated = jax.eval_shape(
+        train.make_evaluation(config, mesh),
+        state.model,
+        batch_of(config, config.train.global_batch),
+    )
     assert [x.shape for x in evaluated] == [(), ()]
 
     # A device's memory: less than what it has, and as the recipe says. Gradients are there twice while accumulated.
-    held, gradients = bytes_of(shards(state)), bytes_of(shards(state.model)) * (1 + (config.train.grad_accum_steps > 1))
+    held, gradients = (
+        bytes_of(shards(state)),
+        bytes_of(shards(state.model)) * (1 + (config.train.grad_accum_steps > 1)),
+    )
     activations = bytes_of(kept_for_backward(config, mesh))
-    print(f"{name}: {held / 1e9:.1f} GB of parameters and AdamW state, {gradients / 1e9:.1f} GB of gradients, "
-          f"{activations / 1e9:.1f} GB kept for the backward pass")
-    hardware = re.search(r"Hardware: +(\d+) .* of (\d+) GB.*; a device holds (\S+) GB of parameters and AdamW state",
-                         documentation(name))
+    print(
+        f"{name}: {held / 1e9:.1f} GB of parameters and AdamW state, {gradients / 1e9:.1f} GB of gradients, "
+        f"{activations / 1e9:.1f} GB kept for the backward pass"
+    )
+    hardware = re.search(
+        r"Hardware: +(\d+) .* of (\d+) GB.*; a device holds (\S+) GB of parameters and AdamW state",
+        documentation(name),
+    )
     if name == "demo":
         return
     devices, memory, said = hardware.groups()
@@ -129,17 +183,23 @@ def test_full_size(name, planned):
 def test_documentation(name):
     """The command, hardware, time and result, in this order; the time is what its formula gives."""
     text = documentation(name)
-    places = [re.search(rf"^{word}: +\S", text, re.MULTILINE).start()
-              for word in ("Command", "Hardware", "Time", "Result")]
+    places = [
+        re.search(rf"^{word}: +\S", text, re.MULTILINE).start()
+        for word in ("Command", "Hardware", "Time", "Result")
+    ]
     assert places == sorted(places)
     assert f"configs/{name}.py" in text or name == "demo"
     if name == "demo":
         return
     config = recipe(name)
     said, unit, flops, devices, peak, mfu = re.search(
-        r"Time: +(\S+) (hours|days) = (\S+) FLOPs / \((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)", text).groups()
+        r"Time: +(\S+) (hours|days) = (\S+) FLOPs / \((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
+        text,
+    ).groups()
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
-    assert float(flops) == pytest.approx(tokens * train.flops_per_token(config.model, config.train.seq_len), rel=0.005)
+    assert float(flops) == pytest.approx(
+        tokens * train.flops_per_token(config.model, config.train.seq_len), rel=0.005
+    )
     seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
     assert said == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"
     device = re.search(r"Hardware: +\d+ (?:NVIDIA )?(.*?) of", text).group(1).lower()
@@ -150,17 +210,23 @@ def test_documentation(name):
 def test_a_step_is_4_million_tokens_and_a_run_105_billion(name):
     """As in the paper's runs from scratch: runs of different models then differ in the model alone."""
     config = recipe(name).train
-    assert config.global_batch * config.seq_len == 2048 * 2048 and config.steps == 25_000
+    assert (
+        config.global_batch * config.seq_len == 2048 * 2048 and config.steps == 25_000
+    )
 
 
-VARIANTS = {        # what the docstrings say can be changed: arguments -> parameters
-    "scratch_1b --model.residual standard --train.out runs/scratch_1b_standard": PARAMETERS["scratch_1b"],
-    "scratch_1b --model.residual parallel": PARAMETERS["scratch_1b"] - 40 * 1536,       # one norm a layer less
+VARIANTS = {  # what the docstrings say can be changed: arguments -> parameters
+    "scratch_1b --model.residual standard --train.out runs/scratch_1b_standard": PARAMETERS[
+        "scratch_1b"
+    ],
+    "scratch_1b --model.residual parallel": PARAMETERS["scratch_1b"]
+    - 40 * 1536,  # one norm a layer less
     "scratch_1b --mesh.data 1 --train.grad-accum-steps 32": PARAMETERS["scratch_1b"],
     "scratch_1b --mesh.fsdp 1 --mesh.tensor 8": PARAMETERS["scratch_1b"],
     "scratch_3b --mesh.fsdp 2 --mesh.tensor 4": PARAMETERS["scratch_3b"],
-    "scratch_3b --model.heads 32 --model.kv-heads 32 --model.head-dim 72 --mesh.fsdp 1 --mesh.tensor 8":
-        PARAMETERS["scratch_3b"],
+    "scratch_3b --model.heads 32 --model.kv-heads 32 --model.head-dim 72 --mesh.fsdp 1 --mesh.tensor 8": PARAMETERS[
+        "scratch_3b"
+    ],
     "llama3_8b --model.residual hybrid:last16": PARAMETERS["llama3_8b"],
     "llama3_70b --model.residual desync:2": PARAMETERS["llama3_70b"],
     "llama3_405b --model.kv-heads 8 --mesh.fsdp 128 --mesh.tensor 8 --train.grad-accum-steps 8": 405_853_388_800,
@@ -170,11 +236,17 @@ VARIANTS = {        # what the docstrings say can be changed: arguments -> param
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant, planned):
     config = recipe(*shlex.split(variant))
-    sharding.check(config.model, planned(config), config.train.global_batch // config.train.grad_accum_steps)
+    sharding.check_fits(
+        config.model,
+        planned(config),
+        config.train.global_batch // config.train.grad_accum_steps,
+    )
     assert count(config.model) == VARIANTS[variant]
 
 
 def test_36_heads_do_not_divide_by_8(planned):
     config = recipe("scratch_3b", "--mesh.fsdp", "1", "--mesh.tensor", "8")
-    with pytest.raises(ValueError, match="model.heads=36 does not divide by mesh.tensor=8"):
-        sharding.check(config.model, planned(config))
+    with pytest.raises(
+        ValueError, match="model.heads=36 does not divide by mesh.tensor=8"
+    ):
+        sharding.check_fits(config.model, planned(config))

@@ -1,4 +1,5 @@
 """The engine against `generate` for one request alone: every token, whatever runs beside it, and what it promises."""
+
 import asyncio
 import dataclasses
 import functools
@@ -27,9 +28,30 @@ from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import QueueFull, RequestFailed, Token
 
-CONFIG = Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=48, residual="ladder",
-               dtype="float32", max_length=64, init_std=0.3)
-OPTIONS = Decode(slots=3, staging=2, steps_per_call=4, prefill_budget=16, max_length=64, fit_shapes=False, max_logprobs=3, max_stop_ids=2, max_logit_bias=2)
+CONFIG = Model(
+    vocab_size=264,
+    dim=32,
+    layers=2,
+    heads=8,
+    kv_heads=8,
+    head_dim=4,
+    ffn_dim=48,
+    residual="ladder",
+    dtype="float32",
+    max_length=64,
+    init_std=0.3,
+)
+OPTIONS = Decode(
+    slots=3,
+    staging=2,
+    steps_per_call=4,
+    prefill_budget=16,
+    max_length=64,
+    fit_shapes=False,
+    max_logprobs=3,
+    max_stop_ids=2,
+    max_logit_bias=2,
+)
 
 
 @functools.cache
@@ -41,39 +63,70 @@ def mesh(tensor=1):
 def model(config=CONFIG, tensor=1):
     init = functools.partial(transformer.init, config)
     specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, out_shardings=sharding.named(mesh(tensor), specs))(jax.random.key(0))
+    return jax.jit(init, out_shardings=sharding.named_shardings(mesh(tensor), specs))(
+        jax.random.key(0)
+    )
 
 
 def engine(config=CONFIG, tensor=1, tokenizer=None, **options):
-    options = {name: options.pop(name) for name in ("trace", "pipelined") if name in options} | dict(
-        options=dataclasses.replace(OPTIONS, **options))
-    return Engine(model(config, tensor), config, mesh(tensor), tokenizer=tokenizer, **options)
+    options = {
+        name: options.pop(name) for name in ("trace", "pipelined") if name in options
+    } | dict(options=dataclasses.replace(OPTIONS, **options))
+    return Engine(
+        model(config, tensor), config, mesh(tensor), tokenizer=tokenizer, **options
+    )
 
 
 @functools.cache
 def _alone(config, tensor, prompt, options):
     """As many tokens as fit: what a request with fewer has is their beginning (and few shapes are compiled)."""
-    return list(generate.generate(model(config, tensor), config, mesh(tensor), prompt,
-                                  max_tokens=config.max_length - len(prompt), **dict(options)))
+    return list(
+        generate.generate(
+            model(config, tensor),
+            config,
+            mesh(tensor),
+            prompt,
+            max_tokens=config.max_length - len(prompt),
+            **dict(options),
+        )
+    )
 
 
-def alone(prompt, config=CONFIG, tensor=1, stop_ids=(), max_tokens=16, **options):
+def alone(prompt, config=CONFIG, tensor=1, stop_token_ids=(), max_tokens=16, **options):
     """What the reference makes of one request by itself."""
-    options = {name: tuple(value.items()) if name == "bias" else value for name, value in options.items()}
-    tokens = _alone(config, tensor, tuple(prompt), tuple(sorted(options.items())))[:max_tokens]
-    return tokens[:next((i for i, token in enumerate(tokens) if token in stop_ids), None)]
+    options = {
+        name: tuple(value.items()) if name == "bias" else value
+        for name, value in options.items()
+    }
+    tokens = _alone(config, tensor, tuple(prompt), tuple(sorted(options.items())))[
+        :max_tokens
+    ]
+    return tokens[
+        : next((i for i, token in enumerate(tokens) if token in stop_token_ids), None)
+    ]
 
 
 def requests(count, seed=0, longest=40):
     """(prompt, options) of all kinds."""
     rng = np.random.default_rng(seed)
-    kinds = [dict(), dict(temperature=1.0), dict(temperature=0.8, top_k=7), dict(temperature=1.1, top_p=0.7),
-             dict(repetition=1.4, presence=0.3, frequency=0.2),
-             dict(temperature=1.0, min_p=0.1, bias={5: 4.0, 9: -3.0})]
+    kinds = [
+        dict(),
+        dict(temperature=1.0),
+        dict(temperature=0.8, top_k=7),
+        dict(temperature=1.1, top_p=0.7),
+        dict(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2),
+        dict(temperature=1.0, min_p=0.1, logit_bias={5: 4.0, 9: -3.0}),
+    ]
     made = []
     for i in range(count):
         prompt = rng.integers(0, 264, rng.integers(1, longest)).tolist()
-        made.append((prompt, kinds[i % len(kinds)] | dict(max_tokens=int(rng.integers(1, 25)), seed=i)))
+        made.append(
+            (
+                prompt,
+                kinds[i % len(kinds)]
+                | dict(max_tokens=int(rng.integers(1, 25)), seed=i),
+            )
+        )
     return made
 
 
@@ -81,17 +134,33 @@ def check(engine, submitted, **where):
     """Every request has exactly its reference's tokens; the state is empty again."""
     for request, prompt, options in submitted:
         assert request.tokens == alone(prompt, **options, **where), (prompt, options)
-        assert request.finish == ("length" if len(request.tokens) == options["max_tokens"] else "stop")
+        assert request.finish == (
+            "length" if len(request.tokens) == options["max_tokens"] else "stop"
+        )
     while engine.step():
         pass
     state = jax.device_get(engine._state)
-    assert not state.slots.row.active.any() and (state.staging.row.turn == decode.NEVER).all()
-    assert not engine._live and not engine._prefilled and not any(engine._staging) and not engine._waiting_count
-    assert engine.counters.syncs == engine.counters.chunks == len(engine.history or range(engine.counters.chunks))
+    assert (
+        not state.slots.state.active.any()
+        and (state.staging.state.admission_order == decode.NOT_WAITING).all()
+    )
+    assert (
+        not engine._live
+        and not engine._prefilled
+        and not any(engine._staging)
+        and not engine._waiting_count
+    )
+    assert (
+        engine.counters.syncs
+        == engine.counters.chunks
+        == len(engine.history or range(engine.counters.chunks))
+    )
 
 
 def run(engine, asked, **where):
-    submitted = [(engine.submit(prompt, **options), prompt, options) for prompt, options in asked]
+    submitted = [
+        (engine.submit(prompt, **options), prompt, options) for prompt, options in asked
+    ]
     for request, *_ in submitted:
         request.result()
     check(engine, submitted, **where)
@@ -100,15 +169,27 @@ def run(engine, asked, **where):
 
 # ---------------------------------------------------------------- token-exact
 
+
 def test_more_requests_than_slots_have_the_tokens_they_have_alone():
     made = engine(trace=True)
     submitted = run(made, requests(20, longest=7))
     # every slot was taken again inside a chunk: two requests in one column of one chunk's events
-    refills = [any(len(set(column[column >= 0])) > 1 for column in chunk.T) for _, chunk in made.history]
+    refills = [
+        any(len(set(column[column >= 0])) > 1 for column in chunk.T)
+        for _, chunk in made.history
+    ]
     assert sum(refills) >= 3
-    seen = [(int(r), i) for i, (_, chunk) in enumerate(made.history) for r in chunk[chunk >= 0]]
-    first = len(submitted)      # one token of each came from its prefill
-    assert len(seen) + first == sum(len(r.tokens) for r, *_ in submitted) == made.counters.tokens
+    seen = [
+        (int(r), i)
+        for i, (_, chunk) in enumerate(made.history)
+        for r in chunk[chunk >= 0]
+    ]
+    first = len(submitted)  # one token of each came from its prefill
+    assert (
+        len(seen) + first
+        == sum(len(r.tokens) for r, *_ in submitted)
+        == made.counters.tokens
+    )
 
 
 @settings(max_examples=8, deadline=None)
@@ -119,14 +200,16 @@ def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data)
     steps = data.draw(st.integers(1, 4), "iterations a chunk")
     made._steps = lambda: steps
     asked = data.draw(st.permutations(requests(10)), "order")
-    gaps = data.draw(st.lists(st.integers(0, 3), min_size=10, max_size=10), "steps between arrivals")
+    gaps = data.draw(
+        st.lists(st.integers(0, 3), min_size=10, max_size=10), "steps between arrivals"
+    )
     cancelled = data.draw(st.sets(st.integers(0, 9), max_size=3), "cancelled")
     stopped = data.draw(st.sets(st.integers(0, 9), max_size=4), "stopped")
     submitted = []
     for i, ((prompt, options), gap) in enumerate(zip(asked, gaps)):
-        if i in stopped:       # at a token that it is known to emit
+        if i in stopped:  # at a token that it is known to emit
             tokens = alone(prompt, **options)
-            options = options | dict(stop_ids=(tokens[len(tokens) // 2],))
+            options = options | dict(stop_token_ids=(tokens[len(tokens) // 2],))
         submitted.append((made.submit(prompt, **options), prompt, options))
         for _ in range(gap):
             made.step()
@@ -138,7 +221,7 @@ def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data)
         request, prompt, options = submitted[i]
         assert request.finish in ("cancelled", "length", "stop")
         whole = alone(prompt, **options)
-        assert request.tokens == whole[:len(request.tokens)]
+        assert request.tokens == whole[: len(request.tokens)]
     check(made, [x for i, x in enumerate(submitted) if i not in cancelled])
     assert made.compiled() == shared_programs(made)
 
@@ -159,8 +242,16 @@ def shared_programs(made):
     return made.compiled()
 
 
-@pytest.mark.parametrize("changes", [dict(loop="fixed"), dict(unroll_layers=False), dict(steps_per_call=1),
-                                     pytest.param(dict(slots=1, staging=1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(loop="fixed"),
+        dict(unroll_layers=False),
+        dict(steps_per_call=1),
+        pytest.param(dict(slots=1, staging=1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_ways_of_running_have_the_same_tokens(changes):
     run(engine(**changes), requests(6))
 
@@ -168,22 +259,39 @@ def test_ways_of_running_have_the_same_tokens(changes):
 def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     made = engine(loop="fixed")
     assert made.capacity.chunks == [1, 4] and engine().capacity.chunks == [4]
-    run(made, [([1, 2], dict(max_tokens=2))])       # one by prefill, one by the loop
+    run(made, [([1, 2], dict(max_tokens=2))])  # one by prefill, one by the loop
     assert (made.counters.chunks, made.counters.iterations) == (1, 1)
     run(made, [([3], dict(max_tokens=12))])
     assert (made.counters.chunks, made.counters.iterations) == (4, 13)
-    run(made, [([4], dict(max_tokens=1))])      # prefill's token alone comes to the host with a chunk, too
+    run(
+        made, [([4], dict(max_tokens=1))]
+    )  # prefill's token alone comes to the host with a chunk, too
     assert (made.counters.chunks, made.counters.iterations) == (5, 14)
     assert made.compiled()[0] <= made.compiled()[1]
 
 
-@pytest.mark.parametrize("residual, tensor", [("ladder", 8), ("hybrid:last1", 2), ("desync:2", 2), ("parallel", 1),
-                                              *(pytest.param(residual, 2, marks=pytest.mark.slow)
-                                                for residual in ("standard", "ladder:1,2", "parallel"))])
+@pytest.mark.parametrize(
+    "residual, tensor",
+    [
+        ("ladder", 8),
+        ("hybrid:last1", 2),
+        ("desync:2", 2),
+        ("parallel", 1),
+        *(
+            pytest.param(residual, 2, marks=pytest.mark.slow)
+            for residual in ("standard", "ladder:1,2", "parallel")
+        ),
+    ],
+)
 def test_residual_schedules_and_tensor_shards(residual, tensor):
     """Against the reference on one device; desync, whose ranks' streams are part of the model, on the same mesh."""
     config = dataclasses.replace(CONFIG, residual=residual)
-    run(engine(config, tensor), requests(4, longest=15), config=config, tensor=tensor if "desync" in residual else 1)
+    run(
+        engine(config, tensor),
+        requests(4, longest=15),
+        config=config,
+        tensor=tensor if "desync" in residual else 1,
+    )
 
 
 def test_the_compiled_shape_follows_what_is_live():
@@ -191,16 +299,27 @@ def test_the_compiled_shape_follows_what_is_live():
     made = engine(fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=64)
     made.capacity.lengths = [32, 64]
     widths = []
-    asked = [([1, 2, 3], dict(max_tokens=60, seed=1)), *[([i], dict(max_tokens=6, seed=i)) for i in range(5)]]
-    submitted = [(made.submit(prompt, **options), prompt, options) for prompt, options in asked]
+    asked = [
+        ([1, 2, 3], dict(max_tokens=60, seed=1)),
+        *[([i], dict(max_tokens=6, seed=i)) for i in range(5)],
+    ]
+    submitted = [
+        (made.submit(prompt, **options), prompt, options) for prompt, options in asked
+    ]
     while made.step():
         widths.append((made._width, made._length))
     check(made, submitted)
-    assert max(w for w, _ in widths) == 4 and (1, 64) in widths and made.counters.reshapes >= 3
+    assert (
+        max(w for w, _ in widths) == 4
+        and (1, 64) in widths
+        and made.counters.reshapes >= 3
+    )
     assert made.compiled()[0] <= made.compiled()[1]
 
 
-@pytest.mark.parametrize("kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize(
+    "kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
+)
 def test_a_bfloat16_or_int8_cache_mostly_agrees(kv_dtype):
     asked = [(prompt, dict(max_tokens=8)) for prompt, _ in requests(3)]
     made = engine(kv_dtype=kv_dtype)
@@ -211,6 +330,7 @@ def test_a_bfloat16_or_int8_cache_mostly_agrees(kv_dtype):
 
 
 # ---------------------------------------------------------------- prefill
+
 
 def test_long_prompts_come_in_pieces_between_chunks_of_those_that_run():
     made = engine()
@@ -223,8 +343,12 @@ def test_long_prompts_come_in_pieces_between_chunks_of_those_that_run():
     while not waiting.tokens:
         calls = made.counters.prefill_calls
         made.step()
-        assert made.counters.prefill_calls - calls <= 1          # at most decode.prefill_budget tokens between two chunks
-    assert len(running.tokens) - before >= 3 * made.options.steps_per_call     # it went on all the while
+        assert (
+            made.counters.prefill_calls - calls <= 1
+        )  # at most decode.prefill_budget tokens between two chunks
+    assert (
+        len(running.tokens) - before >= 3 * made.options.steps_per_call
+    )  # it went on all the while
     assert waiting.result().tokens == alone(*long[:1], **long[1])
     assert running.result().tokens == alone([1, 2], max_tokens=40)
 
@@ -235,15 +359,17 @@ def test_prompts_that_begin_alike_share_the_computed_prefix():
     prompts = [shared + [i] for i in range(5)]
     for i, prompt in enumerate(prompts):
         computed = made.counters.prefill_tokens
-        assert made.submit(prompt, max_tokens=4, seed=i, temperature=1.0).result().tokens == alone(
-            prompt, max_tokens=4, seed=i, temperature=1.0)
+        assert made.submit(
+            prompt, max_tokens=4, seed=i, temperature=1.0
+        ).result().tokens == alone(prompt, max_tokens=4, seed=i, temperature=1.0)
         assert made.counters.prefill_tokens - computed == (21 if i == 0 else 5)
     assert made.counters.prefix_tokens == 4 * 16 and made.prefixes.hits == 8
 
 
 def test_prefixes_are_bounded_and_the_least_recent_goes_first():
-    from ladder_jax.serve.prefix_cache import Prefixes
-    kept = Prefixes(2, 30, 10)
+    from ladder_jax.serve.prefix_cache import PrefixCache
+
+    kept = PrefixCache(2, 30, 10)
     a, b = np.arange(4), np.arange(4) + 10
     for prompt in (a, b):
         for _, key in kept.missing(prompt):
@@ -254,44 +380,68 @@ def test_prefixes_are_bounded_and_the_least_recent_goes_first():
 
 # ---------------------------------------------------------------- what comes with the tokens
 
+
 def test_log_probabilities_are_the_models_own():
     made = engine()
     prompt = [3, 1, 4, 1, 5]
-    request = made.submit(prompt, max_tokens=6, temperature=1.0, seed=3, logprobs=2, bias={7: 2.0})
+    request = made.submit(
+        prompt, max_tokens=6, temperature=1.0, seed=3, logprobs=2, logit_bias={7: 2.0}
+    )
     beside = made.submit(prompt, max_tokens=6)
     got = list(request)
     cache = generate.empty_cache(CONFIG, mesh(), 1, 16)
     ids = prompt + request.tokens
     logits, _ = generate.make_forward(CONFIG, mesh())(
-        model(), np.array([ids + [0] * (16 - len(ids))], np.int32), np.arange(16, dtype=np.int32)[None], cache)
+        model(),
+        np.array([ids + [0] * (16 - len(ids))], np.int32),
+        np.arange(16, dtype=np.int32)[None],
+        cache,
+    )
     want = jax.nn.log_softmax(logits[0])
     for i, token in enumerate(got):
         row = np.asarray(want[len(prompt) + i - 1])
         assert abs(token.logprob - row[token.id]) < 1e-4
         assert [id for id, _ in token.top] == np.argsort(-row)[:2].tolist()
-        np.testing.assert_allclose([p for _, p in token.top], -np.sort(-row)[:2], atol=1e-4)
+        np.testing.assert_allclose(
+            [p for _, p in token.top], -np.sort(-row)[:2], atol=1e-4
+        )
     assert all(token.logprob is None and token.top == () for token in beside)
 
 
 def test_stop_strings_cut_exactly_and_free_the_slot():
     tokenizer = ByteTokenizer()
-    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.size + (-tokenizer.size) % 8)
+    config = dataclasses.replace(
+        CONFIG, vocab_size=tokenizer.size + (-tokenizer.size) % 8
+    )
     made = engine(config, tokenizer=tokenizer)
-    whole = made.submit("ab", max_tokens=30, temperature=1.0, seed=5, stop_ids=()).result()
+    whole = made.submit(
+        "ab", max_tokens=30, temperature=1.0, seed=5, stop_token_ids=()
+    ).result()
     assert whole.text == tokenizer.decode(whole.tokens)
     for start, size in ((3, 1), (4, 3), (10, 2)):
-        stop = whole.text[start:start + size]
+        stop = whole.text[start : start + size]
         cut = whole.text.index(stop)
-        request = made.submit("ab", max_tokens=30, temperature=1.0, seed=5, stop=("never there", stop), stop_ids=())
+        request = made.submit(
+            "ab",
+            max_tokens=30,
+            temperature=1.0,
+            seed=5,
+            stop=("never there", stop),
+            stop_token_ids=(),
+        )
         pieces = [token.text for token in request]
-        assert "".join(pieces) == request.text == whole.text[:cut] and request.finish == "stop"
-        assert whole.tokens[:len(request.tokens)] == request.tokens
+        assert (
+            "".join(pieces) == request.text == whole.text[:cut]
+            and request.finish == "stop"
+        )
+        assert whole.tokens[: len(request.tokens)] == request.tokens
     while made.step():
         pass
-    assert not made._live and not jax.device_get(made._state.slots.row.active).any()
+    assert not made._live and not jax.device_get(made._state.slots.state.active).any()
 
 
 # ---------------------------------------------------------------- the host
+
 
 def test_first_come_first_served_but_for_priority():
     made = engine(slots=1, staging=1)
@@ -313,11 +463,23 @@ def test_the_queue_is_bounded_and_cancelling_makes_room():
     made.submit([3], max_tokens=2).result()
 
 
-@pytest.mark.parametrize("wrong, name", [
-    (dict(prompt=[]), "prompt"), (dict(prompt=[999]), "prompt"), (dict(prompt=[1] * 64), "prompt"),
-    (dict(prompt="text"), "prompt"), (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=64), "max_tokens"),
-    (dict(stop=["x"]), "stop"), (dict(stop_ids=(1, 2, 3)), "stop_ids"), (dict(logprobs=4), "logprobs"),
-    (dict(temperature=-1), "temperature"), (dict(colour=1), "colour"), (dict(bias={1: 1, 2: 2, 3: 3}), "bias")])
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        (dict(prompt=[]), "prompt"),
+        (dict(prompt=[999]), "prompt"),
+        (dict(prompt=[1] * 64), "prompt"),
+        (dict(prompt="text"), "prompt"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(max_tokens=64), "max_tokens"),
+        (dict(stop=["x"]), "stop"),
+        (dict(stop_token_ids=(1, 2, 3)), "stop_token_ids"),
+        (dict(logprobs=4), "logprobs"),
+        (dict(temperature=-1), "temperature"),
+        (dict(colour=1), "colour"),
+        (dict(logit_bias={1: 1, 2: 2, 3: 3}), "bias"),
+    ],
+)
 def test_mistakes_name_the_field_and_touch_nobody(wrong, name):
     made = shared_engine()
     with pytest.raises(ConfigError, match=name):
@@ -336,7 +498,9 @@ def test_an_error_in_one_request_is_its_own():
 
 def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers():
     made = engine()
-    live = [made.submit([i], max_tokens=30) for i in range(2)]       # as many as there are places
+    live = [
+        made.submit([i], max_tokens=30) for i in range(2)
+    ]  # as many as there are places
     made.step()
     waiting = made.submit([9], max_tokens=5)
     with mock.patch.object(made, "_chunk", side_effect=RuntimeError("device lost")):
@@ -347,7 +511,9 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
     assert made.counters.failures == 1
     again = made.submit([1], max_tokens=30)
     assert again.result().tokens == alone([1], max_tokens=30)
-    assert waiting.result().tokens == alone([9], max_tokens=5)       # it was not on the device yet
+    assert waiting.result().tokens == alone(
+        [9], max_tokens=5
+    )  # it was not on the device yet
 
 
 def test_asyncio_and_threads_share_the_engines_own_thread():
@@ -359,11 +525,16 @@ def test_asyncio_and_threads_share_the_engines_own_thread():
         return [token.id async for token in made.submit(prompt, **options)]
 
     async def all_of_them():
-        return await asyncio.gather(*(one(prompt, options) for prompt, options in asked))
+        return await asyncio.gather(
+            *(one(prompt, options) for prompt, options in asked)
+        )
+
     with made:
         got = asyncio.run(asyncio.wait_for(all_of_them(), 120))
         results = {}
-        submit = lambda i: results.update({i: made.submit(asked[i][0], **asked[i][1]).result()})
+        submit = lambda i: results.update(
+            {i: made.submit(asked[i][0], **asked[i][1]).result()}
+        )
         threads = [threading.Thread(target=submit, args=(i,)) for i in range(3)]
         for thread in threads:
             thread.start()
@@ -386,36 +557,60 @@ def test_one_synchronisation_a_chunk():
 
 def test_memory_is_planned_and_never_overcommitted():
     made = engine(slots=3, staging=2)
-    row = 2 * 2 * 8 * 4 * 4 * 64      # keys and values, layers, heads, head, float32, tokens
-    assert made.capacity.memory["rows"] == 5 * row == sum(
-        x.nbytes for x in jax.tree.leaves((made._state.slots.kv, made._state.staging.kv)))
+    row = (
+        2 * 2 * 8 * 4 * 4 * 64
+    )  # keys and values, layers, heads, head, float32, tokens
+    assert (
+        made.capacity.memory["rows"]
+        == 5 * row
+        == sum(
+            x.nbytes
+            for x in jax.tree.leaves((made._state.slots.kv, made._state.staging.kv))
+        )
+    )
     assert "5" in made.report() or "MiB" in made.report()
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
         engine(kv_memory="100KiB")
     engine(kv_memory="1MiB")
-    for budget in ("100KiB", "1MiB"):       # without a number, as many slots as the budget holds, and not one more
+    for budget in (
+        "100KiB",
+        "1MiB",
+    ):  # without a number, as many slots as the budget holds, and not one more
         filled = engine(slots=None, staging=None, kv_memory=budget)
         more = filled.capacity.plan(filled.options.slots + 1)[1]
         assert filled.capacity.memory["total"] <= to_bytes(budget, "") < more["total"]
-        assert filled.submit([1, 2], max_tokens=3).result().tokens == alone([1, 2], max_tokens=3)
+        assert filled.submit([1, 2], max_tokens=3).result().tokens == alone(
+            [1, 2], max_tokens=3
+        )
     with pytest.raises(ConfigError, match="slots=None is not accepted"):
         Decode(slots=None)
-    with pytest.raises(ConfigError, match="not enough for decode.slots=1 .* 0 slots fit"):
+    with pytest.raises(
+        ConfigError, match="not enough for decode.slots=1 .* 0 slots fit"
+    ):
         engine(slots=None, kv_memory="1KiB")
 
 
 def test_generate_keeps_order_beyond_the_queue():
     made = engine(queue_size=2)
     prompts = [[i] for i in range(7)]
-    assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [alone(p, max_tokens=4) for p in prompts]
+    assert [r.tokens for r in made.generate(prompts, max_tokens=4)] == [
+        alone(p, max_tokens=4) for p in prompts
+    ]
 
 
 def test_what_comes_after_a_cancellation_is_not_the_requests():
     request = engine().submit([1, 2], max_tokens=9)
     request._put([Token(5, "a"), Token(None, "b")])
     request.cancel()
-    request._put([Token(6, "c")], "length")         # of a chunk whose events are being handed out
-    assert (request.tokens, request.text, request.finish, len(request.times)) == ([5], "ab", "cancelled", 1)
+    request._put(
+        [Token(6, "c")], "length"
+    )  # of a chunk whose events are being handed out
+    assert (request.tokens, request.text, request.finish, len(request.times)) == (
+        [5],
+        "ab",
+        "cancelled",
+        1,
+    )
     assert [token.id for token in request] == [5, None]
 
 
@@ -439,32 +634,56 @@ def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
 
 
 def test_after_warm_up_nothing_compiles():
-    made = engine(fit_shapes=True, slots=3, staging=2, steps_per_call=3, prefill_budget=16, max_length=48, max_logit_bias=3)       # shares no programs
+    made = engine(
+        fit_shapes=True,
+        slots=3,
+        staging=2,
+        steps_per_call=3,
+        prefill_budget=16,
+        max_length=48,
+        max_logit_bias=3,
+    )  # shares no programs
     made.capacity.lengths = [24, 48]
     made._reset()
     shapes, compiling = [], []
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = made.compiled()
     assert len(shapes) <= compiled <= most
-    assert not any(x is made for x in gc.get_objects()) and gc.get_freeze_count()      # nothing to walk while serving
+    assert (
+        not any(x is made for x in gc.get_objects()) and gc.get_freeze_count()
+    )  # nothing to walk while serving
     with pytest.raises(RuntimeError, match="before the first"):
         made.submit([1], max_tokens=9)
         made.step()
         made.warm_up()
     while made.step():
         pass
-    asked = [(prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
-             for prompt, options in requests(14, longest=40)]
+    asked = [
+        (prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
+        for prompt, options in requests(14, longest=40)
+    ]
     serving = True
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiling.append(event) if serving and "compile" in event else None)
+        lambda event, *_, **__: (
+            compiling.append(event) if serving and "compile" in event else None
+        )
+    )
     submitted = []
-    for start, stop in ((0, 1), (1, 5), (5, 7), (7, 14)):       # bursts, with the width that fits each
-        submitted += [made.submit(prompt, **options) for prompt, options in asked[start:stop]]
+    for start, stop in (
+        (0, 1),
+        (1, 5),
+        (5, 7),
+        (7, 14),
+    ):  # bursts, with the width that fits each
+        submitted += [
+            made.submit(prompt, **options) for prompt, options in asked[start:stop]
+        ]
         while made.step():
             pass
     serving = False
-    assert made.counters.reshapes > 2 and made.compiled()[0] == compiled and not compiling
+    assert (
+        made.counters.reshapes > 2 and made.compiled()[0] == compiled and not compiling
+    )
     for request, (prompt, options) in zip(submitted, asked):
         assert request.tokens == alone(prompt, **options)
 
@@ -474,7 +693,9 @@ def test_chunks_are_short_while_prefill_fills_slots():
     made = engine(slots=4, staging=4, steps_per_call=16, prefill_budget=16, trace=True)
     run(made, [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)])
     busy = (np.concatenate([chunk for _, chunk in made.history]) >= 0).sum(axis=1)
-    assert busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12        # a quarter, a half, three quarters of a chunk
+    assert (
+        busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12
+    )  # a quarter, a half, three quarters of a chunk
 
 
 def test_prompts_share_prefill_calls_while_enough_wait():
@@ -484,7 +705,7 @@ def test_prompts_share_prefill_calls_while_enough_wait():
     run(made, asked)
     assert made.counters.prefill_calls <= 10
     busy = np.concatenate([chunk for _, chunk in made.history]) >= 0
-    assert busy[:24 * 23 // 4 - 24].all()
+    assert busy[: 24 * 23 // 4 - 24].all()
 
 
 HOST = """
@@ -510,25 +731,55 @@ def test_two_hosts_agree():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    both = [subprocess.Popen([sys.executable, "-c", HOST, address, str(n)], text=True, cwd=Path(__file__).parent,
-                             stdout=subprocess.PIPE, env=os.environ | {
-                                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                                 "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"})
-            for n in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(n)],
+            text=True,
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | {
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+            },
+        )
+        for n in range(2)
+    ]
     wanted = [alone(prompt, **options) for prompt, options in requests(6, longest=12)]
     for process in both:
         tokens, said = process.communicate(timeout=300)[0].splitlines()[-2:]
-        assert process.returncode == 0 and "on several hosts an engine has no thread" in said
+        assert (
+            process.returncode == 0
+            and "on several hosts an engine has no thread" in said
+        )
         tokens = json.loads(tokens)
         assert tokens.pop(4) == [] and tokens == wanted[:4] + wanted[5:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots, chunk, tensor", [(1, 64, 1), (64, 1, 1), (64, 64, 1), (17, 5, 1), (32, 16, 2),
-                                                  (8, 7, 4), (16, 32, 8)])
+@pytest.mark.parametrize(
+    "slots, chunk, tensor",
+    [
+        (1, 64, 1),
+        (64, 1, 1),
+        (64, 64, 1),
+        (17, 5, 1),
+        (32, 16, 2),
+        (8, 7, 4),
+        (16, 32, 8),
+    ],
+)
 def test_widths_chunks_and_shards(slots, chunk, tensor):
-    run(engine(slots=slots, staging=max(2, slots // 2), steps_per_call=chunk, fit_shapes=True, tensor=tensor),
-        requests(3 * slots + 5, longest=12))
+    run(
+        engine(
+            slots=slots,
+            staging=max(2, slots // 2),
+            steps_per_call=chunk,
+            fit_shapes=True,
+            tensor=tensor,
+        ),
+        requests(3 * slots + 5, longest=12),
+    )
 
 
 @pytest.mark.slow
@@ -536,7 +787,12 @@ def test_a_soak_with_random_cancellations():
     """20,000 requests: nothing lost, memory and compile count flat."""
     import gc
     import resource
-    made, rng, waiting = engine(slots=16, staging=8, steps_per_call=8, queue_size=64), np.random.default_rng(0), []
+
+    made, rng, waiting = (
+        engine(slots=16, staging=8, steps_per_call=8, queue_size=64),
+        np.random.default_rng(0),
+        [],
+    )
     asked = requests(40, longest=12)
     reference = [alone(prompt, **options) for prompt, options in asked]
     memory, programs, done, start = [], [], 0, time.time()
@@ -552,8 +808,11 @@ def test_a_soak_with_random_cancellations():
         for which, request in finished:
             done += 1
             whole = reference[which]
-            assert request.tokens == whole if request.finish != "cancelled" else (
-                request.tokens == whole[:len(request.tokens)])
+            assert (
+                request.tokens == whole
+                if request.finish != "cancelled"
+                else (request.tokens == whole[: len(request.tokens)])
+            )
         if i % 1000 == 999:
             gc.collect()
             memory.append(sum(x.nbytes for x in jax.live_arrays()))
@@ -562,7 +821,17 @@ def test_a_soak_with_random_cancellations():
         request.result()
     while made.step():
         pass
-    assert done + len(waiting) == 20_000 == made.counters.finished == made.counters.submitted
-    assert len(set(programs[1:])) == 1 and max(memory[1:]) <= 1.05 * memory[1], (programs, memory)
-    print(f"{time.time() - start:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, "
-          f"occupancy {made.counters.occupancy:.3f}, {made.counters}")
+    assert (
+        done + len(waiting)
+        == 20_000
+        == made.counters.finished
+        == made.counters.submitted
+    )
+    assert len(set(programs[1:])) == 1 and max(memory[1:]) <= 1.05 * memory[1], (
+        programs,
+        memory,
+    )
+    print(
+        f"{time.time() - start:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, "
+        f"occupancy {made.counters.occupancy:.3f}, {made.counters}"
+    )

@@ -1,4 +1,5 @@
 """Cached generation is the full forward pass, token for token; sampling draws what it should; errors are one line."""
+
 import functools
 import itertools
 import logging
@@ -24,51 +25,99 @@ SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladd
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_half_the_time():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}))
+        patch.setattr(
+            jax,
+            "jit",
+            functools.partial(
+                jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+            ),
+        )
         yield
 
 
 @functools.cache
 def make_mesh(tensor, data=1, fsdp=1):
     count = data * fsdp * tensor
-    return sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count])
+    return sharding.make_mesh(
+        config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count]
+    )
 
 
 def settings(residual, **fields):
-    return config.Model(**{**dict(vocab_size=V, dim=16, layers=2, heads=16, kv_heads=8, head_dim=4, ffn_dim=16,
-                                  max_length=32, residual=residual, qk_norm=True, dtype="float32"), **fields})
+    return config.Model(
+        **{
+            **dict(
+                vocab_size=V,
+                dim=16,
+                layers=2,
+                heads=16,
+                kv_heads=8,
+                head_dim=4,
+                ffn_dim=16,
+                max_length=32,
+                residual=residual,
+                qk_norm=True,
+                dtype="float32",
+            ),
+            **fields,
+        }
+    )
 
 
 def parameters(cfg, mesh=None):
     """Random parameters, large enough that greedy text is more than one token again and again."""
     abstract = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
     random = np.random.default_rng(1)
-    draw = lambda name, leaf: np.float32(name.endswith("norm") + 0.5 * random.normal(size=leaf.shape))
+    draw = lambda name, leaf: np.float32(
+        name.endswith("norm") + 0.5 * random.normal(size=leaf.shape)
+    )
     made = jax.tree.map(draw, sharding.parameter_names(abstract), abstract)
-    specs = sharding.named(mesh, sharding.parameter_specs(abstract)) if mesh else jax.devices()[0]
+    specs = (
+        sharding.named_shardings(mesh, sharding.parameter_specs(abstract))
+        if mesh
+        else jax.devices()[0]
+    )
     return jax.device_put(made, specs)
 
 
 def uncached(cfg, prompt, count, ranks):
     """Greedy text by the plain reference: the whole sequence again for every token, padded so that it compiles once."""
     weights = parameters(cfg)
-    logits = jax.jit(lambda tokens: reference.logits(weights, cfg, tokens, jnp.arange(LENGTH),
-                                                     jnp.ones(LENGTH, jnp.int32), ranks))
+    logits = jax.jit(
+        lambda tokens: reference.logits(
+            weights, cfg, tokens, jnp.arange(LENGTH), jnp.ones(LENGTH, jnp.int32), ranks
+        )
+    )
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(logits(jnp.array(tokens + [0] * (LENGTH - len(tokens))))[len(tokens) - 1].argmax()))
-    return tokens[len(prompt):]
+        tokens.append(
+            int(
+                logits(jnp.array(tokens + [0] * (LENGTH - len(tokens))))[
+                    len(tokens) - 1
+                ].argmax()
+            )
+        )
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("residual", SCHEDULES)
 def test_cached_generation_is_the_full_forward_pass(residual):
     cfg, prompt, count = settings(residual), [3, 1, 4, 1, 5], 18
-    local = residual.startswith("desync")       # on each number of ranks another model
-    texts = {ranks: uncached(cfg, prompt, count, ranks) for ranks in ((1, 2, 8) if local else (1,))}
-    assert len(set(texts[1])) > 2 and len({tuple(text) for text in texts.values()}) == len(texts)
+    local = residual.startswith("desync")  # on each number of ranks another model
+    texts = {
+        ranks: uncached(cfg, prompt, count, ranks)
+        for ranks in ((1, 2, 8) if local else (1,))
+    }
+    assert len(set(texts[1])) > 2 and len(
+        {tuple(text) for text in texts.values()}
+    ) == len(texts)
     for tensor in (1, 2, 8):
         mesh = make_mesh(tensor)
-        got = list(generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=count))
+        got = list(
+            generate.generate(
+                parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=count
+            )
+        )
         assert got == texts[tensor if local else 1], f"tensor={tensor}"
 
 
@@ -77,51 +126,77 @@ def small():
     """make(prompt, **options) of a ladder model on one device."""
     cfg, mesh = settings("ladder"), make_mesh(1)
     weights = parameters(cfg, mesh)
-    return lambda prompt=(3, 1, 4), **options: list(generate.generate(
-        weights, cfg, mesh, list(prompt), **{"max_tokens": 12, **options}))
+    return lambda prompt=(3, 1, 4), **options: list(
+        generate.generate(
+            weights, cfg, mesh, list(prompt), **{"max_tokens": 12, **options}
+        )
+    )
 
 
 def test_sampling_repeats_by_its_seed(small):
-    texts = [small(temperature=1.0, seed=seed) for seed in (0, 0, 1, 2 ** 32 - 1)]
+    texts = [small(temperature=1.0, seed=seed) for seed in (0, 0, 1, 2**32 - 1)]
     assert texts[0] == texts[1] and len({tuple(text) for text in texts}) == 3
-    assert small(temperature=1.0, max_tokens=5) == texts[0][:5]             # what is asked for later changes nothing
+    assert (
+        small(temperature=1.0, max_tokens=5) == texts[0][:5]
+    )  # what is asked for later changes nothing
     follows = small((3, 1, 4, *texts[0][:4]), temperature=1.0, max_tokens=8)
-    assert follows == texts[0][4:]                                          # randomness is the position's alone
+    assert follows == texts[0][4:]  # randomness is the position's alone
 
 
 def test_the_likeliest_alone_is_greedy(small):
     greedy = small()
-    assert small(temperature=1.0, top_k=1) == small(temperature=2.0, top_p=1e-6) == greedy
+    assert (
+        small(temperature=1.0, top_k=1) == small(temperature=2.0, top_p=1e-6) == greedy
+    )
     assert small(temperature=1e-4) == greedy and small(temperature=1.0) != greedy
     assert small(temperature=0.0, seed=5, top_k=3) == greedy
 
 
-SAMPLE = jax.jit(jax.vmap(generate.sample, (None, sampling.Params(*(None,) * 7, 0, None, None), None, None, None)),
-                 static_argnums=4)      # over seeds
+SAMPLE = jax.jit(
+    jax.vmap(
+        generate.sample,
+        (None, sampling.SamplingParams(*(None,) * 7, 0, None, None), None, None, None),
+    ),
+    static_argnums=4,
+)  # over seeds
 
 
 def draws(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0, vocabulary=5):
     """How often each of 5 ids is drawn."""
-    params = sampling.params(temperature=temperature, top_k=top_k, top_p=top_p)
+    params = sampling.make_params(temperature=temperature, top_k=top_k, top_p=top_p)
     params = params._replace(seed=np.arange(count, dtype=np.uint32)[:, None])
-    ids = SAMPLE(jnp.array(logits, jnp.float32), params, np.zeros((1, 5), np.int32), np.int32(7), vocabulary)
+    ids = SAMPLE(
+        jnp.array(logits, jnp.float32),
+        params,
+        np.zeros((1, 5), np.int32),
+        np.int32(7),
+        vocabulary,
+    )
     return np.bincount(ids, minlength=5) / count
 
 
 def test_frequencies_are_the_softmax_of_what_is_left():
     p = np.array([0.4, 0.05, 0.3, 0.1, 0.15])
-    near = functools.partial(pytest.approx, abs=0.03)       # four standard deviations
+    near = functools.partial(pytest.approx, abs=0.03)  # four standard deviations
     kept = lambda *ids: np.isin(np.arange(5), ids) * p / p[list(ids)].sum()
     logits = np.log(p) + 3
     assert draws(logits) == near(p)
-    assert draws(logits, temperature=0.5) == near(p ** 2 / (p ** 2).sum())
+    assert draws(logits, temperature=0.5) == near(p**2 / (p**2).sum())
     assert draws(logits, temperature=100.0) == near(np.full(5, 0.2))
-    assert draws(logits, top_k=2) == near(kept(0, 2)) and draws(logits, top_k=9) == near(p)
-    assert draws(logits, top_p=0.69) == near(kept(0, 2)) and draws(logits, top_p=0.71) == near(kept(0, 2, 4))
-    assert draws(logits, top_k=3, top_p=0.5) == near(kept(0, 2))            # 0.4 of 0.85 is below a half
+    assert draws(logits, top_k=2) == near(kept(0, 2)) and draws(
+        logits, top_k=9
+    ) == near(p)
+    assert draws(logits, top_p=0.69) == near(kept(0, 2)) and draws(
+        logits, top_p=0.71
+    ) == near(kept(0, 2, 4))
+    assert draws(logits, top_k=3, top_p=0.5) == near(
+        kept(0, 2)
+    )  # 0.4 of 0.85 is below a half
     assert draws(logits, top_k=3, top_p=0.45) == near(kept(0))
-    assert draws(logits, vocabulary=2) == near(kept(0, 1))                  # padding is never drawn
-    assert draws([0, 1, 1, 1, 0], top_k=1)[1] == 1                          # of equals the first, as greedy has it
+    assert draws(logits, vocabulary=2) == near(kept(0, 1))  # padding is never drawn
+    assert (
+        draws([0, 1, 1, 1, 0], top_k=1)[1] == 1
+    )  # of equals the first, as greedy has it
 
 
 def test_padding_is_never_taken_and_stop_is_left_out(small):
@@ -129,26 +204,59 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
     assert max(greedy) >= 10 and max(small(vocabulary=10)) < 10
     assert max(small(vocabulary=10, temperature=50.0, max_tokens=29)) < 10
     stop = greedy[5]
-    assert small(stop=(stop,)) == list(itertools.takewhile(lambda token: token != stop, greedy))
+    assert small(stop=(stop,)) == list(
+        itertools.takewhile(lambda token: token != stop, greedy)
+    )
     assert small(max_tokens=0) == []
 
 
-@pytest.mark.parametrize("prompt, options, message", [
-    ([], {}, "prompt=[] is not accepted: it must be at least one token"),
-    ([3, V], {}, f"prompt=[3, {V}] is not accepted: it must be of ids from 0 to {V - 1}"),
-    ([-1], {}, f"prompt=[-1] is not accepted: it must be of ids from 0 to {V - 1}"),
-    ([1] * 33, {}, "prompt=33 tokens is not accepted: it must be at most model.max_length=32 tokens"),
-    ([1] * 21, {}, "max_tokens=12 is not accepted: it must be from 0 to 11: model.max_length=32 less the 21 of the p"),
-    ([1], dict(max_tokens=-1), "max_tokens=-1 is not accepted: it must be from 0 to 31"),
-    ([1], dict(temperature=-0.1), "temperature=-0.1 is not accepted: it must be 0 (greedy) or more"),
-    ([1], dict(temperature=math.nan), "temperature=nan is not accepted"),
-    ([1], dict(top_k=-1), "top_k=-1 is not accepted: it must be 0 (all) or more"),
-    ([1], dict(top_p=0.0), "top_p=0.0 is not accepted: it must be above 0, up to 1"),
-    ([1], dict(top_p=1.5), "top_p=1.5 is not accepted"),
-    ([1], dict(seed=-1), "seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1"),
-])
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        ([], {}, "prompt=[] is not accepted: it must be at least one token"),
+        (
+            [3, V],
+            {},
+            f"prompt=[3, {V}] is not accepted: it must be of ids from 0 to {V - 1}",
+        ),
+        ([-1], {}, f"prompt=[-1] is not accepted: it must be of ids from 0 to {V - 1}"),
+        (
+            [1] * 33,
+            {},
+            "prompt=33 tokens is not accepted: it must be at most model.max_length=32 tokens",
+        ),
+        (
+            [1] * 21,
+            {},
+            "max_tokens=12 is not accepted: it must be from 0 to 11: model.max_length=32 less the 21 of the p",
+        ),
+        (
+            [1],
+            dict(max_tokens=-1),
+            "max_tokens=-1 is not accepted: it must be from 0 to 31",
+        ),
+        (
+            [1],
+            dict(temperature=-0.1),
+            "temperature=-0.1 is not accepted: it must be 0 (greedy) or more",
+        ),
+        ([1], dict(temperature=math.nan), "temperature=nan is not accepted"),
+        ([1], dict(top_k=-1), "top_k=-1 is not accepted: it must be 0 (all) or more"),
+        (
+            [1],
+            dict(top_p=0.0),
+            "top_p=0.0 is not accepted: it must be above 0, up to 1",
+        ),
+        ([1], dict(top_p=1.5), "top_p=1.5 is not accepted"),
+        (
+            [1],
+            dict(seed=-1),
+            "seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1",
+        ),
+    ],
+)
 def test_requests_that_cannot_be(small, prompt, options, message):
-    with pytest.raises(ConfigError) as error:       # before the first token is asked for
+    with pytest.raises(ConfigError) as error:  # before the first token is asked for
         small(prompt, **options)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
@@ -159,19 +267,28 @@ def test_all_there_is_room_for(small):
 
 # ---------------------------------------------------------------- load
 
+
 def save(folder, cfg, tensor=1):
     """A run with two checkpoints: in that of step 2 all parameters are halved."""
-    meta = dict(config=config.to_dict(config.Config(model=cfg, train=config.Train(seq_len=16))), tensor=tensor,
-                tokenizer=tokenizer.load("bytes").to_json())
+    meta = dict(
+        config=config.to_dict(config.Config(model=cfg, train=config.Train(seq_len=16))),
+        tensor=tensor,
+        tokenizer=tokenizer.load("bytes").to_json(),
+    )
     with Checkpoints(folder / "checkpoints", 9) as checkpoints:
         checkpoints.save(1, {"model": parameters(cfg)}, None, meta)
-        checkpoints.save(2, {"model": jax.tree.map(lambda x: x / 2, parameters(cfg))}, None, meta)
+        checkpoints.save(
+            2, {"model": jax.tree.map(lambda x: x / 2, parameters(cfg))}, None, meta
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("run"), settings("ladder", vocab_size=264, max_length=64))
+    return save(
+        tmp_path_factory.mktemp("run"),
+        settings("ladder", vocab_size=264, max_length=64),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +296,11 @@ def expected(run):
     """Of step 2, by the reference: logits after every token of "the ladder", and 4 more tokens."""
     cfg = settings("ladder", vocab_size=264)
     weights = jax.tree.map(lambda x: x / 2, parameters(cfg))
-    logits = jax.jit(lambda tokens: reference.logits(weights, cfg, tokens, jnp.arange(15), jnp.ones(15, jnp.int32)))
+    logits = jax.jit(
+        lambda tokens: reference.logits(
+            weights, cfg, tokens, jnp.arange(15), jnp.ones(15, jnp.int32)
+        )
+    )
     ids = [256, *b"the ladder"]
     for _ in range(4):
         made = logits(jnp.array(ids + [0] * (15 - len(ids))))[:, :259]
@@ -191,7 +312,9 @@ def expected(run):
 def test_load_gives_all_that_generation_needs(run, expected, mesh):
     loaded = ladder_jax.load(run, mesh=mesh)
     assert loaded.tokenizer.size == 259 and loaded.config.model.residual == "ladder"
-    assert loaded.mesh.size == (8 if mesh else 1) and all(x.dtype == jnp.float32 for x in jax.tree.leaves(loaded.model))
+    assert loaded.mesh.size == (8 if mesh else 1) and all(
+        x.dtype == jnp.float32 for x in jax.tree.leaves(loaded.model)
+    )
     logits, ids = loaded.logits("the ladder")
     assert ids == [256, *b"the ladder"]
     np.testing.assert_allclose(logits, expected[0], atol=2e-4)
@@ -202,45 +325,63 @@ def test_load_a_step_and_by_any_of_its_folders(run):
     wanted = np.asarray(ladder_jax.load(run, step=1).model.embedding[...])
     for path in (run / "checkpoints/1", str(run / "checkpoints/1")):
         assert np.array_equal(ladder_jax.load(path).model.embedding[...], wanted)
-    assert np.array_equal(ladder_jax.load(run / "checkpoints").model.embedding[...], wanted / 2)
-    with pytest.raises(ValueError, match=r"holds no checkpoint of step 7, only \[1, 2\]"):
+    assert np.array_equal(
+        ladder_jax.load(run / "checkpoints").model.embedding[...], wanted / 2
+    )
+    with pytest.raises(
+        ValueError, match=r"holds no checkpoint of step 7, only \[1, 2\]"
+    ):
         ladder_jax.load(run, step=7)
     with pytest.raises(ValueError, match="none does not exist"):
         ladder_jax.load(run / "none")
     with pytest.raises(ConfigError, match="the mesh needs 16 devices, but there are 8"):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 16))
-    with pytest.raises(ConfigError, match="model.heads=16 does not divide by mesh.tensor=3"):
+    with pytest.raises(
+        ConfigError, match="model.heads=16 does not divide by mesh.tensor=3"
+    ):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 3))
 
 
-def test_a_damaged_newest_one_is_told_and_the_one_before_it_loaded(run, tmp_path, caplog):
+def test_a_damaged_newest_one_is_told_and_the_one_before_it_loaded(
+    run, tmp_path, caplog
+):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints/2/model").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         loaded = ladder_jax.load(tmp_path / "run")
-    assert np.array_equal(loaded.model.embedding[...], ladder_jax.load(run, step=1).model.embedding[...])
+    assert np.array_equal(
+        loaded.model.embedding[...], ladder_jax.load(run, step=1).model.embedding[...]
+    )
     [record] = [record for record in caplog.records if "damaged" in record.message]
-    assert "checkpoints/2 is damaged" in record.message and record.message.endswith("; taking the one before it")
+    assert "checkpoints/2 is damaged" in record.message and record.message.endswith(
+        "; taking the one before it"
+    )
 
 
 def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
     run = save(tmp_path, settings("desync:2", vocab_size=264), tensor=4)
     assert ladder_jax.load(run).mesh.shape["tensor"] == 4
     assert ladder_jax.load(run, mesh=config.Mesh(2, 1, -1)).mesh.shape["tensor"] == 4
-    with pytest.raises(ConfigError, match="mesh.tensor=8 is not accepted: this desync:2 model was trained with mesh."):
+    with pytest.raises(
+        ConfigError,
+        match="mesh.tensor=8 is not accepted: this desync:2 model was trained with mesh.",
+    ):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 8))
     with pytest.raises(ConfigError, match=r"has 4 devices, but there are 2"):
         ladder_jax.load(run, devices=jax.devices()[:2])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"needs 4 devices, but there are 2 \(desync:2 models keep the mesh"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs 4 devices, but there are 2 \(desync:2 models keep the mesh",
+    ):
         ladder_jax.load(run)
 
 
 def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
     loaded = ladder_jax.load(run)
-    ids = [*"a€😀".encode(), 0xe2, 0x82]
+    ids = [*"a€😀".encode(), 0xE2, 0x82]
     monkeypatch.setattr(loading, "generate", lambda *_, **__: iter(ids))
     pieces = list(loaded.generate(""))
     assert pieces[:4] == ["a", "", "", "€"] and "".join(pieces) == "a€😀�"
@@ -249,8 +390,16 @@ def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
 def test_programs_are_compiled_once(run):
     loaded = ladder_jax.load(run)
     forward = generate.make_forward(loaded.config.model, loaded.mesh)
-    for prompt, tokens in (("ab", 3), ("abc", 9), ("abcdefgh", 5)):       # all fit in the shortest prompt and cache
+    for prompt, tokens in (
+        ("ab", 3),
+        ("abc", 9),
+        ("abcdefgh", 5),
+    ):  # all fit in the shortest prompt and cache
         list(loaded.generate(prompt, max_tokens=tokens, temperature=1.0, top_k=tokens))
     before = forward._cache_size(), generate.sample._cache_size()
-    list(loaded.generate("abcd", max_tokens=7, temperature=0.5, top_k=2, top_p=0.5, seed=3))
+    list(
+        loaded.generate(
+            "abcd", max_tokens=7, temperature=0.5, top_k=2, top_p=0.5, seed=3
+        )
+    )
     assert (forward._cache_size(), generate.sample._cache_size()) == before

@@ -1,4 +1,5 @@
 """Launch scripts: bash reads them, and what they start is a command that ladder-jax takes."""
+
 import os
 import shlex
 import subprocess
@@ -11,63 +12,131 @@ from ladder_jax import cli
 from ladder_jax.config import from_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-GIVEN = ["configs/scratch_1b.py", "--train.out", "runs/two words", "--data.source", "data/*.parquet"]
+GIVEN = [
+    "configs/scratch_1b.py",
+    "--train.out",
+    "runs/two words",
+    "--data.source",
+    "data/*.parquet",
+]
 
 
 @pytest.fixture
 def launch(tmp_path):
     """Runs a script of launch/ with programs of the given names replaced: calls print their arguments, a line each."""
+
     def run(script, *arguments, programs, check=True, **variables):
         for name in programs:
-            (tmp_path / name).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\necho \"XLA_FLAGS $XLA_FLAGS\"\n")
+            (tmp_path / name).write_text(
+                '#!/bin/sh\nprintf \'%s\\n\' "$@"\necho "XLA_FLAGS $XLA_FLAGS"\n'
+            )
             (tmp_path / name).chmod(0o755)
-        return subprocess.run(["bash", ROOT / "launch" / script, *arguments], capture_output=True, text=True,
-                              cwd=ROOT, env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}, check=check)
+        return subprocess.run(
+            ["bash", ROOT / "launch" / script, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables},
+            check=check,
+        )
+
     return run
 
 
 def parsed(arguments):
     """What `ladder-jax` makes of `arguments`, from the word train on."""
-    command, recipe, *rest = arguments[arguments.index("train"):]
+    command, recipe, *rest = arguments[arguments.index("train") :]
     assert command == "train"
-    return cli._parse(cli.TrainArguments, rest, "train", cli.TrainArguments(from_recipe(str(ROOT / recipe))))
+    return cli._parse(
+        cli.TrainArguments,
+        rest,
+        "train",
+        cli.TrainArguments(from_recipe(str(ROOT / recipe))),
+    )
 
 
 def check(chosen):
     assert chosen.distributed and chosen.resume
-    assert (chosen.config.train.out, chosen.config.data.source) == ("runs/two words", "data/*.parquet")
+    assert (chosen.config.train.out, chosen.config.data.source) == (
+        "runs/two words",
+        "data/*.parquet",
+    )
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").iterdir()))
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (ROOT / "launch").iterdir())
+)
 def test_bash_reads_them(script):
-    assert subprocess.run(["bash", "-n", ROOT / "launch" / script], capture_output=True).stderr == b""
+    assert (
+        subprocess.run(
+            ["bash", "-n", ROOT / "launch" / script], capture_output=True
+        ).stderr
+        == b""
+    )
     assert os.access(ROOT / "launch" / script, os.X_OK)
 
 
 def test_slurm(launch):
-    lines = launch("slurm.sh", *GIVEN, programs=["srun"], XLA_FLAGS="--xla_gpu_autotune_level=0").stdout.splitlines()
+    lines = launch(
+        "slurm.sh", *GIVEN, programs=["srun"], XLA_FLAGS="--xla_gpu_autotune_level=0"
+    ).stdout.splitlines()
     check(parsed(lines[:-1]))
     flags = lines[-1].removeprefix("XLA_FLAGS ")
-    assert flags.endswith(" --xla_gpu_autotune_level=0")            # what the user sets wins
-    subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True,     # XLA dies of unknown flags
-                   env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert flags.endswith(" --xla_gpu_autotune_level=0")  # what the user sets wins
+    subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        check=True,  # XLA dies of unknown flags
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )
 
 
 def test_tpu_pod(launch):
     slice = dict(TPU="name", ZONE="zone", SHARED="/mnt/shared")
-    lines = launch("tpu_pod.sh", *GIVEN, programs=["gcloud"], **slice).stdout.splitlines()
-    words = shlex.split("\n".join(lines[lines.index("--command") + 1:]))
-    check(parsed(words[:words.index("</dev/null")]))
-    assert lines[lines.index("--worker") + 1] == "all" and "name" in lines and "zone" in lines
-    for task, words in (("log", "tail -n 50 -f ladder_jax/train.log"), ("stop", "pkill -TERM"), ("setup", "uv venv")):
-        assert words in launch("tpu_pod.sh", task, programs=["gcloud", "git"], **slice).stdout
+    lines = launch(
+        "tpu_pod.sh", *GIVEN, programs=["gcloud"], **slice
+    ).stdout.splitlines()
+    words = shlex.split("\n".join(lines[lines.index("--command") + 1 :]))
+    check(parsed(words[: words.index("</dev/null")]))
+    assert (
+        lines[lines.index("--worker") + 1] == "all"
+        and "name" in lines
+        and "zone" in lines
+    )
+    for task, words in (
+        ("log", "tail -n 50 -f ladder_jax/train.log"),
+        ("stop", "pkill -TERM"),
+        ("setup", "uv venv"),
+    ):
+        assert (
+            words
+            in launch("tpu_pod.sh", task, programs=["gcloud", "git"], **slice).stdout
+        )
 
 
-@pytest.mark.parametrize("script, arguments, variables, message", [
-    ("slurm.sh", [], {}, "a recipe, such as configs/scratch_1b.py"),
-    ("tpu_pod.sh", [], dict(TPU="name", ZONE="zone", SHARED="/mnt"), "setup, log, stop or a recipe"),
-    ("tpu_pod.sh", GIVEN, dict(TPU="name", ZONE="zone"), "SHARED: a folder that every worker has mounted"),
-])
+@pytest.mark.parametrize(
+    "script, arguments, variables, message",
+    [
+        ("slurm.sh", [], {}, "a recipe, such as configs/scratch_1b.py"),
+        (
+            "tpu_pod.sh",
+            [],
+            dict(TPU="name", ZONE="zone", SHARED="/mnt"),
+            "setup, log, stop or a recipe",
+        ),
+        (
+            "tpu_pod.sh",
+            GIVEN,
+            dict(TPU="name", ZONE="zone"),
+            "SHARED: a folder that every worker has mounted",
+        ),
+    ],
+)
 def test_what_is_missing_is_said(launch, script, arguments, variables, message):
-    done = launch(script, *arguments, programs=["srun", "gcloud"], check=False, **variables)
-    assert done.returncode and message in done.stderr and len(done.stderr.splitlines()) == 1
+    done = launch(
+        script, *arguments, programs=["srun", "gcloud"], check=False, **variables
+    )
+    assert (
+        done.returncode
+        and message in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )

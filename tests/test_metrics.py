@@ -1,4 +1,5 @@
 """What a run leaves to look at, and the numbers behind MFU."""
+
 import json
 import math
 import resource
@@ -19,14 +20,20 @@ def test_rows_are_there_at_once_and_those_of_a_lost_past_are_dropped(tmp_path):
     with Metrics(tmp_path) as metrics:
         for step in range(1, 6):
             metrics.write(step, loss=1 / step)
-            assert read(tmp_path / "metrics.jsonl")[-1] == dict(step=step, loss=1 / step)       # bit for bit
+            assert read(tmp_path / "metrics.jsonl")[-1] == dict(
+                step=step, loss=1 / step
+            )  # bit for bit
         metrics.write(5, held_out_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')                                   # a kill
+        file.write('{"step": 6, "lo')  # a kill
     with Metrics(tmp_path, resumed_at=3) as metrics:
         metrics.write(4, loss=9.0)
     assert [(row["step"], row["loss"]) for row in read(tmp_path / "metrics.jsonl")] == [
-        (1, 1), (2, 1 / 2), (3, 1 / 3), (4, 9)]
+        (1, 1),
+        (2, 1 / 2),
+        (3, 1 / 3),
+        (4, 9),
+    ]
     with Metrics(tmp_path, resumed_at=0):
         assert read(tmp_path / "metrics.jsonl") == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -36,24 +43,38 @@ def test_a_row_that_does_not_fit_is_an_error_that_names_the_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
     try:
-        with pytest.raises(OSError, match="metrics.jsonl could not be written: File too large"), Metrics(tmp_path) as m:
+        with (
+            pytest.raises(
+                OSError, match="metrics.jsonl could not be written: File too large"
+            ),
+            Metrics(tmp_path) as m,
+        ):
             m.write(1, loss=1.0)
             m.write(2, loss=1.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read(tmp_path / "metrics.jsonl") == [dict(step=1, loss=1.0)]
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file/metrics.jsonl could not be written: Not a directory"):
+    with pytest.raises(
+        OSError, match="file/metrics.jsonl could not be written: Not a directory"
+    ):
         Metrics(tmp_path / "file")
 
 
 def test_plot_draws_both_losses(tmp_path):
-    rows = [dict(step=s, loss=5 / s) for s in range(1, 50)] + [dict(step=s, held_out_loss=6 / s) for s in (10, 20, 40)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [dict(step=s, loss=5 / s) for s in range(1, 50)] + [
+        dict(step=s, held_out_loss=6 / s) for s in (10, 20, 40)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     picture = matplotlib.image.imread(plot(tmp_path, "a title"))
     assert picture.shape == (540, 960, 4)
     near = lambda colour: (abs(picture[..., :3] - colour).max(axis=-1) < 0.1).sum()
-    assert near(np.array([0x1f, 0x77, 0xb4]) / 255) > 500 and near(np.array([0xff, 0x7f, 0x0e]) / 255) > 100
+    assert (
+        near(np.array([0x1F, 0x77, 0xB4]) / 255) > 500
+        and near(np.array([0xFF, 0x7F, 0x0E]) / 255) > 100
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -66,29 +87,68 @@ def test_plot_of_nothing_and_without_matplotlib(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- MFU
 
+
 def test_flops_per_token_by_hand():
     """One layer at a time: projections 2 * 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
-    fields = dict(vocab_size=1000, dim=64, layers=3, heads=8, kv_heads=2, head_dim=8, ffn_dim=96)
+    fields = dict(
+        vocab_size=1000, dim=64, layers=3, heads=8, kv_heads=2, head_dim=8, ffn_dim=96
+    )
     layer = 64 * (8 + 2 + 2 + 8) * 8 + 3 * 64 * 96 + 2 * 64
     expected = 6 * (3 * layer + 64 + 1000 * 64) + 12 * 3 * 8 * 8 * 128
-    for tied in (False, True):      # the output's matrix counts once, whatever else it is used for
-        assert train.flops_per_token(config.Model(**fields, tie_embeddings=tied), 128) == expected
+    for tied in (
+        False,
+        True,
+    ):  # the output's matrix counts once, whatever else it is used for
+        assert (
+            train.flops_per_token(config.Model(**fields, tie_embeddings=tied), 128)
+            == expected
+        )
 
 
 def test_flops_per_token_of_llama3_8b():
     """8.03e9 parameters, 0.525e9 of them the input embedding; attention at 8192 tokens adds 12.9e9."""
-    llama = config.Model(vocab_size=128256, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336,
-                         max_length=8192)
-    assert train.flops_per_token(llama, 8192) == 6 * (8_030_261_248 - 128256 * 4096) + 12 * 32 * 4096 * 8192
+    llama = config.Model(
+        vocab_size=128256,
+        dim=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn_dim=14336,
+        max_length=8192,
+    )
+    assert (
+        train.flops_per_token(llama, 8192)
+        == 6 * (8_030_261_248 - 128256 * 4096) + 12 * 32 * 4096 * 8192
+    )
 
 
-@pytest.mark.parametrize("kind, tflops", [
-    ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU7x", 1153.5),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-    ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
-    ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce GTX 1080", None)])
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
 def test_peak_of_accelerators(kind, tflops):
-    device = types.SimpleNamespace(platform="tpu" if "TPU" in kind else "gpu", device_kind=kind)
+    device = types.SimpleNamespace(
+        platform="tpu" if "TPU" in kind else "gpu", device_kind=kind
+    )
     assert chips.peak_flops(device, "bfloat16") == (tflops and tflops * 1e12)
 
 

@@ -1,4 +1,5 @@
 """The README's commands: every one parses as the program would parse it, and names files that exist."""
+
 import importlib
 import re
 import shlex
@@ -11,10 +12,18 @@ from ladder_jax.config import from_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.split()[:1] and line.split()[0].endswith("ladder-jax")]
-KINDS = {"train": cli.TrainArguments, "generate": cli.GenerateArguments, "tokenizer": cli.TokenizerArguments,
-         "plan": cli.PlanArguments}
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.split()[:1] and line.split()[0].endswith("ladder-jax")
+]
+KINDS = {
+    "train": cli.TrainArguments,
+    "generate": cli.GenerateArguments,
+    "tokenizer": cli.TokenizerArguments,
+    "plan": cli.PlanArguments,
+}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -23,7 +32,9 @@ def test_command(words, monkeypatch):
     command, arguments = words[1], words[2:]
     if command == "train":
         default = cli.TrainArguments(from_recipe(arguments[0]))
-        assert cli._parse(KINDS[command], arguments[1:], command, default).config.train.out.startswith("runs/")
+        assert cli._parse(
+            KINDS[command], arguments[1:], command, default
+        ).config.train.out.startswith("runs/")
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
         assert cli._parse(job.Arguments, arguments[1:], command)

@@ -1,4 +1,5 @@
 """Every reduction is psum: its sum, on every shard the same bits, and its derivatives, for all sizes and shapes."""
+
 import functools
 
 import jax
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, sharding
-from ladder_jax.residual.reductions import REDUCTIONS, InFlight, Returning, meet, reduce, replicate
+from ladder_jax.residual.reductions import (
+    REDUCTIONS,
+    AsyncReduction,
+    BackwardReduction,
+    copy_to_tensor_axis,
+    reduce,
+    with_gradient_of,
+)
 
 SHAPES = [(3, 5, 7), (1,), (), (2, 1, 384)]
 SIZES = [2, 3, 6, 8]
@@ -18,7 +26,11 @@ def over(size, function):
     """`function` of a shard's own value, run by `size` tensor shards; values and results lead with the shard."""
     mesh = sharding.make_mesh(config.Mesh(1, 1, size), jax.devices()[:size])
     spec = sharding.P("tensor")
-    return jax.jit(sharding.shard_map(lambda x: jax.tree.map(lambda y: y[None], function(x[0])), mesh, spec, spec))
+    return jax.jit(
+        sharding.shard_map(
+            lambda x: jax.tree.map(lambda y: y[None], function(x[0])), mesh, spec, spec
+        )
+    )
 
 
 def partials(size, shape, dtype=jnp.float32):
@@ -31,9 +43,16 @@ def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
     for shape in SHAPES:
         given = partials(size, shape)
         total = np.asarray(over(size, lambda x: reduce(x, name))(given))
-        assert all((row == total[0]).all() for row in total), f"{name}, {size} shards, {shape}: not the same bits"
-        np.testing.assert_allclose(total[0], np.asarray(given).sum(axis=0), rtol=1e-5, atol=1e-6,
-                                   err_msg=f"{name}, {size} shards, {shape}")
+        assert all((row == total[0]).all() for row in total), (
+            f"{name}, {size} shards, {shape}: not the same bits"
+        )
+        np.testing.assert_allclose(
+            total[0],
+            np.asarray(given).sum(axis=0),
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=f"{name}, {size} shards, {shape}",
+        )
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -42,7 +61,10 @@ def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
     given = partials(8, (4, 384), jnp.bfloat16)
     total = np.asarray(over(8, lambda x: reduce(x, name))(given).astype(jnp.float32))[0]
     exact = np.asarray(given.astype(jnp.float32)).sum(axis=0)
-    assert np.abs(total - exact).max() <= (8 if name == "ring" else 4) * 2 ** -8 * np.abs(exact).max()
+    assert (
+        np.abs(total - exact).max()
+        <= (8 if name == "ring" else 4) * 2**-8 * np.abs(exact).max()
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -54,8 +76,9 @@ def test_the_rules_of_derivatives(name, size):
     def grads(x):
         mine = scale[jax.lax.axis_index("tensor")]
         passed = jax.grad(lambda x: (mine * reduce(x, name)).sum())(x)
-        summed = jax.grad(lambda x: (mine * replicate(x, name)).sum())(x)
+        summed = jax.grad(lambda x: (mine * copy_to_tensor_axis(x, name)).sum())(x)
         return passed, summed
+
     passed, summed = over(size, grads)(given)
     assert (np.asarray(passed) == np.asarray(scale)[:, None, None]).all()
     np.testing.assert_allclose(np.asarray(summed), scale.sum(), rtol=1e-6)
@@ -65,7 +88,7 @@ def in_order(value):
     return "psum"
 
 
-in_order.in_order = True        # as choice.auto makes one for machines that are in need of it
+in_order.in_order = True  # as choice.auto makes one for machines that are in need of it
 
 
 @pytest.mark.parametrize("products", [0, 1, 3, 5])
@@ -75,37 +98,59 @@ def test_rounds_behind_products_change_nothing(name, size, products):
     """However many products a block has, forward and backward."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
 
-    def block(x, y):                # y + 2 x, whose cotangent is reduced behind the products of another block
-        mine, flying = scale[jax.lax.axis_index("tensor")], InFlight(x, name)
-        returning, other = Returning((x, y), name), y
+    def block(
+        x, y
+    ):  # y + 2 x, whose cotangent is reduced behind the products of another block
+        mine, flying = scale[jax.lax.axis_index("tensor")], AsyncReduction(x, name)
+        returning, other = BackwardReduction((x, y), name), y
         for _ in range(products):
             (other,) = returning.behind((other,))
             other = flying.behind(3 * other)
-        stale = meet(x + y, returning.start())
+        stale = with_gradient_of(x + y, returning.start())
         return (mine * stale).sum() + 0 * other.sum(), flying.wait()
 
     def run(x):
-        (_, total), (dx, dy) = jax.value_and_grad(block, argnums=(0, 1), has_aux=True)(x, jnp.ones_like(x))
+        (_, total), (dx, dy) = jax.value_and_grad(block, argnums=(0, 1), has_aux=True)(
+            x, jnp.ones_like(x)
+        )
         return total, dx, dy
+
     total, dx, dy = map(np.asarray, over(size, run)(given))
-    np.testing.assert_allclose(total, np.broadcast_to(np.asarray(given).sum(axis=0), total.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        total,
+        np.broadcast_to(np.asarray(given).sum(axis=0), total.shape),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     np.testing.assert_allclose(dx, scale.sum(), rtol=1e-6)
     np.testing.assert_allclose(dy, scale.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, waiting", [("psum", [False]), (in_order, [True]),
-                                           ("recursive-doubling", [False, True, True])])
+@pytest.mark.parametrize(
+    "name, waiting",
+    [
+        ("psum", [False]),
+        (in_order, [True]),
+        ("recursive-doubling", [False, True, True]),
+    ],
+)
 def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
     """By product, in the forward pass's order: whether the backward pass goes on behind the round that the product's
     cotangent ends. Behind an only or last round, that is where blocks are to keep their order (chips.Chip)."""
+
     def cotangents(x, *operands):
         def block(*operands):
-            returning = Returning((x,), name)
+            returning = BackwardReduction((x,), name)
             made = [returning.behind((operand,))[0] for operand in operands]
-            return meet(x, returning.start()).sum() + sum(jnp.sin(value).sum() for value in made)
+            return with_gradient_of(x, returning.start()).sum() + sum(
+                jnp.sin(value).sum() for value in made
+            )
+
         return jax.grad(block, argnums=range(len(operands)))(*operands)
 
-    jaxpr = jax.make_jaxpr(cotangents, axis_env=[("tensor", 8)])(*[jnp.ones(())] * (1 + len(waiting))).jaxpr
+    jaxpr = jax.make_jaxpr(cotangents, axis_env=[("tensor", 8)])(
+        *[jnp.ones(())] * (1 + len(waiting))
+    ).jaxpr
 
     def waits(cotangent):
         reached = {cotangent}
@@ -113,8 +158,13 @@ def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
             if reached.intersection(equation.outvars):
                 if equation.primitive.name == "optimization_barrier":
                     return True
-                reached |= {value for value in equation.invars if not isinstance(value, jax.extend.core.Literal)}
+                reached |= {
+                    value
+                    for value in equation.invars
+                    if not isinstance(value, jax.extend.core.Literal)
+                }
         return False
+
     assert [waits(cotangent) for cotangent in jaxpr.outvars] == waiting
 
 

@@ -1,4 +1,5 @@
 """Residual schedules: the notation, and that `residual.run` gives every block the stream that the definition says."""
+
 from unittest import mock
 
 import jax.numpy as jnp
@@ -16,38 +17,59 @@ def delays(notation, layers):
 
 
 def reduces(notation, layers):
-    return "".join("FT"[block.reduce] for layer in parse(notation, layers).layers for block in layer)
+    return "".join(
+        "FT"[block.reduce]
+        for layer in parse(notation, layers).layers
+        for block in layer
+    )
 
 
 # ---------------------------------------------------------------- notation
 
-@pytest.mark.parametrize("notation, layers, expected", [
-    ("standard", 2, [0, 0, 0, 0]),
-    ("ladder", 2, [1, 1, 1, 1]),
-    ("ladder:0,0", 2, [0, 0, 0, 0]),
-    ("ladder:0,1", 2, [0, 1, 0, 1]),
-    ("ladder:1,2", 2, [1, 2, 1, 2]),
-    ("ladder:0,3", 2, [0, 1, 0, 1]),              # a delay rises by at most one a block
-    ("ladder:3,3", 2, [3, 3, 3, 3]),              # the first block sees the embedding whatever its delay
-    ("hybrid:last1", 3, [0, 0, 0, 0, 1, 1]),
-    ("hybrid:last0", 2, [0, 0, 0, 0]),
-    ("hybrid:1", 3, [0, 0, 1, 1, 0, 0]),
-    ("hybrid:0,2-3", 4, [1, 1, 0, 0, 1, 1, 1, 1]),
-    ("hybrid:0-2", 3, [1, 1, 1, 1, 1, 1]),
-    ("delays:0,1,2,0", 2, [0, 1, 2, 0]),
-])
+
+@pytest.mark.parametrize(
+    "notation, layers, expected",
+    [
+        ("standard", 2, [0, 0, 0, 0]),
+        ("ladder", 2, [1, 1, 1, 1]),
+        ("ladder:0,0", 2, [0, 0, 0, 0]),
+        ("ladder:0,1", 2, [0, 1, 0, 1]),
+        ("ladder:1,2", 2, [1, 2, 1, 2]),
+        ("ladder:0,3", 2, [0, 1, 0, 1]),  # a delay rises by at most one a block
+        (
+            "ladder:3,3",
+            2,
+            [3, 3, 3, 3],
+        ),  # the first block sees the embedding whatever its delay
+        ("hybrid:last1", 3, [0, 0, 0, 0, 1, 1]),
+        ("hybrid:last0", 2, [0, 0, 0, 0]),
+        ("hybrid:1", 3, [0, 0, 1, 1, 0, 0]),
+        ("hybrid:0,2-3", 4, [1, 1, 0, 0, 1, 1, 1, 1]),
+        ("hybrid:0-2", 3, [1, 1, 1, 1, 1, 1]),
+        ("delays:0,1,2,0", 2, [0, 1, 2, 0]),
+    ],
+)
 def test_delays_of_every_form(notation, layers, expected):
     made = parse(notation, layers)
     assert delays(notation, layers) == expected
     assert not made.local and len(made.layers) == layers
-    assert all([block.parts for block in layer] == [ATTENTION, MLP] for layer in made.layers)
+    assert all(
+        [block.parts for block in layer] == [ATTENTION, MLP] for layer in made.layers
+    )
     assert set(reduces(notation, layers)) == {"T"}
 
 
-@pytest.mark.parametrize("notation, layers, expected", [
-    ("desync:1", 2, "TTTT"), ("desync:2", 2, "FTFT"), ("desync:4", 4, "FFFTFFFT"), ("desync:3", 2, "FFTT"),
-    ("desync:99", 2, "FFFT"), ("upper-bound", 2, "FFFF"),
-])
+@pytest.mark.parametrize(
+    "notation, layers, expected",
+    [
+        ("desync:1", 2, "TTTT"),
+        ("desync:2", 2, "FTFT"),
+        ("desync:4", 4, "FFFTFFFT"),
+        ("desync:3", 2, "FFTT"),
+        ("desync:99", 2, "FFFT"),
+        ("upper-bound", 2, "FFFF"),
+    ],
+)
 def test_desync_reduces_every_nth_block_and_the_last(notation, layers, expected):
     assert reduces(notation, layers) == expected
     assert parse(notation, layers).local and set(delays(notation, layers)) == {0}
@@ -57,17 +79,37 @@ def test_parallel_is_one_block_a_layer():
     assert parse("parallel", 2).layers == ((Block(("attention", "mlp")),),) * 2
 
 
-@pytest.mark.parametrize("notation, says", [
-    ("", "standard, ladder"), ("laddr", "standard, ladder"), ("Ladder", "standard, ladder"),
-    ("standard:1", "takes no argument"), ("parallel:2", "takes no argument"), ("upper-bound:1", "takes no argument"),
-    ("ladder:1", "two delays"), ("ladder:1,2,3", "two delays"), ("ladder:a,b", "whole numbers"),
-    ("ladder:-1,1", "from 0 up"), ("ladder:1.5,1", "whole numbers"),
-    ("hybrid", "whole numbers"), ("hybrid:4", "0 to 3"), ("hybrid:0-9", "0 to 3"), ("hybrid:last5", "4 layers"),
-    ("hybrid:last", "whole numbers"), ("hybrid:x", "whole numbers"),
-    ("hybrid:3-1", "range"), ("hybrid:0-1-2", "range"),
-    ("delays:0,1", "8 blocks"), ("delays:0,2,0,0,0,0,0,0", "grow by at most one"), ("delays:", "whole numbers"),
-    ("desync", "whole numbers"), ("desync:0", "1 or more"), ("desync:2,2", "one number"), ("desync:x", "whole numbers"),
-])
+@pytest.mark.parametrize(
+    "notation, says",
+    [
+        ("", "standard, ladder"),
+        ("laddr", "standard, ladder"),
+        ("Ladder", "standard, ladder"),
+        ("standard:1", "takes no argument"),
+        ("parallel:2", "takes no argument"),
+        ("upper-bound:1", "takes no argument"),
+        ("ladder:1", "two delays"),
+        ("ladder:1,2,3", "two delays"),
+        ("ladder:a,b", "whole numbers"),
+        ("ladder:-1,1", "from 0 up"),
+        ("ladder:1.5,1", "whole numbers"),
+        ("hybrid", "whole numbers"),
+        ("hybrid:4", "0 to 3"),
+        ("hybrid:0-9", "0 to 3"),
+        ("hybrid:last5", "4 layers"),
+        ("hybrid:last", "whole numbers"),
+        ("hybrid:x", "whole numbers"),
+        ("hybrid:3-1", "range"),
+        ("hybrid:0-1-2", "range"),
+        ("delays:0,1", "8 blocks"),
+        ("delays:0,2,0,0,0,0,0,0", "grow by at most one"),
+        ("delays:", "whole numbers"),
+        ("desync", "whole numbers"),
+        ("desync:0", "1 or more"),
+        ("desync:2,2", "one number"),
+        ("desync:x", "whole numbers"),
+    ],
+)
 def test_a_wrong_notation_is_one_line_that_says_what_is_accepted(notation, says):
     with pytest.raises(ValueError) as error:
         parse(notation, 4)
@@ -76,29 +118,38 @@ def test_a_wrong_notation_is_one_line_that_says_what_is_accepted(notation, says)
 
 # ---------------------------------------------------------------- the layer scan's cut
 
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
 def test_repeats_covers_every_layer_once_with_its_own_pattern(layers):
     runs, rebuilt = residual.repeats(layers), []
     for start, stop, period in runs:
         assert start == len(rebuilt) and (stop - start) % period == 0
-        rebuilt += layers[start:start + period] * ((stop - start) // period)
+        rebuilt += layers[start : start + period] * ((stop - start) // period)
     assert rebuilt == layers, runs
 
 
-@pytest.mark.parametrize("notation, layers, runs", [
-    ("ladder", 8, [(0, 8, 1)]), ("desync:4", 8, [(0, 8, 2)]), ("hybrid:last5", 8, [(0, 3, 1), (3, 8, 1)]),
-    ("ladder:1,2", 8, [(0, 8, 1)]), ("parallel", 1, [(0, 1, 1)]),
-])
+@pytest.mark.parametrize(
+    "notation, layers, runs",
+    [
+        ("ladder", 8, [(0, 8, 1)]),
+        ("desync:4", 8, [(0, 8, 2)]),
+        ("hybrid:last5", 8, [(0, 3, 1), (3, 8, 1)]),
+        ("ladder:1,2", 8, [(0, 8, 1)]),
+        ("parallel", 1, [(0, 1, 1)]),
+    ],
+)
 def test_published_schedules_are_few_scans(notation, layers, runs):
     assert residual.repeats(parse(notation, layers).layers) == runs
 
 
 # ---------------------------------------------------------------- the definition
 
-BLOCKS = 10     # the widest toy model
+BLOCKS = 10  # the widest toy model
+
 
 class Doubled:
     """A reduction that arrives as twice the partial."""
+
     done = False
 
     def __init__(self, partial, reduction):
@@ -110,6 +161,7 @@ class Doubled:
 
 class Silent:
     """A cotangent's reduction, which is nothing to the forward pass."""
+
     def __init__(self, sources, reduction):
         pass
 
@@ -123,20 +175,32 @@ class Silent:
 def run_toy(made, unrolled):
     """`residual.run` on a stream that records itself: what each block read, one row a block, and the final stream.
 
-    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles, `replicate`
-    and `meet` triple: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
+    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles, `copy_to_tensor_axis`
+    and `with_gradient_of` triple: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
     """
     count = len(made.layers)
-    rows_LPD = jnp.eye(BLOCKS + 1)[1:1 + 2 * count].reshape(count, 2, BLOCKS + 1)
+    rows_LPD = jnp.eye(BLOCKS + 1)[1 : 1 + 2 * count].reshape(count, 2, BLOCKS + 1)
     layers = [rows_LPD[i] for i in range(count)] if unrolled else rows_LPD
     row = dict(attention=0, mlp=1)
     apply = lambda layer, block, x, behind, _: (
-        behind(lambda: sum(layer[row[part]] for part in block.parts)[None, None]), x)
+        behind(lambda: sum(layer[row[part]] for part in block.parts)[None, None]),
+        x,
+    )
     shared = lambda x, _: 3 * x
-    with (mock.patch.multiple(residual, InFlight=Doubled, Returning=Silent, reduce=lambda x, _: 2 * x,
-                              replicate=shared, meet=shared),
-          mock.patch.object(residual.sharding, "axis_size", lambda axis: 8)):
-        final, read = residual.run(made, jnp.eye(BLOCKS + 1)[None, None, 0], layers, apply)
+    with (
+        mock.patch.multiple(
+            residual,
+            AsyncReduction=Doubled,
+            BackwardReduction=Silent,
+            reduce=lambda x, _: 2 * x,
+            copy_to_tensor_axis=shared,
+            meet=shared,
+        ),
+        mock.patch.object(residual.sharding, "axis_size", lambda axis: 8),
+    ):
+        final, read = residual.run(
+            made, jnp.eye(BLOCKS + 1)[None, None, 0], layers, apply
+        )
     if unrolled:
         read = [x for layer in read for x in layer]
     else:
@@ -147,18 +211,23 @@ def run_toy(made, unrolled):
 def assert_definition(made):
     """Block b reads embedding + sum(y_j, j < b - delay_b); the model ends with the sum of all."""
     blocks = [block for layer in made.layers for block in layer]
-    width = 2 // len(made.layers[0])                        # channels that a block's output fills
+    width = 2 // len(made.layers[0])  # channels that a block's output fills
     known = [1 + width * max(b - block.delay, 0) for b, block in enumerate(blocks)]
     expected = 6 * (np.arange(BLOCKS + 1) < np.array(known)[:, None])
     for unrolled in (False, True):
         read, final = run_toy(made, unrolled)
         for b, block in enumerate(blocks):
             np.testing.assert_array_equal(
-                read[b], expected[b], f"block {b} of {[b.delay for b in blocks]} (unrolled={unrolled}, delay "
-                f"{block.delay}) read another stream; channel 0 is the embedding, then the blocks; 6 is read once")
+                read[b],
+                expected[b],
+                f"block {b} of {[b.delay for b in blocks]} (unrolled={unrolled}, delay "
+                f"{block.delay}) read another stream; channel 0 is the embedding, then the blocks; 6 is read once",
+            )
         np.testing.assert_array_equal(
-            final, 6 * (np.arange(BLOCKS + 1) <= width * len(blocks)),
-            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, or one that was not reduced")
+            final,
+            6 * (np.arange(BLOCKS + 1) <= width * len(blocks)),
+            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, or one that was not reduced",
+        )
 
 
 @st.composite
@@ -167,22 +236,38 @@ def delay_lists(draw):
     wanted = []
     while len(wanted) < BLOCKS and (not wanted or draw(st.booleans())):
         period = 2 * draw(st.integers(1, 2))
-        wanted += draw(st.lists(st.integers(0, 4), min_size=period, max_size=period)) * draw(st.integers(1, 4))
+        wanted += draw(
+            st.lists(st.integers(0, 4), min_size=period, max_size=period)
+        ) * draw(st.integers(1, 4))
     made = []
     for delay in wanted[:BLOCKS]:
         made.append(min(delay, made[-1] + 1) if made else delay)
     return made
 
 
-@example([0, 1, 2, 3, 2, 3, 2, 3])      # a scan that starts with fewer pending than it carries
-@example([3, 3, 3, 3, 0, 0, 0, 0])      # and with more
+@example(
+    [0, 1, 2, 3, 2, 3, 2, 3]
+)  # a scan that starts with fewer pending than it carries
+@example([3, 3, 3, 3, 0, 0, 0, 0])  # and with more
 @settings(deadline=None, max_examples=15)
 @given(delay_lists())
 def test_every_block_reads_what_its_delay_says(values):
     assert_definition(parse("delays:" + ",".join(map(str, values)), len(values) // 2))
 
 
-@pytest.mark.parametrize("notation", ["standard", "ladder", "ladder:1,2", "ladder:3,4", "ladder:0,1", "hybrid:last2",
-                                      "hybrid:0,2,4", "hybrid:1-3", "parallel"])
+@pytest.mark.parametrize(
+    "notation",
+    [
+        "standard",
+        "ladder",
+        "ladder:1,2",
+        "ladder:3,4",
+        "ladder:0,1",
+        "hybrid:last2",
+        "hybrid:0,2,4",
+        "hybrid:1-3",
+        "parallel",
+    ],
+)
 def test_every_named_schedule_reads_what_its_delays_say(notation):
     assert_definition(parse(notation, 5))

@@ -1,4 +1,5 @@
 """The mesh on TPU slices, on devices that are only coordinates."""
+
 import math
 from dataclasses import dataclass
 
@@ -23,14 +24,36 @@ class Chip:
 def slice_of(*sides, host=(2, 2, 1), cores=1):
     """The devices of a slice, x fastest, in hosts of `host` chips."""
     hosts = [side // of for side, of in zip(sides, host)]
-    return [Chip((x, y, z), x // host[0] + hosts[0] * (y // host[1] + hosts[1] * (z // host[2])), core)
-            for z in range(sides[2]) for y in range(sides[1]) for x in range(sides[0]) for core in range(cores)]
+    return [
+        Chip(
+            (x, y, z),
+            x // host[0] + hosts[0] * (y // host[1] + hosts[1] * (z // host[2])),
+            core,
+        )
+        for z in range(sides[2])
+        for y in range(sides[1])
+        for x in range(sides[0])
+        for core in range(cores)
+    ]
 
 
-@pytest.mark.parametrize("sides, cores, tensor, farthest", [
-    ((2, 4, 1), 1, 8, 2), ((2, 2, 2), 1, 8, 1), ((2, 2, 1), 1, 4, 1), ((16, 16, 1), 1, 8, 2), ((8, 8, 8), 1, 8, 1),
-    ((4, 4, 12), 1, 16, 2), ((16, 16, 1), 1, 16, 2), ((2, 2, 2), 2, 8, 1), ((2, 4, 1), 1, 2, 1)])
-def test_a_tensor_group_is_a_block_of_the_slice_whose_exchanges_keep_to_one_distance(sides, cores, tensor, farthest):
+@pytest.mark.parametrize(
+    "sides, cores, tensor, farthest",
+    [
+        ((2, 4, 1), 1, 8, 2),
+        ((2, 2, 2), 1, 8, 1),
+        ((2, 2, 1), 1, 4, 1),
+        ((16, 16, 1), 1, 8, 2),
+        ((8, 8, 8), 1, 8, 1),
+        ((4, 4, 12), 1, 16, 2),
+        ((16, 16, 1), 1, 16, 2),
+        ((2, 2, 2), 2, 8, 1),
+        ((2, 4, 1), 1, 2, 1),
+    ],
+)
+def test_a_tensor_group_is_a_block_of_the_slice_whose_exchanges_keep_to_one_distance(
+    sides, cores, tensor, farthest
+):
     devices = slice_of(*sides, cores=cores)
     mesh = sharding.make_mesh(Mesh(data=-1, tensor=tensor), devices)
     assert sorted(mesh.devices.flat) == sorted(devices)
@@ -38,14 +61,20 @@ def test_a_tensor_group_is_a_block_of_the_slice_whose_exchanges_keep_to_one_dist
         places = np.array([(*device.coords, device.core_on_chip) for device in group])
         assert math.prod(np.ptp(places, axis=0) + 1) == tensor
         for bit in (1 << k for k in range(tensor.bit_length() - 1)):
-            ways = {tuple(abs(places[a] - places[b]).tolist()) for a, b in reductions.exchange(tensor, bit)}
+            ways = {
+                tuple(abs(places[a] - places[b]).tolist())
+                for a, b in reductions.exchange(tensor, bit)
+            }
             assert len(ways) == 1 and 0 < sum(ways.pop()) <= farthest
 
 
 def test_neighbours_in_a_cube_are_neighbours_in_the_ring():
     """In whatever order devices are listed, and whatever jax makes of a slice."""
     devices = slice_of(2, 2, 2)
-    ring = [np.array(chip.coords) for chip in sharding.make_mesh(Mesh(tensor=8), devices[::-1]).devices.flat]
+    ring = [
+        np.array(chip.coords)
+        for chip in sharding.make_mesh(Mesh(tensor=8), devices[::-1]).devices.flat
+    ]
     assert all(abs(ring[i] - ring[i - 1]).sum() == 1 for i in range(8))
 
 
@@ -56,8 +85,13 @@ def test_hosts_hold_whole_shares_of_a_batch(tensor, shares, monkeypatch):
     for process in range(4):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         held.append(sharding.data_shard(mesh))
-    assert {count for _, count in held} == {shares} and {index for index, _ in held} == set(range(shares))
-    assert all(sum(index == share for index, _ in held) == 4 // shares for share in range(shares))
+    assert {count for _, count in held} == {shares} and {
+        index for index, _ in held
+    } == set(range(shares))
+    assert all(
+        sum(index == share for index, _ in held) == 4 // shares
+        for share in range(shares)
+    )
 
 
 def test_elsewhere_the_mesh_is_jaxs():

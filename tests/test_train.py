@@ -1,4 +1,5 @@
 """The training job: however it is stopped, it goes on bit for bit as if it had not been; its parts do what they say."""
+
 import contextlib
 import dataclasses
 import gzip
@@ -30,8 +31,28 @@ from ladder_jax.data import corpus as data
 from ladder_jax.data import tokenizer
 from ladder_jax.optimizer import learning_rate, make_optimizer
 
-GOLDEN = [5.570938, 5.543566, 5.492551, 5.388082, 5.228017, 5.075004, 4.922790, 4.764683, 4.610224, 4.480014,
-          4.343559, 4.229178, 4.106212, 4.015522, 3.953678, 3.888940, 3.843435, 3.804221, 3.765382, 3.748419]
+GOLDEN = [
+    5.570938,
+    5.543566,
+    5.492551,
+    5.388082,
+    5.228017,
+    5.075004,
+    4.922790,
+    4.764683,
+    4.610224,
+    4.480014,
+    4.343559,
+    4.229178,
+    4.106212,
+    4.015522,
+    3.953678,
+    3.888940,
+    3.843435,
+    3.804221,
+    3.765382,
+    3.748419,
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +73,11 @@ class Watch:
 
     def __init__(self, patch):
         self.functions, self.traces, self.kept, self.saving = [], 0, 0, False
-        loss, make_step, make_evaluation = model.loss, train.make_step, train.make_evaluation
+        loss, make_step, make_evaluation = (
+            model.loss,
+            train.make_step,
+            train.make_evaluation,
+        )
         save = train.Checkpoints.save
 
         def traced(*arguments, **options):
@@ -65,9 +90,12 @@ class Watch:
 
             def call(state, batch):
                 made = step(state, batch)
-                self.kept += not self.saving and not all(x.is_deleted() for x in jax.tree.leaves(state))
-                self.saving = False     # a save reads the state on a CPU where it lies: the next step leaves it there
+                self.kept += not self.saving and not all(
+                    x.is_deleted() for x in jax.tree.leaves(state)
+                )
+                self.saving = False  # a save reads the state on a CPU where it lies: the next step leaves it there
                 return made
+
             return call
 
         def watched_evaluation(*arguments):
@@ -84,7 +112,10 @@ class Watch:
         patch.setattr(train, "make_evaluation", watched_evaluation)
 
     def check(self):
-        assert [f._cache_size() for f in self.functions] == [1, 1] and self.traces == 2, "a program was compiled twice"
+        assert [f._cache_size() for f in self.functions] == [
+            1,
+            1,
+        ] and self.traces == 2, "a program was compiled twice"
         assert not self.kept, "a step kept its old state: it was not donated"
 
 
@@ -100,22 +131,40 @@ def watched():
 def whole(folder, environment):
     """The run that nothing interrupts: its folder."""
     with watched():
-        done = train.train(tiny.make(folder, train_out=str(folder / "whole"), train_tensorboard=True,
-                                     train_profile_steps=2))
-    assert done["step"] == 20 and done["stopped"] is None and done["parameters"] == 37_536
+        done = train.train(
+            tiny.make(
+                folder,
+                train_out=str(folder / "whole"),
+                train_tensorboard=True,
+                train_profile_steps=2,
+            )
+        )
+    assert (
+        done["step"] == 20 and done["stopped"] is None and done["parameters"] == 37_536
+    )
     return folder / "whole"
 
 
 def arrays(out, step):
-    load = lambda name: ocp.load(out / "checkpoints" / str(step), checkpointable_name=name)
-    return jax.tree_util.tree_leaves_with_path({name: load(name) for name in ("model", "optimizer")})
+    load = lambda name: ocp.load(
+        out / "checkpoints" / str(step), checkpointable_name=name
+    )
+    return jax.tree_util.tree_leaves_with_path(
+        {name: load(name) for name in ("model", "optimizer")}
+    )
 
 
 def assert_same_run(out, whole, step=20):
     assert tiny.rows(out) == tiny.rows(whole)
-    for (path, left), (other, right) in zip(arrays(out, step), arrays(whole, step), strict=True):
-        assert path == other and left.dtype == right.dtype and np.array_equal(left, right), path
-    position = lambda run: (run / f"checkpoints/{step}/data/process_0-of-1.json").read_text()
+    for (path, left), (other, right) in zip(
+        arrays(out, step), arrays(whole, step), strict=True
+    ):
+        assert (
+            path == other and left.dtype == right.dtype and np.array_equal(left, right)
+        ), path
+    position = lambda run: (
+        run / f"checkpoints/{step}/data/process_0-of-1.json"
+    ).read_text()
     assert position(out) == position(whole)
 
 
@@ -129,6 +178,7 @@ def copy(whole, out, last):
 
 # ---------------------------------------------------------------- stopping and going on
 
+
 @contextlib.contextmanager
 def at_step(number, act):
     """Calls `act(batch)` before the step after `number` steps; if it returns a batch, the step takes that one."""
@@ -141,14 +191,18 @@ def at_step(number, act):
             nonlocal count
             count += 1
             return step(state, act(batch) or batch if count == number + 1 else batch)
+
         return call
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_step", make)
         yield
 
 
 @pytest.mark.parametrize("name, step", [("SIGTERM", 5), ("SIGINT", 12)])
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, folder, tmp_path, name, step, capfd):
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+    whole, folder, tmp_path, name, step, capfd
+):
     cfg = tiny.make(folder, train_out=str(tmp_path / "run"))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with at_step(step - 1, lambda _: os.kill(os.getpid(), signal.Signals[name])):
@@ -166,12 +220,24 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, folder, tmp_path,
 
 def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
     with at_step(2, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        done = train.train(tiny.make(folder, train_out=str(tmp_path / "run"), train_steps=20, train_log_every=50,
-                                     train_eval_every=50, train_save_every=50))
-    assert done["stopped"] and tiny.rows(tmp_path / "run") == []         # no row that the whole run does not have
+        done = train.train(
+            tiny.make(
+                folder,
+                train_out=str(tmp_path / "run"),
+                train_steps=20,
+                train_log_every=50,
+                train_eval_every=50,
+                train_save_every=50,
+            )
+        )
+    assert (
+        done["stopped"] and tiny.rows(tmp_path / "run") == []
+    )  # no row that the whole run does not have
     copy(whole, tmp_path / "end", 18)
     with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        done = train.train(tiny.make(folder, train_out=str(tmp_path / "end")), resume=True)
+        done = train.train(
+            tiny.make(folder, train_out=str(tmp_path / "end")), resume=True
+        )
     assert done["stopped"] is None and "held_out_loss" in done
     assert_same_run(tmp_path / "end", whole)
 
@@ -215,31 +281,46 @@ while True:
 def test_killed_at_random_moments(whole, folder, tmp_path, environment):
     """Five SIGKILLs in one run, some in the middle of a save and some between saves."""
     recipe = tiny.recipe(folder, train_out=str(tmp_path / "run"))
-    ended = subprocess.run([sys.executable, "-c", KILLED, recipe, tmp_path / "run", "5"], capture_output=True,
-                           text=True, env=os.environ | environment | {"XLA_FLAGS": ""}, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, recipe, tmp_path / "run", "5"],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | {"XLA_FLAGS": ""},
+        timeout=300,
+    )
     assert ended.returncode == 0, ended.stderr
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_on_another_mesh_the_run_goes_on(whole, folder, tmp_path):
     copy(whole, tmp_path / "run", 12)
-    cfg = tiny.make(folder, train_out=str(tmp_path / "run"), mesh_data=1, mesh_fsdp=1, mesh_tensor=8)
+    cfg = tiny.make(
+        folder, train_out=str(tmp_path / "run"), mesh_data=1, mesh_fsdp=1, mesh_tensor=8
+    )
     train.train(cfg, resume=True)
     for left, right in zip(tiny.rows(tmp_path / "run"), tiny.rows(whole), strict=True):
-        assert left == (right if right["step"] <= 12 else pytest.approx(right, rel=1e-4))
+        assert left == (
+            right if right["step"] <= 12 else pytest.approx(right, rel=1e-4)
+        )
 
 
 def test_a_step_that_is_not_finite_stops_the_run(whole, folder, tmp_path, capfd):
     cfg = tiny.make(folder, train_out=str(tmp_path / "run"), train_log_every=20)
     with at_step(8, lambda batch: {**batch, "weights": batch["weights"] * np.nan}):
-        with pytest.raises(FloatingPointError, match=r"^step 9 is not finite \(gradient_norm nan, loss nan, "
-                           r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a lower"):
+        with pytest.raises(
+            FloatingPointError,
+            match=r"^step 9 is not finite \(gradient_norm nan, loss nan, "
+            r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a lower",
+        ):
             train.train(cfg)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6]
     assert [row["step"] for row in tiny.rows(tmp_path / "run")] == [3, 6, 7, 7]
     assert "nan" not in (tmp_path / "run/metrics.jsonl").read_text().lower()
     train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
-    assert arrays(tmp_path / "run", 20)[-1][1].tobytes() == arrays(whole, 20)[-1][1].tobytes()
+    assert (
+        arrays(tmp_path / "run", 20)[-1][1].tobytes()
+        == arrays(whole, 20)[-1][1].tobytes()
+    )
 
 
 def test_a_full_disk_ends_the_run_and_the_rest_is_good(whole, folder, tmp_path, capfd):
@@ -248,12 +329,22 @@ def test_a_full_disk_ends_the_run_and_the_rest_is_good(whole, folder, tmp_path, 
 
     def fill(_):
         deadline = time.monotonic() + 60
-        while saved_steps(tmp_path / "run/checkpoints") != [3, 6] and time.monotonic() < deadline:
-            time.sleep(0.01)                                             # they are written beside the steps
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))   # no file can grow beyond
+        while (
+            saved_steps(tmp_path / "run/checkpoints") != [3, 6]
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)  # they are written beside the steps
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (10_000, limits[1])
+        )  # no file can grow beyond
 
     try:
-        with at_step(8, fill), pytest.raises(OSError, match=r"/9 could not be written: .*; those before it are as "):
+        with (
+            at_step(8, fill),
+            pytest.raises(
+                OSError, match=r"/9 could not be written: .*; those before it are as "
+            ),
+        ):
             train.train(cfg)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -267,17 +358,29 @@ def test_resume_without_a_run_starts_it(folder, tmp_path, capfd):
     with at_step(0, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
         train.train(cfg, resume=True)
     assert "nothing to resume in" in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="already holds a run, at step 1: continue it with --resume, or"):
+    with pytest.raises(
+        ConfigError,
+        match="already holds a run, at step 1: continue it with --resume, or",
+    ):
         train.train(cfg)
 
 
-@pytest.mark.parametrize("changed, message", [
-    (dict(model_ffn_dim=128), "model.ffn_dim was 64 in the run to resume and is 128 now: keep it, or"),
-    (dict(model_residual="standard"), "model.residual was 'ladder' in the run to resume and is 'standard' now"),
-    (dict(train_global_batch=16), "train.global_batch was 8 in the run"),
-    (dict(train_seed=1), "train.seed was 0 in the run"),
-    (dict(data_held_out_fraction=0.3), "data.held_out_fraction was 0.2 in the run"),
-])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            dict(model_ffn_dim=128),
+            "model.ffn_dim was 64 in the run to resume and is 128 now: keep it, or",
+        ),
+        (
+            dict(model_residual="standard"),
+            "model.residual was 'ladder' in the run to resume and is 'standard' now",
+        ),
+        (dict(train_global_batch=16), "train.global_batch was 8 in the run"),
+        (dict(train_seed=1), "train.seed was 0 in the run"),
+        (dict(data_held_out_fraction=0.3), "data.held_out_fraction was 0.2 in the run"),
+    ],
+)
 def test_what_a_resumed_run_may_not_change(whole, folder, changed, message):
     before = sorted(whole.rglob("*"))
     with pytest.raises(ConfigError, match=message):
@@ -285,46 +388,65 @@ def test_what_a_resumed_run_may_not_change(whole, folder, changed, message):
     assert sorted(whole.rglob("*")) == before
 
 
-def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(whole, folder, tmp_path):
+def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
+    whole, folder, tmp_path
+):
     tiny.write_corpus(tmp_path / "corpus")
     meta = json.loads((whole / "checkpoints/20/meta/data.json").read_text())
     now = {**meta, "corpus": [1, 2]}
-    with pytest.raises(ConfigError, match="data.source=.* has other contents now than in the run to resume: restore"):
+    with pytest.raises(
+        ConfigError,
+        match="data.source=.* has other contents now than in the run to resume: restore",
+    ):
         train.check_resumed(meta, now)
-    with pytest.raises(ConfigError, match="data.tokenizer='bytes' has other contents now"):
+    with pytest.raises(
+        ConfigError, match="data.tokenizer='bytes' has other contents now"
+    ):
         train.check_resumed(meta, {**meta, "tokenizer": "{}"})
     desync = json.loads(json.dumps(meta).replace('"ladder"', '"desync:2"'))
-    with pytest.raises(ConfigError, match="mesh.tensor was 2 in the run to resume and is 4 now: a desync:2 model"):
+    with pytest.raises(
+        ConfigError,
+        match="mesh.tensor was 2 in the run to resume and is 4 now: a desync:2 model",
+    ):
         train.check_resumed(desync, {**desync, "tensor": 4})
     train.check_resumed(meta, {**meta, "tensor": 4})
     older = json.loads(json.dumps(meta))
-    del older["config"]["model"]["qk_norm"]                  # from before there was such a field
+    del older["config"]["model"]["qk_norm"]  # from before there was such a field
     train.check_resumed(older, meta)
 
 
 def test_mistakes_leave_nothing_behind(folder, tmp_path):
     for changed, message in [
-            (dict(data_source=str(tmp_path / "none")), "does not exist"),
-            (dict(data_tokenizer=str(tmp_path / "none.json")), "cannot be read"),
-            (dict(model_vocab_size=256), "smaller than the 259 tokens"),
-            (dict(train_global_batch=6), "a batch of 6 sequences"),
-            (dict(mesh_tensor=3), "has 12 devices, but there are 8")]:
+        (dict(data_source=str(tmp_path / "none")), "does not exist"),
+        (dict(data_tokenizer=str(tmp_path / "none.json")), "cannot be read"),
+        (dict(model_vocab_size=256), "smaller than the 259 tokens"),
+        (dict(train_global_batch=6), "a batch of 6 sequences"),
+        (dict(mesh_tensor=3), "has 12 devices, but there are 8"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             train.train(tiny.make(folder, train_out=str(tmp_path / "run"), **changed))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="train.out='.*file/run' is not accepted: .*/file is not a folder that"):
+    with pytest.raises(
+        ConfigError,
+        match="train.out='.*file/run' is not accepted: .*/file is not a folder that",
+    ):
         train.train(tiny.make(folder, train_out=str(tmp_path / "file/run")))
 
 
 def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'ladder_jax[tensorboard]'")):
-        train.train(tiny.make(folder, train_out=str(tmp_path / "run"), train_tensorboard=True))
+    with pytest.raises(
+        ConfigError, match=re.escape("pip install 'ladder_jax[tensorboard]'")
+    ):
+        train.train(
+            tiny.make(folder, train_out=str(tmp_path / "run"), train_tensorboard=True)
+        )
     assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- what a run leaves
+
 
 def test_the_first_20_losses(whole):
     losses = [row["loss"] for row in tiny.rows(whole) if "loss" in row]
@@ -332,68 +454,116 @@ def test_the_first_20_losses(whole):
         "The first 20 losses of a small run are not what they were. If the change was meant to alter the numbers "
         "(initialisation, the model's math, the optimizer, the order of the data), say so in its commit and replace "
         "GOLDEN; if it was not, it has a bug: look at the first step that differs. The values now:\n"
-        + ", ".join(f"{loss:.6f}" for loss in losses))
+        + ", ".join(f"{loss:.6f}" for loss in losses)
+    )
 
 
 def test_rows_trace_plot_and_events(whole):
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    reports, evaluations = ([row for row in rows if name in row] for name in ("loss", "held_out_loss"))
+    rows = [
+        json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()
+    ]
+    reports, evaluations = (
+        [row for row in rows if name in row] for name in ("loss", "held_out_loss")
+    )
     assert [row["step"] for row in reports] == list(range(1, 21))
     assert [row["step"] for row in evaluations] == [7, 14, 20] and len(rows) == 23
-    assert rows.index(evaluations[0]) == 7                                  # in the order of the steps
-    assert set(reports[0]) == {"step", "loss", "gradient_norm", "parameter_norm", "learning_rate"}    # it compiled
+    assert rows.index(evaluations[0]) == 7  # in the order of the steps
+    assert set(reports[0]) == {
+        "step",
+        "loss",
+        "gradient_norm",
+        "parameter_norm",
+        "learning_rate",
+    }  # it compiled
     assert set(reports[1]) == set(reports[0]) | {"tokens_per_s", "mfu"}
     for row in reports[1:]:
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * train.flops_per_token(
-            tiny.make(whole.parent).model, 32) / (8 * 1e12))
+        assert row["mfu"] == pytest.approx(
+            row["tokens_per_s"]
+            * train.flops_per_token(tiny.make(whole.parent).model, 32)
+            / (8 * 1e12)
+        )
     assert set(evaluations[0]) == {"step", "held_out_loss", "held_out_bits_per_byte"}
     assert evaluations[-1]["held_out_bits_per_byte"] == pytest.approx(
-        evaluations[-1]["held_out_loss"] / math.log(2) * 1.003, rel=3e-3)       # and what ends a document
+        evaluations[-1]["held_out_loss"] / math.log(2) * 1.003, rel=3e-3
+    )  # and what ends a document
 
     [trace] = (whole / "profile").rglob("*.trace.json.gz")
-    names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    names = {
+        event.get("name", "")
+        for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    }
     assert any("all-reduce" in name or "psum" in name for name in names)
 
     picture = matplotlib.image.imread(whole / "loss.png")
-    assert picture.shape == (540, 960, 4) and len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+    assert (
+        picture.shape == (540, 960, 4)
+        and len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+    )
 
     from tensorboardX.proto.event_pb2 import Event
+
     seen = {}
     for path in (whole / "tensorboard").iterdir():
         content, start = path.read_bytes(), 0
         while start < len(content):
-            size, = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12:start + 12 + size])
+            (size,) = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12 : start + 12 + size])
             start += 12 + size + 4
-            seen.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
-    assert seen == {(name, row["step"]): pytest.approx(value, rel=1e-6)
-                    for row in rows for name, value in row.items() if name != "step"}
+            seen.update(
+                {
+                    (value.tag, event.step): value.simple_value
+                    for value in event.summary.value
+                }
+            )
+    assert seen == {
+        (name, row["step"]): pytest.approx(value, rel=1e-6)
+        for row in rows
+        for name, value in row.items()
+        if name != "step"
+    }
 
 
 def test_held_out_loss_is_that_of_the_reference(whole, folder):
     """Weighted over batches, padding left out, after the step that the row names."""
     import reference
+
     cfg = tiny.make(folder)
     corpus = data.prepare(cfg.data, tokenizer.load("bytes"))
     batches = data.held_out_batches(corpus, batch=8, length=32)
-    batch = {name: np.concatenate([batches[i][name] for i in range(2)]) for name in train.BATCH}
+    batch = {
+        name: np.concatenate([batches[i][name] for i in range(2)])
+        for name in train.BATCH_FIELDS
+    }
     abstract = jax.eval_shape(lambda: model.init(cfg.model, jax.random.key(0)))
     from ladder_jax.checkpoint import load_model
+
     parameters = load_model(whole, abstract)
-    loss = jax.jit(lambda parameters, batch: reference.loss(parameters, cfg.model, batch))(parameters, batch)
+    loss = jax.jit(
+        lambda parameters, batch: reference.loss(parameters, cfg.model, batch)
+    )(parameters, batch)
     assert tiny.rows(whole)[-1]["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 # ---------------------------------------------------------------- steps
 
+
 def steps_of(cfg, shape, state, batches):
     """(results of every step, parameters at the end) of `cfg` from `state` on a mesh of this shape."""
-    mesh = sharding.make_mesh(config.Mesh(*shape), jax.devices()[:math.prod(shape)])
+    mesh = sharding.make_mesh(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
-    place = lambda tree, like: jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, like)
+    place = lambda tree, like: jax.tree.map(
+        lambda x, y: jax.device_put(x, y.sharding), tree, like
+    )
     state = place(state, train.abstract_state(cfg, mesh, optimizer))
-    batches = [jax.device_put(batch, sharding.named(mesh, sharding.TOKENS)) for batch in batches]
-    step = train.make_step(cfg, mesh, optimizer).lower(state, batches[0]).compile({"xla_backend_optimization_level": 0})
+    batches = [
+        jax.device_put(batch, sharding.named_shardings(mesh, sharding.TOKENS))
+        for batch in batches
+    ]
+    step = (
+        train.make_step(cfg, mesh, optimizer)
+        .lower(state, batches[0])
+        .compile({"xla_backend_optimization_level": 0})
+    )
     results = []
     for batch in batches:
         state, result = step(state, batch)
@@ -405,16 +575,25 @@ def steps_of(cfg, shape, state, batches):
 def state(folder, whole):
     """The state that the runs start from, on the host."""
     cfg = tiny.make(folder)
-    return jax.device_get(train.init_state(cfg, sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, 20)))
+    return jax.device_get(
+        train.init_state(
+            cfg, sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, 20)
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def batches(folder):
     """Three batches of 16 rows, some of whose weights are zero, a different number in each row."""
     cfg = tiny.make(folder)
-    iterator = data.train_iterator(data.prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0)
+    iterator = data.train_iterator(
+        data.prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
+    )
     lengths = np.random.default_rng(0).integers(1, 33, (16, 1))
-    return [{**batch, "weights": batch["weights"] * (np.arange(32) < lengths)} for batch, _ in zip(iterator, range(3))]
+    return [
+        {**batch, "weights": batch["weights"] * (np.arange(32) < lengths)}
+        for batch, _ in zip(iterator, range(3))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -423,15 +602,26 @@ def one_device(folder, state, batches):
 
 
 def clipped(folder, **fields):
-    return tiny.make(folder, train_global_batch=16, optimizer_clip_norm=0.5, **fields)     # gradients have a norm above 1
+    return tiny.make(
+        folder, train_global_batch=16, optimizer_clip_norm=0.5, **fields
+    )  # gradients have a norm above 1
 
 
-@pytest.mark.parametrize("shape, accumulate", [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 4), ((1, 1, 1), 2)])
-def test_a_step_is_the_same_on_every_mesh_and_in_parts(folder, state, batches, one_device, shape, accumulate):
+@pytest.mark.parametrize(
+    "shape, accumulate",
+    [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 4), ((1, 1, 1), 2)],
+)
+def test_a_step_is_the_same_on_every_mesh_and_in_parts(
+    folder, state, batches, one_device, shape, accumulate
+):
     """Losses, norms and clipped updates; a batch in parts whose weights differ is still one mean."""
-    results, parameters = steps_of(clipped(folder, train_grad_accum_steps=accumulate), shape, state, batches)
+    results, parameters = steps_of(
+        clipped(folder, train_grad_accum_steps=accumulate), shape, state, batches
+    )
     for result, expected in zip(results, one_device[0]):
-        assert expected["gradient_norm"] > 1 and result == pytest.approx(expected, rel=2e-5)
+        assert expected["gradient_norm"] > 1 and result == pytest.approx(
+            expected, rel=2e-5
+        )
     for left, right in zip(jax.tree.leaves(parameters), jax.tree.leaves(one_device[1])):
         np.testing.assert_allclose(left, right, atol=2e-5)
 
@@ -441,11 +631,18 @@ def test_a_step_updates_in_place(folder):
     mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
     optimizer = make_optimizer(cfg.optimizer, 20)
     state = train.abstract_state(cfg, mesh, optimizer)
-    tokens = sharding.named(mesh, sharding.TOKENS)
-    batch = {name: jax.ShapeDtypeStruct((8, 32), jnp.float32 if name == "weights" else jnp.int32, sharding=tokens)
-             for name in train.BATCH}
+    tokens = sharding.named_shardings(mesh, sharding.TOKENS)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (8, 32), jnp.float32 if name == "weights" else jnp.int32, sharding=tokens
+        )
+        for name in train.BATCH_FIELDS
+    }
     compiled = train.make_step(cfg, mesh, optimizer).lower(state, batch).compile()
-    local = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    local = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
     assert compiled.memory_analysis().alias_size_in_bytes >= local
 
 
@@ -457,51 +654,126 @@ def test_the_first_state_is_the_same_on_every_mesh(folder, state):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 
 
-def test_parameters_that_overflow_are_seen_before_they_are_saved(folder, state, batches):
+def test_parameters_that_overflow_are_seen_before_they_are_saved(
+    folder, state, batches
+):
     cfg = clipped(folder, optimizer_learning_rate=1e30, optimizer_warmup_steps=0)
     results, _ = steps_of(cfg, (1, 1, 1), state, batches[:1])
-    assert math.isfinite(results[0]["loss"]) and math.isfinite(results[0]["gradient_norm"])
+    assert math.isfinite(results[0]["loss"]) and math.isfinite(
+        results[0]["gradient_norm"]
+    )
     assert not math.isfinite(results[0]["parameter_norm"])
 
 
 # ---------------------------------------------------------------- optimizer
 
-@pytest.mark.parametrize("fields, steps, expected", [
-    (dict(lr_schedule="cosine", warmup_steps=10), 110, {0: .1, 4: .5, 9: 1, 10: 1, 60: .55, 110: .1}),
-    (dict(lr_schedule="cosine", warmup_steps=0, final_lr_fraction=0.), 100, {0: 1, 50: .5, 100: 0}),
-    (dict(lr_schedule="cosine", warmup_steps=10, decay_steps=40), 110, {10: 1, 30: .55, 50: .1, 109: .1}),
-    (dict(lr_schedule="cosine", warmup_steps=200), 100, {0: .01, 99: 1}),               # warm-up longer than the run
-    (dict(lr_schedule="wsd", warmup_steps=10), 100, {0: .1, 10: 1, 79: 1, 80: 1, 90: .55, 99: .145, 100: .1}),
-    (dict(lr_schedule="wsd", warmup_steps=10, decay_steps=50), 100, {49: 1, 50: 1, 75: .55, 100: .1}),
-    (dict(lr_schedule="wsd", warmup_steps=90, decay_steps=50), 100, {89: 1, 90: 1, 95: .55, 100: .1}),
-    (dict(lr_schedule="wsd", warmup_steps=1), 4, {0: 1, 1: 1, 3: 1}),                   # too short to decay
-    (dict(lr_schedule="constant", warmup_steps=4), 100, {0: .25, 3: 1, 99: 1}),
-    (dict(lr_schedule="constant", warmup_steps=0, decay_steps=50), 100, {0: 1, 99: 1}),
-])
+
+@pytest.mark.parametrize(
+    "fields, steps, expected",
+    [
+        (
+            dict(lr_schedule="cosine", warmup_steps=10),
+            110,
+            {0: 0.1, 4: 0.5, 9: 1, 10: 1, 60: 0.55, 110: 0.1},
+        ),
+        (
+            dict(lr_schedule="cosine", warmup_steps=0, final_lr_fraction=0.0),
+            100,
+            {0: 1, 50: 0.5, 100: 0},
+        ),
+        (
+            dict(lr_schedule="cosine", warmup_steps=10, decay_steps=40),
+            110,
+            {10: 1, 30: 0.55, 50: 0.1, 109: 0.1},
+        ),
+        (
+            dict(lr_schedule="cosine", warmup_steps=200),
+            100,
+            {0: 0.01, 99: 1},
+        ),  # warm-up longer than the run
+        (
+            dict(lr_schedule="wsd", warmup_steps=10),
+            100,
+            {0: 0.1, 10: 1, 79: 1, 80: 1, 90: 0.55, 99: 0.145, 100: 0.1},
+        ),
+        (
+            dict(lr_schedule="wsd", warmup_steps=10, decay_steps=50),
+            100,
+            {49: 1, 50: 1, 75: 0.55, 100: 0.1},
+        ),
+        (
+            dict(lr_schedule="wsd", warmup_steps=90, decay_steps=50),
+            100,
+            {89: 1, 90: 1, 95: 0.55, 100: 0.1},
+        ),
+        (
+            dict(lr_schedule="wsd", warmup_steps=1),
+            4,
+            {0: 1, 1: 1, 3: 1},
+        ),  # too short to decay
+        (dict(lr_schedule="constant", warmup_steps=4), 100, {0: 0.25, 3: 1, 99: 1}),
+        (
+            dict(lr_schedule="constant", warmup_steps=0, decay_steps=50),
+            100,
+            {0: 1, 99: 1},
+        ),
+    ],
+)
 def test_learning_rate(fields, steps, expected):
     rate = learning_rate(config.Optimizer(learning_rate=2.0, **fields), steps)
-    assert {step: float(rate(step)) / 2 for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert {step: float(rate(step)) / 2 for step in expected} == pytest.approx(
+        expected, abs=1e-6
+    )
     assert float(rate(0)) > 0 or fields.get("final_lr_fraction") == 0
 
 
 def test_only_matrices_decay():
-    cfg = dataclasses.replace(tiny.make(Path("none")).model, qk_norm=True, qkv_bias=True)
+    cfg = dataclasses.replace(
+        tiny.make(Path("none")).model, qk_norm=True, qkv_bias=True
+    )
     shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
     parameters = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    optimizer = make_optimizer(config.Optimizer(learning_rate=0.5, weight_decay=0.1, warmup_steps=0,
-                                                      lr_schedule="constant"), 10)
-    updates = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0])(parameters)
+    optimizer = make_optimizer(
+        config.Optimizer(
+            learning_rate=0.5, weight_decay=0.1, warmup_steps=0, lr_schedule="constant"
+        ),
+        10,
+    )
+    updates = jax.jit(
+        lambda p: optimizer.update(
+            jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p
+        )[0]
+    )(parameters)
     names = sharding.parameter_names(parameters)
     seen = {}
-    jax.tree.map(lambda name, update: seen.setdefault(name, set()).update(np.unique(update).tolist()), names, updates)
+    jax.tree.map(
+        lambda name, update: seen.setdefault(name, set()).update(
+            np.unique(update).tolist()
+        ),
+        names,
+        updates,
+    )
     assert {name for name, values in seen.items() if values == {0.0}} == {
-        "norm", "attention.norm", "mlp.norm", "attention.q_norm", "attention.k_norm",
-        "attention.bq", "attention.bk", "attention.bv"}
-    assert {round(value, 6) for values in seen.values() for value in values} == {0.0, -0.05}
+        "norm",
+        "attention.norm",
+        "mlp.norm",
+        "attention.q_norm",
+        "attention.k_norm",
+        "attention.bq",
+        "attention.bk",
+        "attention.bv",
+    }
+    assert {round(value, 6) for values in seen.values() for value in values} == {
+        0.0,
+        -0.05,
+    }
 
 
 def test_clipping_or_not_is_the_same_state():
     """So that a run can go on with another `clip_norm`."""
     parameters = {"w": jnp.ones((2, 2))}
-    states = [make_optimizer(config.Optimizer(clip_norm=norm), 10).init(parameters) for norm in (None, 1.0)]
+    states = [
+        make_optimizer(config.Optimizer(clip_norm=norm), 10).init(parameters)
+        for norm in (None, 1.0)
+    ]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

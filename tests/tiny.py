@@ -1,4 +1,5 @@
 """A corpus, a model and a run small enough for tests; the same on every Python, jax and machine."""
+
 import contextlib
 import dataclasses
 import json
@@ -9,30 +10,66 @@ import jax
 
 from ladder_jax import config
 
-SAME = ("step", "loss", "gradient_norm", "parameter_norm", "learning_rate", "held_out_loss", "held_out_bits_per_byte")
+SAME = (
+    "step",
+    "loss",
+    "gradient_norm",
+    "parameter_norm",
+    "learning_rate",
+    "held_out_loss",
+    "held_out_bits_per_byte",
+)
 
 
 def write_corpus(folder):
     """40 documents of 50 made-up words (`random.random` is the same on every Python)."""
     numbers = random.Random(0)
     pick = lambda n: int(numbers.random() * n)
-    words = ["".join("abcdefgh"[pick(8)] for _ in range(2 + pick(5))) for _ in range(50)]
+    words = [
+        "".join("abcdefgh"[pick(8)] for _ in range(2 + pick(5))) for _ in range(50)
+    ]
     folder.mkdir(parents=True)
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(words[pick(50)] for _ in range(60)) + "\n")
+        (folder / f"{i:02}.txt").write_text(
+            " ".join(words[pick(50)] for _ in range(60)) + "\n"
+        )
     return folder
 
 
 def make(folder, **fields):
     """A config.Config whose corpus is folder/corpus; `fields` are such as train_steps=3."""
     made = config.Config(
-        model=config.Model(vocab_size=264, dim=32, layers=2, heads=8, kv_heads=8, head_dim=4, ffn_dim=64,
-                           max_length=64, dtype="float32"),
-        data=config.Data(source=str(folder / "corpus"), token_cache=str(folder / "cache"), held_out_fraction=0.2),
+        model=config.Model(
+            vocab_size=264,
+            dim=32,
+            layers=2,
+            heads=8,
+            kv_heads=8,
+            head_dim=4,
+            ffn_dim=64,
+            max_length=64,
+            dtype="float32",
+        ),
+        data=config.Data(
+            source=str(folder / "corpus"),
+            token_cache=str(folder / "cache"),
+            held_out_fraction=0.2,
+        ),
         mesh=config.Mesh(data=2, fsdp=2, tensor=2),
         optimizer=config.Optimizer(learning_rate=3e-3, warmup_steps=5),
-        train=config.Train(out=str(folder / "run"), steps=20, global_batch=8, seq_len=32, eval_every=7, save_every=3,
-                           log_every=1, eval_batches=2, keep_checkpoints=20, peak_tflops=1.0))
+        train=config.Train(
+            out=str(folder / "run"),
+            steps=20,
+            global_batch=8,
+            seq_len=32,
+            eval_every=7,
+            save_every=3,
+            log_every=1,
+            eval_batches=2,
+            keep_checkpoints=20,
+            peak_tflops=1.0,
+        ),
+    )
     for name, value in fields.items():
         section, _, field = name.partition("_")
         changed = dataclasses.replace(getattr(made, section), **{field: value})
@@ -43,22 +80,30 @@ def make(folder, **fields):
 def recipe(folder, **fields):
     """The path of a recipe file that makes the same."""
     path = Path(folder) / "recipe.py"
-    path.write_text("import json\nfrom ladder_jax.config import from_dict\n"
-                    f"config = from_dict(json.loads({json.dumps(config.to_dict(make(folder, **fields)))!r}))\n")
+    path.write_text(
+        "import json\nfrom ladder_jax.config import from_dict\n"
+        f"config = from_dict(json.loads({json.dumps(config.to_dict(make(folder, **fields)))!r}))\n"
+    )
     return path
 
 
 def rows(out):
     """The rows of metrics.jsonl, without what depends on the clock."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name in SAME} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name in SAME}
+        for line in lines
+    ]
 
 
 @contextlib.contextmanager
 def compiled_once(folder):
     """Programs are compiled once for all runs inside, also those of other processes that get these settings."""
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0,
-                "jax_persistent_cache_min_entry_size_bytes": -1}
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -6,6 +6,7 @@ its setup, then two times of every step of a turn, and at the end the peak of it
 seconds on the clock, and seconds of all its threads on a processor, which other work on the machine hardly changes; but
 threads that spin while they wait count, so that the latter are fair where each contender has one core (`taskset -c 0`).
 """
+
 import json
 import os
 import resource
@@ -24,7 +25,9 @@ def serve(step, said):
         for _ in range(int(line)):
             start = time.perf_counter(), time.process_time()
             step()
-            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            times.append(
+                (time.perf_counter() - start[0], time.process_time() - start[1])
+            )
         _say(times)
     _say(peak())
 
@@ -38,7 +41,7 @@ def peak():
 def _say(value):
     try:
         print(json.dumps(value), file=_stdout, flush=True)
-    except BrokenPipeError:         # the parent has given up, and has said why
+    except BrokenPipeError:  # the parent has given up, and has said why
         os._exit(1)
 
 
@@ -58,7 +61,9 @@ class Contender:
 
     def __init__(self, name, command):
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.said = self._hear()
 
     def turn(self, steps):
@@ -76,5 +81,7 @@ class Contender:
     def _hear(self):
         line = self.process.stdout.readline()
         if not line:
-            raise ConfigError(f"contender {self.name} stopped with status {self.process.wait()}; it says why above")
+            raise ConfigError(
+                f"contender {self.name} stopped with status {self.process.wait()}; it says why above"
+            )
         return json.loads(line)

@@ -23,6 +23,7 @@ elsewhere.
 Latencies count from the scheduled arrival. Tokens of a chunk reach the host together, so inter-token latency has a
 median near 0 and the chunk's length in its tail; time per output token averages it out.
 """
+
 import dataclasses
 import functools
 import json
@@ -45,20 +46,55 @@ from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.engine import Counters, Engine
 
 SIZES = {
-    "tiny": Model(vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384),
-    "small": Model(vocab_size=4096, dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, ffn_dim=1536),
-    "m125": Model(vocab_size=32000, dim=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn_dim=2048),
-    "1b": Model(vocab_size=128256, dim=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn_dim=8192),
-    "8b": Model(vocab_size=128256, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336),
+    "tiny": Model(
+        vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384
+    ),
+    "small": Model(
+        vocab_size=4096,
+        dim=512,
+        layers=8,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        ffn_dim=1536,
+    ),
+    "m125": Model(
+        vocab_size=32000,
+        dim=768,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        head_dim=64,
+        ffn_dim=2048,
+    ),
+    "1b": Model(
+        vocab_size=128256,
+        dim=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        ffn_dim=8192,
+    ),
+    "8b": Model(
+        vocab_size=128256,
+        dim=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn_dim=14336,
+    ),
 }
-PAPER_STEP = 5.8 / 512        # seconds of one iteration of GPT-J 6B in Flover's figures
+PAPER_STEP = 5.8 / 512  # seconds of one iteration of GPT-J 6B in Flover's figures
 PERCENTILES = (50, 90, 99)
-BARE_ROUNDS = 6               # measurements of the bare step before and after every engine; their median counts
+BARE_ROUNDS = 6  # measurements of the bare step before and after every engine; their median counts
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Decoding under load: temporal fusion beside sequential, concurrent, static, dynamic and per-token batching."""
+
     size: str = "tiny"
     """tiny, small, m125, 1b or 8b: a model with random weights."""
     dtype: str = "float32"
@@ -99,7 +135,8 @@ class Arguments:
 @dataclass(frozen=True)
 class Asked:
     """One request of a workload."""
-    arrival: float              # seconds after the start
+
+    arrival: float  # seconds after the start
     prompt: tuple[int, ...]
     max_tokens: int
 
@@ -107,23 +144,35 @@ class Asked:
 def workload(kind, gap, arguments, vocabulary, length):
     """The requests [Asked], by arrival. `gap`: seconds between arrivals, on average."""
     rng, n = np.random.default_rng(arguments.seed), arguments.requests
-    if kind == "sharegpt":      # log-normal with these means and long tails, cut to what fits
+    if (
+        kind == "sharegpt"
+    ):  # log-normal with these means and long tails, cut to what fits
         scale = min(1.0, length / 1024)
-        prompts = np.clip(rng.lognormal(np.log(161 * scale) - 0.5, 1.0, n), 1, length // 2).astype(int)
-        outputs = np.clip(rng.lognormal(np.log(338 * scale) - 0.32, 0.8, n), 1, length // 2).astype(int)
+        prompts = np.clip(
+            rng.lognormal(np.log(161 * scale) - 0.5, 1.0, n), 1, length // 2
+        ).astype(int)
+        outputs = np.clip(
+            rng.lognormal(np.log(338 * scale) - 0.32, 0.8, n), 1, length // 2
+        ).astype(int)
     else:
         prompts = np.full(n, arguments.prompt)
         outputs = rng.integers(arguments.least, arguments.most + 1, n)
-    gaps = {"constant": np.full(n, gap), "poisson": rng.exponential(gap, n)}.get(kind, np.zeros(n))
+    gaps = {"constant": np.full(n, gap), "poisson": rng.exponential(gap, n)}.get(
+        kind, np.zeros(n)
+    )
     gaps[0] = 0
-    return [Asked(float(at), tuple(rng.integers(0, vocabulary, p).tolist()), int(o))
-            for at, p, o in zip(np.cumsum(gaps), prompts, outputs)]
+    return [
+        Asked(float(at), tuple(rng.integers(0, vocabulary, p).tolist()), int(o))
+        for at, p, o in zip(np.cumsum(gaps), prompts, outputs)
+    ]
 
 
 # ---------------------------------------------------------------- the engines that are compared
 
+
 class Batched(Engine):
     """Static batching: nobody joins a batch that runs. A batch that is not full first waits `window` seconds."""
+
     window, expected, opened = 0.0, 0, False
 
     def _step(self):
@@ -131,9 +180,13 @@ class Batched(Engine):
         if not self._live and not self._flights:
             oldest = min((r.submitted for _, _, r in self._queue), default=None)
             full = len(self._queue) >= min(self.options.slots, self.expected)
-            self.opened = oldest is not None and (full or time.perf_counter() - oldest >= self.window)
+            self.opened = oldest is not None and (
+                full or time.perf_counter() - oldest >= self.window
+            )
             self.room = self.options.slots
-        self.patience = 10**9 if self._live else 0     # the batch keeps the width that it began with
+        self.patience = (
+            10**9 if self._live else 0
+        )  # the batch keeps the width that it began with
         return super()._step()
 
     def _steps(self):
@@ -156,11 +209,15 @@ class Concurrent:
         self.counters = Counters()
 
     def submit(self, prompt, max_tokens):
-        request = self.like.submit(prompt, max_tokens=max_tokens)     # for its handle and row alone
+        request = self.like.submit(
+            prompt, max_tokens=max_tokens
+        )  # for its handle and row alone
         self.like._inbox.clear()
         self.like._waiting_count = 0
         length = round_up(self.like.capacity.lengths, len(prompt) + max_tokens)
-        self.running.append((request, decode.empty(self.like.program, 1, 1, length), False))
+        self.running.append(
+            (request, decode.empty(self.like.program, 1, 1, length), False)
+        )
         return request
 
     def warm_up(self):
@@ -178,13 +235,28 @@ class Concurrent:
             one = lambda value, kind=np.int32: np.asarray([value], kind)
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :n] = request.prompt
-            staging, events = engine._prefill(engine._weights, state.staging, decode.Prompts(
-                tokens, one(0), one(n), one(0), one(True, bool), tokens, request._row))
+            staging, events = engine._prefill(
+                engine._weights,
+                state.staging,
+                decode.Prompts(
+                    tokens,
+                    one(0),
+                    one(n),
+                    one(0),
+                    one(True, bool),
+                    tokens,
+                    request._row,
+                ),
+            )
             state = state._replace(staging=staging)
             prefills.append(jax.tree.map(lambda x: x[None], events))
-        nobody = np.full(engine.options.slots + engine.capacity.places, decode.NOBODY, np.int32)
+        nobody = np.full(
+            engine.options.slots + engine.capacity.places, decode.NO_REQUEST, np.int32
+        )
         chunk = engine.options.steps_per_call
-        state, events, _ = engine._chunks[chunk](engine._weights, state, nobody, np.int32(chunk))
+        state, events, _ = engine._chunks[chunk](
+            engine._weights, state, nobody, np.int32(chunk)
+        )
         self.counters.syncs += 1
         for made in jax.device_get([*prefills, events]):
             for k in np.flatnonzero(made.flag):
@@ -200,13 +272,28 @@ class Concurrent:
 
 def make_engines(arguments, model, config, mesh, length, windows, prompt):
     """{name: a function that makes the engine}; `prompt`: tokens of the longest."""
-    options = Decode(slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length, queue_size=10**6, staging=arguments.slots,
-                     prefill_budget=64 if prompt <= 16 else 256)
+    options = Decode(
+        slots=arguments.slots,
+        steps_per_call=arguments.chunk,
+        max_length=length,
+        queue_size=10**6,
+        staging=arguments.slots,
+        prefill_budget=64 if prompt <= 16 else 256,
+    )
     placed = {}
 
     def make(kind=Engine, pipelined=True, trace=False, **changes):
-        engine = kind(model, config, mesh, dataclasses.replace(options, **changes), trace=trace, pipelined=pipelined)
-        engine._weights = placed.setdefault(engine.program, engine._weights)      # all stand side by side: kept once
+        engine = kind(
+            model,
+            config,
+            mesh,
+            dataclasses.replace(options, **changes),
+            trace=trace,
+            pipelined=pipelined,
+        )
+        engine._weights = placed.setdefault(
+            engine.spec, engine._weights
+        )  # all stand side by side: kept once
         return engine
 
     def batched(window):
@@ -226,28 +313,45 @@ def make_engines(arguments, model, config, mesh, length, windows, prompt):
     wanted = arguments.engines or tuple(engines)
     for name in wanted:
         if not any(known.split()[0] == name.split()[0] for known in engines):
-            raise ConfigError(f"engines={name!r} is not accepted: it must be among {', '.join(engines)}")
-    return {name: made for name, made in engines.items() if any(name.split()[0] == w.split()[0] for w in wanted)}
+            raise ConfigError(
+                f"engines={name!r} is not accepted: it must be among {', '.join(engines)}"
+            )
+    return {
+        name: made
+        for name, made in engines.items()
+        if any(name.split()[0] == w.split()[0] for w in wanted)
+    }
 
 
 # ---------------------------------------------------------------- measuring
 
+
 def bare_step(engine, width, length, iterations):
     """A function (rounds) -> seconds of one iteration, median, of forward pass and argmax alone, at half the length."""
-    program, S = engine.program, length
+    program, S = engine.spec, length
     state = decode.empty(program, width, 1, S)
 
     def local(weights, token_W, position_W, kv):
         def step(_, carry):
             token_W, position_W, kv = carry
-            x, kv = transformer.hidden(weights, program.config, token_W[:, None], position_W[:, None], cache=kv)
-            logits = sharding.gather_vocabulary(transformer.logits(weights, program.config, x))[:, 0]
+            x, kv = transformer.hidden(
+                weights, program.config, token_W[:, None], position_W[:, None], cache=kv
+            )
+            logits = sharding.gather_vocabulary(
+                transformer.logits(weights, program.config, x)
+            )[:, 0]
             return sampling.likeliest(logits), (position_W + 1) % S, kv
+
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
     specs = P(), P(), decode._kv_specs(program)
-    step = jax.jit(sharding.shard_map(local, program.mesh, (decode._weights_specs(program), *specs), specs),
-                   donate_argnums=3, compiler_options=xla_options.options(program.mesh, "decode"))
+    step = jax.jit(
+        sharding.shard_map(
+            local, program.mesh, (decode._weights_specs(program), *specs), specs
+        ),
+        donate_argnums=3,
+        compiler_options=xla_options.options(program.mesh, "decode"),
+    )
     carry = np.zeros(width, np.int32), np.full(width, S // 2, np.int32), state.slots.kv
 
     def measure(rounds):
@@ -258,6 +362,7 @@ def bare_step(engine, width, length, iterations):
             carry = jax.block_until_ready(step(engine._weights, *carry))
             seconds.append((time.perf_counter() - start) / iterations)
         return float(np.median(seconds[1:]))
+
     return measure
 
 
@@ -276,7 +381,9 @@ def serve(engine, asked):
             requests.append(request)
             open_requests.append(request)
         if not engine.step() and coming:
-            time.sleep(max(0.0, min(coming[0].arrival - (time.perf_counter() - start), 0.01)))
+            time.sleep(
+                max(0.0, min(coming[0].arrival - (time.perf_counter() - start), 0.01))
+            )
         while open_requests and open_requests[0].finish:
             open_requests.popleft()
     return requests, time.perf_counter() - start
@@ -284,28 +391,44 @@ def serve(engine, asked):
 
 def percentiles(values):
     """{p50, p90, p99} in milliseconds, of seconds."""
-    return {f"p{p}": float(np.percentile(values, p)) * 1e3 if len(values) else None for p in PERCENTILES}
+    return {
+        f"p{p}": float(np.percentile(values, p)) * 1e3 if len(values) else None
+        for p in PERCENTILES
+    }
 
 
 def measure(requests, seconds, counters, asked, objective):
     """The metrics of one engine on one workload."""
     for request, one in zip(requests, asked):
         if len(request.tokens) != one.max_tokens:
-            raise ArithmeticError(f"a request has {len(request.tokens)} tokens, not {one.max_tokens}")
+            raise ArithmeticError(
+                f"a request has {len(request.tokens)} tokens, not {one.max_tokens}"
+            )
     ttft = [r.times[0] - r.submitted for r in requests]
     tpot = [(r.times[-1] - r.times[0]) / max(len(r.times) - 1, 1) for r in requests]
     itl = np.concatenate([np.diff(r.times) for r in requests])
-    good = np.mean([a <= objective[0] and b <= objective[1] for a, b in zip(ttft, tpot)])
+    good = np.mean(
+        [a <= objective[0] and b <= objective[1] for a, b in zip(ttft, tpot)]
+    )
     tokens = sum(len(r.tokens) for r in requests)
     # while there is work for every slot: until the request that decodes last begins to (a first token is prefill's)
     until = max(r.times[min(1, len(r.times) - 1)] for r in requests)
     begun = min(r.submitted - one.arrival for r, one in zip(requests, asked))
-    saturated = sum(time <= until for r in requests for time in r.times) / (until - begun)
-    return dict(tokens_per_s=tokens / seconds, saturated_tokens_per_s=saturated, makespan_s=seconds,
-                ttft_ms=percentiles(ttft), tpot_ms=percentiles(tpot),
-                itl_ms=percentiles(itl), e2e_ms=percentiles([r.times[-1] - r.submitted for r in requests]),
-                goodput=float(good), syncs_per_token=counters.syncs / tokens,
-                occupancy=counters.occupancy if counters.slot_iterations else None)
+    saturated = sum(time <= until for r in requests for time in r.times) / (
+        until - begun
+    )
+    return dict(
+        tokens_per_s=tokens / seconds,
+        saturated_tokens_per_s=saturated,
+        makespan_s=seconds,
+        ttft_ms=percentiles(ttft),
+        tpot_ms=percentiles(tpot),
+        itl_ms=percentiles(itl),
+        e2e_ms=percentiles([r.times[-1] - r.submitted for r in requests]),
+        goodput=float(good),
+        syncs_per_token=counters.syncs / tokens,
+        occupancy=counters.occupancy if counters.slot_iterations else None,
+    )
 
 
 def saturated_occupancy(history):
@@ -316,8 +439,8 @@ def saturated_occupancy(history):
         if new := set(row[row >= 0].tolist()) - seen:
             seen |= new
             last = i
-    busy = sum(int((row >= 0).sum()) for row in rows[:last + 1])
-    return busy / max(sum(row.size for row in rows[:last + 1]), 1)
+    busy = sum(int((row >= 0).sum()) for row in rows[: last + 1])
+    return busy / max(sum(row.size for row in rows[: last + 1]), 1)
 
 
 def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
@@ -328,56 +451,85 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
     windows = [w * 1e-3 * scale for w in arguments.windows]
     longest = max(len(one.prompt) for one in asked)
     engines, turns = {}, {}
-    for name, make in make_engines(arguments, model, config, mesh, length, windows, longest).items():
+    for name, make in make_engines(
+        arguments, model, config, mesh, length, windows, longest
+    ).items():
         engines[name], turns[name] = make(), []
         engines[name].warm_up()
-        serve(engines[name], [dataclasses.replace(one, arrival=0.0, max_tokens=min(one.max_tokens, 3 * arguments.chunk))
-                              for one in asked[:2 * arguments.slots]])
-    for _ in range(arguments.rounds):       # all in turns, as the machine's pace changes
+        serve(
+            engines[name],
+            [
+                dataclasses.replace(
+                    one,
+                    arrival=0.0,
+                    max_tokens=min(one.max_tokens, 3 * arguments.chunk),
+                )
+                for one in asked[: 2 * arguments.slots]
+            ],
+        )
+    for _ in range(arguments.rounds):  # all in turns, as the machine's pace changes
         for name, engine in engines.items():
             engine.counters = Counters()
             getattr(engine, "history", []).clear()
             before = bare(BARE_ROUNDS)
             requests, seconds = serve(engine, asked)
-            step = (before + bare(BARE_ROUNDS)) / 2       # the machine's pace while this engine was measured
+            step = (
+                before + bare(BARE_ROUNDS)
+            ) / 2  # the machine's pace while this engine was measured
             made = measure(requests, seconds, engine.counters, asked, objective)
             made["bare_step_tokens_per_s"] = arguments.slots / step
-            rate = made["saturated_tokens_per_s" if kind == "saturated" else "tokens_per_s"]
+            rate = made[
+                "saturated_tokens_per_s" if kind == "saturated" else "tokens_per_s"
+            ]
             made["of_bare"] = rate / made["bare_step_tokens_per_s"]
             history = list(getattr(engine, "history", []))
             if history and kind == "saturated":
                 made["occupancy_while_saturated"] = saturated_occupancy(history)
             turns[name].append((made, (requests, history)))
-            print(f"  {name}: {made['tokens_per_s']:.0f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"  {name}: {made['tokens_per_s']:.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
     results, kept = {}, {}
     for name, rounds in turns.items():
-        results[name], kept[name] = sorted(rounds, key=lambda turn: turn[0]["of_bare"])[len(rounds) // 2]
+        results[name], kept[name] = sorted(rounds, key=lambda turn: turn[0]["of_bare"])[
+            len(rounds) // 2
+        ]
         results[name]["of_bare_of_rounds"] = [made["of_bare"] for made, _ in rounds]
     return results, kept
 
 
 def table(title, results):
     """Results as text."""
-    lines = [title, f"{'engine':16}{'tokens/s':>9}{'of bare':>8}{'makespan':>9} {'TTFT ms p50/p99':>17}"
-                    f"{'TPOT ms p50/p99':>17}{'e2e ms p50/p99':>19}{'goodput':>8}{'occup.':>7}{'syncs/tok':>10}"]
+    lines = [
+        title,
+        f"{'engine':16}{'tokens/s':>9}{'of bare':>8}{'makespan':>9} {'TTFT ms p50/p99':>17}"
+        f"{'TPOT ms p50/p99':>17}{'e2e ms p50/p99':>19}{'goodput':>8}{'occup.':>7}{'syncs/tok':>10}",
+    ]
     pair = lambda r, name, form: f"{r[name]['p50']:{form}}/{r[name]['p99']:{form}}"
     for name, r in results.items():
         occupancy = r.get("occupancy_while_saturated") or r["occupancy"]
-        lines.append(f"{name:16}{r['tokens_per_s']:9.0f}{r['of_bare']:8.1%}{r['makespan_s']:8.2f}s "
-                     f"{pair(r, 'ttft_ms', '.0f'):>17}{pair(r, 'tpot_ms', '.2f'):>17}{pair(r, 'e2e_ms', '.0f'):>19}"
-                     f"{r['goodput']:8.0%}{'' if occupancy is None else f'{occupancy:.1%}':>7}"
-                     f"{r['syncs_per_token']:10.4f}")
+        lines.append(
+            f"{name:16}{r['tokens_per_s']:9.0f}{r['of_bare']:8.1%}{r['makespan_s']:8.2f}s "
+            f"{pair(r, 'ttft_ms', '.0f'):>17}{pair(r, 'tpot_ms', '.2f'):>17}{pair(r, 'e2e_ms', '.0f'):>19}"
+            f"{r['goodput']:8.0%}{'' if occupancy is None else f'{occupancy:.1%}':>7}"
+            f"{r['syncs_per_token']:10.4f}"
+        )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- pictures
 
+
 def plot(folder, title, results, kept):
     """Writes PNGs: who holds every slot over time, and latency curves. Returns their paths."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem, paths = title.replace(" ", "_").replace(",", ""), []
@@ -386,28 +538,58 @@ def plot(folder, title, results, kept):
         if not history:
             continue
         W = max(chunk.shape[1] for _, chunk in history)
-        rows = np.concatenate([np.pad(chunk, [(0, 0), (0, W - chunk.shape[1])], constant_values=-2)
-                               for _, chunk in history])
+        rows = np.concatenate(
+            [
+                np.pad(chunk, [(0, 0), (0, W - chunk.shape[1])], constant_values=-2)
+                for _, chunk in history
+            ]
+        )
         first = rows[rows >= 0].min()
-        shown = np.where(rows == -2, np.nan, np.where(rows < 0, -1, (rows - first) % 19))
-        figure, axes = plt.subplots(figsize=(11, 1.2 + 0.22 * W), constrained_layout=True)
+        shown = np.where(
+            rows == -2, np.nan, np.where(rows < 0, -1, (rows - first) % 19)
+        )
+        figure, axes = plt.subplots(
+            figsize=(11, 1.2 + 0.22 * W), constrained_layout=True
+        )
         colours = plt.get_cmap("tab20").copy()
         colours.set_under("white")
         colours.set_bad("0.85")
-        axes.imshow(shown.T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=19)
-        axes.set(xlabel="iteration", ylabel="slot", title=f"{title}, {name}: a colour a request; white: idle, "
-                                                          "grey: not compiled in")
+        axes.imshow(
+            shown.T,
+            aspect="auto",
+            interpolation="nearest",
+            cmap=colours,
+            vmin=0,
+            vmax=19,
+        )
+        axes.set(
+            xlabel="iteration",
+            ylabel="slot",
+            title=f"{title}, {name}: a colour a request; white: idle, "
+            "grey: not compiled in",
+        )
         paths.append(folder / f"occupancy_{stem}_{name}.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True, sharey=True)
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 4), constrained_layout=True, sharey=True
+    )
     for name, (requests, _) in kept.items():
-        curves = ([r.times[0] - r.submitted for r in requests], [r.times[-1] - r.submitted for r in requests],
-                  [(r.times[-1] - r.times[0]) / max(len(r.times) - 1, 1) for r in requests])
+        curves = (
+            [r.times[0] - r.submitted for r in requests],
+            [r.times[-1] - r.submitted for r in requests],
+            [(r.times[-1] - r.times[0]) / max(len(r.times) - 1, 1) for r in requests],
+        )
         for axis, values in zip(axes, curves):
-            axis.plot(np.sort(values) * 1e3, (np.arange(len(values)) + 1) / len(values), label=name,
-                      linewidth=2.5 if name == "ours" else 1.2)
-    for axis, label in zip(axes, ("time to first token, ms", "end to end, ms", "time per output token, ms")):
+            axis.plot(
+                np.sort(values) * 1e3,
+                (np.arange(len(values)) + 1) / len(values),
+                label=name,
+                linewidth=2.5 if name == "ours" else 1.2,
+            )
+    for axis, label in zip(
+        axes, ("time to first token, ms", "end to end, ms", "time per output token, ms")
+    ):
         axis.set(xlabel=label, xscale="log")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -424,52 +606,91 @@ def plot(folder, title, results, kept):
 
 # ---------------------------------------------------------------- the benchmark
 
+
 def run(arguments):
     """The whole benchmark; prints tables, writes what `json` and `plots` name, returns the results."""
     kinds = arguments.workload.split(",")
-    for name, value, known in (("size", arguments.size, SIZES), *(
-            ("workload", kind, ("saturated", "constant", "poisson", "sharegpt")) for kind in kinds)):
+    for name, value, known in (
+        ("size", arguments.size, SIZES),
+        *(
+            ("workload", kind, ("saturated", "constant", "poisson", "sharegpt"))
+            for kind in kinds
+        ),
+    ):
         if value not in known:
-            raise ConfigError(f"{name}={value!r} is not accepted: it must be one of {', '.join(known)}")
+            raise ConfigError(
+                f"{name}={value!r} is not accepted: it must be one of {', '.join(known)}"
+            )
     for name in ("requests", "prompt", "least", "slots", "chunk", "tensor", "rounds"):
         if getattr(arguments, name) < 1:
-            raise ConfigError(f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more")
+            raise ConfigError(
+                f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more"
+            )
     if arguments.most < arguments.least:
-        raise ConfigError(f"most={arguments.most} is not accepted: it must be at least least={arguments.least}")
+        raise ConfigError(
+            f"most={arguments.most} is not accepted: it must be at least least={arguments.least}"
+        )
     length = -(-(arguments.prompt + arguments.most) // 64) * 64
-    config = dataclasses.replace(SIZES[arguments.size], residual=arguments.residual, dtype=arguments.dtype,
-                                 max_length=length)
-    mesh = sharding.make_mesh(Mesh(data=1, tensor=arguments.tensor), jax.devices()[:arguments.tensor])
-    sharding.check(config, mesh)
+    config = dataclasses.replace(
+        SIZES[arguments.size],
+        residual=arguments.residual,
+        dtype=arguments.dtype,
+        max_length=length,
+    )
+    mesh = sharding.make_mesh(
+        Mesh(data=1, tensor=arguments.tensor), jax.devices()[: arguments.tensor]
+    )
+    sharding.check_fits(config, mesh)
     init = functools.partial(transformer.init, config)
     specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
-    model = jax.jit(init, out_shardings=sharding.named(mesh, specs))(jax.random.key(0))
-    probe = Engine(model, config, mesh, Decode(slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length))
+    model = jax.jit(init, out_shardings=sharding.named_shardings(mesh, specs))(
+        jax.random.key(0)
+    )
+    probe = Engine(
+        model,
+        config,
+        mesh,
+        Decode(
+            slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length
+        ),
+    )
     alone = bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS)
     bare = bare_step(probe, arguments.slots, length, arguments.chunk)
     full = bare(BARE_ROUNDS)
     rate = arguments.slots / full
     gain = rate * alone
     del probe
-    print(f"{arguments.size}, {config.dtype}, {config.residual}, tensor {arguments.tensor}, {arguments.slots} slots, "
-          f"chunks of {arguments.chunk}, {jax.devices()[0].device_kind}\nbare step: {alone * 1e3:.2f} ms at width 1, "
-          f"{full * 1e3:.2f} ms at width {arguments.slots} = {rate:.0f} tokens/s, so batching can gain {gain:.1f}x")
+    print(
+        f"{arguments.size}, {config.dtype}, {config.residual}, tensor {arguments.tensor}, {arguments.slots} slots, "
+        f"chunks of {arguments.chunk}, {jax.devices()[0].device_kind}\nbare step: {alone * 1e3:.2f} ms at width 1, "
+        f"{full * 1e3:.2f} ms at width {arguments.slots} = {rate:.0f} tokens/s, so batching can gain {gain:.1f}x"
+    )
     if not arguments.unscaled:
-        print(f"gaps and windows are scaled by {alone / PAPER_STEP:.3f}: this model's step over the paper's")
+        print(
+            f"gaps and windows are scaled by {alone / PAPER_STEP:.3f}: this model's step over the paper's"
+        )
     results = {}
     for kind in kinds:
         for gap in arguments.gaps if kind in ("constant", "poisson") else (0.0,):
             title = f"{kind} {gap:g} ms" if gap else kind
-            made, kept = compare(kind, gap, arguments, model, config, mesh, length, alone, bare)
+            made, kept = compare(
+                kind, gap, arguments, model, config, mesh, length, alone, bare
+            )
             results[title] = made
             print(table(f"\n{title}, {arguments.requests} requests", made))
             if arguments.plots:
                 for path in plot(arguments.plots, title, made, kept):
                     print(f"wrote {path}")
     first = next(iter(results.values()))
-    output = dict(arguments=dataclasses.asdict(arguments), device=jax.devices()[0].device_kind, batch_gain=gain,
-                  step_ms={"1": alone * 1e3, str(arguments.slots): full * 1e3}, bare_step_tokens_per_s=rate,
-                  engines=first, workloads=results)
+    output = dict(
+        arguments=dataclasses.asdict(arguments),
+        device=jax.devices()[0].device_kind,
+        batch_gain=gain,
+        step_ms={"1": alone * 1e3, str(arguments.slots): full * 1e3},
+        bare_step_tokens_per_s=rate,
+        engines=first,
+        workloads=results,
+    )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(output, indent=1))
     return output

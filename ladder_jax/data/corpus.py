@@ -11,6 +11,7 @@ an iterator is how many batches it has given, and restoring it costs nothing.
 
 Dims: B batch of this process, T length of a row, D documents.
 """
+
 import array
 import dataclasses
 import functools
@@ -30,14 +31,17 @@ from tqdm import tqdm
 from ladder_jax.config import ConfigError
 from ladder_jax.data import sources
 
-FORMAT = 1          # of the cache; raise it when the reading of sources or the layout changes
-_PIECE = 1 << 20    # characters: a longer document is tokenised in pieces, cut at line ends
-_CHUNK = 1 << 22    # characters tokenised at once
-_STALE = 86400      # seconds without a write after which an unfinished cache is another run's leftover
+FORMAT = 1  # of the cache; raise it when the reading of sources or the layout changes
+_PIECE = (
+    1 << 20
+)  # characters: a longer document is tokenised in pieces, cut at line ends
+_CHUNK = 1 << 22  # characters tokenised at once
+_STALE = 86400  # seconds without a write after which an unfinished cache is another run's leftover
 _DOCUMENT = np.dtype([("stop", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
 
 
 # ---------------------------------------------------------------- the split
+
 
 def _hash(raw):
     """64 bits of the document's bytes: it is held out if they are below `_threshold`."""
@@ -45,7 +49,7 @@ def _hash(raw):
 
 
 def _threshold(held_out):
-    return int(held_out * 2 ** 64)
+    return int(held_out * 2**64)
 
 
 def documents(config):
@@ -64,17 +68,28 @@ def documents(config):
 
 
 def _no_document(config, tally):
-    why = ", ".join(f"{count} {what}" for what, count in (+tally.left_out).items()) or "all of it is held out"
-    return ConfigError(f"data.source={config.source!r} has no usable document ({why}): it must hold text, or rows "
-                       f"with a text field {config.text_field!r} (data.text_field)")
+    why = (
+        ", ".join(f"{count} {what}" for what, count in (+tally.left_out).items())
+        or "all of it is held out"
+    )
+    return ConfigError(
+        f"data.source={config.source!r} has no usable document ({why}): it must hold text, or rows "
+        f"with a text field {config.text_field!r} (data.text_field)"
+    )
 
 
 # ---------------------------------------------------------------- tokenising, once
 
+
 def _fingerprint(config, files, tok):
     """Names a cache: changes with any file's path, size or time, the tokenizer, the text field or the format."""
-    seen = [FORMAT, config.source == "builtin", config.text_field, tok.to_json(),
-            [(os.path.abspath(path), *sources.size_and_time(path)) for path in files]]
+    seen = [
+        FORMAT,
+        config.source == "builtin",
+        config.text_field,
+        tok.to_json(),
+        [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
+    ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
 
 
@@ -106,12 +121,20 @@ def _tokenise(config, files, tok, folder):
     """Writes `ids.bin` (all documents: bos, text, eos), `documents.npy` and `about.json` into `folder`."""
     tally, stop = sources.Tally(), 0
     dtype = np.dtype("<u2" if tok.size <= 1 << 16 else "<u4")
-    columns = array.array("Q")      # stop, bytes, hash of each document: 24 bytes, where a list would take 150
+    columns = array.array(
+        "Q"
+    )  # stop, bytes, hash of each document: 24 bytes, where a list would take 150
     total = sum(sources.size_and_time(path)[0] for path in files)
-    with open(folder / "ids.bin", "wb") as file, tqdm(
-            total=total, unit="B", unit_scale=True, desc="tokenise", disable=None) as bar:
+    with (
+        open(folder / "ids.bin", "wb") as file,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="tokenise", disable=None
+        ) as bar,
+    ):
         for chunk in _chunks(config, files, tally):
-            for ids, (_, begins, ends) in zip(tok.encode_batch([piece for piece, *_ in chunk]), chunk):
+            for ids, (_, begins, ends) in zip(
+                tok.encode_batch([piece for piece, *_ in chunk]), chunk
+            ):
                 ids = [tok.bos] * begins + ids + [tok.eos] * bool(ends)
                 file.write(np.array(ids, dtype).tobytes())
                 stop += len(ids)
@@ -121,7 +144,11 @@ def _tokenise(config, files, tok, folder):
     if not columns:
         raise _no_document(config, tally)
     np.save(folder / "documents.npy", np.frombuffer(columns, np.uint64).view(_DOCUMENT))
-    about = {"dtype": dtype.str, "left_out": +tally.left_out, "repaired": tally.repaired}
+    about = {
+        "dtype": dtype.str,
+        "left_out": +tally.left_out,
+        "repaired": tally.repaired,
+    }
     (folder / "about.json").write_text(json.dumps(about))
 
 
@@ -137,9 +164,11 @@ def _cached(config, files, tok):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{folder.name}.*"):      # by a process that was killed
-            touched = max(sources.size_and_time(path)[1] for path in (left, left / "ids.bin"))
-            if time.time_ns() - touched > _STALE * 10 ** 9:
+        for left in root.glob(f"{folder.name}.*"):  # by a process that was killed
+            touched = max(
+                sources.size_and_time(path)[1] for path in (left, left / "ids.bin")
+            )
+            if time.time_ns() - touched > _STALE * 10**9:
                 shutil.rmtree(left, ignore_errors=True)
         working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=root))
         try:
@@ -153,8 +182,10 @@ def _cached(config, files, tok):
         finally:
             shutil.rmtree(working, ignore_errors=True)
     except OSError as error:
-        raise ConfigError(f"data.token_cache={config.token_cache!r} cannot be written ({error.strerror or error}): it must be a "
-                          "folder that can") from None
+        raise ConfigError(
+            f"data.token_cache={config.token_cache!r} cannot be written ({error.strerror or error}): it must be a "
+            "folder that can"
+        ) from None
     return folder
 
 
@@ -166,6 +197,7 @@ class Side:
     starts_D, targets_D: where each document of this side begins in `ids`, and how many targets it has.
     bytes: of the documents' text, in UTF-8. pad: the id that fills rows.
     """
+
     ids: np.ndarray
     starts_D: np.ndarray
     targets_D: np.ndarray
@@ -189,6 +221,7 @@ class Side:
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """train, held_out: its two sides. report: one line on what was read, and what was left out or repaired."""
+
     train: Side
     held_out: Side
     report: str
@@ -211,30 +244,46 @@ def prepare(config, tok):
     _check_split(config, documents_D["hash"], held_D)
 
     def side(chosen_D):
-        return Side(ids, starts_D[chosen_D], (stops_D - starts_D - 1)[chosen_D],
-                    int(documents_D["bytes"][chosen_D].sum()), tok.pad)
+        return Side(
+            ids,
+            starts_D[chosen_D],
+            (stops_D - starts_D - 1)[chosen_D],
+            int(documents_D["bytes"][chosen_D].sum()),
+            tok.pad,
+        )
 
     train, held_out = side(~held_D), side(held_D)
-    words = [f"{name} {len(one.starts_D):,} documents, {one.bytes / 1e6:.2f} MB, {one.tokens:,} tokens"
-             for name, one in (("train", train), ("held out", held_out))]
-    words += [f"left out: {count:,} {what}" for what, count in about["left_out"].items()]
-    words += [f"repaired: {about['repaired']:,} documents with bytes that are not UTF-8"] * bool(about["repaired"])
+    words = [
+        f"{name} {len(one.starts_D):,} documents, {one.bytes / 1e6:.2f} MB, {one.tokens:,} tokens"
+        for name, one in (("train", train), ("held out", held_out))
+    ]
+    words += [
+        f"left out: {count:,} {what}" for what, count in about["left_out"].items()
+    ]
+    words += [
+        f"repaired: {about['repaired']:,} documents with bytes that are not UTF-8"
+    ] * bool(about["repaired"])
     return Corpus(train, held_out, f"data.source={config.source!r}: {'; '.join(words)}")
 
 
 def _check_split(config, hash_D, held_D):
     if held_D.any() and not held_D.all():
         return
-    low, high = int(hash_D.min()) / 2 ** 64, int(hash_D.max()) / 2 ** 64
+    low, high = int(hash_D.min()) / 2**64, int(hash_D.max()) / 2**64
     if low == high:
-        raise ConfigError(f"data.source={config.source!r} has one document ({len(held_D)} with copies), and training "
-                          "and held-out text are split by document: it must have two or more, as files or rows")
-    raise ConfigError(f"data.held_out_fraction={config.held_out_fraction} leaves none of the {len(held_D)} documents for "
-                      f"{'training' if held_D.all() else 'evaluation'}: for data.source={config.source!r} it must be "
-                      f"from {math.ceil(low * 1e4) / 1e4} to {math.floor(high * 1e4) / 1e4}")
+        raise ConfigError(
+            f"data.source={config.source!r} has one document ({len(held_D)} with copies), and training "
+            "and held-out text are split by document: it must have two or more, as files or rows"
+        )
+    raise ConfigError(
+        f"data.held_out_fraction={config.held_out_fraction} leaves none of the {len(held_D)} documents for "
+        f"{'training' if held_D.all() else 'evaluation'}: for data.source={config.source!r} it must be "
+        f"from {math.ceil(low * 1e4) / 1e4} to {math.floor(high * 1e4) / 1e4}"
+    )
 
 
 # ---------------------------------------------------------------- rows and batches
+
 
 class _Rows(grain.MapDataset):
     """Rows of a side's documents laid end to end, in a new order each epoch; `len` is one epoch.
@@ -246,14 +295,18 @@ class _Rows(grain.MapDataset):
         super().__init__()
         self._side, self._length, self._seed = side, length, seed
         self._rows = -(-side.tokens // (length * multiple)) * multiple
-        self._order = functools.lru_cache(maxsize=2)(self._order)     # of this epoch and the one being prefetched
+        self._order = functools.lru_cache(maxsize=2)(
+            self._order
+        )  # of this epoch and the one being prefetched
 
     def __len__(self):
         return self._rows
 
     def _order(self, epoch):
         """The epoch's documents in order, and where each one's targets stop when laid end to end."""
-        raw_D = np.random.PCG64([self._seed, epoch]).random_raw(len(self._side.starts_D))
+        raw_D = np.random.PCG64([self._seed, epoch]).random_raw(
+            len(self._side.starts_D)
+        )
         order_D = np.argsort(raw_D, kind="stable")
         return order_D, np.cumsum(self._side.targets_D[order_D])
 
@@ -272,13 +325,23 @@ class _Rows(grain.MapDataset):
             document = order_D[place]
             begin = row * length + filled - (stops_D[place] - side.targets_D[document])
             size = min(side.targets_D[document] - begin, length - filled)
-            ids = side.ids[side.starts_D[document] + begin:][:size + 1]
+            ids = side.ids[side.starts_D[document] + begin :][: size + 1]
             here = slice(filled, filled + size)
             segment += 1
             tokens_T[here], targets_T[here] = ids[:-1], ids[1:]
-            segments_T[here], positions_T[here], weights_T[here] = segment, np.arange(size), 1
+            segments_T[here], positions_T[here], weights_T[here] = (
+                segment,
+                np.arange(size),
+                1,
+            )
             filled, place = filled + size, place + 1
-        return dict(tokens=tokens_T, targets=targets_T, segments=segments_T, positions=positions_T, weights=weights_T)
+        return dict(
+            tokens=tokens_T,
+            targets=targets_T,
+            segments=segments_T,
+            positions=positions_T,
+            weights=weights_T,
+        )
 
 
 def _check(process_index, process_count, **sizes):
@@ -286,7 +349,9 @@ def _check(process_index, process_count, **sizes):
         if value < 1:
             raise ConfigError(f"{name}={value} is not accepted: it must be 1 or more")
     if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index={process_index} is not accepted: it must be from 0 to {process_count - 1}")
+        raise ConfigError(
+            f"process_index={process_index} is not accepted: it must be from 0 to {process_count - 1}"
+        )
 
 
 def train_iterator(corpus, *, batch, length, seed, process_index=0, process_count=1):
@@ -304,9 +369,15 @@ def train_iterator(corpus, *, batch, length, seed, process_index=0, process_coun
         weights: float32, 1 where there is a target, 0 where the row is padded.
     """
     _check(process_index, process_count, batch=batch, length=length)
-    rows = _Rows(corpus.train, length, seed).shuffle(seed % 2 ** 32).repeat()
-    batches = rows.batch(batch, drop_remainder=True)[process_index::process_count]   # endless: nothing is dropped
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    rows = _Rows(corpus.train, length, seed).shuffle(seed % 2**32).repeat()
+    batches = rows.batch(batch, drop_remainder=True)[
+        process_index::process_count
+    ]  # endless: nothing is dropped
+    return iter(
+        batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        )
+    )
 
 
 def held_out_batches(corpus, *, batch, length, process_index=0, process_count=1):

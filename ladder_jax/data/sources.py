@@ -4,6 +4,7 @@ A source is a folder, file or glob of text, JSONL (.jsonl, .ndjson) and Parquet 
 "builtin", the documentation inside every CPython: the same for one Python version, different between versions.
 What cannot be read is counted and left out; bytes that are not UTF-8 become U+FFFD and are counted, too.
 """
+
 import ast
 import collections
 import dataclasses
@@ -26,14 +27,23 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 @dataclasses.dataclass
 class Tally:
     """What happened while reading: bytes read, and how many things of each kind were left out or repaired."""
+
     read: int = 0
-    left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    left_out: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter
+    )
     repaired: int = 0
 
     def text(self, value):
         """`value` (bytes or str) as text that is valid Unicode, or None if there is none in it."""
-        text = value.decode("utf-8-sig", "surrogateescape") if isinstance(value, bytes) else value
-        if not text.isascii() and _SURROGATES.search(text):    # bytes that are no UTF-8, or JSON's half characters
+        text = (
+            value.decode("utf-8-sig", "surrogateescape")
+            if isinstance(value, bytes)
+            else value
+        )
+        if not text.isascii() and _SURROGATES.search(
+            text
+        ):  # bytes that are no UTF-8, or JSON's half characters
             text = _SURROGATES.sub("\ufffd", text)
             self.repaired += 1
         if text.strip():
@@ -59,16 +69,35 @@ def files(source):
         return _builtin_files()
     root = Path(source).expanduser()
     if root.is_dir():
-        found = [Path(folder, name) for folder, folders, names in os.walk(root) for name in names
-                 if not any(part.startswith(".") for part in Path(folder, name).relative_to(root).parts)]
+        found = [
+            Path(folder, name)
+            for folder, folders, names in os.walk(root)
+            for name in names
+            if not any(
+                part.startswith(".")
+                for part in Path(folder, name).relative_to(root).parts
+            )
+        ]
     elif root.exists():
         found = [root]
     else:
-        found = [Path(name) for name in glob.glob(str(root), recursive=True) if not os.path.isdir(name)]
+        found = [
+            Path(name)
+            for name in glob.glob(str(root), recursive=True)
+            if not os.path.isdir(name)
+        ]
     if not found:
-        why = "has no files" if root.is_dir() else "matches no file" if glob.has_magic(source) else "does not exist"
-        raise ConfigError(f"data.source={source!r} {why}: it must be 'builtin', or a folder, file or glob of text, "
-                          "JSONL or Parquet files")
+        why = (
+            "has no files"
+            if root.is_dir()
+            else "matches no file"
+            if glob.has_magic(source)
+            else "does not exist"
+        )
+        raise ConfigError(
+            f"data.source={source!r} {why}: it must be 'builtin', or a folder, file or glob of text, "
+            "JSONL or Parquet files"
+        )
     return sorted(found)
 
 
@@ -77,12 +106,17 @@ def _builtin_files():
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for name in sorted(sys.stdlib_module_names):
-        found += [path for path in sorted((root / name).rglob("*.py"))
-                  if not {"test", "tests", "idle_test"} & set(path.parts[len(root.parts):])]
+        found += [
+            path
+            for path in sorted((root / name).rglob("*.py"))
+            if not {"test", "tests", "idle_test"} & set(path.parts[len(root.parts) :])
+        ]
         found += [root / f"{name}.py"] if (root / f"{name}.py").exists() else []
     if not found:
-        raise ConfigError(f"data.source='builtin' finds no source files of Python in {root}: name a folder, file or "
-                          "glob of text")
+        raise ConfigError(
+            f"data.source='builtin' finds no source files of Python in {root}: name a folder, file or "
+            "glob of text"
+        )
     return found
 
 
@@ -148,19 +182,29 @@ def _parquet(path, text_field, tally, size):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
-                          "pip install 'ladder_jax[parquet]'") from None
+        raise ConfigError(
+            f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
+            "pip install 'ladder_jax[parquet]'"
+        ) from None
     try:
         with parquet.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
-            kind = str(schema.field(text_field).type) if text_field in schema.names else None
+            kind = (
+                str(schema.field(text_field).type)
+                if text_field in schema.names
+                else None
+            )
             if kind not in ("string", "large_string", "binary", "large_binary"):
                 tally.left_out[f"rows without a text field {text_field!r}"] += rows
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
                 tally.read += size * batch.num_rows // rows
-                values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()   # bytes: not always UTF-8
-                tally.left_out[f"rows without a text field {text_field!r}"] += values.count(None)
+                values = (
+                    batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                )  # bytes: not always UTF-8
+                tally.left_out[f"rows without a text field {text_field!r}"] += (
+                    values.count(None)
+                )
                 yield from (value for value in values if value is not None)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
@@ -169,10 +213,14 @@ def _parquet(path, text_field, tally, size):
 def _documentation(path):
     """The docstrings of a module as one document, laid out as `help` does; each of `pydoc_data.topics` as one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # the library's own, about escapes in strings
+        warnings.simplefilter("ignore")  # the library's own, about escapes in strings
         module = ast.parse(path.read_bytes())
     if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        yield from next(ast.literal_eval(node.value) for node in module.body if isinstance(node, ast.Assign)).values()
+        yield from next(
+            ast.literal_eval(node.value)
+            for node in module.body
+            if isinstance(node, ast.Assign)
+        ).values()
         return
     parts = []
 
@@ -182,7 +230,11 @@ def _documentation(path):
                 visit(child, indent)
             elif isinstance(child, ast.ClassDef):
                 bases = ", ".join(map(ast.unparse, child.bases))
-                add(child, f"class {child.name}({bases})" if bases else f"class {child.name}", indent)
+                add(
+                    child,
+                    f"class {child.name}({bases})" if bases else f"class {child.name}",
+                    indent,
+                )
                 visit(child, indent + "    ")
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 add(child, f"{child.name}({ast.unparse(child.args)})", indent)

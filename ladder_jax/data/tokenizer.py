@@ -4,6 +4,7 @@ All have one interface. `encode` reads text as text: the name of a special token
 encodes what a model is asked to continue. Every id stands for some bytes, or for none (special tokens, and rows of a
 padded vocabulary), so `decode` and `stream` are the same map from bytes to characters, whole or one id at a time.
 """
+
 import codecs
 import contextlib
 import functools
@@ -17,20 +18,38 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.config import ConfigError
 
-NAMES = {   # of special tokens, the first that a tokenizer.json has is taken; the first of each are our own
-    "bos": ("<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>"),
-    "eos": ("<|eos|>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>"),
+NAMES = {  # of special tokens, the first that a tokenizer.json has is taken; the first of each are our own
+    "bos": (
+        "<|bos|>",
+        "<|begin_of_text|>",
+        "<|startoftext|>",
+        "<s>",
+        "<bos>",
+        "<｜begin▁of▁sentence｜>",
+    ),
+    "eos": (
+        "<|eos|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "</s>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    ),
     "pad": ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"),
 }
 _OURS = [names[0] for names in NAMES.values()]
-_SURROGATES = re.compile("[\ud800-\udfff]")   # halves of a UTF-16 pair, as JSON can hold: no text has them
+_SURROGATES = re.compile(
+    "[\ud800-\udfff]"
+)  # halves of a UTF-16 pair, as JSON can hold: no text has them
 
 
 def _byte_alphabet():
     """GPT-2's character for each byte: itself where it prints, else one from 256 on. -> dict[str, int]"""
     printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (b for b in range(256) if b not in printing)
-    return {chr(b): b for b in sorted(printing)} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {chr(b): b for b in sorted(printing)} | {
+        chr(256 + i): b for i, b in enumerate(others)
+    }
 
 
 _ALPHABET = _byte_alphabet()
@@ -61,6 +80,7 @@ class Tokenizer:
     bos, eos, pad: ids of the tokens that start a document, end it and fill rows. A Hugging Face tokenizer without
         bos or pad uses its eos for them (as GPT-2 does).
     """
+
     size: int
     bos: int
     eos: int
@@ -106,7 +126,9 @@ class Tokenizer:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink()
-            raise ValueError(f"out={str(path)!r} cannot be written: {error.strerror or error}") from None
+            raise ValueError(
+                f"out={str(path)!r} cannot be written: {error.strerror or error}"
+            ) from None
 
     def _piece(self, token, first):
         """The bytes of one id, None for no text. `first`: no text came before, so a leading space may go."""
@@ -119,6 +141,7 @@ def _text(text):
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes are the ids 0 to 255; then bos, eos, pad."""
+
     bos, eos, pad, size = 256, 257, 258, 259
 
     def encode_batch(self, texts):
@@ -143,9 +166,11 @@ def _parse(text):
     """The `tokenizers.Tokenizer` of the text of a tokenizer.json."""
     try:
         made = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:      # the library raises nothing narrower
-        raise ConfigError(f"this is not a Hugging Face tokenizer.json: {error}") from None
-    made.no_truncation()            # some files ask for both
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(
+            f"this is not a Hugging Face tokenizer.json: {error}"
+        ) from None
+    made.no_truncation()  # some files ask for both
     made.no_padding()
     return made
 
@@ -160,19 +185,37 @@ class HuggingFace(Tokenizer):
     def __init__(self, text, names):
         self._json, self.names = text, names
         self._plain = _parse(text)
-        self._plain.encode_special_tokens = True     # read them as the text they are written in
+        self._plain.encode_special_tokens = (
+            True  # read them as the text they are written in
+        )
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         for kind, name in names.items():
             if name not in vocabulary:
-                raise ConfigError(f"{kind}={name!r} is not a token: it must be one of the tokenizer's")
+                raise ConfigError(
+                    f"{kind}={name!r} is not a token: it must be one of the tokenizer's"
+                )
         self.size = max(vocabulary.values()) + 1
         self.eos = vocabulary[names["eos"]]
-        self.bos, self.pad = (vocabulary[names.get(kind, names["eos"])] for kind in ("bos", "pad"))
-        self._special = {id for id, token in self._plain.get_added_tokens_decoder().items() if token.special}
+        self.bos, self.pad = (
+            vocabulary[names.get(kind, names["eos"])] for kind in ("bos", "pad")
+        )
+        self._special = {
+            id
+            for id, token in self._plain.get_added_tokens_decoder().items()
+            if token.special
+        }
         decoder = json.loads(text).get("decoder") or {}
-        self._decoders = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-        texts = (id for id in [*self.encode("a"), *sorted(vocabulary.values())] if self._plain.decode([id]).strip())
-        self._anchor = [next(texts, self.eos)]       # a token with text, to stand before another one
+        self._decoders = {
+            part["type"] for part in decoder.get("decoders", [decoder]) if part
+        }
+        texts = (
+            id
+            for id in [*self.encode("a"), *sorted(vocabulary.values())]
+            if self._plain.decode([id]).strip()
+        )
+        self._anchor = [
+            next(texts, self.eos)
+        ]  # a token with text, to stand before another one
         self._piece = functools.cache(self._piece)
 
     @functools.cached_property
@@ -182,7 +225,9 @@ class HuggingFace(Tokenizer):
         return reader, reader.encode("a").ids[:1] == [self.bos]
 
     def encode_batch(self, texts):
-        encoded = self._plain.encode_batch_fast([_text(text) for text in texts], add_special_tokens=False)
+        encoded = self._plain.encode_batch_fast(
+            [_text(text) for text in texts], add_special_tokens=False
+        )
         return [one.ids for one in encoded]
 
     def prompt(self, text):
@@ -191,7 +236,10 @@ class HuggingFace(Tokenizer):
         return [self.bos, *ids] if starts_with_bos and ids[:1] != [self.bos] else ids
 
     def to_json(self):
-        return json.dumps({"kind": "huggingface", "names": self.names, "tokenizer": self._json}, ensure_ascii=False)
+        return json.dumps(
+            {"kind": "huggingface", "names": self.names, "tokenizer": self._json},
+            ensure_ascii=False,
+        )
 
     def tokenizer_json(self):
         return self._json
@@ -202,19 +250,28 @@ class HuggingFace(Tokenizer):
             return None
         if "ByteLevel" in self._decoders:
             known = all(character in _ALPHABET for character in name)
-            return bytes(_ALPHABET[character] for character in name) if known else name.encode()
+            return (
+                bytes(_ALPHABET[character] for character in name)
+                if known
+                else name.encode()
+            )
         if "ByteFallback" in self._decoders and re.fullmatch("<0x[0-9A-F]{2}>", name):
             return bytes.fromhex(name[3:5])
         before = [] if first else self._anchor
-        return self._plain.decode([*before, token])[len(self._plain.decode(before)):].encode()
+        return self._plain.decode([*before, token])[
+            len(self._plain.decode(before)) :
+        ].encode()
 
 
 def _byte_level(made, use_regex=True):
     """Completes a `tokenizers.Tokenizer` over bytes that has our special tokens: prompts start with bos."""
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=use_regex
+    )
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(
-        single=f"{_OURS[0]} $A", special_tokens=[(_OURS[0], made.token_to_id(_OURS[0]))])
+        single=f"{_OURS[0]} $A", special_tokens=[(_OURS[0], made.token_to_id(_OURS[0]))]
+    )
     return made
 
 
@@ -225,12 +282,21 @@ def train(texts, vocab_size):
     """
     least = 256 + len(_OURS)
     if vocab_size < least:
-        raise ConfigError(f"vocab_size={vocab_size} is not accepted: it must be at least {least}, "
-                          f"for 256 bytes and {len(_OURS)} special tokens")
+        raise ConfigError(
+            f"vocab_size={vocab_size} is not accepted: it must be at least {least}, "
+            f"for 256 bytes and {len(_OURS)} special tokens"
+        )
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(map(_text, texts), trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=_OURS, initial_alphabet=sorted(_ALPHABET), show_progress=False))
+    made.train_from_iterator(
+        map(_text, texts),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=_OURS,
+            initial_alphabet=sorted(_ALPHABET),
+            show_progress=False,
+        ),
+    )
     return HuggingFace(_byte_level(made).to_str(), dict(zip(NAMES, _OURS)))
 
 
@@ -244,8 +310,12 @@ def from_json(text):
         if kind == "huggingface":
             return HuggingFace(values["tokenizer"], values["names"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"this is not a tokenizer that to_json wrote: {error!r}") from None
-    raise ValueError(f"kind={kind!r} is not a tokenizer: it must be 'bytes' or 'huggingface'")
+        raise ValueError(
+            f"this is not a tokenizer that to_json wrote: {error!r}"
+        ) from None
+    raise ValueError(
+        f"kind={kind!r} is not a tokenizer: it must be 'bytes' or 'huggingface'"
+    )
 
 
 def load(spec):
@@ -262,8 +332,10 @@ def load(spec):
         text = path.read_text(encoding="utf-8")
         return HuggingFace(text, _special_names(text, path.parent))
     except OSError as error:
-        raise ConfigError(f"data.tokenizer={spec!r} cannot be read ({error.strerror}): it must be 'bytes', or the path "
-                          "of a tokenizer.json or of a folder that holds one") from None
+        raise ConfigError(
+            f"data.tokenizer={spec!r} cannot be read ({error.strerror}): it must be 'bytes', or the path "
+            "of a tokenizer.json or of a folder that holds one"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"data.tokenizer={spec!r} is not accepted: {error}") from None
 
@@ -274,16 +346,24 @@ def _special_names(text, folder):
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if path.exists():
             said |= json.loads(path.read_text(encoding="utf-8"))
-    added = {token.content for token in _parse(text).get_added_tokens_decoder().values()}
+    added = {
+        token.content for token in _parse(text).get_added_tokens_decoder().values()
+    }
     names = {}
     for kind, usual in NAMES.items():
         name = said.get(f"{kind}_token")
         name = name["content"] if isinstance(name, dict) else name
-        if name is None and (kind == "eos" or f"{kind}_token" not in said):   # null means that there is none
-            name = next((usual_name for usual_name in usual if usual_name in added), None)
+        if name is None and (
+            kind == "eos" or f"{kind}_token" not in said
+        ):  # null means that there is none
+            name = next(
+                (usual_name for usual_name in usual if usual_name in added), None
+            )
         if name is not None:
             names[kind] = name
     if "eos" not in names:
-        raise ConfigError("it has no token that ends a text: name one as eos_token in a tokenizer_config.json beside "
-                          f"it, or use one of {', '.join(NAMES['eos'])}")
+        raise ConfigError(
+            "it has no token that ends a text: name one as eos_token in a tokenizer_config.json beside "
+            f"it, or use one of {', '.join(NAMES['eos'])}"
+        )
     return names

@@ -2,6 +2,7 @@
 
 Names: TPU slices as jax names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as h100:NODESxGPUS (h100:1x8).
 """
+
 import contextlib
 import math
 import os
@@ -30,9 +31,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 class Target(NamedTuple):
     """A machine by name."""
+
     name: str
-    kind: str                      # of CHIPS
-    shape: tuple[int, ...]         # of the slice, in chips; GPUs: nodes, GPUs a node
+    kind: str  # of CHIPS
+    shape: tuple[int, ...]  # of the slice, in chips; GPUs: nodes, GPUs a node
 
     @property
     def platform(self):
@@ -49,15 +51,22 @@ class Target(NamedTuple):
         """Its jax devices: they can be compiled for, not run on. Raises ConfigError without the [plan] extra."""
         _ready(self.platform)
         from jax.experimental import topologies
+
         arguments = dict(platform="tpu", topology_name=self.name)
         if self.platform == "gpu":
-            arguments = dict(platform="cuda", topology_name=self.kind, target_config=H100,
-                             topology="1x" + "x".join(map(str, self.shape)))
+            arguments = dict(
+                platform="cuda",
+                topology_name=self.kind,
+                target_config=H100,
+                topology="1x" + "x".join(map(str, self.shape)),
+            )
         try:
             return topologies.get_topology_desc(**arguments).devices
-        except Exception as error:      # each plugin raises its own
-            raise ConfigError(f"target={self.name!r} is not accepted by its compiler: "
-                              f"{str(error).splitlines()[0]}") from None
+        except Exception as error:  # each plugin raises its own
+            raise ConfigError(
+                f"target={self.name!r} is not accepted by its compiler: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
 
 
 def parse(name):
@@ -65,9 +74,16 @@ def parse(name):
     kind, _, shape = name.partition(":")
     sides = tuple(int(side) for side in shape.split("x") if side.isdigit())
     wanted = {"v5e": 2, "v6e": 2, "h100": 2}.get(kind, 3)
-    if kind not in CHIPS or len(sides) != wanted or "x".join(map(str, sides)) != shape or not math.prod(sides):
-        raise ConfigError(f"target={name!r} is not accepted: it must be a TPU slice (v5e:2x4, v6e:2x4, v5p:2x2x2, "
-                          "tpu7x:2x2x1, v5e:16x16, ...) or GPUs as h100:NODESxGPUS (h100:1x8)")
+    if (
+        kind not in CHIPS
+        or len(sides) != wanted
+        or "x".join(map(str, sides)) != shape
+        or not math.prod(sides)
+    ):
+        raise ConfigError(
+            f"target={name!r} is not accepted: it must be a TPU slice (v5e:2x4, v6e:2x4, v5p:2x2x2, "
+            "tpu7x:2x2x1, v5e:16x16, ...) or GPUs as h100:NODESxGPUS (h100:1x8)"
+        )
     return Target(name, kind, sides)
 
 
@@ -75,7 +91,9 @@ def _ready(platform):
     """Raises ConfigError where the compiler for `platform` is not installed; keeps it from looking for its chips."""
     module = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda12"}[platform]
     if not malloc.installed(module):
-        raise ConfigError(f"planning for this target takes XLA's {platform.upper()} compiler: {INSTALL} installs it")
+        raise ConfigError(
+            f"planning for this target takes XLA's {platform.upper()} compiler: {INSTALL} installs it"
+        )
 
 
 def prepare():

@@ -1,4 +1,5 @@
 """How a process starts: on emulated devices, or as one of several."""
+
 import os
 
 from ladder_jax.config import ConfigError
@@ -35,9 +36,16 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         missing = " and ".join(name for name in given if name not in named)
         raise ConfigError(f"{named[0]} comes with {missing}: give all three")
     import jax
+
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
-        why = str(error) if named else ("no cluster tells this process its place: give --coordinator HOST:PORT "
-                                        "--processes N --process I")
+        why = (
+            str(error)
+            if named
+            else (
+                "no cluster tells this process its place: give --coordinator HOST:PORT "
+                "--processes N --process I"
+            )
+        )
         raise ConfigError(f"--distributed: {why}") from error

@@ -1,10 +1,16 @@
 """How this process uses the memory of the machine it runs on."""
+
 import ctypes
 import importlib.util
 import os
 
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8        # of mallopt, see malloc.h
-ACCELERATORS = "libtpu", "jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13", "jax_plugins.xla_rocm"
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of mallopt, see malloc.h
+ACCELERATORS = (
+    "libtpu",
+    "jax_plugins.xla_cuda12",
+    "jax_plugins.xla_cuda13",
+    "jax_plugins.xla_rocm",
+)
 
 
 def computes_here():

@@ -1,4 +1,5 @@
 """How XLA is told to build programs, by platform, kind of chip and workload."""
+
 from ladder_jax.hardware import chips
 
 # Options of XLA by platform and by kind of device, for every program of the model or for one workload's.
@@ -33,13 +34,13 @@ OPTIONS = {
         "xla_tpu_async_collective_fusion_with_start_done_only": "true",
     },
     "v5e prefill": {
-        "xla_tpu_async_collective_fusion_with_start_done_only": "true",     # as for decode
+        "xla_tpu_async_collective_fusion_with_start_done_only": "true",  # as for decode
         # Products count for half, so that long all-reduces are fused into two of them: one is too short.
         "xla_lhs_output_fusion_latency_multiplier": "0.5",
     },
     "gpu": {
-        "xla_gpu_all_reduce_combine_threshold_bytes": 0,          # as on TPU
-        "xla_gpu_all_gather_combine_threshold_bytes": 0,          # the same for one-shot
+        "xla_gpu_all_reduce_combine_threshold_bytes": 0,  # as on TPU
+        "xla_gpu_all_gather_combine_threshold_bytes": 0,  # the same for one-shot
         "xla_gpu_collective_permute_combine_threshold_bytes": 0,  # and for reductions made of exchanges
         # Moves a reduction's wait down to the first reader of its result; without it the wait follows the start.
         "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -62,4 +63,8 @@ def options(mesh, workload=None):
 
 
 def options_of(platform, kind, workload):
-    return OPTIONS.get(platform, {}) | OPTIONS.get(kind, {}) | OPTIONS.get(f"{kind} {workload}", {})
+    return (
+        OPTIONS.get(platform, {})
+        | OPTIONS.get(kind, {})
+        | OPTIONS.get(f"{kind} {workload}", {})
+    )

@@ -17,13 +17,14 @@ batch 1, ROW from the one at batch 64, `interference` (NCCL takes SMs and HBM ba
 from ladder at all six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
 512 KiB (405B). `reached` is assumed. Everything else in the tables follows from these without round_up again.
 """
+
 from typing import NamedTuple
 
 from ladder_jax.hardware import chips, cost
 
 CHIP = chips.CHIPS["h100"]
-OVERHEAD = 13.7e-6          # seconds a block: launches, norms, rotary embedding, cache writes
-ROW = 0.155e-3              # seconds a row of the batch: attention over repeated keys and values, with a full mask
+OVERHEAD = 13.7e-6  # seconds a block: launches, norms, rotary embedding, cache writes
+ROW = 0.155e-3  # seconds a row of the batch: attention over repeated keys and values, with a full mask
 
 
 class Model(NamedTuple):
@@ -35,25 +36,49 @@ class Model(NamedTuple):
     vocab: int
 
 
-MODELS = {      # facts of the reference implementation's configurations
-    "1B": Model(1536, 40, 24, 24, 4096, 49152), "3B": Model(2304, 40, 32, 32, 9216, 49152),
-    "8B": Model(4096, 32, 32, 8, 14336, 128256), "34B": Model(8192, 48, 64, 8, 22016, 32000),
-    "70B": Model(8192, 80, 64, 8, 28672, 128256), "176B": Model(14336, 70, 112, 112, 50176, 250880),
-    "405B": Model(16384, 126, 128, 16, 53248, 128256)}
+MODELS = {  # facts of the reference implementation's configurations
+    "1B": Model(1536, 40, 24, 24, 4096, 49152),
+    "3B": Model(2304, 40, 32, 32, 9216, 49152),
+    "8B": Model(4096, 32, 32, 8, 14336, 128256),
+    "34B": Model(8192, 48, 64, 8, 22016, 32000),
+    "70B": Model(8192, 80, 64, 8, 28672, 128256),
+    "176B": Model(14336, 70, 112, 112, 50176, 250880),
+    "405B": Model(16384, 126, 128, 16, 53248, 128256),
+}
 
 # Speed-ups over standard, tokens a second. Calibration: 70B on 8 GPUs, by batch: ladder, parallel, no communication.
-FIT = {1: (1.308, 1.217, 1.429), 4: (1.282, 1.189, 1.376), 8: (1.254, 1.170, 1.360), 16: (1.190, 1.155, 1.316),
-       32: (1.184, 1.136, 1.297), 64: (1.155, 1.164, 1.275)}
+FIT = {
+    1: (1.308, 1.217, 1.429),
+    4: (1.282, 1.189, 1.376),
+    8: (1.254, 1.170, 1.360),
+    16: (1.190, 1.155, 1.316),
+    32: (1.184, 1.136, 1.297),
+    64: (1.155, 1.164, 1.275),
+}
 # Check. Ladder at batch 4 on 8 GPUs (405B: 16 in two nodes), NVLink; the logs' number where the table has another.
-SIZES = {"1B": 1.557, "3B": 1.574, "8B": 1.462, "34B": 1.284, "70B": 1.285, "176B": 1.35, "405B": 1.31}
+SIZES = {
+    "1B": 1.557,
+    "3B": 1.574,
+    "8B": 1.462,
+    "34B": 1.284,
+    "70B": 1.285,
+    "176B": 1.35,
+    "405B": 1.31,
+}
 # Check. 405B on 16 GPUs in two nodes, by batch: ladder, parallel, no communication.
-NODES = {1: (1.364, 1.238, 1.521), 4: (1.308, 1.242, 1.512), 8: (1.393, 1.286, 1.659), 16: (1.349, 1.272, 1.632)}
+NODES = {
+    1: (1.364, 1.238, 1.521),
+    4: (1.308, 1.242, 1.512),
+    8: (1.393, 1.286, 1.659),
+    16: (1.349, 1.272, 1.632),
+}
 # All-reduces of 32 KiB among 8 H100 with NVLink, faster than NCCL's: SGLang's, vLLM's (SGLang pull request 2904).
 LOSSLESS = (7.8e-6, 11.8e-6)
 
 
 class Step(NamedTuple):
     """Seconds of a decode step."""
+
     standard: float
     ladder: float
     parallel: float
@@ -71,7 +96,9 @@ def step(model, gpus, batch, all_reduce=None):
     attention += rows / m.layers
     bound = m.layers * (attention + mlp) + stream(m.dim * m.vocab)
     network = cost.Network(CHIP, [gpu // 8 for gpu in range(gpus)], all_reduce)
-    reduce = network.collective("all-reduce", [list(range(gpus))], batch * m.dim * 2).seconds
+    reduce = network.collective(
+        "all-reduce", [list(range(gpus))], batch * m.dim * 2
+    ).seconds
     hidden = min(reduce, mlp) + min(reduce, attention)
     ladder = bound + m.layers * (2 * reduce - hidden + CHIP.interference * hidden)
     return Step(bound + 2 * m.layers * reduce, ladder, bound + m.layers * reduce, bound)
@@ -80,16 +107,27 @@ def step(model, gpus, batch, all_reduce=None):
 def rows():
     """(table, case, schedule, published speed-up, modelled speed-up) of every published number."""
     made = []
-    for name, table, cases in (("calibration, 70B", FIT, lambda batch: ("70B", 8, batch)),
-                               ("check, batch 4", SIZES, lambda size: (size, 16 if size == "405B" else 8, 4)),
-                               ("check, 405B in two nodes", NODES, lambda batch: ("405B", 16, batch))):
+    for name, table, cases in (
+        ("calibration, 70B", FIT, lambda batch: ("70B", 8, batch)),
+        ("check, batch 4", SIZES, lambda size: (size, 16 if size == "405B" else 8, 4)),
+        ("check, 405B in two nodes", NODES, lambda batch: ("405B", 16, batch)),
+    ):
         for case, published in table.items():
             size, gpus, batch = cases(case)
             modelled = step(MODELS[size], gpus, batch)
-            for schedule, value in zip(("ladder", "parallel", "bound"),
-                                       published if isinstance(published, tuple) else (published,)):
-                made.append((name, f"{size}, batch {batch}", schedule, value,
-                             modelled.standard / getattr(modelled, schedule)))
+            for schedule, value in zip(
+                ("ladder", "parallel", "bound"),
+                published if isinstance(published, tuple) else (published,),
+            ):
+                made.append(
+                    (
+                        name,
+                        f"{size}, batch {batch}",
+                        schedule,
+                        value,
+                        modelled.standard / getattr(modelled, schedule),
+                    )
+                )
     return made
 
 
@@ -98,15 +136,28 @@ def main():
     print("| | | | published | modelled | error |\n|---|---|---|---|---|---|")
     made = rows()
     for table, case, schedule, published, modelled in made:
-        print(f"| {table} | {case} | {schedule} | {published:.3f} | {modelled:.3f} | {modelled / published - 1:+.1%} |")
+        print(
+            f"| {table} | {case} | {schedule} | {published:.3f} | {modelled:.3f} | {modelled / published - 1:+.1%} |"
+        )
     for table in dict.fromkeys(row[0] for row in made):
-        errors = [abs(modelled / published - 1) for name, _, _, published, modelled in made if name == table]
-        print(f"\n{table}: mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}")
-    print("\n| 70B, 8 GPUs, batch | ladder over standard, NCCL | over standard, 11.8 us | over standard, 7.8 us |"
-          "\n|---|---|---|---|")
+        errors = [
+            abs(modelled / published - 1)
+            for name, _, _, published, modelled in made
+            if name == table
+        ]
+        print(
+            f"\n{table}: mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}"
+        )
+    print(
+        "\n| 70B, 8 GPUs, batch | ladder over standard, NCCL | over standard, 11.8 us | over standard, 7.8 us |"
+        "\n|---|---|---|---|"
+    )
     for batch in FIT:
         ladder = step(MODELS["70B"], 8, batch).ladder
-        over = [step(MODELS["70B"], 8, batch, fast).standard / ladder for fast in (None, *reversed(LOSSLESS))]
+        over = [
+            step(MODELS["70B"], 8, batch, fast).standard / ladder
+            for fast in (None, *reversed(LOSSLESS))
+        ]
         print(f"| {batch} | " + " | ".join(f"{value:.3f}" for value in over) + " |")
 
 

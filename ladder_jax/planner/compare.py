@@ -1,4 +1,5 @@
 """Residual schedules side by side on one machine: one table, one picture."""
+
 import dataclasses
 import json
 
@@ -16,17 +17,27 @@ def variants(request):
 
     def of(schedule, reduction=request.config.mesh.reduction):
         config = request.config
-        return request._replace(config=dataclasses.replace(
-            config, model=dataclasses.replace(config.model, residual=schedule),
-            mesh=dataclasses.replace(config.mesh, reduction=reduction)))
+        return request._replace(
+            config=dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, residual=schedule),
+                mesh=dataclasses.replace(config.mesh, reduction=reduction),
+            )
+        )
+
     return [
         ("standard, psum", of("standard", "psum"), None),
-        ("standard, fastest lossless", of("standard", "psum" if gpu else "auto"), LOSSLESS if gpu else None),
+        (
+            "standard, fastest lossless",
+            of("standard", "psum" if gpu else "auto"),
+            LOSSLESS if gpu else None,
+        ),
         ("parallel", of("parallel"), None),
         ("ladder", of("ladder"), None),
         (f"hybrid:last{layers // 2}", of(f"hybrid:last{layers // 2}"), None),
         ("desync:2", of("desync:2"), None),
-        ("no communication", of("upper-bound"), None)]
+        ("no communication", of("upper-bound"), None),
+    ]
 
 
 def run(request, chosen):
@@ -48,17 +59,25 @@ def run(request, chosen):
 def table(rows):
     """One line a variant; speed-ups are over the first."""
     first = rows[0]
-    lines = [f"{first['workload']} of {first['recipe']} on {first['target']}, batch {first['batch']}, "
-             f"context {first['context']}; us a step",
-             f"{'':28} {'reduction':19} {'step':>10} {'compute':>10} {'sent':>9} {'hidden':>9} {'exposed':>9} "
-             f"{'at least':>9} {'speed-up':>8}"]
+    lines = [
+        f"{first['workload']} of {first['recipe']} on {first['target']}, batch {first['batch']}, "
+        f"context {first['context']}; us a step",
+        f"{'':28} {'reduction':19} {'step':>10} {'compute':>10} {'sent':>9} {'hidden':>9} {'exposed':>9} "
+        f"{'at least':>9} {'speed-up':>8}",
+    ]
     for row in rows:
         t = row["totals"]
-        lines.append(f"{row['variant']:28} {row['reduction']:19} {t['step_us']:10,.0f} {t['compute_us']:10,.0f} "
-                     f"{t['communication_us']:9,.0f} {t['hidden_us']:9,.0f} {t['exposed_us']:9,.0f} "
-                     f"{t['unavoidable_us']:9,.0f} {first['totals']['step_us'] / t['step_us']:8.3f}")
+        lines.append(
+            f"{row['variant']:28} {row['reduction']:19} {t['step_us']:10,.0f} {t['compute_us']:10,.0f} "
+            f"{t['communication_us']:9,.0f} {t['hidden_us']:9,.0f} {t['exposed_us']:9,.0f} "
+            f"{t['unavoidable_us']:9,.0f} {first['totals']['step_us'] / t['step_us']:8.3f}"
+        )
     memory = first["memory"]
-    needed = (memory["weights_bytes"] + memory["kv_bytes"] + memory["temporary_bytes"]) / 1e9
-    lines.append(f"{needed:.1f} of {memory['capacity_bytes'] / 1e9:.0f} GB a device: "
-                 + ("fits" if memory["fits"] else "does not fit"))
+    needed = (
+        memory["weights_bytes"] + memory["kv_bytes"] + memory["temporary_bytes"]
+    ) / 1e9
+    lines.append(
+        f"{needed:.1f} of {memory['capacity_bytes'] / 1e9:.0f} GB a device: "
+        + ("fits" if memory["fits"] else "does not fit")
+    )
     return "\n".join(lines)

@@ -14,6 +14,7 @@ instructions meanwhile leave, and their done waits for what is left in the same 
 HBM goes on; what a prefetch therefore need not be waited for later, that collective has not cost. So the exposed time
 of asynchronous collectives is what the step would save if they took no time. A synchronous one is exposed in full.
 """
+
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,27 +22,40 @@ from typing import NamedTuple
 from ladder_jax.hardware.cost import traffic
 from ladder_jax.planner import hlo
 
-FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "partition-id", "replica-id", "after-all",
-        "opt-barrier", "optimization-barrier"}
+FREE = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "get-tuple-element",
+    "tuple",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "opt-barrier",
+    "optimization-barrier",
+}
 
 
 @dataclass
 class Collective:
     """One collective of the schedule; times in seconds, of one execution."""
+
     name: str
     kind: str
     scope: str
     bytes: int
     groups: list
-    arrays: int                   # how many results it has: more than one where XLA merged several into it
+    arrays: (
+        int  # how many results it has: more than one where XLA merged several into it
+    )
     asynchronous: bool
     seconds: float
-    count: float = 1.0            # executions that it stands for
+    count: float = 1.0  # executions that it stands for
     window: float = 0.0
     exposed: float = 0.0
-    start: float = 0.0            # on the clock, when its transfer begins
+    start: float = 0.0  # on the clock, when its transfer begins
     end: float = 0.0
-    alone: float = 0.0            # of `seconds`, what is not the time of a transfer that began before it on other links
+    alone: float = 0.0  # of `seconds`, what is not the time of a transfer that began before it on other links
 
     @property
     def hidden(self):
@@ -51,16 +65,18 @@ class Collective:
 @dataclass
 class Stall:
     """A wait for asynchronous collectives, as far as it is exposed. Seconds."""
+
     start: float
     end: float
     left: float
     weight: float
     scope: str
-    shares: list                  # of (collective, its transfer meanwhile)
+    shares: list  # of (collective, its transfer meanwhile)
 
 
 class Span(NamedTuple):
     """A stretch of the compute lane."""
+
     name: str
     scope: str
     start: float
@@ -71,14 +87,22 @@ class Span(NamedTuple):
 @dataclass
 class Timeline:
     """What the clock saw. Totals weigh every instruction by the executions that it stands for."""
+
     collectives: list[Collective] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    compute: float = 0.0          # seconds
-    stalled: float = 0.0          # seconds waiting for collectives
-    prefetch: float = 0.0         # seconds waiting for prefetched weights
+    compute: float = 0.0  # seconds
+    stalled: float = 0.0  # seconds waiting for collectives
+    prefetch: float = 0.0  # seconds waiting for prefetched weights
 
 
-def play(module, seconds, hbm_seconds, collective, count=lambda scope: 1.0, trips=lambda loop: loop.trips or 1):
+def play(
+    module,
+    seconds,
+    hbm_seconds,
+    collective,
+    count=lambda scope: 1.0,
+    trips=lambda loop: loop.trips or 1,
+):
     """The `Timeline` of a scheduled module.
 
     Args:
@@ -98,10 +122,10 @@ class _Player:
         self.cost, self.count, self.trips = collective, count, trips
         self.timeline = Timeline()
         self.now = self.busy = 0.0
-        self.free = {}            # link -> when it is free
-        self.flying = {}          # name of the start -> (collective, busy time at its start)
-        self.copies = {}          # name of the start -> seconds of HBM that are left, in order
-        self.unaided = {}         # the same, had no asynchronous collective been waited for
+        self.free = {}  # link -> when it is free
+        self.flying = {}  # name of the start -> (collective, busy time at its start)
+        self.copies = {}  # name of the start -> seconds of HBM that are left, in order
+        self.unaided = {}  # the same, had no asynchronous collective been waited for
         self.stalls = []
         self.weight, self.scope = 1.0, ""
 
@@ -124,28 +148,58 @@ class _Player:
     def step(self, instruction, body):
         opcode = instruction.opcode
         if opcode == "while":
-            self.computation(instruction.named("body"), self.weight * self.trips(instruction))
-        elif opcode in ("call", "async-start") and not self.module.collective(instruction, None):
-            self.computation(instruction.named("to_apply") or instruction.named("calls"), self.weight)
+            self.computation(
+                instruction.named("body"), self.weight * self.trips(instruction)
+            )
+        elif opcode in ("call", "async-start") and not self.module.collective(
+            instruction, None
+        ):
+            self.computation(
+                instruction.named("to_apply") or instruction.named("calls"), self.weight
+            )
         elif opcode == "conditional":
             # the branch that computes most
-            names = re.findall(r"%([\w.\-]+)", (re.search(r"branch_computations=\{([^}]*)\}", instruction.text) or
-                                                re.match("", ""))[0]) or [instruction.named("true_computation"),
-                                                                          instruction.named("false_computation")]
-            longest = max(names, key=lambda n: sum(self.seconds(i, self.module.computations[n])
-                                                   for i in self.module.computations[n].values()))
+            names = re.findall(
+                r"%([\w.\-]+)",
+                (
+                    re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+                    or re.match("", "")
+                )[0],
+            ) or [
+                instruction.named("true_computation"),
+                instruction.named("false_computation"),
+            ]
+            longest = max(
+                names,
+                key=lambda n: sum(
+                    self.seconds(i, self.module.computations[n])
+                    for i in self.module.computations[n].values()
+                ),
+            )
             self.computation(longest, self.weight)
         elif opcode in ("copy-start", "slice-start"):
-            moved = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
-            self.copies[instruction.name] = self.unaided[instruction.name] = self.hbm_seconds(moved.bytes)
+            moved = (
+                instruction.outputs[1]
+                if opcode == "slice-start"
+                else instruction.outputs[0]
+            )
+            self.copies[instruction.name] = self.unaided[instruction.name] = (
+                self.hbm_seconds(moved.bytes)
+            )
         elif opcode in ("copy-done", "slice-done"):
             self.finish_copy(instruction.operands[0])
         elif _is_done(instruction):
             self.finish(instruction, body)
         elif (found := self.module.collective(instruction, None)) and (
-                opcode != "fusion" or instruction.name.startswith("async-collective-start")):
+            opcode != "fusion" or instruction.name.startswith("async-collective-start")
+        ):
             kind, inner, where = found
-            self.start(instruction, kind, inner, self.module.computations[where] if where else body)
+            self.start(
+                instruction,
+                kind,
+                inner,
+                self.module.computations[where] if where else body,
+            )
         elif opcode not in FREE:
             self.compute(instruction, body)
 
@@ -155,7 +209,11 @@ class _Player:
             return
         own = min(duration, self.hbm_seconds(traffic(self.module, instruction, body)))
         self.drain(duration - own, self.copies, self.unaided)
-        self.timeline.spans.append(Span(instruction.name, self.scope, self.now, self.now + duration, self.weight))
+        self.timeline.spans.append(
+            Span(
+                instruction.name, self.scope, self.now, self.now + duration, self.weight
+            )
+        )
         self.now += duration
         self.busy += duration
         self.timeline.compute += duration * self.weight
@@ -172,9 +230,13 @@ class _Player:
                 rest -= used
 
     def finish_copy(self, name):
-        waited, unaided = (_finish(queue, name) for queue in (self.copies, self.unaided))
+        waited, unaided = (
+            _finish(queue, name) for queue in (self.copies, self.unaided)
+        )
         if waited:
-            self.timeline.spans.append(Span("prefetch", self.scope, self.now, self.now + waited, self.weight))
+            self.timeline.spans.append(
+                Span("prefetch", self.scope, self.now, self.now + waited, self.weight)
+            )
             self.now += waited
             self.busy += waited
             self.timeline.compute += waited * self.weight
@@ -191,8 +253,15 @@ class _Player:
                 made.window += share * spent / (stall.end - stall.start)
             stall.left -= spent
             seconds -= spent
-            self.timeline.spans.append(Span("prefetch", stall.scope, stall.start + stall.left,
-                                            stall.start + stall.left + spent, stall.weight))
+            self.timeline.spans.append(
+                Span(
+                    "prefetch",
+                    stall.scope,
+                    stall.start + stall.left,
+                    stall.start + stall.left + spent,
+                    stall.weight,
+                )
+            )
             self.timeline.stalled -= spent * stall.weight
             self.timeline.compute += spent * stall.weight
             self.timeline.prefetch += spent * stall.weight
@@ -203,15 +272,28 @@ class _Player:
 
     def start(self, instruction, kind, inner, inside):
         groups = hlo.groups(inner) or [list(range(self.module.devices))]
-        size = sum(buffer.bytes for name in inner.operands for buffer in inside[name].outputs)
+        size = sum(
+            buffer.bytes for name in inner.operands for buffer in inside[name].outputs
+        )
         if kind == "all-gather":
             size *= len(groups[0])
         paired = inner.opcode.endswith("-start") or instruction.opcode in hlo.WRAPPED
         asynchronous = paired and '"is_sync":true' not in instruction.text
         transfer = self.cost(kind, groups, size)
-        made = Collective(instruction.name, kind, self.scope, size, groups, len(inner.operands), asynchronous,
-                          transfer.seconds, self.weight)
-        made.start = max([self.now, *(self.free.get(link, 0.0) for link in transfer.links)])
+        made = Collective(
+            instruction.name,
+            kind,
+            self.scope,
+            size,
+            groups,
+            len(inner.operands),
+            asynchronous,
+            transfer.seconds,
+            self.weight,
+        )
+        made.start = max(
+            [self.now, *(self.free.get(link, 0.0) for link in transfer.links)]
+        )
         made.end = made.start + transfer.seconds
         self.free |= dict.fromkeys(transfer.links, made.start + transfer.flow)
         self.timeline.collectives.append(made)
@@ -237,7 +319,9 @@ class _Player:
                 shares.append((other, share))
         self.drain(length, self.copies)
         if made.asynchronous:
-            self.stalls.append(Stall(self.now, made.end, length, self.weight, self.scope, shares))
+            self.stalls.append(
+                Stall(self.now, made.end, length, self.weight, self.scope, shares)
+            )
         else:
             self.drain(length, self.unaided)
         self.timeline.stalled += length * self.weight
@@ -251,7 +335,9 @@ class _Player:
             if name in self.flying:
                 return name
             queue.extend(body[name].operands if name in body else ())
-        raise ValueError(f"the schedule ends a collective that it did not start: {instruction.name}")
+        raise ValueError(
+            f"the schedule ends a collective that it did not start: {instruction.name}"
+        )
 
 
 def _finish(copies, name):
@@ -267,6 +353,10 @@ def _finish(copies, name):
 
 
 def _is_done(instruction):
-    return (instruction.opcode.removesuffix("-done") in hlo.COLLECTIVES and instruction.opcode.endswith("-done")
-            or instruction.opcode in ("async-done", "custom-call-done")
-            or instruction.opcode == "fusion" and instruction.name.startswith("async-collective-done"))
+    return (
+        instruction.opcode.removesuffix("-done") in hlo.COLLECTIVES
+        and instruction.opcode.endswith("-done")
+        or instruction.opcode in ("async-done", "custom-call-done")
+        or instruction.opcode == "fusion"
+        and instruction.name.startswith("async-collective-done")
+    )

@@ -2,11 +2,12 @@
 
 A reduction is a state, a list of rounds and a finish. A round sends something of the state to other shards and merges
 what arrives. XLA starts and ends a send (`ppermute`) apart from each other on TPU, and runs what stands between; the
-program makes sure that something does: `InFlight.behind` ties the merge to a matrix product of the block that runs
+program makes sure that something does: `AsyncReduction.behind` ties the merge to a matrix product of the block that runs
 meanwhile, so that the product is computed while the message travels. Shards end with bit-identical sums.
 
 Derivatives do not pass through the rounds: a sum's cotangent is its partials' (see sharding.py), whatever computed it.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,25 +18,39 @@ from jax import lax
 
 from ladder_jax.sharding import TENSOR, axis_size, gray
 
-PRODUCTS = 3        # that a block passes through `InFlight.behind` (model.py)
-SUBLANES, LANES = 8, 128        # of a TPU's registers: arrays cut at multiples of them are not moved
+PRODUCTS = 3  # that a block passes through `AsyncReduction.behind` (model.py)
+SUBLANES, LANES = (
+    8,
+    128,
+)  # of a TPU's registers: arrays cut at multiples of them are not moved
 
 
 class Round(NamedTuple):
     """One exchange: `merge(state, send(state))` is the next state."""
+
     send: Callable[[Any], Any]
     merge: Callable[[Any, Any], Any]
 
 
 def psum(value):
     """XLA's own all-reduce: one round, in whatever way the compiler thinks best."""
-    return value, [Round(lambda x: lax.psum(x, TENSOR), lambda _, total: total)], lambda total: total
+    return (
+        value,
+        [Round(lambda x: lax.psum(x, TENSOR), lambda _, total: total)],
+        lambda total: total,
+    )
 
 
 def one_shot(value):
     """Every shard gets all partials and sums them: the lowest latency, n - 1 times the bytes. One rounding."""
-    total = lambda _, parts: jnp.sum(parts, axis=0, dtype=jnp.float32).astype(value.dtype)
-    return value, [Round(lambda x: lax.all_gather(x, TENSOR), total)], lambda total: total
+    total = lambda _, parts: jnp.sum(parts, axis=0, dtype=jnp.float32).astype(
+        value.dtype
+    )
+    return (
+        value,
+        [Round(lambda x: lax.all_gather(x, TENSOR), total)],
+        lambda total: total,
+    )
 
 
 def recursive_doubling(value):
@@ -47,12 +62,16 @@ def recursive_doubling(value):
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
-    add = lambda x, other: x + other        # what has no sender arrives as zeros
+    add = lambda x, other: x + other  # what has no sender arrives as zeros
     rounds = [Round(_permute(exchange(core, bit)), add) for bit in _powers(core)[::-1]]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
         take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
-        rounds = [Round(_permute(fold), add), *rounds, Round(_permute([(b, a) for a, b in fold]), take)]
+        rounds = [
+            Round(_permute(fold), add),
+            *rounds,
+            Round(_permute([(b, a) for a, b in fold]), take),
+        ]
     return value, rounds, lambda total: total
 
 
@@ -77,10 +96,16 @@ def halving_doubling(value):
         part = lambda x, place: lax.dynamic_slice_in_dim(x, place, length, axis=0)
         to = _permute(exchange(n, bits[k]))
         if summing:
-            return Round(lambda x: to(part(x, give)),
-                         lambda x, other: lax.dynamic_update_slice_in_dim(x, part(x, keep) + other, keep, axis=0))
-        return Round(lambda x: to(part(x, keep)),
-                     lambda x, other: lax.dynamic_update_slice_in_dim(x, other, give, axis=0))
+            return Round(
+                lambda x: to(part(x, give)),
+                lambda x, other: lax.dynamic_update_slice_in_dim(
+                    x, part(x, keep) + other, keep, axis=0
+                ),
+            )
+        return Round(
+            lambda x: to(part(x, keep)),
+            lambda x, other: lax.dynamic_update_slice_in_dim(x, other, give, axis=0),
+        )
 
     there = range(len(bits))
     rounds = [*(halve(k, True) for k in there), *(halve(k, False) for k in there[::-1])]
@@ -104,10 +129,14 @@ def direct(value):
         parts = [_piece(pieces, lax.axis_index(TENSOR)), *others]
         return sum(part.astype(jnp.float32) for part in parts).astype(value.dtype)
 
-    def join(piece, others):        # what comes from s shards back is piece i - s
+    def join(piece, others):  # what comes from s shards back is piece i - s
         place = (lax.axis_index(TENSOR) - jnp.arange(n)) % n
         return jnp.concatenate([piece, *others])[place]
-    rounds = [Round(scatter, total), Round(lambda piece: [to[s](piece) for s in away], join)]
+
+    rounds = [
+        Round(scatter, total),
+        Round(lambda piece: [to[s](piece) for s in away], join),
+    ]
     return _pieces(value, n), rounds, partial(_whole, like=value)
 
 
@@ -115,12 +144,17 @@ def ring(value):
     """Reduce-scatter and all-gather round a ring, both ways at once: 2 (n - 1) rounds of 1 / n of the bytes."""
     n = axis_size(TENSOR)
     pieces = _pieces(value, 2 * n)
-    ways = [(+1, [(i, (i + 1) % n) for i in range(n)]), (-1, [(i, (i - 1) % n) for i in range(n)])]
+    ways = [
+        (+1, [(i, (i + 1) % n) for i in range(n)]),
+        (-1, [(i, (i - 1) % n) for i in range(n)]),
+    ]
 
     def both(step, summing):
         def send(states):
-            return tuple(_permute(pairs)(_piece(x, (lax.axis_index(TENSOR) - way * step) % n))
-                         for x, (way, pairs) in zip(states, ways))
+            return tuple(
+                _permute(pairs)(_piece(x, (lax.axis_index(TENSOR) - way * step) % n))
+                for x, (way, pairs) in zip(states, ways)
+            )
 
         def merge(states, others):
             made = []
@@ -129,15 +163,28 @@ def ring(value):
                 new = _piece(x, place) + other if summing else other
                 made.append(lax.dynamic_update_slice_in_dim(x, new, place, axis=0))
             return tuple(made)
+
         return Round(send, merge)
 
     # after n - 1 sums, shard i holds the whole sum of piece i + 1 (or i - 1, the other way round)
-    rounds = [both(step, True) for step in range(n - 1)] + [both(step - 1, False) for step in range(n - 1)]
-    return (pieces[:n], pieces[n:]), rounds, lambda states: _whole(jnp.concatenate(states), value)
+    rounds = [both(step, True) for step in range(n - 1)] + [
+        both(step - 1, False) for step in range(n - 1)
+    ]
+    return (
+        (pieces[:n], pieces[n:]),
+        rounds,
+        lambda states: _whole(jnp.concatenate(states), value),
+    )
 
 
-REDUCTIONS = {"psum": psum, "one-shot": one_shot, "recursive-doubling": recursive_doubling,
-              "halving-doubling": halving_doubling, "direct": direct, "ring": ring}
+REDUCTIONS = {
+    "psum": psum,
+    "one-shot": one_shot,
+    "recursive-doubling": recursive_doubling,
+    "halving-doubling": halving_doubling,
+    "direct": direct,
+    "ring": ring,
+}
 
 
 def _permute(pairs):
@@ -184,10 +231,10 @@ def _whole(pieces, like):
     """What `_pieces` has cut, in the shape of `like`."""
     if _cut(like, pieces.shape[0]) == "columns":
         pieces = pieces.swapaxes(0, 1)
-    return pieces.reshape(-1)[:like.size].reshape(like.shape)
+    return pieces.reshape(-1)[: like.size].reshape(like.shape)
 
 
-class InFlight:
+class AsyncReduction:
     """A partial on its way to becoming a sum, while the program is traced.
 
     `reduction` is a name in REDUCTIONS, or a function of the partial that gives one (choice.auto).
@@ -195,8 +242,10 @@ class InFlight:
 
     def __init__(self, value, reduction):
         self.partial = value
-        name = reduction(value) if callable(reduction) else reduction       # see choice.py
-        self._state, self._rounds, self._finish = REDUCTIONS[name](lax.stop_gradient(value))
+        name = reduction(value) if callable(reduction) else reduction  # see choice.py
+        self._state, self._rounds, self._finish = REDUCTIONS[name](
+            lax.stop_gradient(value)
+        )
         self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
         self._untied = int(len(self._rounds) > 1)
         self._arriving, self._products = None, 0
@@ -219,9 +268,11 @@ class InFlight:
         self._products += 1
         if len(self._rounds) > max(PRODUCTS - self._products, self._untied):
             tied = (self._state, self._arriving, product)
-            state, arriving, after = lax.optimization_barrier(tied)      # whose rule would differentiate the state
+            state, arriving, after = lax.optimization_barrier(
+                tied
+            )  # whose rule would differentiate the state
             self._state, self._arriving = lax.stop_gradient((state, arriving))
-            if self._untied:        # what comes next need not wait for an only round
+            if self._untied:  # what comes next need not wait for an only round
                 product = after
             self._merge()
         return product
@@ -230,7 +281,11 @@ class InFlight:
         """The sum."""
         while self._rounds:
             self._merge()
-        return _arrived(self.partial, self._finish(self._state)) if axis_size(TENSOR) > 1 else self.partial
+        return (
+            _arrived(self.partial, self._finish(self._state))
+            if axis_size(TENSOR) > 1
+            else self.partial
+        )
 
     @property
     def done(self):
@@ -238,7 +293,7 @@ class InFlight:
         return not self._rounds
 
 
-class Returning:
+class BackwardReduction:
     """The sum of a stream's cotangent, laid out where the forward pass is traced.
 
     A block's input is a sum of `sources`. Its cotangents are partials, and their reduction may run behind the backward
@@ -251,9 +306,11 @@ class Returning:
     def __init__(self, sources, reduction):
         self.like = jax.ShapeDtypeStruct(sources[0].shape, sources[0].dtype)
         self.name = reduction(sources[0]) if callable(reduction) else reduction
-        self.in_order = getattr(reduction, "in_order", False)       # see chips.Chip
+        self.in_order = getattr(reduction, "in_order", False)  # see chips.Chip
         self.stages = jax.eval_shape(self._all, self.like)
-        self.stage = self.tied = min(len(self.stages) - 1, PRODUCTS)        # rounds that are to end behind a product
+        self.stage = self.tied = min(
+            len(self.stages) - 1, PRODUCTS
+        )  # rounds that are to end behind a product
         self.products = 0
 
         def back(stage):
@@ -261,31 +318,44 @@ class Returning:
                 stage = self._next(k, stage)
             total = self._built()[2](stage[0])
             return ((total,) * len(sources),)
-        self.token = _backward(back)(lambda sources: _zeros(self.stages[self.tied]), sources)
+
+        self.token = _backward(back)(
+            lambda sources: _zeros(self.stages[self.tied]), sources
+        )
 
     def behind(self, operands):
         """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
         self.products += 1
-        k = self.tied - self.products       # where there are fewer rounds, the last ones of the backward pass end them
+        k = (
+            self.tied - self.products
+        )  # where there are fewer rounds, the last ones of the backward pass end them
         if k < 0:
             return operands
 
         def back(cotangents):
             stage, products = lax.optimization_barrier(cotangents)
             # what comes next need not wait for the last round, unless XLA would then put it first
-            return self._next(k, stage), products if self.in_order or k + 2 < len(self.stages) else cotangents[1]
-        self.token, operands = _backward(back)(lambda token, operands: (_zeros(self.stages[k]), operands),
-                                               self.token, operands)
+            return self._next(k, stage), products if self.in_order or k + 2 < len(
+                self.stages
+            ) else cotangents[1]
+
+        self.token, operands = _backward(back)(
+            lambda token, operands: (_zeros(self.stages[k]), operands),
+            self.token,
+            operands,
+        )
         self.stage = k
         return operands
 
     def start(self):
-        """What the next block's input is to be met with (see `meet`)."""
+        """What the next block's input is to be met with (see `with_gradient_of`)."""
+
         def back(cotangent):
             stage = self._first(cotangent)
-            for k in range(self.stage):         # behind which no product was
+            for k in range(self.stage):  # behind which no product was
                 stage = self._next(k, stage)
             return (stage,)
+
         return _backward(back)(lambda token: _zeros(self.like), self.token)
 
     def _built(self):
@@ -307,17 +377,24 @@ class Returning:
         return stages
 
 
-def meet(value, ahead):
-    """`value`, shared by all tensor shards, whose cotangents, partials, go where `ahead` comes from (Returning)."""
-    return _backward(lambda cotangent: (None, cotangent))(lambda value, ahead: value, value, ahead)
+def with_gradient_of(value, ahead):
+    """`value`, shared by all tensor shards, whose cotangents, partials, go where `ahead` comes from (BackwardReduction)."""
+    return _backward(lambda cotangent: (None, cotangent))(
+        lambda value, ahead: value, value, ahead
+    )
 
 
 def _backward(back):
     """Makes a call of a function with the derivative rule `back`: cotangents of its result -> of its arguments."""
+
     def call(function, *arguments):
         made = jax.custom_vjp(function)
-        made.defvjp(lambda *arguments: (function(*arguments), None), lambda _, cotangents: back(cotangents))
+        made.defvjp(
+            lambda *arguments: (function(*arguments), None),
+            lambda _, cotangents: back(cotangents),
+        )
         return made(*arguments)
+
     return call
 
 
@@ -330,16 +407,19 @@ def _arrived(value, total):
     return total
 
 
-_arrived.defvjp(lambda value, total: (total, None), lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent)))
+_arrived.defvjp(
+    lambda value, total: (total, None),
+    lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent)),
+)
 
 
 def reduce(value, reduction="psum"):
     """The sum of a partial over the tensor axis, at once. Any shape; the cotangent passes through."""
-    return InFlight(value, reduction).wait()
+    return AsyncReduction(value, reduction).wait()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def replicate(value, reduction="psum"):
+def copy_to_tensor_axis(value, reduction="psum"):
     """`value`, shared by all tensor shards, made ready for column-parallel work, whose cotangents are partials."""
     return value
 
@@ -348,4 +428,4 @@ def _replicate_backward(reduction, _, cotangent):
     return (reduce(cotangent, reduction),)
 
 
-replicate.defvjp(lambda value, reduction: (value, None), _replicate_backward)
+copy_to_tensor_axis.defvjp(lambda value, reduction: (value, None), _replicate_backward)

@@ -18,4 +18,4 @@ def round_up(sizes, needed):
 def between(sizes, start, stop):
     """Those of `sizes` (ascending) that come after `start` on the way to `stop`, up or down."""
     i, j = sizes.index(start), sizes.index(stop)
-    return sizes[i + 1:j + 1] if i < j else sizes[j:i][::-1]
+    return sizes[i + 1 : j + 1] if i < j else sizes[j:i][::-1]

@@ -4,6 +4,7 @@ Input, a JSON object a line: `prompt` (text, or a list of ids) and any option of
 stop, ...). Output, a JSON object a line, as requests finish: `index` (of the input line, from 0), `text`, `tokens`,
 `finish`, or `error`; with logprobs asked for, `logprobs`.
 """
+
 import json
 import os
 from pathlib import Path
@@ -19,16 +20,22 @@ def read_prompts(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts-file={str(path)!r} cannot be read: {error}") from None
+        raise ConfigError(
+            f"prompts-file={str(path)!r} cannot be read: {error}"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"prompts-file={str(path)!r}, line {number}: {error}") from None
+            raise ConfigError(
+                f"prompts-file={str(path)!r}, line {number}: {error}"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
-            raise ConfigError(f"prompts-file={str(path)!r}, line {number} is not accepted: it must be an object with a "
-                              "prompt, text or a list of ids")
+            raise ConfigError(
+                f"prompts-file={str(path)!r}, line {number} is not accepted: it must be an object with a "
+                "prompt, text or a list of ids"
+            )
         rows.append(row)
     return rows
 
@@ -42,8 +49,10 @@ def finished(path):
     try:
         done = {json.loads(line)["index"] for line in whole.splitlines()}
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"out={str(path)!r} is not accepted: it holds something else than output of this command; "
-                          "choose a new file") from None
+        raise ConfigError(
+            f"out={str(path)!r} is not accepted: it holds something else than output of this command; "
+            "choose a new file"
+        ) from None
     if rest:
         os.truncate(path, len(whole) + bool(whole))
     return done
@@ -62,12 +71,19 @@ def run(engine, prompts, out, defaults, show=True):
     todo = iter([(i, row) for i, row in enumerate(rows) if i not in done])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     running, most = {}, max(1, min(engine.options.queue_size, 4 * engine.options.slots))
-    with open(out, "a", encoding="utf-8") as file, tqdm(
-            total=len(rows), initial=len(done), unit="prompt", disable=not show) as bar:
+    with (
+        open(out, "a", encoding="utf-8") as file,
+        tqdm(
+            total=len(rows), initial=len(done), unit="prompt", disable=not show
+        ) as bar,
+    ):
+
         def write(index, **values):
             nonlocal failed
             failed += "error" in values
-            file.write(json.dumps(dict(index=index, **values), ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(dict(index=index, **values), ensure_ascii=False) + "\n"
+            )
             file.flush()
             bar.update()
 
@@ -91,8 +107,15 @@ def run(engine, prompts, out, defaults, show=True):
                 except RequestFailed as error:
                     write(index, error=str(error))
                     continue
-                logprobs = [token.logprob for token in tokens if token.logprob is not None]
-                write(index, text=request.text, tokens=request.tokens, finish=request.finish,
-                      **dict(logprobs=logprobs) if logprobs else {})
+                logprobs = [
+                    token.logprob for token in tokens if token.logprob is not None
+                ]
+                write(
+                    index,
+                    text=request.text,
+                    tokens=request.tokens,
+                    finish=request.finish,
+                    **dict(logprobs=logprobs) if logprobs else {},
+                )
             bar.set_postfix_str(f"{engine.counters.tokens} tokens", refresh=False)
     return len(rows) - len(done), len(done), failed

@@ -3,16 +3,19 @@
 A prefix is a chain of blocks of tokens; a block is found by its tokens and all before them, so prompts share exactly
 the blocks that they have in common, and an evicted block hides only those behind it. Least recently used go first.
 """
+
 from collections import OrderedDict
 
 
-class Prefixes:
+class PrefixCache:
     """At most `budget` bytes of blocks of `size` tokens, each of `block_bytes`."""
 
     def __init__(self, size, budget, block_bytes):
         self.size, self.budget, self.room = size, budget, budget // max(block_bytes, 1)
-        self.hits = self.misses = self.evicted = 0        # blocks
-        self._blocks = OrderedDict()                      # (bytes of all tokens up to its end) -> keys and values
+        self.hits = self.misses = self.evicted = 0  # blocks
+        self._blocks = (
+            OrderedDict()
+        )  # (bytes of all tokens up to its end) -> keys and values
 
     def find(self, prompt):
         """The blocks that `prompt` (int32 array) begins with, without its last token, which must be computed."""
@@ -30,7 +33,11 @@ class Prefixes:
     def missing(self, prompt):
         """(start, key) of the whole blocks of `prompt` that are not kept; none where there is no room for any."""
         keys = self._keys(prompt, len(prompt)) if self.room else ()
-        return [(i * self.size, key) for i, key in enumerate(keys) if key not in self._blocks][:self.room]
+        return [
+            (i * self.size, key)
+            for i, key in enumerate(keys)
+            if key not in self._blocks
+        ][: self.room]
 
     def add(self, key, block):
         """Keeps a block, and lets the least recently used go where there is no room."""
@@ -44,4 +51,6 @@ class Prefixes:
         self._blocks.clear()
 
     def _keys(self, prompt, length):
-        return (prompt[:end].tobytes() for end in range(self.size, length + 1, self.size))
+        return (
+            prompt[:end].tobytes() for end in range(self.size, length + 1, self.size)
+        )

@@ -1,4 +1,5 @@
 """A request of the decode engine as its client sees it: a handle to iterate, cancel and read."""
+
 import asyncio
 import collections
 import contextlib
@@ -18,10 +19,13 @@ class RequestFailed(RuntimeError):
 
 class Token(NamedTuple):
     """One token of a request's output."""
-    id: int | None                                  # None: no token, but text that was held back until the end
-    text: str                                       # what it completes, "" where text is held back or there is none
-    logprob: float | None = None                    # the model's own, if asked for
-    top: tuple[tuple[int, float], ...] = ()         # the likeliest ids and theirs, as many as were asked for
+
+    id: int | None  # None: no token, but text that was held back until the end
+    text: str  # what it completes, "" where text is held back or there is none
+    logprob: float | None = None  # the model's own, if asked for
+    top: tuple[
+        tuple[int, float], ...
+    ] = ()  # the likeliest ids and theirs, as many as were asked for
 
 
 class Request:
@@ -33,7 +37,12 @@ class Request:
     """
 
     def __init__(self, engine, number, prompt, max_tokens, row, priority, top, stopper):
-        self.number, self.prompt, self.max_tokens, self.priority = number, prompt, max_tokens, priority
+        self.number, self.prompt, self.max_tokens, self.priority = (
+            number,
+            prompt,
+            max_tokens,
+            priority,
+        )
         self.tokens, self.text, self.finish, self.error = [], "", None, None
         self.submitted, self.times = time.perf_counter(), []
         self._engine, self._row, self._top, self._stopper = engine, row, top, stopper
@@ -88,7 +97,9 @@ class Request:
         if self._unread:
             return self._unread.popleft()
         if self.error is not None:
-            raise RequestFailed(f"request {self.number} failed: {self.error}") from self.error
+            raise RequestFailed(
+                f"request {self.number} failed: {self.error}"
+            ) from self.error
         return None
 
     def _put(self, tokens=(), finish=None, error=None):
@@ -105,5 +116,5 @@ class Request:
             self._changed.notify_all()
             wakers = list(self._wakers)
         for wake in wakers:
-            with contextlib.suppress(RuntimeError):        # its event loop has ended
+            with contextlib.suppress(RuntimeError):  # its event loop has ended
                 wake()

@@ -1,7 +1,7 @@
 """Text that grows token by token and ends exactly before a stop string."""
 
 
-class Stopper:
+class StopStringFilter:
     """Turns ids into text, holding back what may be the start of a stop string.
 
     What `push` and `flush` return, joined, is the text before the first place where a stop string is complete; of stop
@@ -28,7 +28,15 @@ class Stopper:
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self._held, self._done = "", True
-            return text[:min(found)], True
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
+            return text[: min(found)], True
+        keep = max(
+            (
+                n
+                for stop in self._stops
+                for n in range(1, len(stop))
+                if text.endswith(stop[:n])
+            ),
+            default=0,
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
