@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError
 from ladder_jax.hardware import chips, cost
-from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS
+from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Policy
 from ladder_jax.sharding import TENSOR
 
 # Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
@@ -32,7 +32,8 @@ def rounds(name, n, size):
     """What reduction `name` of `size` bytes over `n` shards sends: by round, (XLA's kind, pairs or None, bytes)."""
 
     def program(value):
-        state, steps, _ = REDUCTIONS[name](value)
+        start, steps, _ = REDUCTIONS[name](value)
+        state = start(value)
         for step in steps:
             state = jax.tree.map(lambda x: checkpoint_name(x, "round"), state)
             state = step.merge(state, step.send(state))
@@ -166,7 +167,7 @@ def _delayed(config):
 
 @functools.lru_cache(maxsize=32)
 def auto_reduction(config, mesh):
-    """What suits a model (config.Model) on a mesh: a name, or a function of the message that gives one.
+    """What suits a model (config.Model) on a mesh: a name, or a Policy that gives each message one.
 
     On machines that the cost model does not know, CPUs among them, it is psum.
     """
@@ -189,11 +190,10 @@ def auto_reduction(config, mesh):
             block_seconds(config, network.chip, rows, mesh.shape[TENSOR]),
         )
 
-    def reduction(value):
+    def name_for(value):
         return chosen(
             value.size // value.shape[-1] if value.ndim else 1,
             value.size * value.dtype.itemsize,
         )
 
-    reduction.in_order = network.chip.in_order
-    return reduction
+    return Policy(name_for, network.chip.in_order)
