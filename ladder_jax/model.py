@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         k_BTKH = _project(u_BTD, self.wk, self.bk)
         v_BTKH = _project(u_BTD, self.wv, self.bv)
         q_BTNH, k_BTKH, v_BTKH = progress((q_BTNH, k_BTKH, v_BTKH))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         read_rotation = [residual.take(x, read_BR) for x in context.rotation]
@@ -200,7 +200,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 def _depth_scaled(model_config: config.Model) -> float:
-    """A standard deviation with which the stream's variance does not grow with depth."""
+    """A standard deviation that keeps the stream's variance equal at any depth."""
     return model_config.init_std * (2 * model_config.layers) ** -0.5
 
 
@@ -279,9 +279,8 @@ def hidden(
             partials_BTD.append(parts["mlp"](read_u_BTD, progress))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
-    is_list = isinstance(model.layers, list)
     layers: Any = (model.layers, cache)
-    if is_list:
+    if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
         schedule.parse(model_config.residual, model_config.layers),
@@ -294,13 +293,15 @@ def hidden(
         read_BR=read_BR,
     )
     # The first block of every layer is the one with attention.
-    return x_BTD, [blocks[0] for blocks in outputs] if is_list else outputs[0]
+    if isinstance(model.layers, list):
+        return x_BTD, [blocks[0] for blocks in outputs]
+    return x_BTD, outputs[0]
 
 
 def embed(
     model: Transformer | Unstacked, dtype: jnp.dtype, tokens_BT: jax.Array
 ) -> jax.Array:
-    """The embedding's partial [B, T, D]: zeros for the tokens of other tensor shards."""
+    """The embedding's partial [B, T, D]: zeros for tokens of other tensor shards."""
     table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
     rows_BT = tokens_BT - sharding.vocabulary_offset(table_VD.shape[0])
     held_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations
 
 from ladder_jax import attention, config, kv_cache
 from ladder_jax.matmul import einsum
@@ -108,7 +109,7 @@ def test_splash_does_not_repeat_keys_and_values():
         q, k, v, segments
     )
     calls = [
-        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
+        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
     ]
     shapes = [var.aval.shape for eqn in calls for var in eqn.invars]
     assert (
@@ -228,17 +229,6 @@ def test_rope_scaling_is_llama_3_1s():
 # ---------------------------------------------------------------- matrix products
 
 
-def equations(jaxpr):
-    """Every equation of a jaxpr and of those inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from equations(getattr(inner, "jaxpr", inner))
-
-
 PRODUCTS = [
     "btd,dnh->btnh",
     "btnh,nhd->btd",
@@ -266,7 +256,7 @@ def test_einsum_is_jnps_in_float32_gradients_too(spec):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     precisions = [
         eqn.params["precision"]
-        for eqn in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
+        for eqn, _ in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
         if eqn.primitive.name == "dot_general"
     ]
     assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, (
@@ -299,7 +289,7 @@ def test_einsum_multiplies_bfloat16_and_sums_in_float32(spec, out_dtype):
 
 def assert_bfloat16_products(made, count):
     products = [
-        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
+        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
     ]
     assert len(products) == count, (
         f"{count} matrix products were expected, there are {len(products)}"

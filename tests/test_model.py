@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import reference
 from jax import lax
+from jaxprs import equations
 
 from ladder_jax import config, kv_cache, model, schedule, sharding
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import layers as residual
-from ladder_jax.residual.reductions import AsyncReduction
+from ladder_jax.residual.overlap import AsyncReduction
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 B, T, V = 8, 8, 32
@@ -66,17 +67,15 @@ def make_mesh(shape):
     return sharding.make_mesh(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
 
 
-def abstract(cfg):
-    return model.abstract(cfg)
-
-
 def parameters(cfg):
     """Random parameters; norms around 1, biases too are not zero, so that all of them matter."""
     random = np.random.default_rng(0)
     draw = lambda name, leaf: jnp.asarray(
         name.endswith("norm") + 0.3 * random.normal(size=leaf.shape), jnp.float32
     )
-    return jax.tree.map(draw, sharding.parameter_names(abstract(cfg)), abstract(cfg))
+    return jax.tree.map(
+        draw, sharding.parameter_names(model.abstract(cfg)), model.abstract(cfg)
+    )
 
 
 def packed_batch(seed=0):
@@ -103,7 +102,7 @@ BATCH_SPECS = dict.fromkeys(BATCH, sharding.TOKENS)
 
 def on_mesh(cfg, mesh, **options):
     """(parameters, batch) -> (mean loss, gradients) of the whole batch, inside one `shard_map`."""
-    specs = sharding.parameter_specs(abstract(cfg))
+    specs = sharding.parameter_specs(model.abstract(cfg))
 
     def local(parameters, batch):
         weight = lax.psum(batch["weights"].sum(), sharding.BATCH_AXES)
@@ -255,6 +254,13 @@ def test_unrolled_layers_are_the_scanned(name):
     )
 
 
+@pytest.mark.parametrize("name", ["hybrid:0-1", "delays:1,1,1,1,2,2"])
+def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name):
+    """Two layers in a scan, then one whose first block has another delay."""
+    cfg = settings(name, layers=3)
+    assert_same(ours(cfg, (1, 1, 8)), reference_of(cfg, 1), 1e-5, name)
+
+
 STANDARD = dict(layers=2, **CASES["standard"][1])
 
 
@@ -290,7 +296,7 @@ def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name
 @pytest.mark.parametrize("name", [*CASES, "upper-bound"])
 def test_parameters_are_standards_but_for_parallels_second_norm(name):
     def counted(name):
-        tree = abstract(
+        tree = model.abstract(
             settings(name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False)
         )
         names = sharding.parameter_names(tree)
@@ -340,7 +346,7 @@ def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
     tokens = jnp.arange(rows * length).reshape(
         rows, length
     )  # every token its own row of the embedding
-    specs = sharding.parameter_specs(abstract(cfg))
+    specs = sharding.parameter_specs(model.abstract(cfg))
     probe = jnp.asarray(np.random.default_rng(1).normal(size=cfg.dim), jnp.float32)
 
     def local(parameters):
@@ -464,20 +470,6 @@ def test_reductions_that_only_read_places_wait_for_are_of_them_alone(
 # ---------------------------------------------------------------- what is communicated
 
 
-def equations(jaxpr, times=1):
-    """(equation, how often it runs) of a jaxpr and of those inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn, times
-        inner_times = times * (
-            eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        )
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from equations(getattr(inner, "jaxpr", inner), inner_times)
-
-
 def reductions(function, *args):
     """How often a [B, T, D] array, or a part of one, is sent over the tensor axis when `function` runs."""
     made = jax.make_jaxpr(function)(*args)
@@ -492,7 +484,7 @@ def reductions(function, *args):
 
 
 def forward(cfg, mesh):
-    specs = sharding.parameter_specs(abstract(cfg))
+    specs = sharding.parameter_specs(model.abstract(cfg))
     local = lambda m, batch: lax.psum(model.loss(m, cfg, batch), sharding.BATCH_AXES)
     return sharding.shard_map(
         local, make_mesh(mesh), (specs, BATCH_SPECS), sharding.REPLICATED
@@ -526,8 +518,10 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
         + (delayed and not unrolled)
     )
     with mock.patch.object(residual, "run", run_unrolled if unrolled else scanned):
-        count = reductions(forward(cfg, mesh), abstract(cfg), BATCH)
-        both = reductions(on_mesh(cfg, mesh, remat="reductions"), abstract(cfg), BATCH)
+        count = reductions(forward(cfg, mesh), model.abstract(cfg), BATCH)
+        both = reductions(
+            on_mesh(cfg, mesh, remat="reductions"), model.abstract(cfg), BATCH
+        )
     assert count == 1 + blocks, f"{name}: {count} reductions forward, not 1 + {blocks}"
     assert both == count + back, (
         f"{name}, with remat='reductions': {both - count} reductions backward, not {back}"
@@ -535,7 +529,7 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
 
 
 def known(reason):
-    return pytest.mark.xfail(strict=True, reason=f"AsyncReduction.behind: {reason}")
+    return pytest.mark.xfail(strict=True, reason=f"AsyncReduction.progress: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -559,7 +553,7 @@ def test_a_reduction_of_three_rounds_sends_three_times_what_psum_does(name, rema
     sent = {
         reduction: reductions(
             on_mesh(cfg, (1, 1, 8), remat=remat, reduction=reduction),
-            abstract(cfg),
+            model.abstract(cfg),
             BATCH,
         )
         for reduction in ("psum", "recursive-doubling")
@@ -571,7 +565,7 @@ def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():
     counts = {}
     for name in ("upper-bound", "standard"):
         cfg = settings(name, layers=2)
-        specs = sharding.parameter_specs(abstract(cfg))
+        specs = sharding.parameter_specs(model.abstract(cfg))
         sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
         local = lambda m, *sequence, cfg=cfg: model.hidden(m, cfg, *sequence)[0]
         run = sharding.shard_map(
@@ -582,7 +576,7 @@ def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():
         )
         text = (
             jax.jit(run, compiler_options=FAST)
-            .lower(abstract(cfg), *sequence)
+            .lower(model.abstract(cfg), *sequence)
             .compile()
             .as_text()
         )
@@ -599,7 +593,7 @@ def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():
 def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
     cfg = settings("ladder", dtype="bfloat16")
     made = jax.make_jaxpr(on_mesh(cfg, (2, 2, 2), remat=remat, chunk=5))(
-        abstract(cfg), BATCH
+        model.abstract(cfg), BATCH
     )
     kinds = collections.Counter(
         tuple(str(var.aval.dtype) for var in (*eqn.invars, *eqn.outvars))
@@ -623,7 +617,10 @@ def test_no_partial_is_left_in_the_final_stream(name):
     run = jax.shard_map(
         lambda m, *sequence: model.hidden(m, cfg, *sequence)[0],
         mesh=make_mesh((2, 2, 2)),
-        in_specs=(sharding.parameter_specs(abstract(cfg)), *[sharding.TOKENS] * 3),
+        in_specs=(
+            sharding.parameter_specs(model.abstract(cfg)),
+            *[sharding.TOKENS] * 3,
+        ),
         out_specs=sharding.TOKENS,
         check_vma=True,
     )
@@ -632,9 +629,9 @@ def test_no_partial_is_left_in_the_final_stream(name):
         if name == "upper-bound"
         else contextlib.nullcontext()
     )
-    free = mock.patch.object(AsyncReduction, "behind", lambda self, product: product)
+    free = mock.patch.object(AsyncReduction, "progress", lambda self, product: product)
     with mock.patch.object(residual, "run", run_unrolled), free, refused:
-        jax.eval_shape(run, abstract(cfg), *sequence)
+        jax.eval_shape(run, model.abstract(cfg), *sequence)
 
 
 # ---------------------------------------------------------------- the mesh and the specs
@@ -661,7 +658,7 @@ def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
             ffn_dim=48,
             **{**dict(layers=3), **options},
         )
-        tree = abstract(cfg)
+        tree = model.abstract(cfg)
         for name, leaf, spec in zip(
             *map(
                 jax.tree.leaves,
@@ -704,7 +701,7 @@ def one_line(function, *args):
 def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, mesh):
     options = {"kv_heads": 4} if field == "heads" else {}
     cfg = settings("ladder", **{**options, field: size})
-    text = one_line(sharding.check, cfg, make_mesh(mesh))
+    text = one_line(sharding.check_fits, cfg, make_mesh(mesh))
     assert f"model.{field}={size}" in text and (
         "mesh.tensor=8" in text or "mesh.fsdp=8" in text
     )
@@ -712,7 +709,7 @@ def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, me
 
 def test_a_batch_that_does_not_divide_is_one_line():
     assert "batch of 6" in one_line(
-        sharding.check, settings("ladder"), make_mesh((2, 2, 2)), 6
+        sharding.check_fits, settings("ladder"), make_mesh((2, 2, 2)), 6
     )
     sharding.check_fits(settings("ladder"), make_mesh((2, 2, 2)), 8)
 

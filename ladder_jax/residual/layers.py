@@ -49,7 +49,7 @@ def run_block(
     next_delay: int,
     compute: ComputeBlock,
     reduction: str | Policy,
-    rows: Rows = Rows(),
+    rows: Rows,
 ) -> tuple[Stream, Any]:
     """Reads the stream, computes a block beside the reductions in progress, and writes.
 
@@ -87,7 +87,7 @@ def run_desync_block(
     block: Block,
     compute: ComputeBlock,
     reduction: str | Policy,
-    rows: Rows = Rows(),
+    rows: Rows,
 ) -> tuple[Stream, Any]:
     """Computes a block on this tensor shard's own stream, and adds the shard's partial.
 
@@ -191,32 +191,35 @@ def _first_stream(
     return Stream(partial=embedded_BTD)
 
 
+# (stream, layer tree, blocks, delay of the block after them, rows by block) -> (stream
+# after the layer, outputs by block)
+RunLayer = Callable[..., tuple[Stream, tuple[Any, ...]]]
+Remat = Callable[..., Any] | None
+
+
 def _run_list(
     schedule: Schedule,
     stream: Stream,
     layers: list[Any],
-    run_layer: Callable[..., tuple[Stream, Any]],
-    remat: Callable[..., Any] | None,
+    run_layer: RunLayer,
+    remat: Remat,
     read_BR: jax.Array | None,
 ) -> tuple[Stream, list[Any]]:
-    """Runs one layer after another."""
-    number, outputs = 0, []
+    """Runs one layer after another; outputs are a list, by layer."""
     narrow = range(0) if read_BR is None else narrow_blocks(schedule)
+    first, outputs = 0, []
     for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
-        rows = [
-            Rows(
-                read_BR if k in narrow else None,
-                read_BR if k in narrow[-1:] else None,
-            )
-            for k in range(number, number + len(blocks))
-        ]
-        step = partial(
-            run_layer, blocks=blocks, next_delay=_delay_after(schedule, index), rows=rows
-        )
+        next_delay = _delay_after(schedule, index)
+        rows = []
+        for number in range(first, first + len(blocks)):
+            partial_BR = read_BR if number in narrow else None
+            stream_BR = read_BR if number in narrow[-1:] else None
+            rows.append(Rows(partial_BR, stream_BR))
+        step = partial(run_layer, blocks=blocks, next_delay=next_delay, rows=rows)
         with jax.named_scope(f"layer{index}"):
             stream, output = _remat(step, remat)(stream, layer)
         outputs.append(output)
-        number += len(blocks)
+        first += len(blocks)
     return stream, outputs
 
 
@@ -224,60 +227,66 @@ def _run_scans(
     schedule: Schedule,
     stream: Stream,
     layers: Any,
-    run_layer: Callable[..., tuple[Stream, Any]],
+    run_layer: RunLayer,
     reduction: str | Policy,
-    remat: Callable[..., Any] | None,
+    remat: Remat,
     unroll: bool,
 ) -> tuple[Stream, Any]:
-    """Runs each stretch of layers that repeat a pattern in a `lax.scan`."""
-    outputs = []
+    """Runs each stretch of repeated layers in a `lax.scan`; outputs are stacked."""
+    pieces = []
     for start, stop, period in repeats(schedule.layers):
         pattern = schedule.layers[start : start + period]
         next_delays = [_delay_after(schedule, start + i) for i in range(period)]
-        scanned = stop - start > period
-        if scanned:
-            next_delays[-1] = pattern[0][0].delay
+        group = partial(_group, start=start, stop=stop, period=period)
+        groups = jax.tree.map(group, layers)
+        if stop - start == period:
+            step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
+            stream, output = step(stream, jax.tree.map(lambda x: x[0], groups))
+        else:
+            first_delay = next_delays[-1] = pattern[0][0].delay
+            step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
+            if not schedule.local:
+                stream = stream.fit(carried_sums(pattern), first_delay, reduction)
+            with jax.named_scope(f"layers{start}to{stop - 1}"):
+                stream, output = lax.scan(step, stream, groups, unroll=unroll)
+            output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+            if first_delay != _delay_after(schedule, stop - 1):
+                # The token is for a block that reads another stream. Its reduction is
+                # of zeros now.
+                stream = stream._replace(token=None)
+        pieces.append(output)
+    if len(pieces) == 1:
+        return stream, pieces[0]
+    return stream, jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
 
-        def run_pattern(
+
+def _run_pattern(
+    run_layer: RunLayer,
+    remat: Remat,
+    pattern: Sequence[Sequence[Block]],
+    next_delays: Sequence[int],
+    stream: Stream,
+    group: Any,
+) -> tuple[Stream, Any]:
+    """Runs the layers of a pattern, which are the rows of `group`'s leaves."""
+    outputs = []
+    for i, (blocks, next_delay) in enumerate(zip(pattern, next_delays)):
+
+        def step(
             stream: Stream,
             group: Any,
-            pattern: Sequence[Sequence[Block]] = pattern,
-            next_delays: list[int] = next_delays,
+            i: int = i,
+            blocks: Sequence[Block] = blocks,
+            next_delay: int = next_delay,
         ) -> tuple[Stream, Any]:
-            """Runs `period` layers, whose leaves in `group` lead with that dimension."""
-            outputs = []
-            for i, (blocks, next_delay) in enumerate(zip(pattern, next_delays)):
+            # Inside remat, which then saves no copy of the layer's slice.
+            layer = jax.tree.map(lambda x: x[i], group)
+            rows = [Rows()] * len(blocks)
+            return run_layer(stream, layer, blocks, next_delay, rows)
 
-                def step(
-                    stream: Stream,
-                    group: Any,
-                    i: int = i,
-                    blocks: Sequence[Block] = blocks,
-                    next_delay: int = next_delay,
-                ) -> tuple[Stream, Any]:
-                    layer = jax.tree.map(lambda x: x[i], group)
-                    rows = [Rows()] * len(blocks)
-                    return run_layer(stream, layer, blocks, next_delay, rows)
-
-                stream, output = _remat(step, remat)(stream, group)
-                outputs.append(output)
-            return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
-
-        groups = jax.tree.map(partial(_grouped, start, stop, period), layers)
-        if scanned:
-            if not schedule.local:
-                count, delay = carried_sums(pattern), pattern[0][0].delay
-                stream = stream.fit(count, delay, reduction)
-            with jax.named_scope(f"layers{start}to{stop - 1}"):
-                stream, output = lax.scan(run_pattern, stream, groups, unroll=unroll)
-            output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
-        else:
-            only = jax.tree.map(lambda x: x[0], groups)
-            stream, output = run_pattern(stream, only)
+        stream, output = _remat(step, remat)(stream, group)
         outputs.append(output)
-    if len(outputs) == 1:
-        return stream, outputs[0]
-    return stream, jax.tree.map(lambda *xs: jnp.concatenate(xs), *outputs)
+    return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
 
 
 def narrow_blocks(schedule: Schedule) -> range:
@@ -326,13 +335,11 @@ def _delay_after(schedule: Schedule, layer: int) -> int:
     return following[0][0].delay if following else 0
 
 
-def _grouped(start: int, stop: int, period: int, x: jax.Array) -> jax.Array:
+def _group(x: jax.Array, start: int, stop: int, period: int) -> jax.Array:
     """Rows `start` to `stop` of a stack of layers, in groups of `period`."""
     rows = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
     return rows.reshape(-1, period, *x.shape[1:])
 
 
-def _remat(
-    function: Callable[..., Any], policy: Callable[..., Any] | None
-) -> Callable[..., Any]:
+def _remat(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
     return function if policy is None else jax.checkpoint(function, policy=policy)

@@ -1,4 +1,4 @@
-"""Makes XLA compute a block while reductions run: the one file that talks to its scheduler.
+"""Hints to XLA's scheduler, and no other file has any: compute while reductions run.
 
 XLA sends a message asynchronously, but only if it finds compute to put between the
 send's start and its end, and by default it often finds none. Here the program says
@@ -62,9 +62,7 @@ class AsyncReduction:
         """Ends the rounds that are left and returns the sum."""
         while self._ended < len(self._program.rounds):
             self._end_round(self._pending)
-        return with_gradient_of(
-            self._program.finish(self._pending.state), self.partial
-        )
+        return with_gradient_of(self._program.finish(self._pending.state), self.partial)
 
     def _end_round(self, pending: Pending) -> None:
         self._pending = self._program.end_round(self._ended, pending)
@@ -72,7 +70,7 @@ class AsyncReduction:
 
 
 class BackwardReduction:
-    """Sums the cotangent of the next block's input while this block's backward pass runs.
+    """Sums the cotangent of the next block's input during this block's backward pass.
 
     This block's backward pass does not need that sum if the next block reads a stale
     stream. Autodiff visits the points of the forward trace in reverse order, so that
@@ -152,7 +150,7 @@ class BackwardReduction:
         return _with_backward(lambda _: _zeros(self._like), backward, self._token)
 
     def _pending_shapes(self) -> list[Pending]:
-        """The shapes of the reduction's state before each round ends, and at the end."""
+        """The shapes of the reduction's state before each round ends and at its end."""
 
         def states(value: jax.Array) -> list[Pending]:
             pending = [self._program.begin(value)]
@@ -195,8 +193,10 @@ class Overlap(NamedTuple):
         return checkpoint_name(x, "product") if saved else x
 
 
-def _with_backward(forward: Callable, backward: Callable, *args: Any) -> Any:
-    """`forward(*args)`, with `backward`, its cotangents -> those of `args`, as its rule."""
+def _with_backward(
+    forward: Callable[..., Any], backward: Callable[..., Any], *args: Any
+) -> Any:
+    """`forward(*args)`; `backward` maps its cotangent to the cotangents of `args`."""
     function = jax.custom_vjp(forward)
     function.defvjp(
         lambda *args: (forward(*args), None),

@@ -78,7 +78,7 @@ def name_for(reduction: str | Policy, value: Like) -> str:
 
 
 def program_for(reduction: str | Policy, like: Like) -> Program:
-    """The `Program` that sums messages like `like`; without rounds on a single shard."""
+    """The `Program` that sums messages like `like`; a single shard needs no rounds."""
     if axis_size(TENSOR) == 1:
         return Program(_same, [], _same)
     return REDUCTIONS[name_for(reduction, like)](like)
@@ -126,7 +126,7 @@ copy_to_tensor_axis.defvjp(_copy_forward, _copy_backward)
 
 @jax.custom_vjp
 def with_gradient_of(value: jax.Array, source: jax.Array) -> jax.Array:
-    """`value`, whose cotangent goes to `source`, an array of the same shape, instead."""
+    """`value`; its cotangent goes to `source`, of the same shape, instead."""
     return value
 
 
@@ -256,8 +256,10 @@ def direct(like: Like) -> Program:
         return [shift[s](_piece(pieces, (index + s) % n)) for s in distances]
 
     def total(pieces: jax.Array, messages: list[jax.Array]) -> jax.Array:
-        parts = [_piece(pieces, lax.axis_index(TENSOR)), *messages]
-        return sum(part.astype(jnp.float32) for part in parts).astype(dtype)
+        sum32 = _piece(pieces, lax.axis_index(TENSOR)).astype(jnp.float32)
+        for message in messages:
+            sum32 += message.astype(jnp.float32)
+        return sum32.astype(dtype)
 
     def gather(piece: jax.Array) -> list[jax.Array]:
         return [shift[s](piece) for s in distances]
@@ -306,7 +308,7 @@ def ring(like: Like) -> Program:
         pieces = _pieces(value, 2 * n)
         return pieces[:n], pieces[n:]
 
-    # After n - 1 sums, shard i holds the whole sum of piece i + 1 (i - 1 the other way).
+    # After n - 1 sums, shard i has the sum of piece i + 1 (i - 1 the other way).
     sums = [both(step, True) for step in range(n - 1)]
     copies = [both(step - 1, False) for step in range(n - 1)]
     whole = _whole(like)

@@ -5,7 +5,7 @@ still to be reduced when it does: the reduction starts with the next block and r
 beside it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +96,8 @@ def backward_reduction(
     return BackwardReduction((total, *newer[:due]), reduction)
 
 
-def _add(*values: jax.Array | None) -> jax.Array:
-    total = None
-    for value in values:
-        if value is not None:
-            total = value if total is None else total + value
+def _add(total: jax.Array | None, *sums: jax.Array) -> Any:
+    """The sum of all; None, which means zero, if there is nothing."""
+    for value in sums:
+        total = value if total is None else total + value
     return total
