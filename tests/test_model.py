@@ -1,4 +1,7 @@
-"""The model on every mesh and schedule is the plain reference, gradients included; what it communicates is counted."""
+"""The model on every mesh and schedule equals the plain reference, gradients included.
+
+Its messages are counted.
+"""
 
 import collections
 import contextlib
@@ -22,7 +25,8 @@ from ladder_jax.residual.overlap import AsyncReduction
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 B, T, V = 8, 8, 32
 
-# A schedule, how many layers, and what else of the model it is tested with. 16 query heads share 8 key-value heads.
+# By schedule: how many layers, and other fields of the model. 16 query heads share 8
+# key-value heads.
 CASES = {
     "standard": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
@@ -68,7 +72,7 @@ def make_mesh(shape):
 
 
 def parameters(cfg):
-    """Random parameters; norms around 1, biases too are not zero, so that all of them matter."""
+    """Random parameters: norms around 1 and no zeros, so that each of them matters."""
     random = np.random.default_rng(0)
     draw = lambda name, leaf: jnp.asarray(
         name.endswith("norm") + 0.3 * random.normal(size=leaf.shape), jnp.float32
@@ -79,7 +83,7 @@ def parameters(cfg):
 
 
 def packed_batch(seed=0):
-    """Rows of several documents, positions that restart in each, and tokens of no weight."""
+    """Rows of several documents, whose positions restart, and tokens without weight."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, V, (B, T + 1))
     segments = np.sort(random.integers(1, 4, (B, T)), axis=1)
@@ -101,7 +105,7 @@ BATCH_SPECS = dict.fromkeys(BATCH, sharding.TOKENS)
 
 
 def on_mesh(cfg, mesh, **options):
-    """(parameters, batch) -> (mean loss, gradients) of the whole batch, inside one `shard_map`."""
+    """(parameters, batch) -> (mean loss, gradients) of the whole batch."""
     specs = sharding.parameter_specs(model.abstract(cfg))
 
     def local(parameters, batch):
@@ -148,7 +152,7 @@ def run_unrolled(plan, embedded, layers, apply, **options):
 
 
 def assert_same(got, expected, tolerance, what):
-    """The same loss, and the same gradients up to `tolerance` of each one's largest value."""
+    """The same loss, and gradients within `tolerance` of each one's largest value."""
     (loss, gradients), (expected_loss, expected_gradients) = got, expected
     wrong = (
         []
@@ -167,8 +171,9 @@ def assert_same(got, expected, tolerance, what):
         )
         error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
         if not error <= tolerance:
+            ratio = jnp.vdot(a, b) / jnp.vdot(b, b)
             wrong.append(
-                f"d/d {name}: {error:.1e} of its largest value (ratio {jnp.vdot(a, b) / jnp.vdot(b, b):.3f})"
+                f"d/d {name}: {error:.1e} of its largest value (ratio {ratio:.3f})"
             )
     assert not wrong, f"{what} differs by more than {tolerance:.0e}:\n  " + "\n  ".join(
         wrong
@@ -177,7 +182,7 @@ def assert_same(got, expected, tolerance, what):
 
 # ---------------------------------------------------------------- equality
 
-# Schedules differ where there are tensor shards; the other meshes are quick for a few of them.
+# Schedules differ over tensor shards. On the other meshes a few of them are tested.
 QUICK = {
     ("desync:2", (1, 1, 1)),
     ("hybrid:0", (1, 1, 1)),
@@ -338,7 +343,7 @@ def test_bfloat16_is_close_and_its_gradients_are_float32():
     "name", [name for name in CASES if name not in ("delays:0,1,2,1", "desync:3")]
 )
 def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
-    """The gradient of every output by every token's embedding: exactly zero, or not at all, where it should be."""
+    """The gradient of an output by an embedding is zero if it does not see the token."""
     cfg = settings(name, layers=2)
     rows, length = 2, 8
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -369,12 +374,13 @@ def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
     for r, t, r2, t2 in np.ndindex(influence.shape):
         sees = r == r2 and t2 <= t and segments[r, t] == segments[r, t2]
         assert (influence[r, t, r2, t2] != 0) == sees, (
-            f"{name}: the output at row {r}, token {t} {'ignores' if sees else 'depends on'} row {r2}, token {t2} "
+            f"{name}: the output at row {r}, token {t} "
+            f"{'ignores' if sees else 'depends on'} row {r2}, token {t2} "
             f"({influence[r, t, r2, t2]:.1e})"
         )
 
 
-# ---------------------------------------------------------------- what is read of the final stream
+# ---------------------------------------------------------------- read positions
 
 READ = jnp.array(
     [[5, 2]] + [[0, 7]] * (B - 1)
@@ -382,7 +388,8 @@ READ = jnp.array(
 
 
 def prefilled(cfg, unstacked, tensor, read):
-    """(program, arguments): the final stream, of places `read` or of all, and the caches by layer, of whole prompts."""
+    """(program, arguments) of a prefill: the logits at the positions `read`, or at all,
+    and the caches by layer."""
     tree = model.unstack(parameters(cfg)) if unstacked else parameters(cfg)
     empty = kv_cache.KV(*(jnp.zeros((B, cfg.kv_heads, T, cfg.head_dim)),) * 2)
     empty = (
@@ -471,7 +478,7 @@ def test_reductions_that_only_read_places_wait_for_are_of_them_alone(
 
 
 def reductions(function, *args):
-    """How often a [B, T, D] array, or a part of one, is sent over the tensor axis when `function` runs."""
+    """How often `function` sends a [B, T, D] array, or a part, over the tensor axis."""
     made = jax.make_jaxpr(function)(*args)
     return sum(
         times
@@ -507,9 +514,10 @@ def forward(cfg, mesh):
     ],
 )
 def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
-    """Of 4 layers. Forward: one for the embedding's partial, one for every block that reduces (a scan that begins with
-    a partial pending reduces zeros in its first repetition). Backward: one for every stream that is read (a scan that
-    ends before a stream without delay reduces zeros in its last repetition)."""
+    """Of 4 layers. Forward: one for the embedding's partial and one for every block
+    that reduces (a scan with delays reduces zeros in its first repetition). Backward:
+    one for every read of the stream (a scan that ends before a read without delay
+    reduces zeros in its last repetition)."""
     cfg, mesh, plan = settings(name, layers=4), (1, 1, 8), schedule.parse(name, 4)
     delayed = any(block.delay for layer in plan.layers for block in layer)
     back = (
@@ -524,7 +532,8 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
         )
     assert count == 1 + blocks, f"{name}: {count} reductions forward, not 1 + {blocks}"
     assert both == count + back, (
-        f"{name}, with remat='reductions': {both - count} reductions backward, not {back}"
+        f"{name}, with remat='reductions': {both - count} reductions backward, "
+        f"not {back}"
     )
 
 
@@ -542,13 +551,14 @@ def known(reason):
             "ladder",
             "reductions",
             marks=known(
-                "products come out of a barrier with the state; XLA drops what is not used of it, JAX does not"
+                "products come out of a barrier with the state; XLA drops the results "
+                "that are not used, JAX does not"
             ),
         ),
     ],
 )
 def test_a_reduction_of_three_rounds_sends_three_times_what_psum_does(name, remat):
-    """Recursive doubling over 8 shards, forward and backward; `remat="reductions"` recomputes no communication."""
+    """Recursive doubling over 8 shards. remat="reductions" repeats no communication."""
     cfg = settings(name, layers=4)
     sent = {
         reduction: reductions(
@@ -608,9 +618,9 @@ def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
     "name", [name for name in CASES if name != "desync:3"] + ["upper-bound"]
 )
 def test_no_partial_is_left_in_the_final_stream(name):
-    """JAX's own types of the unrolled forward pass: the stream is proven the same on every tensor shard.
+    """JAX's types of the unrolled forward pass prove that shards' streams are equal.
 
-    Without barriers, which change no value: their results have the types of all that they tie together.
+    Without barriers, which change no value: each result has the types of all operands.
     """
     cfg = settings(name, layers=2 if name == "upper-bound" else None)
     sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
@@ -634,7 +644,7 @@ def test_no_partial_is_left_in_the_final_stream(name):
         jax.eval_shape(run, model.abstract(cfg), *sequence)
 
 
-# ---------------------------------------------------------------- the mesh and the specs
+# ---------------------------------------------------------------- mesh and specs
 
 VARIANTS = [
     {},

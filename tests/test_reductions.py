@@ -1,4 +1,4 @@
-"""Every reduction is psum: its sum, on every shard the same bits, and its derivatives, for all sizes and shapes."""
+"""Every reduction gives psum's sum and derivatives, and equal bits on all shards."""
 
 import functools
 
@@ -23,7 +23,10 @@ SIZES = [2, 3, 6, 8]
 
 
 def over(size, function):
-    """`function` of a shard's own value, run by `size` tensor shards; values and results lead with the shard."""
+    """`function` of each of `size` tensor shards' own values.
+
+    Values and results lead with the shard.
+    """
     mesh = sharding.make_mesh(config.Mesh(1, 1, size), jax.devices()[:size])
     spec = sharding.P("tensor")
     return jax.jit(
@@ -57,7 +60,7 @@ def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
-    """Three roundings of 8 bits for eight shards; psum on CPUs and one-shot sum in float32."""
+    """Eight shards round three times; psum on CPUs and one-shot sum in float32."""
     given = partials(8, (4, 384), jnp.bfloat16)
     total = np.asarray(over(8, lambda x: reduce(x, name))(given).astype(jnp.float32))[0]
     exact = np.asarray(given.astype(jnp.float32)).sum(axis=0)
@@ -70,7 +73,7 @@ def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_the_rules_of_derivatives(name, size):
-    """A sum passes its cotangent on; a shared value sums the cotangents of its shards."""
+    """A sum passes its cotangent on; a shared value sums its shards' cotangents."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
 
     def grads(x):

@@ -175,9 +175,9 @@ class Silent:
 def run_toy(made, unrolled):
     """What each block read, one row a block, and the final stream of `layers.run`.
 
-    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A
-    reduction doubles, `copy_to_tensor_axis` and `with_gradient_of` triple: an entry is 6
-    exactly if a partial was reduced once and the stream was copied once.
+    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP.
+    A reduction doubles; `copy_to_tensor_axis` and `with_gradient_of` triple. An entry
+    is 6 exactly if the partial was reduced once and the stream was copied once.
     """
     count = len(made.layers)
     rows_LPD = jnp.eye(BLOCKS + 1)[1 : 1 + 2 * count].reshape(count, 2, BLOCKS + 1)
@@ -208,7 +208,7 @@ def run_toy(made, unrolled):
 
 
 def assert_definition(made):
-    """Block b reads embedding + sum(y_j, j < b - delay_b); the model ends with the sum of all."""
+    """Block b reads embedding + sum(y_j, j < b - delay_b); the result is the sum."""
     blocks = [block for layer in made.layers for block in layer]
     width = 2 // len(made.layers[0])  # channels that a block's output fills
     known = [1 + width * max(b - block.delay, 0) for b, block in enumerate(blocks)]
@@ -226,8 +226,8 @@ def assert_definition(made):
         np.testing.assert_array_equal(
             final,
             6 * (np.arange(BLOCKS + 1) <= width * len(blocks)),
-            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, or "
-            "one that was not reduced",
+            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, "
+            "or one that was not reduced",
         )
 
 
