@@ -343,7 +343,7 @@ def test_bfloat16_is_close_and_its_gradients_are_float32():
     "name", [name for name in CASES if name not in ("delays:0,1,2,1", "desync:3")]
 )
 def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
-    """The gradient of an output by an embedding is zero if it does not see the token."""
+    """The gradient of an output by an embedding is zero if the token is unseen."""
     cfg = settings(name, layers=2)
     rows, length = 2, 8
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 1, 1]])
