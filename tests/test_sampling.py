@@ -24,7 +24,7 @@ def stack(*requests):
     return jax.tree.map(
         lambda *xs: np.concatenate(xs),
         *(
-            sampling.make_params(r.pop("bias", None), 2, V, **r)
+            sampling.make_params(r.pop("logit_bias", None), 2, V, **r)
             for r in map(dict, requests)
         ),
     )
@@ -194,7 +194,7 @@ def test_padded_ids_are_never_taken():
 )
 def test_mistakes_name_the_field(wrong, name):
     with pytest.raises(ConfigError, match=name):
-        sampling.make_params(wrong.pop("bias", None), 2, V, **wrong)
+        sampling.make_params(wrong.pop("logit_bias", None), 2, V, **wrong)
 
 
 def test_the_likeliest_token_is_the_first_of_the_largest_logits():
