@@ -143,19 +143,6 @@ class DecodeSpec(NamedTuple):
 def empty_slots(count: int, spec: DecodeSpec) -> SlotState:
     """Returns a `SlotState` of `count` rows that belong to no request."""
     zeros = functools.partial(jnp.zeros, count)
-    ones = functools.partial(jnp.ones, count, jnp.float32)
-    params = sampling.SamplingParams(
-        temperature=zeros(),
-        top_k=zeros(jnp.int32),
-        top_p=ones(),
-        min_p=zeros(),
-        repetition_penalty=ones(),
-        presence_penalty=zeros(),
-        frequency_penalty=zeros(),
-        seed=zeros(jnp.uint32),
-        bias_ids=jnp.zeros((count, spec.max_logit_bias), jnp.int32),
-        bias=jnp.zeros((count, spec.max_logit_bias)),
-    )
     return SlotState(
         request=jnp.full(count, NO_REQUEST, jnp.int32),
         active=zeros(bool),
@@ -165,7 +152,7 @@ def empty_slots(count: int, spec: DecodeSpec) -> SlotState:
         remaining=zeros(jnp.int32),
         stops=jnp.full((count, spec.max_stop_ids), NO_REQUEST, jnp.int32),
         logprobs=zeros(bool),
-        sampling=params,
+        sampling=sampling.neutral_params(count, spec.max_logit_bias),
         history=jnp.zeros((count, spec.model_config.vocab_size), jnp.int32),
     )
 

@@ -340,7 +340,7 @@ def bare_step(engine, width, length, iterations):
             logits = sharding.gather_vocabulary(
                 transformer.logits(weights, program.model_config, x)
             )[:, 0]
-            return sampling.likeliest(logits), (position_W + 1) % S, kv
+            return sampling.argmax(logits), (position_W + 1) % S, kv
 
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
