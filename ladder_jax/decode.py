@@ -38,6 +38,7 @@ from ladder_jax import kv_cache, sampling, sharding
 from ladder_jax.config import Model
 from ladder_jax.hardware import xla_options
 from ladder_jax.model import Transformer, Unstacked, abstract, hidden, logits, unstack
+from ladder_jax.sampling import Array
 
 NO_REQUEST = -1  # the request id of an empty slot
 NOT_WAITING = 2**31 - 1  # the admission order of an empty place in staging
@@ -63,16 +64,16 @@ class SlotState(NamedTuple):
     of new requests with NumPy.
     """
 
-    request: jax.Array  # int32: its id, or NO_REQUEST
-    active: jax.Array  # bool: it advances in this iteration (staging: False)
-    admission_order: jax.Array  # int32: the lowest is admitted first; or NOT_WAITING
-    token: jax.Array  # int32: the last token, which the model has not seen yet
-    position: jax.Array  # int32: where that token stands in the sequence
-    remaining: jax.Array  # int32: tokens that it may still emit
-    stops: jax.Array  # int32 [., E]: ids that end it, padded with NO_REQUEST
-    logprobs: jax.Array  # bool: its events carry log-probabilities
+    request: Array  # int32: its id, or NO_REQUEST
+    active: Array  # bool: it advances in this iteration (staging: False)
+    admission_order: Array  # int32: the lowest is admitted first; or NOT_WAITING
+    token: Array  # int32: the last token, which the model has not seen yet
+    position: Array  # int32: where that token stands in the sequence
+    remaining: Array  # int32: tokens that it may still emit
+    stops: Array  # int32 [., E]: ids that end it, padded with NO_REQUEST
+    logprobs: Array  # bool: its events carry log-probabilities
     sampling: sampling.SamplingParams
-    history: jax.Array  # int32 [., V], see sampling.update_history
+    history: Array  # int32 [., V], see sampling.update_history
 
 
 class Slots(NamedTuple):
@@ -96,25 +97,25 @@ class DecodeState(NamedTuple):
 class Events(NamedTuple):
     """What each row emitted: arrays [K, W] of a chunk, [P] of a prefill call."""
 
-    request: jax.Array  # int32: a request id, or NO_REQUEST
-    token: jax.Array  # int32
-    flag: jax.Array  # int32: IDLE, TOKEN, LENGTH or STOP
-    logprob: jax.Array  # float32, before any sampling rule; 0 if not requested
-    top_ids: jax.Array  # int32 [..., E]: the likeliest ids
-    top_logprobs: jax.Array  # float32 [..., E]: their log-probabilities
+    request: Array  # int32: a request id, or NO_REQUEST
+    token: Array  # int32
+    flag: Array  # int32: IDLE, TOKEN, LENGTH or STOP
+    logprob: Array  # float32, before any sampling rule; 0 if not requested
+    top_ids: Array  # int32 [..., E]: the likeliest ids
+    top_logprobs: Array  # float32 [..., E]: their log-probabilities
 
 
 class Prompts(NamedTuple):
     """Pieces of P prompts for one prefill call, NumPy or device arrays."""
 
-    tokens: jax.Array  # int32 [P, T]: the piece, padded
-    start: jax.Array  # int32: where in its prompt the piece starts
-    length: jax.Array  # int32: tokens of the piece without padding
-    staging_index: jax.Array  # int32: its place in staging; R: the row is padding
-    last: jax.Array  # bool: the prompt ends with this piece
+    tokens: Array  # int32 [P, T]: the piece, padded
+    start: Array  # int32: where in its prompt the piece starts
+    length: Array  # int32: tokens of the piece without padding
+    staging_index: Array  # int32: its place in staging; R: the row is padding
+    last: Array  # bool: the prompt ends with this piece
     # int32 [P, C]: the whole prompt, padded with ids outside the vocabulary; only
     # rows with `last` are read.
-    prompt: jax.Array
+    prompt: Array
     # Of the request. Prefill sets token, position, history and active.
     state: SlotState
 

@@ -27,6 +27,9 @@ from jax import lax
 
 from ladder_jax.config import ConfigError, require
 
+# A field that is a NumPy array on the host and a jax.Array in a program.
+Array = Any
+
 
 class SamplingParams(NamedTuple):
     """Sampling parameters, arrays [B]; NumPy arrays on the host.
@@ -34,16 +37,16 @@ class SamplingParams(NamedTuple):
     The defaults of `make_params` are greedy and keep the model's distribution.
     """
 
-    temperature: jax.Array  # float32; 0: the likeliest token
-    top_k: jax.Array  # int32; 0: all
-    top_p: jax.Array  # float32, in (0, 1]
-    min_p: jax.Array  # float32, share of the likeliest token's probability, in [0, 1)
-    repetition_penalty: jax.Array  # float32, above 0; 1: none
-    presence_penalty: jax.Array  # float32
-    frequency_penalty: jax.Array  # float32
-    seed: jax.Array  # uint32
-    bias_ids: jax.Array  # int32 [B, E]: the ids of logit_bias; padding: 0
-    bias: jax.Array  # float32 [B, E]: added to the logits of these ids; padding: 0
+    temperature: Array  # float32; 0: the likeliest token
+    top_k: Array  # int32; 0: all
+    top_p: Array  # float32, in (0, 1]
+    min_p: Array  # float32, share of the likeliest token's probability, in [0, 1)
+    repetition_penalty: Array  # float32, above 0; 1: none
+    presence_penalty: Array  # float32
+    frequency_penalty: Array  # float32
+    seed: Array  # uint32
+    bias_ids: Array  # int32 [B, E]: the ids of logit_bias; padding: 0
+    bias: Array  # float32 [B, E]: added to the logits of these ids; padding: 0
 
 
 class Accepted(NamedTuple):
@@ -55,19 +58,21 @@ class Accepted(NamedTuple):
     text: str  # the accepted values, for messages
 
 
+# A logit that is divided by a much smaller number overflows a float32.
+SMALLEST = float(np.float32(1e-6))
+
 ACCEPTED = {
-    # 1e-6: a float32 overflows if it is divided by much less.
     "temperature": Accepted(
         0.0,
         np.float32,
-        lambda x: x == 0 or x >= 1e-6,
+        lambda x: x == 0 or x >= SMALLEST,
         "0 (greedy) or more, and then at least 1e-6",
     ),
     "top_k": Accepted(0, np.int32, lambda x: x >= 0, "0 (all) or more"),
     "top_p": Accepted(1.0, np.float32, lambda x: 0 < x <= 1, "above 0, up to 1"),
     "min_p": Accepted(0.0, np.float32, lambda x: 0 <= x < 1, "from 0 to below 1"),
     "repetition_penalty": Accepted(
-        1.0, np.float32, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6 (1: none)"
+        1.0, np.float32, lambda x: SMALLEST <= x <= 1e6, "from 1e-6 to 1e6 (1: none)"
     ),
     "presence_penalty": Accepted(
         0.0, np.float32, lambda x: -100 <= x <= 100, "from -100 to 100"

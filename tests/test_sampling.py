@@ -239,6 +239,11 @@ def test_a_huge_number_is_refused_by_name(name):
     assert refusal(**{name: 10**400}).startswith(f"{name}=1000")
 
 
+def test_the_limits_that_messages_name_are_accepted():
+    params = sampling.make_params(temperature=1e-6, repetition_penalty=1e-6)
+    assert params.temperature[0] > 0 and params.repetition_penalty[0] > 0
+
+
 def test_a_huge_top_k_keeps_all():
     assert sampling.make_params(top_k=10**400).top_k.tolist() == [2**31 - 1]
 
