@@ -51,7 +51,7 @@ class PrefixCache:
         return blocks
 
     def missing(self, prompt: np.ndarray) -> list[tuple[int, bytes]]:
-        """Returns (start, key) of the blocks of `prompt` to store: those not stored yet.
+        """Returns (start, key) of the blocks of `prompt` that are still to be stored.
 
         Only the first `room` blocks of a prompt count: a later one would evict one of
         them, without which it is not reached.
