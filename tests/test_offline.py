@@ -14,6 +14,7 @@ from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import offline
 from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.request import QueueFull, RequestFailed
 
 MODEL_CONFIG = Model(
     vocab_size=264,
@@ -111,19 +112,82 @@ def test_a_wrong_row_that_was_mended_is_answered_by_the_next_run(tmp_path):
     assert records(out)[1]["tokens"] == reference("b", max_tokens=5)
 
 
-def test_a_row_that_failed_on_the_device_is_tried_again(tmp_path, monkeypatch):
-    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")])
-    out, engine = tmp_path / "out.jsonl", make_engine()
+class FailingRequest:
+    """A request that the engine could not finish."""
 
-    def fail(*_):
-        raise RuntimeError("out of memory")
+    finish, text, tokens = "error", "", []
+
+    def __iter__(self):
+        raise RequestFailed("request 1 failed: out of memory")
+
+    def cancel(self):
+        pass
+
+
+class FailingEngine:
+    """An engine whose device fails all requests."""
+
+    def __init__(self, engine):
+        self.options, self.counters = engine.options, engine.counters
+
+    def submit(self, **options):
+        return FailingRequest()
+
+    def step(self):
+        return True
+
+
+def test_a_row_that_failed_on_the_device_is_tried_again(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 2)
+    out, defaults = tmp_path / "out.jsonl", dict(max_tokens=5)
+    engine = FailingEngine(make_engine())
+    assert offline.run(engine, prompts, out, defaults, show=False) == (2, 0, 2)
+    assert records(out)[1]["error"] == "line 2: request 1 failed: out of memory"
+    assert run(prompts, out) == (2, 0, 0)
+    assert records(out)[1]["tokens"] == reference("a", max_tokens=5)
+
+
+class BusyEngine:
+    """An engine whose queue is full of others' requests at every second try."""
+
+    def __init__(self, engine):
+        self.engine, self.options = engine, engine.options
+        self.counters, self.step = engine.counters, engine.step
+        self.tries = 0
+
+    def submit(self, **options):
+        self.tries += 1
+        if self.tries % 2:
+            raise QueueFull("1 requests wait already")
+        return self.engine.submit(**options)
+
+
+def test_a_row_waits_while_the_queue_is_full(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 3)
+    out, engine = tmp_path / "out.jsonl", BusyEngine(make_engine())
+    summary = offline.run(engine, prompts, out, dict(max_tokens=2), show=False)
+    assert summary == (3, 0, 0) and engine.tries == 6
+
+
+def test_requests_of_an_interrupted_run_are_cancelled(tmp_path, monkeypatch):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 3)
+    engine, submitted = make_engine(), []
+    submit = engine.submit
+
+    def remember(**options):
+        submitted.append(submit(**options))
+        return submitted[-1]
+
+    def interrupt():
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_prefill", fail)
-        assert run(prompts, out) == (1, 0, 1)
-    assert "out of memory" in records(out)[0]["error"]
-    assert run(prompts, out) == (1, 0, 0)
-    assert records(out)[0]["tokens"] == reference("a", max_tokens=5)
+        patch.setattr(engine, "submit", remember)
+        patch.setattr(engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, tmp_path / "out.jsonl")
+    assert [request.finish for request in submitted] == ["cancelled"] * 3
+    assert run(prompts, tmp_path / "out.jsonl") == (3, 0, 0)
 
 
 # ------------------------------------- files that another program or run wrote
