@@ -201,7 +201,8 @@ def _replace(path: Path, content: bytes) -> None:
     path = path.resolve()
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        new.write_bytes(content)
+        with open(new, "xb") as file:
+            file.write(content)
         shutil.copymode(path, new)
         new.replace(path)
     finally:
@@ -232,16 +233,10 @@ def run(
     missing = [row for row in rows if row.index not in done]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     generated = failed = 0
+    bar = tqdm(total=len(rows), initial=len(done), unit="prompt", disable=not show)
     # UTF-8 has no lone surrogates. backslashreplace writes them as JSON's "\udc80".
-    with (
-        open(
-            out, "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as file,
-        tqdm(
-            total=len(rows), initial=len(done), unit="prompt", disable=not show
-        ) as bar,
-        contextlib.closing(_outputs(engine, missing)) as outputs,
-    ):
+    file = open(out, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    with file, bar, contextlib.closing(_outputs(engine, missing)) as outputs:
         for row, values in outputs:
             file.write(row.record(values))
             file.flush()
@@ -252,7 +247,9 @@ def run(
     return Summary(generated, len(done), failed)
 
 
-def _outputs(engine: Engine, rows: list[Row]) -> Generator[tuple[Row, dict[str, Any]]]:
+def _outputs(
+    engine: Engine, rows: list[Row]
+) -> Generator[tuple[Row, dict[str, Any]], None, None]:
     """Yields (row, the values of its output line) as requests finish."""
     waiting = deque(rows)
     running: list[tuple[Row, Request]] = []
