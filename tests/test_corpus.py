@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from ladder_jax.config import Data
-from ladder_jax.data import corpus as data
-from ladder_jax.data import tokenizer
+from ladder_jax.data import token_cache, tokenizer
+from ladder_jax.data.batches import Rows, held_out_batches, train_iterator
+from ladder_jax.data.corpus import Corpus, Side, documents, prepare
 
 BOS, EOS, PAD = 0, 1, 2
 TOK = tokenizer.ByteTokenizer()
@@ -26,7 +27,7 @@ def make_side(sizes):
     text = iter(range(10, 10 + sum(sizes)))
     stored = [[BOS, *(next(text) for _ in range(size)), EOS] for size in sizes]
     stops = np.cumsum([len(ids) for ids in stored])
-    return data.Side(
+    return Side(
         np.concatenate(stored).astype(np.uint32),
         stops - [len(ids) for ids in stored],
         np.array(sizes) + 1,
@@ -36,7 +37,7 @@ def make_side(sizes):
 
 
 def make_corpus(sizes):
-    return data.Corpus(make_side(sizes), make_side(sizes), "")
+    return Corpus(make_side(sizes), make_side(sizes), "digest", "report")
 
 
 def counted(batch):
@@ -87,7 +88,7 @@ def test_an_epoch_has_every_target_once(sizes, length, seed):
     corpus = make_corpus(sizes)
     expected = sorted([EOS] * len(sizes) + list(range(10, 10 + sum(sizes))))
     assert corpus.train.tokens == len(expected)
-    batches = data.train_iterator(corpus, batch=1, length=length, seed=seed)
+    batches = train_iterator(corpus, batch=1, length=length, seed=seed)
     for _ in range(2):
         seen = []
         for _ in range(math.ceil(len(expected) / length)):
@@ -109,7 +110,7 @@ def test_held_out_is_all_documents_once_and_every_process_has_as_many_batches(
 ):
     corpus = make_corpus(sizes)
     shares = [
-        data.held_out_batches(
+        held_out_batches(
             corpus, batch=batch, length=length, process_index=i, process_count=count
         )
         for i in range(count)
@@ -139,10 +140,10 @@ def take(batches, count):
 def test_processes_share_what_one_process_gets():
     corpus = make_corpus([5, 30, 0, 7, 19, 3])
     alone = take(
-        data.train_iterator(corpus, batch=6, length=4, seed=3), 9
+        train_iterator(corpus, batch=6, length=4, seed=3), 9
     )  # over several epochs
     shares = [
-        data.train_iterator(
+        train_iterator(
             corpus, batch=2, length=4, seed=3, process_index=i, process_count=3
         )
         for i in range(3)
@@ -161,7 +162,7 @@ def test_seed_and_epoch_decide_the_order():
         return [
             counted(batch)
             for batch in take(
-                data.train_iterator(corpus, batch=16, length=8, seed=seed), count
+                train_iterator(corpus, batch=16, length=8, seed=seed), count
             )
         ]
 
@@ -176,16 +177,14 @@ def test_documents_come_in_a_new_order_each_epoch():
     def orders(seed):
         return [
             counted(batch)
-            for batch in take(
-                data.train_iterator(corpus, batch=1, length=32, seed=seed), 2
-            )
+            for batch in take(train_iterator(corpus, batch=1, length=32, seed=seed), 2)
         ]
 
     assert orders(0)[0] != orders(0)[1] and orders(0)[0] != orders(1)[0]
 
 
 def test_a_corpus_shorter_than_a_row_or_a_batch():
-    batch = next(data.train_iterator(make_corpus([3, 2]), batch=4, length=32, seed=0))
+    batch = next(train_iterator(make_corpus([3, 2]), batch=4, length=32, seed=0))
     check_batch(batch, (4, 32))
     assert (batch["weights"].sum(axis=1) == 7).all()
 
@@ -194,7 +193,7 @@ def test_state_restores_the_next_batches(tmp_path):
     corpus = make_corpus([11] * 20)
 
     def fresh():
-        return data.train_iterator(corpus, batch=2, length=8, seed=5)
+        return train_iterator(corpus, batch=2, length=8, seed=5)
 
     batches = fresh()
     take(batches, 21)  # into the second epoch
@@ -216,11 +215,7 @@ def test_state_restores_the_next_batches(tmp_path):
 
 def test_grain_s_own_check_of_restoring():
     rows = (
-        data._Rows(make_side([9, 1, 4]), 4, 0)
-        .shuffle(0)
-        .repeat(2)
-        .batch(2)
-        .to_iter_dataset()
+        Rows(make_side([9, 1, 4]), 4, 0).shuffle(0).repeat(2).batch(2).to_iter_dataset()
     )
     grain.experimental.assert_equal_output_after_checkpoint(rows)
 
@@ -239,9 +234,7 @@ def test_grain_s_own_check_of_restoring():
 )
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
-        data.train_iterator(
-            make_corpus([3]), **dict(batch=1, length=4, seed=0) | arguments
-        )
+        train_iterator(make_corpus([3]), **dict(batch=1, length=4, seed=0) | arguments)
 
 
 def test_bits_per_byte_is_the_code_length():
@@ -266,9 +259,9 @@ def both(corpus):
 
 
 @pytest.fixture
-def prepare(tmp_path):
+def open_corpus(tmp_path):
     def call(source, tok=TOK, **fields):
-        return data.prepare(
+        return prepare(
             Data(
                 **dict(
                     source=str(source),
@@ -295,7 +288,7 @@ def write_files(folder, contents):
 LETTERS = {f"{name}.txt": f"text of {name}" for name in "abcdefgh"}
 
 
-def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
+def test_the_report_says_what_was_left_out_or_repaired(tmp_path, open_corpus):
     rows = [
         *(json.dumps({"body": f"line {i}"}) for i in range(9)),
         "{broken",
@@ -309,7 +302,7 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
             "bad.txt": b"caf\xc3\xa9 \xff",
         },
     )
-    corpus = prepare(folder, text_field="body")
+    corpus = open_corpus(folder, text_field="body")
     assert both(corpus) == sorted(["café \ufffd", *(f"line {i}" for i in range(9))])
     for part in (
         "1 rows that are not JSON",
@@ -323,25 +316,25 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
         len(text.encode()) for text in both(corpus)
     )
     assert (
-        prepare(folder, text_field="body").report == corpus.report
+        open_corpus(folder, text_field="body").report == corpus.report
     )  # from the cache, too
-    good = prepare(write_files(tmp_path / "good", LETTERS))
+    good = open_corpus(write_files(tmp_path / "good", LETTERS))
     assert "left out" not in good.report and "repaired" not in good.report
 
 
-def test_more_documents_move_none_and_copies_stay_together(tmp_path, prepare):
+def test_more_documents_move_none_and_copies_stay_together(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
-    before = prepare(folder)
+    before = open_corpus(folder)
     write_files(folder, {f"copy-{name}": text for name, text in LETTERS.items()})
     write_files(folder, {f"{i}.txt": f"more text {i}" for i in range(30)})
-    after = prepare(folder)
+    after = open_corpus(folder)
     for old, new in ((before.train, after.train), (before.held_out, after.held_out)):
         assert set(texts(old)) <= set(texts(new))
     assert not set(texts(after.train)) & set(texts(after.held_out))
     assert len(both(after)) == 46
-    assert sorted(
-        data.documents(Data(source=str(folder), held_out_fraction=0.5))
-    ) == texts(after.train)
+    assert sorted(documents(Data(source=str(folder), held_out_fraction=0.5))) == texts(
+        after.train
+    )
 
 
 class Refusing(tokenizer.ByteTokenizer):
@@ -349,46 +342,46 @@ class Refusing(tokenizer.ByteTokenizer):
         raise AssertionError("tokenised again")
 
 
-def test_tokenised_once(tmp_path, prepare):
+def test_tokenised_once(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
-    first = prepare(folder)
-    assert both(prepare(folder, Refusing())) == both(first)
-    assert both(prepare(folder, Refusing(), held_out_fraction=0.4)) == both(
+    first = open_corpus(folder)
+    assert both(open_corpus(folder, Refusing())) == both(first)
+    assert both(open_corpus(folder, Refusing(), held_out_fraction=0.4)) == both(
         first
     )  # the split is made when it is opened
     (folder / "a.txt").write_text("changed text")
     with pytest.raises(AssertionError, match="tokenised again"):
-        prepare(folder, Refusing())
+        open_corpus(folder, Refusing())
     assert [path.name.count(".") for path in (tmp_path / "cache").iterdir()] == [
         0
     ]  # nothing half made is left
-    assert "changed text" in both(prepare(folder))
-    prepare(folder, tokenizer.train(LETTERS.values(), 300))
+    assert "changed text" in both(open_corpus(folder))
+    open_corpus(folder, tokenizer.train(LETTERS.values(), 300))
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_two_processes_make_the_same_cache(tmp_path, prepare):
+def test_two_processes_make_the_same_cache(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
 
     class Slow(tokenizer.ByteTokenizer):
         def encode_batch(self, texts):
-            prepare(folder)  # another process is faster
+            open_corpus(folder)  # another process is faster
             return super().encode_batch(texts)
 
-    assert both(prepare(folder, Slow())) == sorted(LETTERS.values())
+    assert both(open_corpus(folder, Slow())) == sorted(LETTERS.values())
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_killed_while_tokenising(tmp_path, prepare):
+def test_killed_while_tokenising(tmp_path, open_corpus, monkeypatch):
     folder = write_files(tmp_path / "in", LETTERS)
     script = """if True:
         import os, sys
         from ladder_jax import config
-        from ladder_jax.data import corpus as data, tokenizer
+        from ladder_jax.data import corpus, tokenizer
         class Killed(tokenizer.ByteTokenizer):
             def encode_batch(self, texts):
                 os.kill(os.getpid(), 9)
-        data.prepare(config.Data(source=sys.argv[1], token_cache=sys.argv[2], held_out_fraction=0.5), Killed())"""
+        corpus.prepare(config.Data(source=sys.argv[1], token_cache=sys.argv[2], held_out_fraction=0.5), Killed())"""
     cache = tmp_path / "cache"
     assert (
         subprocess.run(
@@ -397,28 +390,25 @@ def test_killed_while_tokenising(tmp_path, prepare):
         == -signal.SIGKILL
     )
     assert len(list(cache.iterdir())) == 1
-    data_stale, data._STALE = data._STALE, -1  # as if that was long ago
-    try:
-        assert both(prepare(folder)) == sorted(LETTERS.values())
-    finally:
-        data._STALE = data_stale
+    monkeypatch.setattr(token_cache, "STALE_SECONDS", -1)  # as if that was long ago
+    assert both(open_corpus(folder)) == sorted(LETTERS.values())
     assert [path.name.count(".") for path in cache.iterdir()] == [0]
 
 
-def test_long_documents_are_tokenised_in_pieces(tmp_path, prepare, monkeypatch):
+def test_long_documents_are_tokenised_in_pieces(tmp_path, open_corpus, monkeypatch):
     folder = write_files(
         tmp_path / "in", LETTERS | {"long.txt": "é line\n" * 50 + "x" * 90}
     )
-    whole = prepare(folder)
-    monkeypatch.setattr(data, "_PIECE", 16)
-    monkeypatch.setattr(data, "_CHUNK", 40)
-    monkeypatch.setattr(data, "FORMAT", -1)
-    pieces = prepare(folder)
+    whole = open_corpus(folder)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(token_cache, "FORMAT", -1)
+    pieces = open_corpus(folder)
     np.testing.assert_array_equal(whole.train.ids, pieces.train.ids)
     np.testing.assert_array_equal(whole.train.starts_D, pieces.train.starts_D)
 
 
-def test_large_vocabularies(tmp_path, prepare):
+def test_large_vocabularies(tmp_path, open_corpus):
     class Large(tokenizer.ByteTokenizer):
         size, eos = 70_000, 69_999
 
@@ -427,7 +417,7 @@ def test_large_vocabularies(tmp_path, prepare):
 
     folder = write_files(tmp_path / "in", LETTERS)
     batch = next(
-        data.train_iterator(prepare(folder, Large()), batch=1, length=64, seed=0)
+        train_iterator(open_corpus(folder, Large()), batch=1, length=64, seed=0)
     )
     assert batch["targets"].max() == 69_999
 
@@ -443,43 +433,43 @@ def test_large_vocabularies(tmp_path, prepare):
         ("one", "has one document \\(2 with copies\\)"),
     ],
 )
-def test_sources_that_hold_nothing(tmp_path, prepare, source, message):
+def test_sources_that_hold_nothing(tmp_path, open_corpus, source, message):
     write_files(tmp_path / "bad", {"a.bin": b"\0", "b.jsonl": "?"})
     write_files(tmp_path / "one", {"a.txt": "same", "b.txt": "same"})
     with pytest.raises(ValueError, match=f"data.source='.*{message}") as error:
-        prepare(tmp_path / source)
+        open_corpus(tmp_path / source)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "held_out, lacking", [(1e-9, "evaluation"), (1 - 1e-9, "training")]
 )
-def test_an_empty_side(tmp_path, prepare, held_out, lacking):
+def test_an_empty_side(tmp_path, open_corpus, held_out, lacking):
     folder = write_files(tmp_path / "in", LETTERS)
     with pytest.raises(
         ValueError,
         match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for {lacking}",
     ) as e:
-        prepare(folder, held_out_fraction=held_out)
+        open_corpus(folder, held_out_fraction=held_out)
     low, high = (float(word) for word in str(e.value).rsplit("from ")[1].split(" to "))
     assert (
-        len(texts(prepare(folder, held_out_fraction=low).held_out)) == 1
+        len(texts(open_corpus(folder, held_out_fraction=low).held_out)) == 1
     )  # what it names is accepted
-    assert len(texts(prepare(folder, held_out_fraction=high).train)) == 1
+    assert len(texts(open_corpus(folder, held_out_fraction=high).train)) == 1
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, prepare):
+def test_a_cache_that_cannot_be_written(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ValueError,
         match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder that can$",
     ):
-        prepare(folder, token_cache=str(tmp_path / "file" / "cache"))
+        open_corpus(folder, token_cache=str(tmp_path / "file" / "cache"))
 
 
 def test_builtin_is_python_s_documentation(tmp_path):
-    corpus = data.prepare(Data(token_cache=str(tmp_path)), TOK)
+    corpus = prepare(Data(token_cache=str(tmp_path)), TOK)
     assert (
         len(corpus.train.starts_D) > 500
         and corpus.train.bytes > 2_000_000

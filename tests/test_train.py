@@ -27,8 +27,9 @@ from orbax.checkpoint import v1 as ocp
 from ladder_jax import config, model, sharding, train
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
-from ladder_jax.data import corpus as data
 from ladder_jax.data import tokenizer
+from ladder_jax.data.batches import held_out_batches, train_iterator
+from ladder_jax.data.corpus import prepare
 from ladder_jax.optimizer import learning_rate, make_optimizer
 
 GOLDEN = [
@@ -528,8 +529,8 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
     import reference
 
     cfg = tiny.make(folder)
-    corpus = data.prepare(cfg.data, tokenizer.load("bytes"))
-    batches = data.held_out_batches(corpus, batch=8, length=32)
+    corpus = prepare(cfg.data, tokenizer.load("bytes"))
+    batches = held_out_batches(corpus, batch=8, length=32)
     batch = {
         name: np.concatenate([batches[i][name] for i in range(2)])
         for name in train.BATCH_FIELDS
@@ -586,8 +587,8 @@ def state(folder, whole):
 def batches(folder):
     """Three batches of 16 rows, some of whose weights are zero, a different number in each row."""
     cfg = tiny.make(folder)
-    iterator = data.train_iterator(
-        data.prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
+    iterator = train_iterator(
+        prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
     )
     lengths = np.random.default_rng(0).integers(1, 33, (16, 1))
     return [
