@@ -1,249 +1,23 @@
-"""Data: every target once an epoch, resumable exactly, tokenised once, split by document."""
+"""Corpora: read and tokenised once, split by document, cached safely, compared."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orbax.checkpoint import v1 as ocp
 
 from ladder_jax.config import Data
 from ladder_jax.data import token_cache, tokenizer
-from ladder_jax.data.batches import Rows, held_out_batches, train_iterator
-from ladder_jax.data.corpus import Corpus, Side, documents, prepare
+from ladder_jax.data.batches import train_iterator
+from ladder_jax.data.corpus import documents, prepare
 
-BOS, EOS, PAD = 0, 1, 2
 TOK = tokenizer.ByteTokenizer()
-
-
-def make_side(sizes):
-    """Documents of the given numbers of text tokens; no text token occurs twice in the corpus."""
-    text = iter(range(10, 10 + sum(sizes)))
-    stored = [[BOS, *(next(text) for _ in range(size)), EOS] for size in sizes]
-    stops = np.cumsum([len(ids) for ids in stored])
-    return Side(
-        np.concatenate(stored).astype(np.uint32),
-        stops - [len(ids) for ids in stored],
-        np.array(sizes) + 1,
-        sum(sizes),
-        PAD,
-    )
-
-
-def make_corpus(sizes):
-    return Corpus(make_side(sizes), make_side(sizes), "digest", "report")
-
-
-def counted(batch):
-    """The targets of a batch that count, in order."""
-    return batch["targets"][batch["weights"] == 1].tolist()
-
-
-def check_batch(batch, shape):
-    """What the docstring of train_iterator promises of one batch."""
-    assert {name: (x.shape, str(x.dtype)) for name, x in batch.items()} == {
-        "tokens": (shape, "int32"),
-        "targets": (shape, "int32"),
-        "segments": (shape, "int32"),
-        "positions": (shape, "int32"),
-        "weights": (shape, "float32"),
-    }
-    tokens, targets, segments, positions, weights = (
-        batch[name]
-        for name in ("tokens", "targets", "segments", "positions", "weights")
-    )
-    np.testing.assert_array_equal(weights, segments > 0)
-    assert (targets[weights == 1] != BOS).all() and (tokens[weights == 1] != EOS).all()
-    assert (tokens[weights == 0] == PAD).all() and (targets[weights == 0] == PAD).all()
-    for b in range(shape[0]):
-        used = int(weights[b].sum())
-        assert (segments[b, used:] == 0).all() and (positions[b, used:] == 0).all()
-        starts = np.flatnonzero(np.diff(segments[b, :used], prepend=0))
-        np.testing.assert_array_equal(segments[b, starts], 1 + np.arange(len(starts)))
-        for start, stop in zip(starts, [*starts[1:], used]):
-            np.testing.assert_array_equal(
-                positions[b, start:stop], np.arange(stop - start)
-            )
-            np.testing.assert_array_equal(
-                tokens[b, start + 1 : stop], targets[b, start : stop - 1]
-            )
-            assert (
-                start == 0 or tokens[b, start] == BOS
-            )  # only a row's edge cuts a document
-            assert stop == shape[1] or targets[b, stop - 1] == EOS
-
-
-sizes = st.lists(st.integers(0, 12), min_size=1, max_size=8)
-
-
-@settings(max_examples=40, deadline=None)
-@given(sizes=sizes, length=st.integers(1, 9), seed=st.integers(0, 2**40))
-def test_an_epoch_has_every_target_once(sizes, length, seed):
-    corpus = make_corpus(sizes)
-    expected = sorted([EOS] * len(sizes) + list(range(10, 10 + sum(sizes))))
-    assert corpus.train.tokens == len(expected)
-    batches = train_iterator(corpus, batch=1, length=length, seed=seed)
-    for _ in range(2):
-        seen = []
-        for _ in range(math.ceil(len(expected) / length)):
-            batch = next(batches)
-            check_batch(batch, (1, length))
-            seen += counted(batch)
-        assert sorted(seen) == expected
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=sizes,
-    length=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    count=st.integers(1, 3),
-)
-def test_held_out_is_all_documents_once_and_every_process_has_as_many_batches(
-    sizes, length, batch, count
-):
-    corpus = make_corpus(sizes)
-    shares = [
-        held_out_batches(
-            corpus, batch=batch, length=length, process_index=i, process_count=count
-        )
-        for i in range(count)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    seen, padded = [], False
-    for step in zip(*shares):
-        for one in step:
-            check_batch(one, (batch, length))
-            assert not (padded and one["weights"].any())  # padding is at the end
-            padded = padded or not one["weights"].all()
-            seen += counted(one)
-    documents = "".join("," if i == EOS else chr(i + 1000) for i in seen).split(",")[
-        :-1
-    ]
-    side = corpus.held_out
-    assert sorted(documents) == sorted(
-        "".join(chr(i + 1000) for i in side.ids[start + 1 : start + targets])
-        for start, targets in zip(side.starts_D, side.targets_D)
-    )
-
-
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
-def test_processes_share_what_one_process_gets():
-    corpus = make_corpus([5, 30, 0, 7, 19, 3])
-    alone = take(
-        train_iterator(corpus, batch=6, length=4, seed=3), 9
-    )  # over several epochs
-    shares = [
-        train_iterator(
-            corpus, batch=2, length=4, seed=3, process_index=i, process_count=3
-        )
-        for i in range(3)
-    ]
-    for whole, *parts in zip(alone, *(take(share, 9) for share in shares)):
-        for name in whole:
-            np.testing.assert_array_equal(
-                whole[name], np.concatenate([part[name] for part in parts])
-            )
-
-
-def test_seed_and_epoch_decide_the_order():
-    corpus = make_corpus([7] * 16)  # 128 targets: 16 rows of 8
-
-    def epochs(seed, count=2):
-        return [
-            counted(batch)
-            for batch in take(
-                train_iterator(corpus, batch=16, length=8, seed=seed), count
-            )
-        ]
-
-    first, second = epochs(0)
-    assert epochs(0) == [first, second] and first != second and epochs(1)[0] != first
-    assert first != sorted(first)
-
-
-def test_documents_come_in_a_new_order_each_epoch():
-    corpus = make_corpus([3] * 8)  # an epoch is one row
-
-    def orders(seed):
-        return [
-            counted(batch)
-            for batch in take(train_iterator(corpus, batch=1, length=32, seed=seed), 2)
-        ]
-
-    assert orders(0)[0] != orders(0)[1] and orders(0)[0] != orders(1)[0]
-
-
-def test_a_corpus_shorter_than_a_row_or_a_batch():
-    batch = next(train_iterator(make_corpus([3, 2]), batch=4, length=32, seed=0))
-    check_batch(batch, (4, 32))
-    assert (batch["weights"].sum(axis=1) == 7).all()
-
-
-def test_state_restores_the_next_batches(tmp_path):
-    corpus = make_corpus([11] * 20)
-
-    def fresh():
-        return train_iterator(corpus, batch=2, length=8, seed=5)
-
-    batches = fresh()
-    take(batches, 21)  # into the second epoch
-    state = batches.get_state()
-    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
-        saving = checkpointer.save_checkpointables_async(21, dict(data=batches))
-        expected = take(batches, 20)  # training goes on while it is written
-        saving.result()
-
-        again = fresh()
-        again.set_state(state)
-        np.testing.assert_equal(take(again, 20), expected)
-
-        restored = fresh()
-        take(restored, 3)
-        checkpointer.load_checkpointables(21, dict(data=restored))
-        np.testing.assert_equal(take(restored, 20), expected)
-
-
-def test_grain_s_own_check_of_restoring():
-    rows = (
-        Rows(make_side([9, 1, 4]), 4, 0).shuffle(0).repeat(2).batch(2).to_iter_dataset()
-    )
-    grain.experimental.assert_equal_output_after_checkpoint(rows)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(batch=0), "batch=0"),
-        (dict(length=0), "length=0"),
-        (dict(process_count=0), "process_count=0"),
-        (
-            dict(process_index=2, process_count=2),
-            "process_index=2 is not accepted: it must be from 0 to 1",
-        ),
-    ],
-)
-def test_arguments_out_of_range(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        train_iterator(make_corpus([3]), **dict(batch=1, length=4, seed=0) | arguments)
-
-
-def test_bits_per_byte_is_the_code_length():
-    side = make_side([5, 0, 9])
-    loss = math.log(256)  # 8 bits for each of 14 + 3 targets
-    assert side.bits_per_byte(loss) == pytest.approx(8 * 17 / 14)
-
-
-# ---------------------------------------------------------------- split and cache
 
 
 def texts(side):
@@ -381,7 +155,11 @@ def test_killed_while_tokenising(tmp_path, open_corpus, monkeypatch):
         class Killed(tokenizer.ByteTokenizer):
             def encode_batch(self, texts):
                 os.kill(os.getpid(), 9)
-        corpus.prepare(config.Data(source=sys.argv[1], token_cache=sys.argv[2], held_out_fraction=0.5), Killed())"""
+        source, token_cache = sys.argv[1:]
+        data_config = config.Data(
+            source=source, token_cache=token_cache, held_out_fraction=0.5
+        )
+        corpus.prepare(data_config, Killed())"""
     cache = tmp_path / "cache"
     assert (
         subprocess.run(
@@ -428,7 +206,8 @@ def test_large_vocabularies(tmp_path, open_corpus):
         ("nowhere", "does not exist"),
         (
             "bad",
-            "has no usable document \\(1 files that are not text, 1 rows that are not JSON\\)",
+            "has no usable document \\(1 files that are not text, "
+            "1 rows that are not JSON\\)",
         ),
         ("one", "has one document \\(2 with copies\\)"),
     ],
@@ -448,7 +227,8 @@ def test_an_empty_side(tmp_path, open_corpus, held_out, lacking):
     folder = write_files(tmp_path / "in", LETTERS)
     with pytest.raises(
         ValueError,
-        match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for {lacking}",
+        match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for "
+        + lacking,
     ) as e:
         open_corpus(folder, held_out_fraction=held_out)
     low, high = (float(word) for word in str(e.value).rsplit("from ")[1].split(" to "))
@@ -463,7 +243,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, open_corpus):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ValueError,
-        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder that can$",
+        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder "
+        "that can$",
     ):
         open_corpus(folder, token_cache=str(tmp_path / "file" / "cache"))
 
@@ -478,3 +259,140 @@ def test_builtin_is_python_s_documentation(tmp_path):
     assert "left out" not in corpus.report and "repaired" not in corpus.report
     for words in ("class OrderedDict(dict)", "assert_stmt"):  # a docstring, a topic
         assert any(words in text for text in texts(corpus.train))
+
+
+# ---------------------------------------------------------------- a damaged cache
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+CACHE_FILES = ["ids.bin", "documents.npy", "about.json"]
+DAMAGES = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path: flip_a_bit(path, 0),
+    "last bit": lambda path: flip_a_bit(path, -1),
+    "a bit in the middle": lambda path: flip_a_bit(path, path.stat().st_size // 2),
+    "other JSON": lambda path: path.write_text("[]"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", CACHE_FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(tmp_path, open_corpus, name, damage):
+    folder = write_files(tmp_path / "in", LETTERS)
+    before = open_corpus(folder)
+    cache = only((tmp_path / "cache").iterdir())
+    DAMAGES[damage](cache / name)
+    after = open_corpus(folder)
+    assert both(after) == sorted(LETTERS.values())
+    assert after.digest == before.digest
+    assert "the token cache was damaged and made again: " in after.report
+    assert name in after.report
+    assert only((tmp_path / "cache").iterdir()) == cache
+    assert open_corpus(folder, Refusing()).report == before.report
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), size=st.integers(1, 40), limit=st.integers(1, 40))
+def test_a_checksum_sees_a_change_in_any_block_that_it_covers(data, size, limit):
+    """With blocks of 4 bytes; those that it covers are spread evenly over the file."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "CHECKSUM_BLOCK", 4)
+        patch.setattr(token_cache, "CHECKSUM_BYTES", limit)
+        path = Path(folder, "file")
+        path.write_bytes(data.draw(st.binary(min_size=size, max_size=size)))
+        before = token_cache.size_and_checksum(path)
+        seen = []
+        for position in range(size):
+            flip_a_bit(path, position)
+            seen.append(token_cache.size_and_checksum(path) != before)
+            flip_a_bit(path, position)
+    blocks = [seen[start : start + 4] for start in range(0, size, 4)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    covered = [block[0] for block in blocks]
+    assert covered[0] and covered[-1]
+    assert all(covered) or sum(covered) <= limit / 4 + 2
+    assert limit < size + 4 or all(covered)
+
+
+def test_a_changed_byte_of_a_small_cache_is_seen(tmp_path, open_corpus):
+    open_corpus(write_files(tmp_path / "in", LETTERS))
+    cache = only((tmp_path / "cache").iterdir())
+    assert token_cache.find_damage(cache) is None
+    for name in CACHE_FILES:
+        for position in range(0, (cache / name).stat().st_size, 4):
+            flip_a_bit(cache / name, position)
+            assert token_cache.find_damage(cache), f"byte {position} of {name}"
+            flip_a_bit(cache / name, position)
+
+
+def test_two_processes_replace_the_same_damaged_cache(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    open_corpus(folder)
+    cache = only((tmp_path / "cache").iterdir())
+    (cache / "ids.bin").unlink()
+
+    class Slow(tokenizer.ByteTokenizer):
+        def encode_batch(self, texts):
+            open_corpus(folder)  # another process is faster
+            return super().encode_batch(texts)
+
+    assert both(open_corpus(folder, Slow())) == sorted(LETTERS.values())
+    assert only((tmp_path / "cache").iterdir()) == cache
+
+
+def test_a_cache_inside_of_the_source_does_not_become_text(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    for _ in range(2):
+        corpus = open_corpus(folder, token_cache=str(folder))
+        assert both(corpus) == sorted(LETTERS.values())
+    assert "left out" not in corpus.report  # tokenised once, before it was there
+
+
+# ---------------------------------------------------------------- the digest
+
+
+def test_the_digest_is_of_contents_and_not_of_paths(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    digest = open_corpus(folder).digest
+    assert open_corpus(f"{folder}/").digest == digest
+    assert open_corpus(f"{folder}/*.txt").digest == digest
+    assert open_corpus(write_files(tmp_path / "moved", LETTERS)).digest == digest
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in LETTERS.values())
+    assert open_corpus(write_files(tmp_path / "a", {"a.json": rows})).digest == digest
+    tok = tokenizer.train(LETTERS.values(), 300)
+    assert open_corpus(folder, tok).digest == digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda texts: texts[:-1],
+        lambda texts: [*texts, "more text"],
+        lambda texts: texts[::-1],
+        lambda texts: ["Text of a", *texts[1:]],
+        lambda texts: [texts[0] + "\n", *texts[1:]],
+    ],
+)
+def test_the_digest_changes_with_any_document_and_their_order(
+    tmp_path, open_corpus, change
+):
+    texts = list(LETTERS.values())
+    digests = set()
+    for name, documents_ in (("a", texts), ("b", change(texts))):
+        files = {f"{i}.txt": text for i, text in enumerate(documents_)}
+        digests.add(open_corpus(write_files(tmp_path / name, files)).digest)
+    assert len(digests) == 2

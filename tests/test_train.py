@@ -411,6 +411,30 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
     ):
         train.check_resumed(desync, {**desync, "tensor": 4})
     train.check_resumed(meta, {**meta, "tensor": 4})
+
+
+def test_a_run_goes_on_after_its_corpus_and_cache_moved(folder, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    tiny.write_corpus(here / "corpus")
+    train.train(tiny.make(here, train_steps=2, train_eval_every=2))
+    here.rename(there)
+    moved = tiny.make(there, train_steps=3, train_eval_every=3)
+    moved = dataclasses.replace(
+        moved, data=dataclasses.replace(moved.data, source=f"{there}/./corpus/")
+    )
+    assert train.train(moved, resume=True)["step"] == 3
+    (there / "corpus" / "new.txt").write_text("one more document")
+    with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
+        train.train(moved, resume=True)
+
+
+def test_documents_with_as_many_tokens_but_other_contents_are_not_the_same_run(whole):
+    meta = json.loads((whole / "checkpoints/20/meta/data.json").read_text())
+    changed = {**meta, "documents": "another digest"}
+    with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
+        train.check_resumed(meta, changed)
+    del meta["documents"]  # a checkpoint from before there was a digest
+    train.check_resumed(meta, changed)
     older = json.loads(json.dumps(meta))
     del older["config"]["model"]["qk_norm"]  # from before there was such a field
     train.check_resumed(older, meta)

@@ -21,17 +21,27 @@ import io
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data.jsonl import read_lines
 
+try:
+    _zstd: Any = importlib.import_module("compression.zstd")
+except ImportError:  # before Python 3.14
+    _zstd = None
+
 # What opening and reading a damaged file raises.
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    *((_zstd.ZstdError,) if _zstd else ()),
+)
 
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -95,8 +105,7 @@ def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str
 
     Raises:
       ConfigError: if a package that the format needs is not installed.
-      OSError, EOFError, zlib.error, lzma.LZMAError: if the file is damaged
-        (`UNREADABLE`).
+      one of UNREADABLE: if the file is damaged.
     """
     if _is_parquet(path):
         yield from _read_parquet(path, text_field, tally)
@@ -117,8 +126,8 @@ def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str
 
 
 def _open_zstd(path: Path) -> BinaryIO:
-    if sys.version_info >= (3, 14):
-        return cast(BinaryIO, importlib.import_module("compression.zstd").open(path))
+    if _zstd:
+        return _zstd.open(path)
     try:
         import pyarrow
     except ImportError:

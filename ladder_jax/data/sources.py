@@ -95,7 +95,8 @@ def _walk(root: Path, tally: Tally) -> Iterator[Path]:
     for name, folders, names in os.walk(root, onerror=leave_out):
         folder = Path(name)
         outputs = _outputs(folder)
-        tally.left_out[_OUTPUTS_LEFT_OUT] += len(outputs)
+        if outputs:
+            tally.left_out[_OUTPUTS_LEFT_OUT] += len(outputs)
         skipped = outputs | {n for n in (*folders, *names) if n.startswith(".")}
         folders[:] = [n for n in folders if n not in skipped]
         yield from (folder / n for n in names if n not in skipped)

@@ -42,7 +42,7 @@ CHUNK_CHARACTERS = 1 << 22
 STALE_SECONDS = 86400
 # A checksum covers at most this many bytes, in blocks spread over the file.
 CHECKSUM_BYTES = 1 << 30
-_CHECKSUM_BLOCK = 1 << 20
+CHECKSUM_BLOCK = 1 << 20
 
 # stop: where the document ends in ids.bin, in ids; bytes: of its text in UTF-8; hash:
 # `document_hash`.
@@ -89,7 +89,7 @@ def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
     folder = root / f"tokens-{_fingerprint(data_config, files, tokenizer)}"
     damage = None
     if folder.exists():
-        damage = _damage(folder)
+        damage = find_damage(folder)
         if damage is None:
             return _open(folder, None)
     try:
@@ -140,7 +140,7 @@ def _rename(working: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-        if _damage(folder) is None:
+        if find_damage(folder) is None:
             return
         aside = working.with_name(f"{working.name}.damaged")
         folder.rename(aside)
@@ -152,7 +152,7 @@ def _rename(working: Path, folder: Path) -> None:
 
 
 def _open(folder: Path, damage: str | None) -> TokenCache:
-    about = json.loads((folder / "about.json").read_text())
+    about = _read_about(folder)
     return TokenCache(
         ids=np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r")),
         documents_D=np.load(folder / "documents.npy"),
@@ -163,30 +163,44 @@ def _open(folder: Path, damage: str | None) -> TokenCache:
     )
 
 
-def _damage(folder: Path) -> str | None:
-    """Returns what is wrong with a cache, or None."""
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    checksum = zlib.crc32(json.dumps(about).encode())
+    (folder / "about.json").write_text(json.dumps(about | {"checksum": checksum}))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Returns what `_write_about` wrote. Raises ValueError for anything else."""
+    about = json.loads((folder / "about.json").read_text())
+    checksum = about.pop("checksum", None) if isinstance(about, dict) else None
+    if checksum != zlib.crc32(json.dumps(about).encode()):
+        raise ValueError("about.json has other contents than were written")
+    return about
+
+
+def find_damage(folder: Path) -> str | None:
+    """Returns what is wrong with the cache in `folder`, or None."""
     try:
-        about = json.loads((folder / "about.json").read_text())
-        for name, expected in about["files"].items():
-            if _size_and_checksum(folder / name) != expected:
+        files = _read_about(folder)["files"]
+        for name, expected in files.items():
+            if size_and_checksum(folder / name) != expected:
                 return f"{folder / name} has other contents than were written"
     except OSError as error:
         return f"{error.filename or folder}: {error.strerror}"
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return f"{folder / 'about.json'} is not what was written"
+    except ValueError:
+        return f"{folder / 'about.json'} has other contents than were written"
     return None
 
 
-def _size_and_checksum(path: Path) -> list[int]:
+def size_and_checksum(path: Path) -> list[int]:
     """Returns [bytes, CRC-32]: of the whole file, or of blocks of a very large one."""
     size = path.stat().st_size
-    blocks = range(0, size, _CHECKSUM_BLOCK)
-    stride = -(-len(blocks) * _CHECKSUM_BLOCK // CHECKSUM_BYTES) or 1
+    blocks = range(0, size, CHECKSUM_BLOCK)
+    stride = -(-len(blocks) * CHECKSUM_BLOCK // CHECKSUM_BYTES) or 1
     checksum = 0
     with open(path, "rb") as file:
         for start in sorted({*blocks[::stride], *blocks[-1:]}):
             file.seek(start)
-            checksum = zlib.crc32(file.read(_CHECKSUM_BLOCK), checksum)
+            checksum = zlib.crc32(file.read(CHECKSUM_BLOCK), checksum)
     return [size, checksum]
 
 
@@ -271,8 +285,8 @@ def _tokenise(
         "noted": +tally.noted,
         "repaired": tally.repaired,
         "files": {
-            name: _size_and_checksum(folder / name)
+            name: size_and_checksum(folder / name)
             for name in ("ids.bin", "documents.npy")
         },
     }
-    (folder / "about.json").write_text(json.dumps(about))
+    _write_about(folder, about)
