@@ -413,17 +413,13 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
     train.check_resumed(meta, {**meta, "tensor": 4})
 
 
-def test_a_run_goes_on_after_its_corpus_and_cache_moved(folder, tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    tiny.write_corpus(here / "corpus")
-    train.train(tiny.make(here, train_steps=2, train_eval_every=2))
-    here.rename(there)
-    moved = tiny.make(there, train_steps=3, train_eval_every=3)
-    moved = dataclasses.replace(
-        moved, data=dataclasses.replace(moved.data, source=f"{there}/./corpus/")
-    )
-    assert train.train(moved, resume=True)["step"] == 3
-    (there / "corpus" / "new.txt").write_text("one more document")
+def test_a_run_goes_on_after_it_and_its_corpus_moved(folder, whole, tmp_path):
+    shutil.copytree(folder / "corpus", tmp_path / "moved/corpus")
+    shutil.copytree(whole, tmp_path / "moved/run")
+    # The corpus of `moved`, spelled in another way.
+    moved = tiny.make(tmp_path / "moved", data_source=f"{tmp_path}/moved/./corpus/")
+    assert train.train(moved, resume=True)["step"] == 20
+    (tmp_path / "moved/corpus/new.txt").write_text("one more document")
     with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
         train.train(moved, resume=True)
 
