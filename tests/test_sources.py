@@ -414,6 +414,14 @@ def test_what_is_not_a_regular_file_is_never_opened(tmp_path):
             read(folder / name)
 
 
+def test_links_to_folders_are_counted_and_not_followed(tmp_path):
+    folder = write_files(tmp_path / "in", {"a.txt": "text"})
+    (folder / "back").symlink_to(folder)
+    texts, tally = read(folder)
+    assert texts == ["text"]
+    assert tally.left_out == {"links to folders": 1}
+
+
 def write_outputs(folder):
     """What training writes into `train.out` and `data.token_cache`, both `folder`."""
     cache = f"tokens-{'0123456789abcdef' * 2}"

@@ -39,8 +39,8 @@ def files(source: str, tally: Tally) -> list[Path]:
     """Returns the files of `data.source`, sorted.
 
     Left out of a folder or a glob, and counted unless hidden: hidden files and folders,
-    what this project wrote (runs, checkpoints, token caches), and what is not a
-    regular file, as opening a FIFO or a device may block for ever.
+    what this project wrote (runs, checkpoints, token caches), links to folders, and
+    what is not a regular file, as opening a FIFO or a device may block for ever.
 
     Args:
       source: a value of `data.source`.
@@ -97,6 +97,9 @@ def _walk(root: Path, tally: Tally) -> Iterator[Path]:
         outputs = _outputs(folder)
         if outputs:
             tally.left_out[_OUTPUTS_LEFT_OUT] += len(outputs)
+        links = [n for n in folders if (folder / n).is_symlink()]
+        if links:  # os.walk does not follow them, as they may lead back
+            tally.left_out["links to folders"] += len(links)
         skipped = outputs | {n for n in (*folders, *names) if n.startswith(".")}
         folders[:] = [n for n in folders if n not in skipped]
         yield from (folder / n for n in names if n not in skipped)

@@ -304,8 +304,10 @@ class HuggingFace(Tokenizer):
         decoder = json.loads(text).get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
         self._decoders = {part["type"] for part in parts if part}
-        # Decoding is called for each generated token, and pairs of tokens recur.
-        self._text_after = functools.lru_cache(maxsize=1 << 16)(self._decode_after)
+        # A byte-level token stands for the same bytes wherever it is.
+        self._needs_previous = "ByteLevel" not in self._decoders
+        # The engine decodes each token that it generates, and most of them recur.
+        self._cached_bytes = functools.lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     @functools.cached_property
     def _reader(self) -> tokenizers.Tokenizer:
@@ -347,6 +349,9 @@ class HuggingFace(Tokenizer):
         return self._json
 
     def token_bytes(self, token: int, previous: int | None) -> bytes | None:
+        return self._cached_bytes(token, previous if self._needs_previous else None)
+
+    def _bytes_of(self, token: int, previous: int | None) -> bytes | None:
         name = self._plain.id_to_token(token) if 0 <= token < self.size else None
         if name is None or token in self._special:
             return None
@@ -356,15 +361,8 @@ class HuggingFace(Tokenizer):
             return name.encode()
         if "ByteFallback" in self._decoders and re.fullmatch("<0x[0-9A-F]{2}>", name):
             return bytes.fromhex(name[3:5])
-        return self._text_after(previous, token)
-
-    def _decode_after(self, previous: int | None, token: int) -> bytes:
-        """Returns the bytes that the library's decoder adds for `token`.
-
-        The library decodes a token by what stands before it: it puts spaces between
-        words, drops the first one, or ends a word only when another one follows. The
-        token before is enough for all its decoders.
-        """
+        # The library decodes a token by what stands before it: it puts spaces between
+        # words, or drops a space at the start. One token before it is enough.
         before = [] if previous is None else [previous]
         known = self._plain.decode(before) if before else ""
         return self._plain.decode([*before, token])[len(known) :].encode()
