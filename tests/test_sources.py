@@ -224,6 +224,37 @@ def test_json_lines_are_read_by_their_content(tmp_path, name, compression):
     assert not tally.left_out and not tally.noted
 
 
+any_text = st.text(st.characters(codec="utf-8"))
+any_row = st.fixed_dictionaries(
+    {"url": any_text}, optional={"text": any_text | st.none() | st.integers()}
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(any_row, min_size=1),
+    end=st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"]),
+    start=st.sampled_from(["", "\ufeff", "\n"]),
+    ascii=st.booleans(),
+)
+def test_json_lines_give_the_same_documents_under_any_name(
+    tmp_path_factory, rows, end, start, ascii
+):
+    """U+2028, U+0085 and others inside of a string end no line."""
+    lines = [json.dumps(row, ensure_ascii=ascii) for row in rows]
+    content = start + end.join(lines) + end
+    expected = [
+        row["text"]
+        for row in rows
+        if isinstance(row.get("text"), str) and row["text"].strip()
+    ]
+    for name in ("a.jsonl", "a.json", "a"):
+        texts, tally = read(write_files(tmp_path_factory.mktemp("in"), {name: content}))
+        assert texts == expected
+        assert tally.left_out.total() == len(rows) - len(expected)
+        assert "rows that are not JSON" not in tally.left_out
+
+
 @any_compression
 def test_text_is_read_by_its_content(tmp_path, compression):
     text = "A text.\nWith { and }.\n"
@@ -247,6 +278,16 @@ def test_json_lines_without_the_text_field_do_not_become_text(tmp_path):
     texts, tally = read(folder, "body")
     assert texts == ["text"]
     assert tally.left_out == {"rows without a text field 'body'": 5}
+
+
+@pytest.mark.parametrize("broken", range(5))
+def test_a_broken_row_does_not_turn_json_lines_into_text(tmp_path, broken):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[broken] = lines[broken][:-3]
+    folder = write_files(tmp_path / "in", {"a.json": "\n".join(lines)})
+    texts, tally = read(folder)
+    assert texts == ROW_TEXTS[:broken] + ROW_TEXTS[broken + 1 :]
+    assert tally.left_out == {"rows that are not JSON": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ The content decides how a file is read, so its name may be anything:
 
 - Parquet has its magic number at both ends (a file named .parquet is always Parquet).
 - gzip, bzip2, xz and Zstandard have one at the start; the text in them is read.
-- JSON Lines: the first two lines that are not blank are JSON objects (a file named
-  .jsonl or .ndjson is always JSON Lines).
+- JSON Lines: most of the first lines are JSON objects (a file named .jsonl or .ndjson
+  is always JSON Lines).
 - All else is text, a document a file: UTF-8, or UTF-16 or UTF-32 with a byte-order
   mark.
 """
@@ -18,6 +18,7 @@ import dataclasses
 import gzip
 import importlib
 import io
+import itertools
 import json
 import lzma
 import re
@@ -51,6 +52,8 @@ _PARQUET_MIN_BYTES = 12  # the magic number twice, and the length of the footer
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # The start of a JSON object or of an array of objects, arrays or strings.
 _JSON_START = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\[])')
+# So many lines show whether a file is JSON Lines: one of them may be damaged.
+_FIRST_LINES = 8
 # A file with more NUL bytes or undecodable characters than this is not text.
 _MAX_BROKEN_FRACTION = 0.01
 
@@ -219,21 +222,17 @@ def _parse_row(line: bytes) -> Any:
 
 
 def _holds_json_lines(file: BinaryIO) -> bool:
-    """Whether the first two lines that are not blank (or the only one) are objects."""
-    checked = 0
-    for _, line in read_lines(file):
-        if not line.strip():
-            continue
-        try:
-            row = _parse_row(line)
-        except (ValueError, RecursionError):
-            return False
-        if not isinstance(row, dict):
-            return False
-        checked += 1
-        if checked == 2:
-            break
-    return checked > 0
+    """Whether most of the first lines that are not blank are JSON objects."""
+    lines = (line for _, line in read_lines(file) if line.strip())
+    are_objects = [_is_object(line) for line in itertools.islice(lines, _FIRST_LINES)]
+    return 2 * sum(are_objects) > len(are_objects)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(_parse_row(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _no_text_field(text_field: str) -> str:
