@@ -243,8 +243,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, open_corpus):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ValueError,
-        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder "
-        "that can$",
+        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a "
+        "writable folder$",
     ):
         open_corpus(folder, token_cache=str(tmp_path / "file" / "cache"))
 

@@ -416,9 +416,10 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
 def test_a_run_goes_on_after_it_and_its_corpus_moved(folder, whole, tmp_path):
     shutil.copytree(folder / "corpus", tmp_path / "moved/corpus")
     shutil.copytree(whole, tmp_path / "moved/run")
-    # The corpus of `moved`, spelled in another way.
-    moved = tiny.make(tmp_path / "moved", data_source=f"{tmp_path}/moved/./corpus/")
-    assert train.train(moved, resume=True)["step"] == 20
+    # The corpus in other words; then a folder that also holds train.out and the cache.
+    for source in ("moved/./corpus/", "moved"):
+        moved = tiny.make(tmp_path / "moved", data_source=f"{tmp_path}/{source}")
+        assert train.train(moved, resume=True)["step"] == 20
     (tmp_path / "moved/corpus/new.txt").write_text("one more document")
     with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
         train.train(moved, resume=True)

@@ -105,7 +105,7 @@ def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
     except OSError as error:
         raise ConfigError(
             f"data.token_cache={data_config.token_cache!r} cannot be written "
-            f"({error.strerror or error}): it must be a folder that can"
+            f"({error.strerror or error}): it must be a writable folder"
         ) from None
     return _open(folder, damage)
 
