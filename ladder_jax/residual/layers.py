@@ -21,9 +21,10 @@ from ladder_jax.residual.reductions import (
     reduce,
     with_gradient_of,
 )
-from ladder_jax.residual.stream import Stream, backward_reduction, wait
+from ladder_jax.residual.stream import Stream, backward_reduction
 from ladder_jax.schedule import Block, Schedule
 
+Remat = Callable[..., Any] | None  # a policy of jax.checkpoint; None: no remat
 # (x_BTD, progress, read_BR) -> (partial_BTD, output): a block with its parameters.
 ComputeBlock = Callable[..., tuple[jax.Array, Any]]
 
@@ -78,7 +79,7 @@ def run_block(
     partial_BTD = overlap.leave(partial_BTD)
     token = None if backward is None else backward.next_input()
     if newest is not None:
-        sums = (*sums, wait(newest))
+        sums = (*sums, newest.wait())
     return Stream(total_BTD, sums, partial_BTD, token), output
 
 
@@ -111,7 +112,7 @@ def run(
     compute: Callable[..., tuple[jax.Array, Any]],
     *,
     reduction: str | Policy,
-    remat: Callable[..., Any] | None = None,
+    remat: Remat = None,
     unroll: bool = False,
     read_BR: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -121,8 +122,8 @@ def run(
       schedule: the residual schedule.
       embedded_BTD: the embedding's partial over the tensor axis.
       layers: a tree whose leaves lead with a layer dimension (`lax.scan` runs repeated
-        layers), or a list of trees, one a layer (they run one after another; compilers
-        copy the slices of a stack).
+        layers), or a list of trees, one a layer (they run one after another: compilers
+        copy each slice of a stack).
       compute: (layer tree, block, x_BTD, progress, read_BR) -> (partial_BTD, output).
         It calls `progress` (overlap.Overlap) between its products. With `read_BR` its
         partial is of those positions of x_BTD alone.
@@ -194,7 +195,6 @@ def _first_stream(
 # (stream, layer tree, blocks, delay of the block after them, rows by block) -> (stream
 # after the layer, outputs by block)
 RunLayer = Callable[..., tuple[Stream, tuple[Any, ...]]]
-Remat = Callable[..., Any] | None
 
 
 def _run_list(
@@ -246,13 +246,13 @@ def _run_scans(
             first_delay = next_delays[-1] = pattern[0][0].delay
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             if not schedule.local:
-                stream = stream.fit(carried_sums(pattern), first_delay, reduction)
+                count = carried_sums(pattern)
+                stream = stream.as_carry(count, first_delay, reduction)
             with jax.named_scope(f"layers{start}to{stop - 1}"):
                 stream, output = lax.scan(step, stream, groups, unroll=unroll)
             output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             if first_delay != _delay_after(schedule, stop - 1):
-                # The token is for a block that reads another stream. Its reduction is
-                # of zeros now.
+                # The token's reduction is for a block with the first delay.
                 stream = stream._replace(token=None)
         pieces.append(output)
     if len(pieces) == 1:

@@ -1,4 +1,4 @@
-"""Hints to XLA's scheduler, and no other file has any: compute while reductions run.
+"""Makes XLA compute while reductions run: no other file talks to its scheduler.
 
 XLA sends a message asynchronously, but only if it finds compute to put between the
 send's start and its end, and by default it often finds none. Here the program says
@@ -59,10 +59,11 @@ class AsyncReduction:
         return after if untied else product
 
     def wait(self) -> jax.Array:
-        """Ends the rounds that are left and returns the sum."""
+        """Ends the rounds that are left. Returns the sum, named "reduced" for remat."""
         while self._ended < len(self._program.rounds):
             self._end_round(self._pending)
-        return with_gradient_of(self._program.finish(self._pending.state), self.partial)
+        total = self._program.finish(self._pending.state)
+        return checkpoint_name(with_gradient_of(total, self.partial), "reduced")
 
     def _end_round(self, pending: Pending) -> None:
         self._pending = self._program.end_round(self._ended, pending)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import sharding
 from ladder_jax.residual.overlap import AsyncReduction, BackwardReduction
@@ -33,7 +32,7 @@ class Stream(NamedTuple):
     def split(
         self, delay: int, reduction: str | Policy
     ) -> tuple[jax.Array, tuple[jax.Array, ...], AsyncReduction | None]:
-        """What a block with this delay reads, and what it does not.
+        """Splits the stream into what a block with this delay reads and the rest.
 
         Returns:
           The sum that the block reads, the sums that are too new for it, and the
@@ -43,13 +42,13 @@ class Stream(NamedTuple):
         if self.partial is not None:
             newest = AsyncReduction(self.partial, reduction)
             if not delay:
-                sums, newest = (*sums, wait(newest)), None
+                sums, newest = (*sums, newest.wait()), None
         unread = delay - (newest is not None)
         due = max(len(sums) - unread, 0)
         return _add(self.total, *sums[:due]), sums[due:], newest
 
-    def fit(self, count: int, delay: int, reduction: str | Policy) -> "Stream":
-        """The same stream with all fields set and `count` sums, as a scan carries it.
+    def as_carry(self, count: int, delay: int, reduction: str | Policy) -> "Stream":
+        """The same stream with all fields set and `count` sums, for a scan to carry.
 
         Sums beyond that number are added to the total; missing arrays become zeros.
 
@@ -69,11 +68,6 @@ class Stream(NamedTuple):
             backward = backward_reduction(total, sums, delay, reduction)
             token = None if backward is None else backward.next_input()
         return Stream(total, sums, partial, token)
-
-
-def wait(pending: AsyncReduction) -> jax.Array:
-    """The sum, by a name that policies of remat know."""
-    return checkpoint_name(pending.wait(), "reduced")
 
 
 def backward_reduction(
