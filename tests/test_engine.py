@@ -27,6 +27,7 @@ from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import QueueFull, RequestFailed, Token
+from ladder_jax.serve.scheduler import plan_step
 
 CONFIG = Model(
     vocab_size=264,
@@ -70,7 +71,9 @@ def model(config=CONFIG, tensor=1):
 
 def engine(config=CONFIG, tensor=1, tokenizer=None, **options):
     options = {
-        name: options.pop(name) for name in ("trace", "pipelined") if name in options
+        name: options.pop(name)
+        for name in ("trace", "pipelined", "scheduler")
+        if name in options
     } | dict(options=dataclasses.replace(OPTIONS, **options))
     return Engine(
         model(config, tensor), config, mesh(tensor), tokenizer=tokenizer, **options
@@ -95,7 +98,7 @@ def _alone(config, tensor, prompt, options):
 def alone(prompt, config=CONFIG, tensor=1, stop_token_ids=(), max_tokens=16, **options):
     """What the reference makes of one request by itself."""
     options = {
-        name: tuple(value.items()) if name == "bias" else value
+        name: tuple(value.items()) if name == "logit_bias" else value
         for name, value in options.items()
     }
     tokens = _alone(config, tensor, tuple(prompt), tuple(sorted(options.items())))[
@@ -139,22 +142,13 @@ def check(engine, submitted, **where):
         )
     while engine.step():
         pass
-    state = jax.device_get(engine._state)
-    assert (
-        not state.slots.state.active.any()
-        and (state.staging.state.admission_order == decode.NOT_WAITING).all()
-    )
-    assert (
-        not engine._live
-        and not engine._prefilled
-        and not any(engine._staging)
-        and not engine._waiting_count
-    )
-    assert (
-        engine.counters.syncs
-        == engine.counters.chunks
-        == len(engine.history or range(engine.counters.chunks))
-    )
+    state = jax.device_get(engine.programs.state)
+    assert not state.slots.state.active.any()
+    assert (state.staging.state.admission_order == decode.NOT_WAITING).all()
+    assert not list(engine.stepper.tracker) and not engine.waiting
+    assert engine.counters.syncs == engine.counters.chunks
+    if engine.stepper.trace:
+        assert len(engine.history) == engine.counters.chunks
 
 
 def run(engine, asked, **where):
@@ -195,10 +189,10 @@ def test_more_requests_than_slots_have_the_tokens_they_have_alone():
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data):
-    """One engine's shapes, so nothing recompiles; `steps` shortens its chunks."""
+    """One engine, which has compiled all before; `steps` shortens its chunks."""
     made = shared_engine()
-    steps = data.draw(st.integers(1, 4), "iterations a chunk")
-    made._steps = lambda: steps
+    compiled = made.compiled()
+    CHUNK_STEPS[:] = [data.draw(st.integers(1, 4), "iterations a chunk")]
     asked = data.draw(st.permutations(requests(10)), "order")
     gaps = data.draw(
         st.lists(st.integers(0, 3), min_size=10, max_size=10), "steps between arrivals"
@@ -223,23 +217,23 @@ def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data)
         whole = alone(prompt, **options)
         assert request.tokens == whole[: len(request.tokens)]
     check(made, [x for i, x in enumerate(submitted) if i not in cancelled])
-    assert made.compiled() == shared_programs(made)
+    assert made.compiled() == compiled, "a program was compiled for a known shape"
+
+
+CHUNK_STEPS = []  # the iterations of shared_engine's chunks, if not empty
 
 
 @functools.cache
 def shared_engine():
-    return engine()
+    def chunks_of_drawn_length(load, limits):
+        step = plan_step(load, limits)
+        return (
+            step._replace(steps=CHUNK_STEPS[0]) if step.steps and CHUNK_STEPS else step
+        )
 
-
-_programs = []
-
-
-def shared_programs(made):
-    """What was compiled after the first example that used all shapes; it never grows past that."""
-    if len(_programs) < 1 or made.compiled() != _programs[-1]:
-        _programs.append(made.compiled())
-    assert len(_programs) <= 4 and made.compiled()[0] <= made.compiled()[1]
-    return made.compiled()
+    made = engine(scheduler=chunks_of_drawn_length)
+    made.warm_up()
+    return made
 
 
 @pytest.mark.parametrize(
@@ -258,7 +252,8 @@ def test_ways_of_running_have_the_same_tokens(changes):
 
 def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     made = engine(loop="fixed")
-    assert made.capacity.chunks == [1, 4] and engine().capacity.chunks == [4]
+    assert made.capacity.chunk_sizes == [1, 4]
+    assert engine().capacity.chunk_sizes == [4]
     run(made, [([1, 2], dict(max_tokens=2))])  # one by prefill, one by the loop
     assert (made.counters.chunks, made.counters.iterations) == (1, 1)
     run(made, [([3], dict(max_tokens=12))])
@@ -296,24 +291,23 @@ def test_residual_schedules_and_tensor_shards(residual, tensor):
 
 def test_the_compiled_shape_follows_what_is_live():
     """Grows for a burst of long requests, shrinks by the memory shuffle while one goes on, and no token changes."""
-    made = engine(fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=64)
-    made.capacity.lengths = [32, 64]
+    long = dataclasses.replace(CONFIG, max_length=128)
+    made = engine(
+        long, fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=None
+    )
     widths = []
     asked = [
-        ([1, 2, 3], dict(max_tokens=60, seed=1)),
+        ([1, 2, 3], dict(max_tokens=80, seed=1)),
         *[([i], dict(max_tokens=6, seed=i)) for i in range(5)],
     ]
     submitted = [
         (made.submit(prompt, **options), prompt, options) for prompt, options in asked
     ]
     while made.step():
-        widths.append((made._width, made._length))
-    check(made, submitted)
-    assert (
-        max(w for w, _ in widths) == 4
-        and (1, 64) in widths
-        and made.counters.reshapes >= 3
-    )
+        widths.append((made.programs.width, made.programs.length))
+    check(made, submitted, config=long)
+    assert max(w for w, _ in widths) == 4
+    assert (4, 64) in widths and (1, 128) in widths and made.counters.reshapes >= 3
     assert made.compiled()[0] <= made.compiled()[1]
 
 
@@ -437,7 +431,8 @@ def test_stop_strings_cut_exactly_and_free_the_slot():
         assert whole.tokens[: len(request.tokens)] == request.tokens
     while made.step():
         pass
-    assert not made._live and not jax.device_get(made._state.slots.state.active).any()
+    assert not made.on_device
+    assert not jax.device_get(made.programs.state.slots.state.active).any()
 
 
 # ---------------------------------------------------------------- the host
@@ -477,20 +472,20 @@ def test_the_queue_is_bounded_and_cancelling_makes_room():
         (dict(logprobs=4), "logprobs"),
         (dict(temperature=-1), "temperature"),
         (dict(colour=1), "colour"),
-        (dict(logit_bias={1: 1, 2: 2, 3: 3}), "bias"),
+        (dict(logit_bias={1: 1, 2: 2, 3: 3}), "logit_bias"),
     ],
 )
 def test_mistakes_name_the_field_and_touch_nobody(wrong, name):
     made = shared_engine()
     with pytest.raises(ConfigError, match=name):
         made.submit(**dict(prompt=[1]) | wrong)
-    assert made._waiting_count == 0
+    assert made.waiting == 0
 
 
 def test_an_error_in_one_request_is_its_own():
     made = engine()
     good, bad = (made.submit([i], max_tokens=9) for i in (1, 2))
-    bad._stopper = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
+    bad.stopper = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
     with pytest.raises(RequestFailed, match="its own"):
         list(bad)
     assert bad.finish == "error" and good.result().tokens == alone([1], max_tokens=9)
@@ -503,7 +498,9 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
     ]  # as many as there are places
     made.step()
     waiting = made.submit([9], max_tokens=5)
-    with mock.patch.object(made, "_chunk", side_effect=RuntimeError("device lost")):
+    with mock.patch.object(
+        made.programs, "run_chunk", side_effect=RuntimeError("device lost")
+    ):
         made.step()
     for request in live:
         with pytest.raises(RequestFailed, match="device lost"):
@@ -518,7 +515,7 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
 
 def test_asyncio_and_threads_share_the_engines_own_thread():
     made = shared_engine()
-    made.__dict__.pop("_steps", None)
+    CHUNK_STEPS.clear()
     asked = requests(6)
 
     async def one(prompt, options):
@@ -557,18 +554,19 @@ def test_one_synchronisation_a_chunk():
 
 def test_memory_is_planned_and_never_overcommitted():
     made = engine(slots=3, staging=2)
+    state = made.programs.state
     row = (
         2 * 2 * 8 * 4 * 4 * 64
     )  # keys and values, layers, heads, head, float32, tokens
     assert (
         made.capacity.memory["rows"]
         == 5 * row
-        == sum(
-            x.nbytes
-            for x in jax.tree.leaves((made._state.slots.kv, made._state.staging.kv))
-        )
+        == sum(x.nbytes for x in jax.tree.leaves((state.slots.kv, state.staging.kv)))
     )
-    assert "5" in made.report() or "MiB" in made.report()
+    assert made.report() == (
+        "3 slots and 2 places in staging, of 64 tokens in float32: 0.2 MiB, prefixes "
+        "0.0 MiB, reshaping 0.0 MiB, together 0.2 MiB a device"
+    )
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
         engine(kv_memory="100KiB")
     engine(kv_memory="1MiB")
@@ -577,7 +575,7 @@ def test_memory_is_planned_and_never_overcommitted():
         "1MiB",
     ):  # without a number, as many slots as the budget holds, and not one more
         filled = engine(slots=None, staging=None, kv_memory=budget)
-        more = filled.capacity.plan(filled.options.slots + 1)[1]
+        more = filled.capacity.budget(filled.options.slots + 1)
         assert filled.capacity.memory["total"] <= to_bytes(budget, "") < more["total"]
         assert filled.submit([1, 2], max_tokens=3).result().tokens == alone(
             [1, 2], max_tokens=3
@@ -600,9 +598,9 @@ def test_generate_keeps_order_beyond_the_queue():
 
 def test_what_comes_after_a_cancellation_is_not_the_requests():
     request = engine().submit([1, 2], max_tokens=9)
-    request._put([Token(5, "a"), Token(None, "b")])
+    request.put([Token(5, "a"), Token(None, "b")])
     request.cancel()
-    request._put(
+    request.put(
         [Token(6, "c")], "length"
     )  # of a chunk whose events are being handed out
     assert (request.tokens, request.text, request.finish, len(request.times)) == (
@@ -634,17 +632,18 @@ def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
 
 
 def test_after_warm_up_nothing_compiles():
+    long = dataclasses.replace(CONFIG, max_length=96)
     made = engine(
+        long,
         fit_shapes=True,
         slots=3,
         staging=2,
         steps_per_call=3,
         prefill_budget=16,
-        max_length=48,
+        max_length=None,
         max_logit_bias=3,
     )  # shares no programs
-    made.capacity.lengths = [24, 48]
-    made._reset()
+    assert made.capacity.lengths == [64, 96]
     shapes, compiling = [], []
     made.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = made.compiled()
@@ -660,7 +659,7 @@ def test_after_warm_up_nothing_compiles():
         pass
     asked = [
         (prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
-        for prompt, options in requests(14, longest=40)
+        for prompt, options in requests(14, longest=80)
     ]
     serving = True
     jax.monitoring.register_event_duration_secs_listener(
@@ -681,11 +680,10 @@ def test_after_warm_up_nothing_compiles():
         while made.step():
             pass
     serving = False
-    assert (
-        made.counters.reshapes > 2 and made.compiled()[0] == compiled and not compiling
-    )
+    assert made.counters.reshapes > 2
+    assert made.compiled()[0] == compiled and not compiling
     for request, (prompt, options) in zip(submitted, asked):
-        assert request.tokens == alone(prompt, **options)
+        assert request.tokens == alone(prompt, config=long, **options)
 
 
 def test_chunks_are_short_while_prefill_fills_slots():
@@ -797,7 +795,7 @@ def test_a_soak_with_random_cancellations():
     reference = [alone(prompt, **options) for prompt, options in asked]
     memory, programs, done, start = [], [], 0, time.time()
     for i in range(20_000):
-        while made._waiting_count >= 64:
+        while made.waiting >= 64:
             made.step()
         prompt, options = asked[i % 40]
         waiting.append((i % 40, made.submit(prompt, **options)))
