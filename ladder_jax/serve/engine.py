@@ -335,14 +335,13 @@ def _spec(
     """Returns what the compiled programs depend on."""
     platform = mesh.devices.flat[0].platform
     is_gpu = platform in ("gpu", "cuda", "rocm")
-    kv_dtype: str = options.kv_dtype
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if platform == "cpu" else model_config.dtype
+    kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)
     return decode.DecodeSpec(
-        model_config,
-        mesh,
-        vocabulary,
-        (options.max_stop_ids, options.max_logit_bias),
+        model_config=model_config,
+        mesh=mesh,
+        vocabulary=vocabulary,
+        max_stop_ids=options.max_stop_ids,
+        max_logit_bias=options.max_logit_bias,
         max_logprobs=min(options.max_logprobs, vocabulary),
         kv_dtype=kv_dtype,
         unroll_layers=options.unroll_layers,
