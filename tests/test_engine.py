@@ -26,7 +26,7 @@ from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve.engine import Engine
-from ladder_jax.serve.request import QueueFull, RequestFailed, Token
+from ladder_jax.serve.request import EngineClosed, QueueFull, RequestFailed, Token
 from ladder_jax.serve.scheduler import plan_step
 
 CONFIG = Model(
@@ -704,6 +704,380 @@ def test_prompts_share_prefill_calls_while_enough_wait():
     assert made.counters.prefill_calls <= 10
     busy = np.concatenate([chunk for _, chunk in made.history]) >= 0
     assert busy[: 24 * 23 // 4 - 24].all()
+
+
+# ---------------------------------------------------------------- what a client submits
+
+VALUES = {
+    "None": None,
+    "text": "high",
+    "empty text": "",
+    "bytes": b"ab",
+    "True": True,
+    "NumPy's False": np.bool_(False),
+    "1.5": 1.5,
+    "5.0": 5.0,
+    "NumPy's 0.5": np.float32(0.5),
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "-inf": -float("inf"),
+    "NumPy's 1": np.int64(1),
+    "2": 2,
+    "-1": -1,
+    "2**40": 2**40,
+    "10**400": 10**400,
+    "-10**400": -(10**400),
+    "complex": 1j,
+    "[]": [],
+    "[1, 2]": [1, 2],
+    "a bool in a list": [1, True],
+    "floats in a list": [1.9, 2.2],
+    "lists in a list": [[1], [2]],
+    "2**70 in a list": [2**70],
+    "-1 in a list": [-1],
+    "text in a list": ["x"],
+    "set": {1, 2},
+    "{}": {},
+    "{1: 2.0}": {1: 2.0},
+    "a text key": {"a": 1},
+    "a text value": {1: "a"},
+    "a nan value": {1: float("nan")},
+    "a float key": {1.5: 1.0},
+    "a key outside the vocabulary": {300: 1.0},
+    "array of int": np.array([1, 2]),
+    "array of two dimensions": np.array([[1, 2]]),
+    "array of float": np.array([1.0, 2.0]),
+    "array of bool": np.array([True]),
+    "object": object(),
+}
+WHOLE = {"NumPy's 1", "2"}
+REAL = WHOLE | {"1.5", "5.0", "NumPy's 0.5"}
+IDS = {"[1, 2]", "array of int"}
+RIGHT = {  # the VALUES that an option accepts
+    "prompt": IDS,
+    "max_tokens": WHOLE | {"None"},
+    "stop": {"[]"},  # this engine has no tokenizer, so no text
+    "stop_token_ids": IDS | {"None", "[]"},
+    "logprobs": WHOLE | {"None"},
+    "priority": WHOLE | {"-1"},
+    "logit_bias": {"None", "{}", "{1: 2.0}"},
+    "temperature": REAL | {"2**40"},
+    "top_k": WHOLE | {"5.0", "2**40", "10**400"},
+    "top_p": {"NumPy's 1", "NumPy's 0.5"},
+    "min_p": {"NumPy's 0.5"},
+    "repetition_penalty": REAL,
+    "presence_penalty": REAL | {"-1"},
+    "frequency_penalty": REAL | {"-1"},
+    "seed": WHOLE
+    | {
+        "5.0",
+    },
+}
+
+
+@functools.cache
+def neighbours_engine():
+    return engine()
+
+
+@pytest.mark.parametrize("option", RIGHT)
+def test_each_option_refuses_each_wrong_type_and_a_neighbour_is_unharmed(option):
+    made = neighbours_engine()
+    neighbour = made.submit([7, 8], max_tokens=40)
+    for kind, value in VALUES.items():
+        submitted, queued = made.counters.submitted, made.waiting
+        options = dict(prompt=[3], max_tokens=1) | {option: value}
+        if kind in RIGHT[option]:
+            made.submit(**options).cancel()
+            continue
+        with pytest.raises(ConfigError) as caught:
+            made.submit(**options)
+            pytest.fail(f"{option}={value!r} ({kind}) was accepted")
+        message = str(caught.value)
+        assert option in message and "\n" not in message
+        assert (made.counters.submitted, made.waiting) == (submitted, queued)
+        made.step()
+    assert neighbour.result().tokens == alone([7, 8], max_tokens=40)
+    assert made.counters.failures == 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(stop=None), "stop=None is not accepted: it must be a non-empty string"),
+        (dict(stop_token_ids=5), "stop_token_ids=5 .* a list of at most 2 ids from 0"),
+        (dict(max_tokens="5"), "max_tokens='5' .* an integer from 1 to 63: 64 tokens"),
+        (dict(max_tokens=5.0), "max_tokens=5.0 is not accepted: it must be an integer"),
+        (dict(logprobs=1.5), "logprobs=1.5 .* None, or an integer from 0 to 3"),
+        (dict(prompt=[1.9, 2.2]), r"prompt=\[1.9, 2.2\] .* text, or ids from 0 to 263"),
+        (dict(prompt=5), "prompt=5 is not accepted: it must be text, or ids"),
+        (dict(prompt=list(range(64))), "prompt=64 or more tokens .* fewer than 64"),
+        (dict(prompt=np.zeros((2, 3))), r"prompt=array of shape \(2, 3\) and type fl"),
+        (dict(priority="high"), "priority='high' .* an integer from -1000 to 1000"),
+        (dict(priority=1001), "priority=1001 .* an integer from -1000 to 1000"),
+    ],
+)
+def test_messages_name_the_value_and_what_is_accepted(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        neighbours_engine().submit(**dict(prompt=[1]) | wrong)
+
+
+def test_numbers_of_numpy_and_prompts_of_any_sequence_are_accepted():
+    made = neighbours_engine()
+    prompt = [3, 1, 4]
+    for ids in (
+        tuple(prompt),
+        iter(prompt),
+        range(3, 6),
+        np.array(prompt, np.uint8),
+        jax.numpy.array(prompt),
+        list(np.array(prompt)),
+        list(jax.numpy.array(prompt)),
+    ):
+        want = [3, 4, 5] if isinstance(ids, range) else prompt
+        request = made.submit(
+            ids, max_tokens=np.int64(5), temperature=np.float32(1), seed=np.uint32(2)
+        )
+        want = alone(want, max_tokens=5, temperature=1.0, seed=2)
+        assert request.result().tokens == want
+
+
+def test_one_mistake_in_a_list_of_prompts_submits_none_of_them():
+    made = neighbours_engine()
+    submitted = made.counters.submitted
+    with pytest.raises(ConfigError, match="prompt=.*999"):
+        made.generate([[1], [2], [999]], max_tokens=2)
+    with pytest.raises(ConfigError, match="prompts='text' .* a list of prompts"):
+        made.generate("text")
+    assert made.counters.submitted == submitted and made.waiting == 0
+
+
+# ---------------------------------------------------------------- priorities, the queue
+
+
+@pytest.mark.parametrize("staging", [1, 6])
+def test_priorities_order_the_queue_and_staging_alike(staging):
+    """Over all that is accepted; with 6 places in staging, the device orders them."""
+    made = engine(slots=1, staging=staging)
+    blocker = made.submit([1], max_tokens=40)
+    while not blocker.tokens:
+        made.step()
+    priorities = [-1000, 127, 128, 0, 1000, 129]
+    asked = [
+        made.submit([i], max_tokens=3, priority=p) for i, p in enumerate(priorities)
+    ]
+    while made.step():
+        pass
+    # A first token comes with prefill, the second one from the slot.
+    decoded = sorted(asked, key=lambda r: r.times[1])
+    assert [r.priority for r in decoded] == sorted(priorities, reverse=True)
+
+
+def test_equal_priorities_stay_in_order_when_the_tickets_start_again(monkeypatch):
+    monkeypatch.setattr("ladder_jax.serve.stepper.TICKETS", 5)
+    made = engine(slots=1, staging=2)
+    asked = [made.submit([i], max_tokens=3, priority=i % 2) for i in range(12)]
+    while made.step():
+        pass
+    decoded = sorted(range(12), key=lambda i: asked[i].times[1])
+    want = [*range(1, 12, 2), *range(0, 12, 2)]
+    assert decoded == want
+    assert all(r.tokens == alone([i], max_tokens=3) for i, r in enumerate(asked))
+
+
+def test_cancelling_a_request_that_waits_frees_its_place_at_once():
+    made = engine(queue_size=2)
+    for _ in range(3):  # without a step
+        requests = [made.submit([i], max_tokens=2) for i in (1, 2)]
+        with pytest.raises(QueueFull, match="2 requests wait already"):
+            made.submit([3], max_tokens=2)
+        for request in requests:
+            request.cancel()
+    assert made.submit([1], max_tokens=2).result().tokens == alone([1], max_tokens=2)
+    assert made.counters.finished == made.counters.submitted == 7
+
+
+LONG = dataclasses.replace(CONFIG, max_length=128)
+WAITERS = [
+    (prompt, dict(max_tokens=max_tokens))
+    for prompt, max_tokens in (
+        ([1, 2], 4),
+        ([3], 100),
+        (list(range(60)), 40),
+        (list(range(30)), 90),
+        (list(range(100)), 20),
+        ([5, 6, 7], 12),
+    )
+]
+
+
+@functools.cache
+def long_engine(fit_shapes, staging):
+    return engine(
+        LONG,
+        fit_shapes=fit_shapes,
+        slots=2,
+        staging=staging,
+        steps_per_call=8,
+        prefill_budget=64,
+        max_length=None,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    fit_shapes=st.booleans(),
+    staging=st.sampled_from([1, 3]),
+    plans=st.lists(
+        st.tuples(
+            st.sampled_from(WAITERS),
+            st.sampled_from([-1000, 0, 0, 1000]),
+            st.sampled_from([None, None, 0, 0, 1, 3]),
+        ),
+        min_size=3,
+        max_size=7,
+    ),
+)
+def test_cancelled_requests_never_change_the_others(fit_shapes, staging, plans):
+    """plans: (prompt and options, priority, steps until it is cancelled or None)."""
+    made = long_engine(fit_shapes, staging)
+    submitted = [
+        (made.submit(prompt, **options, priority=priority), prompt, options)
+        for (prompt, options), priority, _ in plans
+    ]
+    for step in range(4):
+        for (request, *_), (_, _, cancelled_at) in zip(submitted, plans):
+            if cancelled_at == step:
+                request.cancel()
+        made.step()
+    for request, *_ in submitted:
+        request.result()
+    for request, prompt, options in submitted:
+        whole = alone(prompt, config=LONG, **options)
+        assert request.tokens == whole[: len(request.tokens)]
+        assert request.finish == "cancelled" or request.tokens == whole
+    check(made, [x for x in submitted if x[0].finish != "cancelled"], config=LONG)
+
+
+def test_a_request_is_decoded_in_a_state_that_is_long_enough_for_it():
+    """Two cancelled requests wait ahead of one that needs a longer state."""
+    made = long_engine(True, 1)
+    first, second = (made.submit([i], max_tokens=4) for i in (1, 2))
+    prompt, options = WAITERS[4]
+    wanted = made.submit(prompt, **options)
+    first.cancel(), second.cancel()
+    assert wanted.result().tokens == alone(prompt, config=LONG, **options)
+
+
+# ---------------------------------------------------------------- interrupts
+
+
+def test_an_interrupt_while_the_host_waits_for_the_device_loses_nothing():
+    made = engine(slots=2)
+    request = made.submit([1, 2], max_tokens=40)
+    for _ in range(3):
+        made.step()
+    with mock.patch.object(jax, "device_get", side_effect=KeyboardInterrupt):
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                made.step()
+    assert request.result().tokens == alone([1, 2], max_tokens=40)
+    assert made.counters.failures == 0
+    while made.step():
+        pass
+    assert not made.on_device
+
+
+class InterruptAt:
+    """A profile function: KeyboardInterrupt at the n-th call or return in serve/.
+
+    Python looks for signals at these places.
+    """
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, frame, event, argument):
+        if event in ("call", "c_return") and "/serve/" in frame.f_code.co_filename:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4000), st.booleans())
+def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, fit):
+    made = long_engine(fit, 3)
+    asked = [*WAITERS[:2], WAITERS[5], WAITERS[2]]
+    submitted = [(made.submit(p, **o), p, o) for p, o in asked]
+    submitted[1][0].cancel()
+    sys.setprofile(InterruptAt(at))
+    try:
+        while made.step():
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    for i, (request, prompt, options) in enumerate(submitted):
+        try:
+            request.result()
+        except RequestFailed as error:
+            assert "interrupted" in str(error)
+        else:
+            whole = alone(prompt, config=LONG, **options)
+            assert request.tokens == whole or request.finish == "cancelled", i
+    prompt, options = WAITERS[3]
+    again = made.submit(prompt, **options)
+    assert again.result().tokens == alone(prompt, config=LONG, **options)
+    while made.step():
+        pass
+    assert not made.on_device and not made.waiting
+    assert made.counters.finished == made.counters.submitted
+
+
+# ---------------------------------------------------------------- closing
+
+
+def test_closing_an_engine_ends_the_iteration_of_a_coroutine():
+    made = neighbours_engine()
+
+    async def read(request, tokens):
+        async for token in request:
+            tokens.append(token.id)
+
+    async def both():
+        request, tokens = made.submit([1, 2], max_tokens=60), []
+        reading = asyncio.create_task(read(request, tokens))
+        while not tokens:
+            await asyncio.sleep(0)
+        with mock.patch.object(made.stepper, "step", side_effect=lambda: False):
+            made.close()  # a step may have read tokens that the coroutine still gets
+            with pytest.raises(EngineClosed, match="the engine was closed"):
+                await asyncio.wait_for(reading, 60)
+        return request, tokens
+
+    request, tokens = asyncio.run(both())
+    assert not made.running
+    rest = [token.id for token in request]
+    assert tokens + rest == alone([1, 2], max_tokens=60)
+
+
+def test_an_engine_closes_when_its_last_user_leaves():
+    made = neighbours_engine()
+    prompts = {1: 5, 2: 50}  # the first to leave leaves long before the other
+
+    async def use(prompt):
+        with made:
+            request = made.submit([prompt], max_tokens=prompts[prompt])
+            return [token.id async for token in request]
+
+    async def all_of_them():
+        return await asyncio.gather(*map(use, prompts))
+
+    got = asyncio.run(asyncio.wait_for(all_of_them(), 120))
+    assert got == [alone([p], max_tokens=n) for p, n in prompts.items()]
+    assert not made.running
 
 
 HOST = """
