@@ -1,4 +1,7 @@
-"""The engine against `generate` for one request alone: every token, whatever runs beside it, and what it promises."""
+"""The engine's tokens are those that `generate` gives for one request alone.
+
+Whatever runs beside a request, and whatever happens to its neighbours.
+"""
 
 import asyncio
 import dataclasses
@@ -82,7 +85,10 @@ def engine(config=CONFIG, tensor=1, tokenizer=None, **options):
 
 @functools.cache
 def _alone(config, tensor, prompt, options):
-    """As many tokens as fit: what a request with fewer has is their beginning (and few shapes are compiled)."""
+    """As many tokens as fit, so that few shapes are compiled.
+
+    A request with fewer max_tokens has the beginning of them.
+    """
     return list(
         generate.generate(
             model(config, tensor),
@@ -167,7 +173,7 @@ def run(engine, asked, **where):
 def test_more_requests_than_slots_have_the_tokens_they_have_alone():
     made = engine(trace=True)
     submitted = run(made, requests(20, longest=7))
-    # every slot was taken again inside a chunk: two requests in one column of one chunk's events
+    # A slot was taken again inside a chunk: one column of its events has two requests.
     refills = [
         any(len(set(column[column >= 0])) > 1 for column in chunk.T)
         for _, chunk in made.history
@@ -279,7 +285,10 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     ],
 )
 def test_residual_schedules_and_tensor_shards(residual, tensor):
-    """Against the reference on one device; desync, whose ranks' streams are part of the model, on the same mesh."""
+    """The reference runs on one device, but for desync on the same mesh.
+
+    The streams of desync's ranks are part of the model.
+    """
     config = dataclasses.replace(CONFIG, residual=residual)
     run(
         engine(config, tensor),
@@ -290,7 +299,10 @@ def test_residual_schedules_and_tensor_shards(residual, tensor):
 
 
 def test_the_compiled_shape_follows_what_is_live():
-    """Grows for a burst of long requests, shrinks by the memory shuffle while one goes on, and no token changes."""
+    """It grows for a burst of requests, and shrinks while one of them goes on.
+
+    The memory shuffle changes no token.
+    """
     long = dataclasses.replace(CONFIG, max_length=128)
     made = engine(
         long, fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=None
@@ -372,7 +384,7 @@ def test_prefixes_are_bounded_and_the_least_recent_goes_first():
     assert len(kept.find(np.append(b, 0))) == 2 and not kept.find(a)
 
 
-# ---------------------------------------------------------------- what comes with the tokens
+# ---------------------------------------------------------------- text, probabilities
 
 
 def test_log_probabilities_are_the_models_own():
@@ -511,6 +523,26 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
     assert waiting.result().tokens == alone(
         [9], max_tokens=5
     )  # it was not on the device yet
+
+
+def test_an_exception_that_no_request_can_report_is_raised():
+    def broken(load, limits):
+        raise ArithmeticError("of the scheduler")
+
+    made = engine(scheduler=broken)
+    with pytest.raises(ArithmeticError, match="of the scheduler"):
+        made.submit([1], max_tokens=2).result()
+
+
+def test_requests_of_a_shape_that_cannot_be_had_fail():
+    """Else the engine would try the same for ever."""
+    made = engine()
+    request = made.submit([1], max_tokens=2)
+    with mock.patch.object(
+        made.programs, "reshape", side_effect=RuntimeError("no memory")
+    ):
+        with pytest.raises(RequestFailed, match="no memory"):
+            request.result()
 
 
 def test_asyncio_and_threads_share_the_engines_own_thread():
@@ -687,7 +719,7 @@ def test_after_warm_up_nothing_compiles():
 
 
 def test_chunks_are_short_while_prefill_fills_slots():
-    """Four slots, one prompt a prefill call: few iterations run before all four decode."""
+    """Four slots, one prompt a prefill call: all four decode after few iterations."""
     made = engine(slots=4, staging=4, steps_per_call=16, prefill_budget=16, trace=True)
     run(made, [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)])
     busy = (np.concatenate([chunk for _, chunk in made.history]) >= 0).sum(axis=1)
@@ -697,7 +729,7 @@ def test_chunks_are_short_while_prefill_fills_slots():
 
 
 def test_prompts_share_prefill_calls_while_enough_wait():
-    """Short prompts behind long outputs: calls for several of them, and no slot ever idle for want of one."""
+    """Short prompts, long outputs: a call takes several, and no slot is idle."""
     made = engine(slots=4, staging=8, steps_per_call=4, prefill_budget=64, trace=True)
     asked = [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)]
     run(made, asked)
@@ -1089,7 +1121,8 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import test_engine
 from ladder_jax.config import ConfigError
 made = test_engine.engine(tensor=4, fit_shapes=True)
-submitted = [made.submit(prompt, **options) for prompt, options in test_engine.requests(6, longest=12)]
+asked = test_engine.requests(6, longest=12)
+submitted = [made.submit(prompt, **options) for prompt, options in asked]
 submitted[4].cancel()
 print(json.dumps([request.result().tokens for request in submitted]))
 try:
@@ -1103,6 +1136,7 @@ def test_two_hosts_agree():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     both = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, address, str(n)],
@@ -1112,7 +1146,7 @@ def test_two_hosts_agree():
             env=os.environ
             | {
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+                "PYTHONPATH": os.pathsep.join(path),
             },
         )
         for n in range(2)
@@ -1203,7 +1237,8 @@ def test_a_soak_with_random_cancellations():
         programs,
         memory,
     )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{time.time() - start:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, "
+        f"{time.time() - start:.0f} s, peak {peak:.0f} MiB, "
         f"occupancy {made.counters.occupancy:.3f}, {made.counters}"
     )

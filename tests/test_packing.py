@@ -1,4 +1,4 @@
-"""What one prefill call computes: pieces that fit, in order, until every prompt is done."""
+"""The pieces of prompts that one prefill call computes: they fit, and are in order."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -21,7 +21,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
@@ -39,7 +39,7 @@ from ladder_jax.serve.request_queue import RequestQueue
 from ladder_jax.serve.scheduler import Scheduler, plan_step
 from ladder_jax.serve.stepper import Stepper
 from ladder_jax.serve.stop_strings import StopStringFilter
-from ladder_jax.serve.submission import Accepts, Submission
+from ladder_jax.serve.submission import Accepts, Submission, SubmitOptions
 
 
 class Engine:
@@ -155,7 +155,7 @@ class Engine:
 
     # ------------------------------------------------------------ submission
 
-    def submit(self, prompt: Any, **options: Any) -> Request:
+    def submit(self, prompt: Any, **options: Unpack[SubmitOptions]) -> Request:
         """Queues a request and returns its handle.
 
         Args:
@@ -175,16 +175,26 @@ class Engine:
         """
         return self._enqueue(submission.check(prompt, options, self._accepts))
 
-    def generate(self, prompts: Iterable[Any], **options: Any) -> list[Request]:
+    def generate(
+        self, prompts: Iterable[Any], **options: Unpack[SubmitOptions]
+    ) -> list[Request]:
         """Runs all prompts (texts or ids) to their end; returns them in order.
 
-        It checks all prompts before it submits the first. options: those of `submit`.
+        It checks all prompts before it submits the first, and cancels all of them if
+        one fails. options: those of `submit`.
         """
         is_several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         require(is_several, "prompts", prompts, "a list of prompts")
         checked = [submission.check(p, options, self._accepts) for p in prompts]
-        requests = [self._enqueue_or_wait(one) for one in checked]
-        return [request.result() for request in requests]
+        requests: list[Request] = []
+        try:
+            for one in checked:
+                requests.append(self._enqueue_or_wait(one))
+            return [request.result() for request in requests]
+        except BaseException:  # the caller has no handle to end the others with
+            for request in requests:
+                request.cancel()
+            raise
 
     def _enqueue_or_wait(self, checked: Submission) -> Request:
         while True:

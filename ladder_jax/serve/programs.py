@@ -117,7 +117,7 @@ class Programs:
 
     def compiled(self) -> tuple[int, int]:
         """Returns (programs compiled so far, the most that there can be)."""
-        functions = (
+        functions: tuple[Any, ...] = (
             *self.chunks.values(),
             self.prefill,
             self._read_block,
@@ -189,5 +189,5 @@ def slot_state(
         stops=one([*stop_ids, *padding]),
         logprobs=one(submission.logprobs is not None, bool),
         sampling=submission.params,
-        history=None,  # type: ignore[arg-type]  # prefill sets it
+        history=None,  # prefill sets it
     )

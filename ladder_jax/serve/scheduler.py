@@ -82,11 +82,11 @@ class Load:
 
 
 class Step(NamedTuple):
-    """What a step does: gives the state a shape, admits, prefills, starts a chunk."""
+    """What a step does: admits, gives the state a shape, prefills, starts a chunk."""
 
     admit: int  # the first `admit` candidates get a place in staging
-    width: int  # shape of the decode state, before the admission
-    length: int
+    width: int  # shape of the decode state, slots
+    length: int  # and tokens
     smaller_steps: int  # for the next step's Load
     prefill_budget: int  # tokens of the next prefill call; 0: the chunk comes next
     steps: int  # iterations of the next chunk; 0: no chunk

@@ -95,18 +95,21 @@ class Stepper:
         If the device raises an exception, the requests that it works on fail, and the
         engine continues with an empty state and the queued requests. The same holds if
         a KeyboardInterrupt, or another exception that is not an Exception, has ended
-        the step before this one while it changed the state.
+        the step before this one while it changed the state. An exception is raised
+        again if there is no request to fail with it.
         """
+        if self._changing:
+            self._fail(RuntimeError("a step of the engine was interrupted halfway"))
+            return True
         try:
-            if self._changing:
-                raise RuntimeError("the step before was interrupted halfway")
             self._changing = True
             worked = self._step()
             self._changing = False
             return worked
         except Exception as error:  # any: the device's state may be lost
             log.exception("a decode step failed: its requests fail")
-            self._fail(error)
+            if not self._fail(error):
+                raise
             return True
 
     def _step(self) -> bool:
@@ -114,10 +117,11 @@ class Stepper:
         candidates = self._candidates()
         step = self._plan(candidates)
         self._smaller_steps = step.smaller_steps
+        admitted = self._admit(candidates[: step.admit])
         self.counters.reshapes += self.programs.reshape(step.width, step.length)
-        self._admit(candidates[: step.admit])
-        prefilled = self._prefill()
-        started = self._start_chunk(prefilled)
+        for record in admitted:
+            self._copy_prefix(record)
+        started = self._start_chunk(self._prefill())
         prefilling = bool(self.tracker.phase(Phase.PREFILLING))
         # One chunk stays unread while the device runs it.
         ahead = 1 if started and self.pipelined else 0
@@ -169,14 +173,19 @@ class Stepper:
         # Whether the fields above and the device's state may disagree.
         self._changing = False
 
-    def _fail(self, error: Exception) -> None:
-        """Ends all requests on the device, whose state is lost."""
+    def _fail(self, error: Exception) -> bool:
+        """Ends all requests on the device, whose state is lost.
+
+        Returns whether there were any.
+        """
         self.counters.failures += 1
-        for record in self.tracker.live():
+        live = self.tracker.live()
+        for record in live:
             ended = record.request.put(finish="error", error=error)
             self.counters.finished += ended
         self.queue.remove_finished()
         self._start_afresh()
+        return bool(live)
 
     def _read_cancels(self) -> None:
         while self._cancels:
@@ -188,16 +197,18 @@ class Stepper:
 
     # ------------------------------------------------------------ admission, prefill
 
-    def _admit(self, requests: list[Request]) -> None:
-        """Gives requests a place in staging, for which the state has room already."""
+    def _admit(self, requests: list[Request]) -> list[Record]:
+        """Gives requests a place in staging; returns their records."""
+        admitted = []
         for index, request in zip(self.tracker.free_places(), requests):
             # In this order, so that an interrupt never leaves it in neither.
             self._tickets += 1
             record = self.tracker.admit(request, index, self._tickets)
             if self.queue.remove(request):
-                self._copy_prefix(record)
+                admitted.append(record)
             else:  # cancelled since the step was planned
                 self.tracker.finish(record, device_knows=False)
+        return admitted
 
     def _copy_prefix(self, record: Record) -> None:
         """Copies the keys and values of a cached prefix of its prompt to its place."""

@@ -1,14 +1,14 @@
 """Checks everything that a client submits before any of it is queued.
 
-To add an option of `Engine.submit`, add a row to `options_table`. The options of
-sampling have their table in sampling.py.
+To add an option of `Engine.submit`, add a field to `SubmitOptions` and a row to
+`options_table`. The options of sampling have a table of their own in sampling.py.
 """
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -35,6 +35,25 @@ class Accepts:
     max_stop_ids: int
     max_logit_bias: int
     max_logprobs: int
+
+
+class SubmitOptions(TypedDict, total=False):
+    """The options of `Engine.submit`, see there."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int] | None
+    logprobs: int | None
+    priority: int
+    logit_bias: Mapping[int, float] | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
 NONE_IS_DEFAULT = {"max_tokens", "stop_token_ids"}
 
 
-def check(prompt: Any, options: Mapping[str, Any], accepts: Accepts) -> Submission:
+def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submission:
     """Returns the checked request. Raises ConfigError, which names the first mistake.
 
     Args:
@@ -104,8 +123,8 @@ def check(prompt: Any, options: Mapping[str, Any], accepts: Accepts) -> Submissi
       options: those of `options_table`, and those of sampling.make_params.
     """
     prompt_ids = read_prompt(prompt, accepts)
-    left = dict(options)
-    values = {}
+    left: dict[str, Any] = dict(options)
+    values: dict[str, Any] = {}
     for name, option in options_table(accepts, len(prompt_ids)).items():
         value = left.pop(name, option.default)
         if value is None and name in NONE_IS_DEFAULT:
