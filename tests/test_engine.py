@@ -951,7 +951,7 @@ def long_engine(fit_shapes, staging):
         slots=2,
         staging=staging,
         steps_per_call=8,
-        prefill_budget=64,
+        prefill_budget=32,
         max_length=None,
     )
 
@@ -1036,8 +1036,9 @@ class InterruptAt:
                 raise KeyboardInterrupt
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4000), st.booleans())
+@given(st.integers(1, 5000), st.booleans())
 def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, fit):
     made = long_engine(fit, 3)
     asked = [*WAITERS[:2], WAITERS[5], WAITERS[2]]
