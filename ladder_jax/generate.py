@@ -201,8 +201,8 @@ def _tokens(
     def tile(values: Sequence[int]) -> np.ndarray:
         return np.tile(np.asarray(values, np.int32), (rows, 1))
 
-    # A padded prompt writes keys and values behind its end. A token that comes to one
-    # of these positions overwrites them before anything attends to them.
+    # A padded prompt writes keys and values after its end, too. Each generated token
+    # overwrites those at its position before anything attends to them.
     logits_B1V, cache = forward(
         model,
         tile([*prompt, *[0] * (padded - len(prompt))]),

@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
             `generate.generate`.
         Raises ConfigError, before the first token, if an argument is not accepted.
         """
-        ids = self.tokenizer.prompt(prompt)
+        ids = self.tokenizer.prompt(prompt) or [self.tokenizer.bos]
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         if stop_token_ids is None:

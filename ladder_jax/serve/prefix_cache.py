@@ -5,6 +5,7 @@ it, so two prompts share exactly the blocks that their common beginning fills. W
 an evicted block, the blocks after it are not reached either.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -50,17 +51,17 @@ class PrefixCache:
         return blocks
 
     def missing(self, prompt: np.ndarray) -> list[tuple[int, bytes]]:
-        """Returns (start, key) of the whole blocks of `prompt` that are not stored.
+        """Returns (start, key) of the blocks of `prompt` that are still to be stored.
 
-        They are at most as many as there is room for, from the prompt's start on.
+        Only the first `room` blocks of a prompt count: a later one would evict one of
+        them, without which it is not reached.
         """
-        keys = self._keys(prompt, len(prompt)) if self.room else iter(())
-        missing = [
+        keys = itertools.islice(self._keys(prompt, len(prompt)), self.room)
+        return [
             (i * self.size, key)
             for i, key in enumerate(keys)
             if key not in self._blocks
         ]
-        return missing[: self.room]
 
     def add(self, key: bytes, block: Any) -> None:
         """Stores a block, and evicts the least recently used ones if room runs out."""
