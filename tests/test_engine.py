@@ -1052,7 +1052,6 @@ def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, 
     while engine.step():
         pass
     assert not engine.on_device and not engine.waiting
-    assert engine.counters.finished == engine.counters.submitted
 
 
 # ---------------------------------------------------------------- closing

@@ -84,7 +84,7 @@ class Stepper:
         self._start_afresh()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request. Any thread may call it."""
+        """Ends a request. Any thread may call it at any time."""
         if request.put(finish="cancelled"):
             self.queue.remove(request)
             self._cancels.append(request)
@@ -123,10 +123,10 @@ class Stepper:
             self._copy_prefix(record)
         started = self._start_chunk(self._prefill())
         prefilling = bool(self.tracker.phase(Phase.PREFILLING))
-        # One chunk stays unread while the device runs it.
-        ahead = 1 if started and self.pipelined else 0
-        read = len(self._unread) > ahead
-        while len(self._unread) > ahead:
+        # The new chunk stays unread while the device runs it.
+        stay_unread = 1 if started and self.pipelined else 0
+        read = len(self._unread) > stay_unread
+        while len(self._unread) > stay_unread:
             self._read_chunk(self._unread[0])
         return started or prefilling or read
 
@@ -134,7 +134,8 @@ class Stepper:
         """Returns the queued requests that staging has room for."""
         free = len(self.tracker.free_places())
         if self._tickets + free > TICKETS:
-            if free < self.capacity.places:  # the tickets of those in staging count
+            # The tickets start again at 1 when no request in staging has one.
+            if free < self.capacity.places:
                 return []
             self._tickets = 0
         if any(request.finish for request in self.queue.first(free)):
@@ -201,8 +202,8 @@ class Stepper:
         """Gives requests a place in staging; returns their records."""
         admitted = []
         for index, request in zip(self.tracker.free_places(), requests):
-            # In this order, so that an interrupt never leaves it in neither.
             self._tickets += 1
+            # It is in both for a moment: after an interrupt it must be in one of them.
             record = self.tracker.admit(request, index, self._tickets)
             if self.queue.remove(request):
                 admitted.append(record)
@@ -227,7 +228,7 @@ class Stepper:
             if not step.prefill_budget:
                 return step
             computed = self._prefill_call(step.prefill_budget)
-            if not computed:  # no compiled width is as small as what is left
+            if not computed:  # the rest of the budget is below the smallest width
                 return step
             spent += computed
 

@@ -77,6 +77,7 @@ class Option(NamedTuple):
     # OverflowError if it is not accepted.
     read: Callable[[Any], Any]
     accepted: str
+    none_is_default: bool = False
 
 
 def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
@@ -90,12 +91,14 @@ def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
             lambda value: integer(value, 1, room),
             f"an integer from 1 to {room}: {accepts.length} tokens less the "
             f"{prompt_tokens} of the prompt",
+            none_is_default=True,
         ),
         "stop": Option((), strings, "a non-empty string, or a list of them"),
         "stop_token_ids": Option(
             eos,
             lambda value: ids(value, last_id, accepts.max_stop_ids),
             f"a list of at most {accepts.max_stop_ids} ids from 0 to {last_id}",
+            none_is_default=True,
         ),
         "logprobs": Option(
             None,
@@ -112,9 +115,6 @@ def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
     }
 
 
-NONE_IS_DEFAULT = {"max_tokens", "stop_token_ids"}
-
-
 def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submission:
     """Returns the checked request. Raises ConfigError, which names the first mistake.
 
@@ -127,7 +127,7 @@ def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submi
     values: dict[str, Any] = {}
     for name, option in options_table(accepts, len(prompt_ids)).items():
         value = left.pop(name, option.default)
-        if value is None and name in NONE_IS_DEFAULT:
+        if value is None and option.none_is_default:
             value = option.default
         try:
             values[name] = option.read(value)
@@ -144,7 +144,7 @@ def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submi
 
 
 def integer(value: Any, least: int, most: int) -> int:
-    """Returns an integer of Python or NumPy as an int; bools and floats are none."""
+    """Returns an integer of Python, NumPy or JAX as an int; refuses bools and floats."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError("a bool")
     number = operator.index(value)
