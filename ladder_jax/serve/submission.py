@@ -144,7 +144,7 @@ def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submi
 
 
 def integer(value: Any, least: int, most: int) -> int:
-    """Returns an integer of Python, NumPy or JAX as an int; refuses bools and floats."""
+    """Returns an integer of Python or NumPy as an int; refuses bools and floats."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError("a bool")
     number = operator.index(value)
