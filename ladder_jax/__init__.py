@@ -1,4 +1,4 @@
-"""Train, convert and serve Ladder-Residual transformers in JAX."""
+"""Train and serve Ladder-Residual transformers in JAX."""
 
 
 def load(path, **options):
