@@ -5,9 +5,9 @@ RUN := $(VENV)/bin
 # XLA's compilers for other machines have an environment of their own: where they are installed, every command logs a
 # line or two.
 COMPILERS ?= .venv-plan
-# Tests of single parts, and of the model on one mesh.
+# Tests of single parts; and of the model, two schedules on one mesh.
 FAST := architecture config corpus docs matmul metrics packing reductions sampling schedule sharding sources
-FAST_MESH := 1x2x4
+FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 .PHONY: demo test test-fast test-slow lint docs clean
 
@@ -22,7 +22,7 @@ test: lint docs $(COMPILERS)/test
 
 test-fast: $(VENV)/test
 	$(RUN)/python -m pytest $(FAST:%=tests/test_%.py)
-	$(RUN)/python -m pytest tests/test_model.py -k '$(FAST_MESH)'
+	$(RUN)/python -m pytest tests/test_model.py -k "$(FAST_MODEL)"
 
 test-slow: $(VENV)/test $(COMPILERS)/test
 	$(RUN)/python -m pytest -m slow

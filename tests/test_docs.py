@@ -109,7 +109,7 @@ def test_every_file_of_adding_exists():
     assert not missing, f"docs/adding.md names files that do not exist: {missing}"
 
 
-@pytest.mark.parametrize("file, name", SITES, ids=".".join)
+@pytest.mark.parametrize("file, name", SITES, ids=map(" ".join, SITES))
 def test_every_site_of_adding_exists(file, name):
     assert name in names_of(file), f"{file} has no {name}, which docs/adding.md names"
 
@@ -152,3 +152,10 @@ def test_the_modelled_table_of_readme_is_the_csvs():
     assert len(rows) == 4
     for target, *_, shown in map(cells, rows):
         assert shown == speed_up("llama3_8b", target, "train", 1), target
+
+
+def test_every_file_of_make_test_fast_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    names = re.search(r"^FAST := (.*)$", makefile, re.M)[1].split()
+    missing = [n for n in names if not (ROOT / "tests" / f"test_{n}.py").is_file()]
+    assert not missing, f"Makefile's FAST names {missing}"
