@@ -1,4 +1,4 @@
-"""README: its commands parse, its Python runs, its file tree and targets are complete."""
+"""README: its commands parse, its Python runs, its file tree is complete."""
 
 import importlib
 import re
