@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # line or two.
 COMPILERS ?= .venv-plan
 # Tests of single parts; and of the model, two schedules on one mesh.
-FAST := architecture config corpus docs matmul metrics packing reductions sampling schedule sharding sources
+FAST := architecture batches config corpus docs matmul metrics packing reductions sampling schedule sharding sources
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 .PHONY: demo test test-fast test-slow lint docs clean
