@@ -143,7 +143,8 @@ def test_the_summary_of_overlap_is_the_csvs():
     for size, target, *shown in map(cells, rows):
         plans = [("decode", 1), ("decode", 16), ("decode", 64), ("train", 1)]
         expected = [speed_up(RECIPES[size], target, *plan) for plan in plans]
-        assert shown[:4] == expected, f"docs/overlap.md, {size} on {target}"
+        row = f"| {size} | {target} | {' | '.join(expected)} |"
+        assert shown[:4] == expected, f"docs/overlap.md: its summary needs {row}"
 
 
 def test_the_modelled_table_of_readme_is_the_csvs():
