@@ -59,7 +59,8 @@ class Stream(NamedTuple):
         """
         surplus = max(len(self.sums) - count, 0)
         total, sums = _add(self.total, *self.sums[:surplus]), self.sums[surplus:]
-        zeros = jnp.zeros_like(self.partial if total is None else total)
+        like: Any = self.partial if total is None else total
+        zeros = jnp.zeros_like(like)
         total = zeros if total is None else total
         partial = zeros if self.partial is None else self.partial
         sums = (zeros,) * (count - len(sums)) + sums
