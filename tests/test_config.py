@@ -103,7 +103,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
     ],
     Optimizer: [
         (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
-        (dict(learning_rate=float("nan")), "learning_rate=nan", "float"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan", "a finite number"),
         (dict(eps=0.0), "eps=0.0", "greater than 0"),
         (
             dict(lr_schedule="linear"),
@@ -241,17 +241,18 @@ def test_json_keeps_all_of_it(config):
     [
         (
             dict(modle={}),
-            "modle is not a field: data, mesh, model, optimizer, train are",
+            "modle is not a field: it must be one of data, mesh, model, optimizer, train "
+            "(perhaps model)",
         ),
-        (dict(model=dict(layer=3)), "model.layer is not a field: dim, "),
+        (dict(model=dict(layer=3)), "model.layer is not a field: it must be one of dim, "),
         (
             dict(model=dict(rope_scaling=dict(by=3))),
-            "model.rope_scaling.by is not a field: factor, ",
+            "model.rope_scaling.by is not a field: it must be one of factor, ",
         ),
         (dict(mesh=None), "mesh=None is not accepted: it must be Mesh"),
         (
             dict(train=dict(steps="9")),
-            "train.steps='9' is not accepted: it must be int",
+            "train.steps='9' is not accepted: it must be a whole number",
         ),
         (
             dict(model=dict(rope_scaling=dict(factor=0))),

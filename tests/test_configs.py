@@ -45,7 +45,7 @@ PARAMETERS = {
 def recipe(name, *overrides):
     """A recipe's config, as the command line makes it."""
     path = str(ROOT / "configs" / f"{name}.py")
-    return cli._parse(
+    return cli.parse(
         cli.TrainArguments, list(overrides), name, cli.TrainArguments(from_recipe(path))
     ).config
 

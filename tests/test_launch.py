@@ -47,7 +47,7 @@ def parsed(arguments):
     """What `ladder-jax` makes of `arguments`, from the word train on."""
     command, recipe, *rest = arguments[arguments.index("train") :]
     assert command == "train"
-    return cli._parse(
+    return cli.parse(
         cli.TrainArguments,
         rest,
         "train",

@@ -32,14 +32,14 @@ def test_command(words, monkeypatch):
     command, arguments = words[1], words[2:]
     if command == "train":
         default = cli.TrainArguments(from_recipe(arguments[0]))
-        assert cli._parse(
+        assert cli.parse(
             KINDS[command], arguments[1:], command, default
         ).config.train.out.startswith("runs/")
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
-        assert cli._parse(job.Arguments, arguments[1:], command)
+        assert cli.parse(job.Arguments, arguments[1:], command)
     else:
-        assert cli._parse(KINDS[command], arguments, command)
+        assert cli.parse(KINDS[command], arguments, command)
 
 
 def test_links_and_targets():

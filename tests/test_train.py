@@ -249,8 +249,8 @@ import jax
 from ladder_jax import config, train
 
 recipe, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-place, choose = train._place, random.Random(0)
-train._place = lambda *arguments: time.sleep(0.05) or place(*arguments)        # so that saves do not follow at once
+place, choose = train.to_devices, random.Random(0)
+train.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)        # so that saves do not follow at once
 saving = lambda: list((out / "checkpoints").glob("*tmp*"))
 newest = lambda: max((int(f.name) for f in (out / "checkpoints").glob("[0-9]*") if f.name.isdigit()), default=0)
 where = {"during a save": 0, "between saves": 0}
@@ -482,7 +482,14 @@ def test_rows_trace_plot_and_events(whole):
             * train.flops_per_token(tiny.make(whole.parent).model, 32)
             / (8 * 1e12)
         )
-    assert set(evaluations[0]) == {"step", "held_out_loss", "held_out_bits_per_byte"}
+    assert set(evaluations[0]) == {
+        "step",
+        "held_out_loss",
+        "held_out_bits_per_byte",
+        "evaluation_s",
+    }
+    # A row after a save has the time that the save took, which tokens_per_s leaves out.
+    assert [row["step"] for row in reports if "save_s" in row] == [4, 7, 10, 13, 16, 19]
     assert evaluations[-1]["held_out_bits_per_byte"] == pytest.approx(
         evaluations[-1]["held_out_loss"] / math.log(2) * 1.003, rel=3e-3
     )  # and what ends a document
