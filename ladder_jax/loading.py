@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
     def generate(self, prompt, *, max_tokens=None, **options):
         """Yields text as it is made. max_tokens: default 200, or as many as there is room for; options: those of
         `generate.generate`."""
-        ids = self.tokenizer.prompt(prompt)
+        ids = self.tokenizer.prompt(prompt) or [self.tokenizer.bos]
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         stream = self.tokenizer.stream()
@@ -65,7 +65,7 @@ def load(path, *, step=None, mesh=None, devices=None):
     Raises ConfigError or ValueError where there is no such checkpoint or it does not fit the mesh.
     """
     meta = checkpoint.read_meta(path, step)
-    config = configuration.from_dict(meta["config"])
+    config = configuration.from_meta(meta, path)
     local = schedule.parse(config.model.residual, config.model.layers).local
     trained = meta.get("tensor", 1)
     mesh = mesh or configuration.Mesh(data=1, tensor=trained if local else 1)

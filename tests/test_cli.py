@@ -1,16 +1,18 @@
 """The command: every mistake is one clear line, a terminal shows progress, several processes are one run."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import termios
 import time
 
+import helpers
 import jax
 import pytest
 import tiny
@@ -18,6 +20,7 @@ import tokenizers
 from tokenizers import models
 
 from ladder_jax import cli
+from ladder_jax.checkpoint import read_meta, saved_steps
 
 COMMAND = [sys.executable, "-c", "from ladder_jax.cli import main; main()"]
 
@@ -99,9 +102,11 @@ def wrong(run, *arguments, status=2):
     assert (
         code == status and out == "" and err.endswith("\n") and err.count("\n") == 1
     ), (code, out, err)
-    command = arguments[0] if arguments else ""
-    assert err.startswith(f"ladder-jax {command}: ")
-    return err[len(f"ladder-jax {command}: ") : -1]
+    start = "ladder-jax: "
+    if arguments[0] in cli.COMMANDS:
+        start = f"ladder-jax {arguments[0]}: "
+    assert err.startswith(start)
+    return err[len(start) : -1]
 
 
 @pytest.mark.parametrize(
@@ -112,22 +117,50 @@ def wrong(run, *arguments, status=2):
             "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim (see ladder-jax train",
         ),
         ("--nothing", "--nothing is not an option (see"),
-        ("extra", "extra is not an option"),
+        ("extra", "unexpected argument 'extra'"),
+        (
+            "--train.batch 3",
+            "--train.batch is now --train.global-batch (see ladder-jax train",
+        ),
+        (
+            "--train.log-evry 3",
+            "--train.log-evry is not an option: perhaps --train.log-e",
+        ),
+        ("--train.no-steps", "--train.no-steps is not an option"),
+        (
+            "--train.tensorboard=maybe",
+            "--train.tensorboard='maybe' is not accepted: it must be True or False",
+        ),
+        (
+            "--train.steps 2.5",
+            "--train.steps='2.5' is not accepted: it must be a whole",
+        ),
+        (
+            "--train.steps=",
+            "--train.steps='' is not accepted: it must be a whole number",
+        ),
+        (
+            "--train.sample-tokens 64",
+            "train.sample_tokens=64 is not accepted: it must be less than model.max_length=64",
+        ),
         (
             "--model.rope-scaling.factor -1",
             "model.rope_scaling.factor=-1.0 is not accepted: it must be greater than 0",
         ),
-        ("--model.dim x", "--model.dim 'x': it must be a whole number"),
+        ("--model.dim x", "--model.dim='x' is not accepted: it must be a whole number"),
         (
             "--optimizer.learning-rate x",
-            "--optimizer.learning-rate 'x': it must be a number",
+            "--optimizer.learning-rate='x' is not accepted: it must be a finite number",
         ),
         (
             "--optimizer.lr-schedule linear",
-            "--optimizer.lr-schedule 'linear': it must be one of 'cosine', 'wsd', 'constant'",
+            "--optimizer.lr-schedule='linear' is not accepted: it must be one of 'cosine', 'wsd', 'constant'",
         ),
         ("--train.steps", "--train.steps takes a value"),
-        ("--devices x", "--devices 'x': it must be INT or None"),
+        (
+            "--devices x",
+            "--devices='x' is not accepted: it must be a whole number or None",
+        ),
         ("--devices 0", "devices=0 is not accepted: it must be 1 or more"),
         ("--train.steps 0", "train.steps=0 is not accepted: it must be greater than 0"),
         (
@@ -169,7 +202,7 @@ def wrong(run, *arguments, status=2):
         ("--model.ffn-dim 63", "model.ffn_dim=63 does not divide by mesh.tensor=2"),
         (
             "--model.vocab-size 263",
-            "model.vocab_size=263 does not divide by mesh.tensor=2",
+            "model.vocab_size=263 does not divide by mesh.tensor=2: use --model.vocab-size 264,",
         ),
         ("--model.dim 33", "model.dim=33 does not divide by mesh.fsdp=2"),
         (
@@ -257,7 +290,11 @@ def test_one_line_for_every_mistake(
         ),
         (
             "from ladder_jax.config import *\nconfig = Config(model=Model(dims=1))\n",
-            "recipe '{path}', line 2: TypeError: ",
+            "recipe '{path}', line 2: model.dims is not a field: it must be one of dim, ",
+        ),
+        (
+            "from ladder_jax.config import *\nconfig = Config(train=Train(batch=1))\n",
+            "recipe '{path}', line 2: train.batch is now train.global_batch",
         ),
         (
             "\0",
@@ -276,18 +313,20 @@ def test_recipes_that_are_none(run, tmp_path, text, message):
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
-    assert (
-        wrong(run, "fly")
-        == "it is not a command: train, generate, tokenizer, plan, bench are"
+    choices = "choose from train, generate, tokenizer, plan, bench"
+    assert wrong(run, "fly") == f"unknown command 'fly'; {choices}"
+    assert wrong(run, "trian") == f"unknown command 'trian'; {choices} (perhaps train)"
+    assert wrong(run, "train") == (
+        "missing argument: RECIPE, such as in ladder-jax train configs/demo.py"
     )
-    assert wrong(run, "train").startswith(
-        "train takes a recipe first, such as: ladder-jax train configs/demo.py"
-    )
-    assert wrong(run, "train", "--train.steps", 3).startswith(
-        "train takes a recipe first"
-    )
+    assert wrong(run, "train", "--train.steps", 3).startswith("missing argument: RECI")
     assert wrong(run, "generate").startswith(
-        "what comes first is missing: A run's folder, its checkpoi"
+        "missing argument: CHECKPOINT (A run's folder, its checkpoints folder"
+    )
+    assert wrong(run, "plan", "recipe.py").startswith("missing argument: --target (TPU")
+    assert wrong(run, "bench") == "missing argument: one of train, decode, peers"
+    assert wrong(run, "bench", "trane") == (
+        "unknown benchmark 'trane'; choose from train, decode, peers (perhaps train)"
     )
     assert run() == (2, "", cli.USAGE + "\n") and run("--help") == (
         0,
@@ -300,11 +339,14 @@ def test_commands_and_help(run, monkeypatch, recipe):
         ("train", recipe, "--help"),
         ("generate", "--help"),
         ("tokenizer", "-h"),
+        ("plan", "--help"),
+        ("bench", "--help"),
+        ("bench", "train", "--help"),
     ):
         status, out, err = run(*arguments)
-        assert (status, err) == (0, "") and out.startswith(
-            f"usage: ladder-jax {arguments[0]}"
-        )
+        assert (status, err) == (0, ""), arguments
+        assert out.startswith(f"usage: ladder-jax {arguments[0]}"), out
+        assert max(map(len, out.splitlines())) <= 100
     assert "(default: 264)" in run("train", recipe, "--help")[1]  # the recipe's own
 
 
@@ -346,11 +388,11 @@ def test_a_run_at_a_terminal(trained, folder):
     )
     assert re.fullmatch(
         r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  [\d,]+ tok/s  MFU \d+\.\d%  "
-        r"\dm\d\ds left",
+        r"\dm\d\ds left  \(last save \d\.\ds\)",
         next(line for line in lines if line.startswith("step 5/20")),
     )
     assert re.search(
-        r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte\n---- the model writes:\n",
+        r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte  \(evaluated in \d\.\ds\)\n---- the model writes:\n",
         said,
     )
     assert re.fullmatch(
@@ -434,7 +476,7 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     child.send_signal(signal.SIGINT)
     rest, err = child.communicate(timeout=120)
     assert (
-        child.returncode == 0
+        child.returncode == 130
         and err == "\nSIGINT: saving after this step; once more to stop at once\n"
     )
     again = re.fullmatch(
@@ -447,6 +489,147 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     )
     assert ended.returncode == 0 and ended.stderr == ""
     assert tiny.rows(tmp_path / "run") == tiny.rows(trained[0])
+
+
+# ---------------------------------------------------------------- output that breaks, signals
+
+
+ENDLESS = ["--devices", "8", "--train.steps", "3e9", "--train.log-every", "1"]
+
+
+@contextlib.contextmanager
+def endless(folder, tmp_path, environment, **options):
+    """A run that no step ends, after its first rows; it is killed in the end."""
+    path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
+    path = path.rename(tmp_path / "endless.py")
+    child = subprocess.Popen(
+        [*COMMAND, "train", path, *ENDLESS], env=environment, text=True, **options
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    try:
+        while not metrics.exists() or metrics.read_text().count("\n") < 4:
+            assert child.poll() is None, "the run ended before its fourth row"
+            time.sleep(0.05)
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def assert_saved(tmp_path):
+    """The newest checkpoint is of the last step that the run reported."""
+    out = tmp_path / "run"
+    step = max(row["step"] for row in tiny.rows(out))
+    assert saved_steps(out / "checkpoints")[-1] == step
+    assert read_meta(out)["config"]["train"]["steps"] == 3_000_000_000
+
+
+def test_ctrl_c_saves_where_the_reader_died_of_it_too(folder, tmp_path, environment):
+    """`ladder-jax train ... 2>&1 | tee log`: Ctrl-C ends `tee` first."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with endless(folder, tmp_path, environment, **pipes) as child:
+        child.stdout.close()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=120) == 130
+    assert_saved(tmp_path)
+
+
+def test_a_terminal_that_closes_saves(folder, tmp_path, environment):
+    """The kernel sends SIGHUP, and both streams fail from then on."""
+    terminal, stream = pty.openpty()
+
+    def control():
+        os.setsid()
+        fcntl.ioctl(stream, termios.TIOCSCTTY, 0)
+
+    streams = dict(stdin=stream, stdout=stream, stderr=stream, preexec_fn=control)
+    with endless(folder, tmp_path, environment, **streams) as child:
+        os.close(stream)
+        os.close(terminal)
+        child.send_signal(signal.SIGHUP)  # as shells do once more
+        assert child.wait(timeout=120) == 129
+    assert_saved(tmp_path)
+
+
+def test_a_run_outlives_its_reader(folder, trained, tmp_path, environment):
+    """`ladder-jax train ... | head -3`: the run goes on, and ends as without `head`."""
+    path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
+    child = subprocess.Popen(
+        [*COMMAND, "train", path, "--devices", "8"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(3):
+        child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(timeout=120) == 0
+    assert tiny.rows(tmp_path / "run")[-1] == tiny.rows(trained[0])[-1]
+    assert saved_steps(tmp_path / "run/checkpoints")[-1] == 20
+
+
+def test_a_run_without_standard_streams(folder, trained, tmp_path, environment):
+    """No file of the run takes the number of a stream: its checkpoints stay whole."""
+    path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    command = [*closed, *COMMAND, "train", path, "--devices", "8"]
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 0
+    assert tiny.rows(tmp_path / "run")[-1] == tiny.rows(trained[0])[-1]
+    assert saved_steps(tmp_path / "run/checkpoints")[-1] == 20
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written_at_all(run, recipe, environment):
+    """A failure is told by its status where no line can tell it."""
+    for words, status in ((["train", "none.py"], 2), (["train", recipe], 0)):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [*COMMAND, *words, "--devices", "8", "--train.steps", "1"],
+                env=environment,
+                stdout=full,
+                stderr=full,
+            )
+        assert ended.returncode == status
+
+
+def test_the_last_line_says_what_is_saved_and_quotes_the_command():
+    summary = dict(step=0, out="my runs/a", stopped="SIGTERM", saved=False)
+    words = ["my recipe.py", "--train.out", "my runs/a", "--resume"]
+    again = "ladder-jax train 'my recipe.py' --train.out 'my runs/a' --resume"
+    assert cli.outcome(summary, words) == (
+        f"stopped by SIGTERM before step 1, nothing to save: start again with {again}"
+    )
+    assert cli.outcome(summary | dict(step=7, saved=True), words) == (
+        f"stopped by SIGTERM at step 7, saved in my runs/a: continue with {again}"
+    )
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_a_platform_that_is_not_here_is_one_line(recipe, environment):
+    environment = environment | {"JAX_PLATFORMS": "cuda"}
+    command = [*COMMAND, "train", recipe]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith(
+        "ladder-jax train: JAX_PLATFORMS='cuda' is not accepted: it must name devices "
+        "that JAX finds on this machine, such as cpu"
+    )
+    assert ended.stderr.count("\n") == 1
+
+
+def test_devices_says_which_variables_it_overrides(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=dump")
+    cli.emulate(8)
+    assert capsys.readouterr().err == "--devices sets JAX_PLATFORMS=cpu, not cuda\n"
+    assert os.environ["XLA_FLAGS"].startswith("--xla_dump_to=dump --xla_force")
+    cli.emulate(None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cli.emulate(8)
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- generate, tokenizer
@@ -508,7 +691,7 @@ def test_generate(run, trained):
             "mesh.tensor=0 is not accepted: it must be greater than 0, or -1",
             2,
         ),
-        ("{out} --seed x", "--seed 'x': it must be a whole number", 2),
+        ("{out} --seed x", "--seed='x' is not accepted: it must be a whole number", 2),
     ],
 )
 def test_generate_says_what_is_wrong(
@@ -529,7 +712,7 @@ def test_text_is_seen_as_it_is_made_and_a_reader_may_leave(trained, environment)
     )
     assert len(child.stdout.read(1)) == 1
     child.stdout.close()
-    assert child.stderr.read() == "" and child.wait(timeout=60) in (0, 1)
+    assert child.stderr.read() == "" and child.wait(timeout=60) in (0, 141)
 
 
 def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
@@ -568,45 +751,17 @@ def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
 
 
 def together(arguments, environment, act=lambda children: None):
-    """Two processes of four devices each, as one run: what each wrote and its status."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    children = [
-        subprocess.Popen(
-            [
-                *COMMAND,
-                "train",
-                *map(str, arguments),
-                "--devices",
-                "4",
-                "--distributed",
-                "--coordinator",
-                address,
-                "--processes",
-                "2",
-                "--process",
-                str(n),
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(2)
+    """Two processes of four devices each, as one run: what each wrote, its status."""
+    command = [*COMMAND, "train", *arguments, "--devices", "4", "--distributed"]
+    command += ["--coordinator", helpers.free_address(), "--processes", "2"]
+    ended = helpers.run_together(
+        [[*command, "--process", number] for number in range(2)], environment, act
+    )
+    # Gloo's lines come from C++.
+    return [
+        (re.sub(r"(?m)^\[Gloo\].*\n", "", out), err, status)
+        for out, err, status in ended
     ]
-    try:
-        act(children)
-        ended = [
-            (*child.communicate(timeout=300), child.returncode) for child in children
-        ]
-        return [
-            (re.sub(r"(?m)^\[Gloo\].*\n", "", out), err, status)
-            for out, err, status in ended
-        ]  # from C++
-    finally:
-        for child in children:
-            child.kill()
 
 
 @pytest.mark.slow
@@ -633,7 +788,7 @@ def test_two_processes_are_one_run(folder, trained, tmp_path, environment, mesh)
         children[1].send_signal(signal.SIGTERM)
 
     first, second = together([path], environment, stop)
-    assert first[2] == second[2] == 0, (first, second)
+    assert first[2] == second[2] == 143, (first, second)
     (step,) = re.findall(r"stopped by SIGTERM at step (\d+), saved", first[0])
     assert int(step) % 5 == 0 and second[0] == ""
     first, second = together([path, "--resume"], environment)

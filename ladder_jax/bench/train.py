@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from ladder_jax import config as configuration
+from ladder_jax.arguments import parse
 from ladder_jax.bench import contest
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Optimizer, Train
 from ladder_jax.hardware import malloc
@@ -373,7 +373,7 @@ def main(arguments=None):
     if arguments[:1] == ["contend"]:
         return contend(*arguments[1:])
     try:
-        run(tyro.cli(Arguments, args=arguments, prog="ladder-jax bench train"))
+        run(parse(Arguments, arguments, "bench train"))
     except (ConfigError, ArithmeticError) as error:
         sys.exit(f"ladder-jax bench train: {error}")
 
