@@ -1,7 +1,6 @@
 """The command: every mistake is one clear line, a terminal shows progress, several processes are one run."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pty
@@ -494,16 +493,23 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
 # ---------------------------------------------------------------- output that breaks, signals
 
 
+# The terminal that is standard input becomes the controlling terminal of the command.
+IN_TERMINAL = [
+    sys.executable,
+    "-c",
+    "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "from ladder_jax.cli import main; main()",
+]
 ENDLESS = ["--devices", "8", "--train.steps", "3e9", "--train.log-every", "1"]
 
 
 @contextlib.contextmanager
-def endless(folder, tmp_path, environment, **options):
+def endless(folder, tmp_path, environment, command=COMMAND, **options):
     """A run that no step ends, after its first rows; it is killed in the end."""
     path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
     path = path.rename(tmp_path / "endless.py")
     child = subprocess.Popen(
-        [*COMMAND, "train", path, *ENDLESS], env=environment, text=True, **options
+        [*command, "train", path, *ENDLESS], env=environment, text=True, **options
     )
     metrics = tmp_path / "run/metrics.jsonl"
     try:
@@ -537,13 +543,8 @@ def test_ctrl_c_saves_where_the_reader_died_of_it_too(folder, tmp_path, environm
 def test_a_terminal_that_closes_saves(folder, tmp_path, environment):
     """The kernel sends SIGHUP, and both streams fail from then on."""
     terminal, stream = pty.openpty()
-
-    def control():
-        os.setsid()
-        fcntl.ioctl(stream, termios.TIOCSCTTY, 0)
-
-    streams = dict(stdin=stream, stdout=stream, stderr=stream, preexec_fn=control)
-    with endless(folder, tmp_path, environment, **streams) as child:
+    streams = dict(stdin=stream, stdout=stream, stderr=stream, start_new_session=True)
+    with endless(folder, tmp_path, environment, IN_TERMINAL, **streams) as child:
         os.close(stream)
         os.close(terminal)
         child.send_signal(signal.SIGHUP)  # as shells do once more

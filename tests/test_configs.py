@@ -51,6 +51,7 @@ def recipe(name, *overrides):
 
 
 def documentation(name):
+    """A recipe's docstring."""
     return ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
 
 
@@ -170,7 +171,7 @@ def test_full_size(name, planned):
     )
     hardware = re.search(
         r"Hardware: +(\d+) .* of (\d+) GB.*; a device holds (\S+) GB of parameters and AdamW state",
-        documentation(name),
+        " ".join(documentation(name).split()),
     )
     if name == "demo":
         return
@@ -194,7 +195,7 @@ def test_documentation(name):
     config = recipe(name)
     said, unit, flops, devices, peak, mfu = re.search(
         r"Time: +(\S+) (hours|days) = (\S+) FLOPs / \((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
-        text,
+        " ".join(text.split()),
     ).groups()
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     assert float(flops) == pytest.approx(

@@ -22,9 +22,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from orbax.checkpoint import v1 as ocp
+from tokenizers import decoders, models, pre_tokenizers
 
-from ladder_jax import config, model, sharding, train
+import ladder_jax
+from ladder_jax import config, loading, model, progress, sharding, train
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
 from ladder_jax.data import corpus as data
@@ -216,6 +219,156 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert done["step"] == 20 and done["stopped"] is None
     assert f"resumed at step {step} of 20" in capfd.readouterr().out
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    folder, tmp_path, monkeypatch
+):
+    make_evaluation = train.make_evaluation
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_evaluation(*arguments)
+
+    monkeypatch.setattr(train, "make_evaluation", interrupted)
+    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")))
+    assert (done["step"], done["stopped"], done["saved"]) == (0, "SIGTERM", False)
+    assert saved_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_a_signal_right_after_resuming_keeps_what_was_saved(
+    whole, folder, tmp_path, monkeypatch
+):
+    copy(whole, tmp_path / "run", 9)
+    make_evaluation = train.make_evaluation
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return make_evaluation(*arguments)
+
+    monkeypatch.setattr(train, "make_evaluation", interrupted)
+    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    assert (done["step"], done["stopped"], done["saved"]) == (9, "SIGHUP", True)
+    assert saved_steps(tmp_path / "run/checkpoints") == [3, 6, 9]
+
+
+def test_a_run_of_3_billion_steps_ends_when_it_is_stopped(folder, tmp_path):
+    """No schedule or order is an array over the steps of the run."""
+    cfg = tiny.make(
+        folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=3_000_000_000,
+        train_save_every=2**40,
+        train_eval_every=2**40,
+    )
+    with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+        done = train.train(cfg)
+    assert (done["step"], done["stopped"], done["saved"]) == (2, "SIGTERM", True)
+    rates = [row["learning_rate"] for row in tiny.rows(tmp_path / "run")]
+    assert rates == pytest.approx([3e-3 / 5, 2 * 3e-3 / 5])
+
+
+def test_no_step_is_reported_faster_than_it_is(folder, tmp_path, monkeypatch):
+    """Steps that take 50 ms at least, around evaluations and saves that count apart."""
+    make_step = train.make_step
+
+    def slow(*arguments):
+        step = make_step(*arguments)
+
+        def call(state, batch):
+            time.sleep(0.05)
+            return jax.block_until_ready(step(state, batch))
+
+        return call
+
+    monkeypatch.setattr(train, "make_step", slow)
+    for log_every in (1, 3):
+        out = tmp_path / f"run{log_every}"
+        cfg = tiny.make(folder, train_out=str(out), train_log_every=log_every)
+        train.train(cfg)
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rates = [json.loads(line).get("tokens_per_s") for line in lines]
+        rates = [rate for rate in rates if rate is not None]
+        assert len(rates) >= 5 and max(rates) <= 8 * 32 / 0.05, rates
+
+
+def test_pace_counts_steps_between_the_times_of_their_ends(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.Pace(0) as pace:
+
+        def lap(step, time):
+            now[0] = time
+            measured = pace.measure(step, {"loss": jnp.float32(1)})
+            measured.ready_at.result()
+            now[0] = time + 100  # when the host reads the results does not matter
+            return pace.lap(measured)
+
+        assert lap(10, 20.0) == 2.0
+        assert lap(20, 30.0) == 1.0
+        assert lap(20, 31.0) is None  # no step since
+        now[0] = 50.0
+        pace.restart(20)  # after an evaluation
+        assert lap(24, 52.0) == 0.5
+
+
+def test_durations():
+    assert [progress.duration(s) for s in (75, 7500, 360_000, 3e12)] == [
+        "1m15s",
+        "2h05m",
+        "4d04h",
+        "34,722,222d05h",
+    ]
+
+
+def test_without_a_begin_token_a_document_starts_at_the_eos(
+    folder, tmp_path, monkeypatch
+):
+    """A tokenizer as GPT-2's, without a template and with one special token."""
+    letters = [bytes([byte]).decode("latin1") for byte in range(33, 127)]
+    bpe = tokenizers.Tokenizer(
+        models.BPE({letter: n for n, letter in enumerate([*letters, "Ġ", "Ċ"])}, [])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    cfg = tiny.make(
+        folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=1,
+        train_sample_tokens=5,
+        data_tokenizer=str(tmp_path / "tokenizer.json"),
+    )
+    prompts = []
+
+    def generate(model, model_config, mesh, prompt, **options):
+        prompts.append(list(prompt))
+        return iter([0, 1])
+
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(loading, "generate", generate)
+    assert train.train(cfg)["sample"] == '!"'
+    loaded = ladder_jax.load(tmp_path / "run")
+    assert "".join(loaded.generate("")) == '!"'
+    assert prompts == [[loaded.tokenizer.eos]] * 2
+
+
+def test_a_checkpoint_of_a_newer_version_names_itself(whole, folder, tmp_path):
+    copy(whole, tmp_path / "run", 3)
+    path = tmp_path / "run/checkpoints/3/meta/data.json"
+    meta = json.loads(path.read_text())
+    meta["ladder_jax"] = "9.1.0"
+    meta["config"]["model"]["experts"] = 8
+    path.write_text(json.dumps(meta))
+    message = (
+        f"{tmp_path}/run was written by ladder_jax 9.1.0, and this version cannot read "
+        "its configuration: model.experts is not a field"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    with pytest.raises(ConfigError, match=message):
+        ladder_jax.load(tmp_path / "run")
 
 
 def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
@@ -719,6 +872,16 @@ def test_parameters_that_overflow_are_seen_before_they_are_saved(
             {0: 1, 1: 1, 3: 1},
         ),  # too short to decay
         (dict(lr_schedule="constant", warmup_steps=4), 100, {0: 0.25, 3: 1, 99: 1}),
+        (
+            dict(warmup_steps=10),
+            3_000_000_000,
+            {0: 0.1, 9: 1, 2**30: 0.55, 2**31 - 1: 0.1},
+        ),
+        (
+            dict(lr_schedule="wsd", warmup_steps=10, decay_steps=4_000_000_000),
+            3_000_000_000,
+            {0: 0.1, 9: 1, 2**30: 0.55},
+        ),
         (
             dict(lr_schedule="constant", warmup_steps=0, decay_steps=50),
             100,
