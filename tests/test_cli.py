@@ -1,4 +1,6 @@
-"""The command: every mistake is one clear line, a terminal shows progress, several processes are one run."""
+"""The command: a mistake is one clear line, a terminal shows progress, several
+processes are one run, and the exit status says how a run ended.
+"""
 
 import contextlib
 import json
@@ -39,7 +41,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run(*arguments) -> (status, what it wrote to stdout, to stderr), in this process."""
+    """run(*arguments) -> (status, stdout, stderr) of the command, in this process."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ladder-jax", *map(str, arguments)])
@@ -64,7 +66,7 @@ def recipe(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(folder, environment):
-    """The folder of a run of 20 steps that the command made at a terminal, its stdout, and what the terminal showed."""
+    """A run of 20 steps: its folder, its stdout, and the text on its terminal."""
     path = tiny.recipe(
         folder,
         train_out=str(folder / "trained"),
@@ -113,7 +115,7 @@ def wrong(run, *arguments, status=2):
     [
         (
             "--model.dimm 3",
-            "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim (see ladder-jax train",
+            "--model.dimm is not an option: perhaps --model.dim or --model.ffn-dim",
         ),
         ("--nothing", "--nothing is not an option (see"),
         ("extra", "unexpected argument 'extra'"),
@@ -140,7 +142,7 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--train.sample-tokens 64",
-            "train.sample_tokens=64 is not accepted: it must be less than model.max_length=64",
+            "train.sample_tokens=64 is not accepted: it must be less than model.max_l",
         ),
         (
             "--model.rope-scaling.factor -1",
@@ -153,7 +155,8 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--optimizer.lr-schedule linear",
-            "--optimizer.lr-schedule='linear' is not accepted: it must be one of 'cosine', 'wsd', 'constant'",
+            "--optimizer.lr-schedule='linear' is not accepted: it must be one of "
+            "'cosine', 'wsd', 'constant'",
         ),
         ("--train.steps", "--train.steps takes a value"),
         (
@@ -168,7 +171,8 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--model.residual ladder:x",
-            "model.residual='ladder:x' is not accepted: ladder:A,M takes whole numbers, not 'x'",
+            "model.residual='ladder:x' is not accepted: ladder:A,M takes "
+            "whole numbers, not 'x'",
         ),
         (
             "--train.seq-len 100",
@@ -196,25 +200,31 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--model.kv-heads 1",
-            "model.kv_heads=1 does not divide by mesh.tensor=2 (parameter attention.wk): choose a",
+            "model.kv_heads=1 does not divide by mesh.tensor=2 (parameter "
+            "attention.wk): choose a",
         ),
         ("--model.ffn-dim 63", "model.ffn_dim=63 does not divide by mesh.tensor=2"),
         (
             "--model.vocab-size 263",
-            "model.vocab_size=263 does not divide by mesh.tensor=2: use --model.vocab-size 264,",
+            "model.vocab_size=263 does not divide by mesh.tensor=2: use "
+            "--model.vocab-size 264,",
         ),
         ("--model.dim 33", "model.dim=33 does not divide by mesh.fsdp=2"),
         (
             "--train.global-batch 6",
-            "a batch of 6 sequences (train.global_batch / train.grad_accum_steps) does not divide by mesh.data x mesh.",
+            "a batch of 6 sequences (train.global_batch / train.grad_accum_steps) does "
+            "not "
+            "divide by mesh.data x mesh.",
         ),
         (
             "--model.vocab-size 256",
-            "model.vocab_size=256 is smaller than the 259 tokens of data.tokenizer='bytes'",
+            "model.vocab_size=256 is smaller than the 259 tokens of "
+            "data.tokenizer='bytes'",
         ),
         (
             "--data.source none",
-            "data.source='none' does not exist: it must be 'builtin', or a folder, file or glob",
+            "data.source='none' does not exist: it must be 'builtin', or a "
+            "folder, file or glob",
         ),
         ("--data.source empty", "data.source='empty' has no files"),
         ("--data.source blank.txt", "data.source='blank.txt' has no usable document"),
@@ -224,15 +234,18 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--data.tokenizer blank.txt",
-            "data.tokenizer='blank.txt' is not accepted: this is not a Hugging Face tokenizer",
+            "data.tokenizer='blank.txt' is not accepted: this is not a "
+            "Hugging Face tokenizer",
         ),
         (
             "--data.tokenizer large.json",
-            "model.vocab_size=264 is smaller than the 301 tokens of data.tokenizer='large.js",
+            "model.vocab_size=264 is smaller than the 301 tokens of "
+            "data.tokenizer='large.js",
         ),
         (
             "--train.out blank.txt/run",
-            "train.out='blank.txt/run' is not accepted: {tmp}/blank.txt is not a folder",
+            "train.out='blank.txt/run' is not accepted: {tmp}/blank.txt is "
+            "not a folder",
         ),
         ("--processes 2", "processes=2 is not accepted without --distributed"),
         (
@@ -241,7 +254,8 @@ def wrong(run, *arguments, status=2):
         ),
         (
             "--distributed",
-            "--distributed: no cluster tells this process its place: give --coordinator HOST:PORT",
+            "--distributed: no cluster tells this process its place: give "
+            "--coordinator HOST:PORT",
         ),
     ],
 )
@@ -284,12 +298,14 @@ def test_one_line_for_every_mistake(
             "recipe '{path}', line 2: KeyError: 'a'",
         ),
         (
-            "from ladder_jax.config import *\n\nconfig = Config(\n    model=Model(dim=-1))\n",
-            "recipe '{path}', line 4: model.dim=-1 is not accepted: it must be greater than 0",
+            "from ladder_jax.config import *\n\n"
+            "config = Config(\n    model=Model(dim=-1))\n",
+            "recipe '{path}', line 4: model.dim=-1 is not accepted: it must be "
+            "greater than 0",
         ),
         (
             "from ladder_jax.config import *\nconfig = Config(model=Model(dims=1))\n",
-            "recipe '{path}', line 2: model.dims is not a field: it must be one of dim, ",
+            "recipe '{path}', line 2: model.dims is not a field: it must be one of ",
         ),
         (
             "from ladder_jax.config import *\nconfig = Config(train=Train(batch=1))\n",
@@ -297,7 +313,8 @@ def test_one_line_for_every_mistake(
         ),
         (
             "\0",
-            "recipe '{path}': SyntaxError: source code string cannot contain null bytes",
+            "recipe '{path}': SyntaxError: source code string cannot contain "
+            "null bytes",
         ),
     ],
 )
@@ -372,7 +389,7 @@ def test_what_a_bug_says(run, monkeypatch, recipe):
     assert wrong(run, "train", recipe, status=130) == "interrupted"
 
 
-# ---------------------------------------------------------------- a run from the command line
+# ------------------------------------------------------ a run from the command line
 
 
 def test_a_run_at_a_terminal(trained, folder):
@@ -383,19 +400,23 @@ def test_a_run_at_a_terminal(trained, folder):
         lines[0],
     )
     assert lines[1] == (
-        "37,536 parameters, ladder residual, float32, mesh data=2 x fsdp=2 x tensor=2 of cpu"
+        "37,536 parameters, ladder residual, float32, "
+        "mesh data=2 x fsdp=2 x tensor=2 of cpu"
     )
     assert re.fullmatch(
-        r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  [\d,]+ tok/s  MFU \d+\.\d%  "
+        r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  "
+        r"[\d,]+ tok/s  MFU \d+\.\d%  "
         r"\dm\d\ds left  \(last save \d\.\ds\)",
         next(line for line in lines if line.startswith("step 5/20")),
     )
     assert re.search(
-        r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte  \(evaluated in \d\.\ds\)\n---- the model writes:\n",
+        r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte  "
+        r"\(evaluated in \d\.\ds\)\n---- the model writes:\n",
         said,
     )
     assert re.fullmatch(
-        rf"done: 20 steps, held-out 5\.\d\d\d bits per byte, checkpoints in {out}/checkpoints, "
+        r"done: 20 steps, held-out 5\.\d\d\d bits per byte, "
+        rf"checkpoints in {out}/checkpoints, "
         rf"loss curve {out}/loss.png",
         lines[-1],
     )
@@ -423,7 +444,8 @@ def test_what_a_finished_run_allows(run, trained, folder, tmp_path):
     out = trained[0]
     path = folder / "recipe.py"
     assert re.search(
-        "already holds a run, at step 20: continue it with --resume, or choose another --train.out",
+        "already holds a run, at step 20: continue it with --resume, "
+        "or choose another --train.out",
         wrong(run, "train", path),
     )
     assert wrong(run, "train", path, "--resume", "--model.ffn-dim", 128).startswith(
@@ -438,7 +460,7 @@ def test_what_a_finished_run_allows(run, trained, folder, tmp_path):
 
 
 def test_an_optimizer_of_another_kind(run, folder, trained, tmp_path):
-    """What no check of the configuration knows, Orbax's description of the arrays does: one line too."""
+    """A misfit that only Orbax's description of the arrays shows is one line too."""
     path = tiny.recipe(folder, train_out=str(trained[0]))
     meta = trained[0] / "checkpoints/20/meta/data.json"
     text = meta.read_text()
@@ -459,7 +481,7 @@ def test_an_optimizer_of_another_kind(run, folder, trained, tmp_path):
 
 
 def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
-    """Through a pipe lines come as they are said; the last one gives the command that goes on."""
+    """A pipe gets each line at once; the last line has the command that continues."""
     path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
     arguments = ["train", path, "--devices", "8", "--train.log-every", "5"]
     child = subprocess.Popen(
@@ -479,7 +501,8 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
         and err == "\nSIGINT: saving after this step; once more to stop at once\n"
     )
     again = re.fullmatch(
-        rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: continue with ladder-jax (.*)",
+        rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: "
+        r"continue with ladder-jax (.*)",
         rest.splitlines()[-1],
     )[1].split()
     assert again == [*map(str, arguments), "--resume"]
@@ -490,7 +513,7 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     assert tiny.rows(tmp_path / "run") == tiny.rows(trained[0])
 
 
-# ---------------------------------------------------------------- output that breaks, signals
+# ------------------------------------------------------ output that breaks, signals
 
 
 # The terminal that is standard input becomes the controlling terminal of the command.
@@ -665,7 +688,8 @@ def test_generate(run, trained):
     [
         (
             "{tmp}",
-            "{tmp} holds no checkpoint: a run's folder, its checkpoints folder or the folder of one step is acc",
+            "{tmp} holds no checkpoint: a run's folder, its checkpoints folder or the "
+            "folder of one step is acc",
             1,
         ),
         ("{tmp}/none", "{tmp}/none does not exist", 1),
@@ -676,14 +700,16 @@ def test_generate(run, trained):
         ),
         (
             "{out} --max-tokens 100",
-            "max_tokens=100 is not accepted: it must be from 0 to 63: model.max_length=64",
+            "max_tokens=100 is not accepted: it must be from 0 to 63: "
+            "model.max_length=64",
             2,
         ),
         ("{out} --temperature -1", "temperature=-1.0 is not accepted", 2),
         ("{out} --top-p 0", "top_p=0.0 is not accepted", 2),
         (
             "{out} --tensor 3",
-            "model.vocab_size=264 does not divide|model.heads=8 does not divide by mesh.tensor=3",
+            "model.vocab_size=264 does not divide|"
+            "model.heads=8 does not divide by mesh.tensor=3",
             2,
         ),
         ("{out} --tensor 16", "the mesh needs 16 devices, but there are 8", 2),
@@ -743,8 +769,8 @@ def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
     assert wrong(
         run, "train", recipe, "--data.tokenizer", path, "--train.steps", 1, "--resume"
     ) == (
-        f"data.tokenizer={str(path)!r} has other contents now than in the run to resume: restore them, or start a new "
-        "run in another train.out"
+        f"data.tokenizer={str(path)!r} has other contents now than in the run to "
+        "resume: restore them, or start a new run in another train.out"
     )
 
 

@@ -1,4 +1,6 @@
-"""Configuration: a mistake is one line that names the field, its value and what is accepted; JSON keeps all of it."""
+"""Configuration: a mistake is one line that names the field, its value and what is
+accepted; JSON preserves every field.
+"""
 
 import dataclasses
 import json
@@ -177,7 +179,7 @@ def test_values_out_of_range(section, fields, value, accepted):
 
 @pytest.mark.parametrize("section, name", FIELDS)
 def test_wrong_types(section, name):
-    """Text for a number, a bool for a number, a number for text: never taken for what was meant."""
+    """Text is no number, a bool is no number, and a number is no text."""
     hint = HINTS[section, name]
     kinds = {hint, *typing.get_args(hint)}
     wrong = [[1], {}, object]
@@ -241,10 +243,10 @@ def test_json_keeps_all_of_it(config):
     [
         (
             dict(modle={}),
-            "modle is not a field: it must be one of data, mesh, model, optimizer, train "
-            "(perhaps model)",
+            "modle is not a field: it must be one of data, mesh, model, optimizer, "
+            "train (perhaps model)",
         ),
-        (dict(model=dict(layer=3)), "model.layer is not a field: it must be one of dim, "),
+        (dict(model=dict(layer=3)), "model.layer is not a field: it must be one of "),
         (
             dict(model=dict(rope_scaling=dict(by=3))),
             "model.rope_scaling.by is not a field: it must be one of factor, ",

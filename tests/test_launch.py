@@ -1,4 +1,4 @@
-"""Launch scripts: bash reads them, and what they start is a command that ladder-jax takes."""
+"""Launch scripts: bash parses them, and ladder-jax parses the commands they start."""
 
 import os
 import shlex
@@ -23,7 +23,7 @@ GIVEN = [
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs a script of launch/ with programs of the given names replaced: calls print their arguments, a line each."""
+    """Runs a script of launch/. `programs` are replaced: they print their arguments."""
 
     def run(script, *arguments, programs, check=True, **variables):
         for name in programs:

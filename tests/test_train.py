@@ -1,4 +1,6 @@
-"""The training job: however it is stopped, it goes on bit for bit as if it had not been; its parts do what they say."""
+"""The training job: a stopped run continues bit for bit as if it had not stopped; every
+part does what its docstring says.
+"""
 
 import contextlib
 import dataclasses
@@ -16,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -96,7 +99,9 @@ class Watch:
                 self.kept += not self.saving and not all(
                     x.is_deleted() for x in jax.tree.leaves(state)
                 )
-                self.saving = False  # a save reads the state on a CPU where it lies: the next step leaves it there
+                # A save on a CPU reads the state where it lies: the next step does not
+                # overwrite it.
+                self.saving = False
                 return made
 
             return call
@@ -184,7 +189,10 @@ def copy(whole, out, last):
 
 @contextlib.contextmanager
 def at_step(number, act):
-    """Calls `act(batch)` before the step after `number` steps; if it returns a batch, the step takes that one."""
+    """Calls `act(batch)` before the step after `number` steps.
+
+    Where `act` returns a batch, the step takes that one.
+    """
     make_step = train.make_step
 
     def make(*arguments):
@@ -403,9 +411,11 @@ from ladder_jax import config, train
 
 recipe, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 place, choose = train.to_devices, random.Random(0)
-train.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)        # so that saves do not follow at once
+# Slow steps, so that there is time between two saves.
+train.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)
 saving = lambda: list((out / "checkpoints").glob("*tmp*"))
-newest = lambda: max((int(f.name) for f in (out / "checkpoints").glob("[0-9]*") if f.name.isdigit()), default=0)
+folders = lambda: (out / "checkpoints").glob("[0-9]*")
+newest = lambda: max((int(f.name) for f in folders() if f.name.isdigit()), default=0)
 where = {"during a save": 0, "between saves": 0}
 while True:
     if not (child := os.fork()):
@@ -417,11 +427,15 @@ while True:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
     start, rarest = newest(), min(where, key=where.get)
-    due = lambda: saving() if rarest == "during a save" else newest() > start and not saving()
-    while not (ended := os.waitpid(child, os.WNOHANG))[0] and not (sum(where.values()) < kills and due()):
+    between = lambda: newest() > start and not saving()
+    due = saving if rarest == "during a save" else between
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if sum(where.values()) < kills and due():
+            break
         time.sleep(0.001)
     if ended[0]:
-        sys.exit(os.waitstatus_to_exitcode(ended[1]) or (min(where.values()) < 1 and f"killed only {where}"))
+        missing = min(where.values()) < 1 and f"killed only {where}"
+        sys.exit(os.waitstatus_to_exitcode(ended[1]) or missing)
     if rarest == "during a save":
         time.sleep(choose.uniform(0, 0.02))
     where["during a save" if saving() else "between saves"] += 1
@@ -463,7 +477,7 @@ def test_a_step_that_is_not_finite_stops_the_run(whole, folder, tmp_path, capfd)
         with pytest.raises(
             FloatingPointError,
             match=r"^step 9 is not finite \(gradient_norm nan, loss nan, "
-            r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a lower",
+            r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a ",
         ):
             train.train(cfg)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6]
@@ -549,7 +563,7 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
     now = {**meta, "corpus": [1, 2]}
     with pytest.raises(
         ConfigError,
-        match="data.source=.* has other contents now than in the run to resume: restore",
+        match="data.source=.* has other contents now than in the run to resume: rest",
     ):
         train.check_resumed(meta, now)
     with pytest.raises(
@@ -604,9 +618,10 @@ def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch):
 def test_the_first_20_losses(whole):
     losses = [row["loss"] for row in tiny.rows(whole) if "loss" in row]
     assert losses == pytest.approx(GOLDEN, rel=3e-5), (
-        "The first 20 losses of a small run are not what they were. If the change was meant to alter the numbers "
-        "(initialisation, the model's math, the optimizer, the order of the data), say so in its commit and replace "
-        "GOLDEN; if it was not, it has a bug: look at the first step that differs. The values now:\n"
+        "The first 20 losses of a small run have changed. If the change was meant to "
+        "alter the numbers (initialisation, the model's math, the optimizer, the order "
+        "of the data), say so in its commit and replace GOLDEN. If it was not, it has "
+        "a bug: look at the first step that differs. The values now:\n"
         + ", ".join(f"{loss:.6f}" for loss in losses)
     )
 
@@ -708,8 +723,8 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
 
 
 def steps_of(cfg, shape, state, batches):
-    """(results of every step, parameters at the end) of `cfg` from `state` on a mesh of this shape."""
-    mesh = sharding.make_mesh(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
+    """(results of every step, parameters at the end) of `cfg` from `state`."""
+    mesh = helpers.make_mesh(*shape)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
     place = lambda tree, like: jax.tree.map(
         lambda x, y: jax.device_put(x, y.sharding), tree, like
@@ -744,7 +759,7 @@ def state(folder, whole):
 
 @pytest.fixture(scope="module")
 def batches(folder):
-    """Three batches of 16 rows, some of whose weights are zero, a different number in each row."""
+    """Three batches of 16 rows with a different number of zero weights in each row."""
     cfg = tiny.make(folder)
     iterator = data.train_iterator(
         data.prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
@@ -774,7 +789,7 @@ def clipped(folder, **fields):
 def test_a_step_is_the_same_on_every_mesh_and_in_parts(
     folder, state, batches, one_device, shape, accumulate
 ):
-    """Losses, norms and clipped updates; a batch in parts whose weights differ is still one mean."""
+    """Losses, norms and clipped updates; parts of different weights give one mean."""
     results, parameters = steps_of(
         clipped(folder, train_grad_accum_steps=accumulate), shape, state, batches
     )
@@ -808,7 +823,7 @@ def test_a_step_updates_in_place(folder):
 
 def test_the_first_state_is_the_same_on_every_mesh(folder, state):
     cfg = tiny.make(folder)
-    mesh = sharding.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
+    mesh = helpers.make_mesh()
     made = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
     for left, right in zip(jax.tree.leaves(made), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
