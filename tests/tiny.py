@@ -39,7 +39,7 @@ def write_corpus(folder):
 
 
 def make(folder, **fields):
-    """A config.Config with the corpus folder/corpus. `fields`: such as train_steps=3."""
+    """A config.Config with the corpus folder/corpus. `fields`: as train_steps=3."""
     made = config.Config(
         model=config.Model(
             vocab_size=264,
@@ -101,8 +101,8 @@ def rows(out):
 
 @contextlib.contextmanager
 def compiled_once(folder):
-    """Compiles each program once for all runs inside, and for the runs of processes that
-    get these settings."""
+    """Inside, runs share compiled programs, also with processes that get these
+    settings."""
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
