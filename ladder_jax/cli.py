@@ -67,7 +67,8 @@ class GenerateArguments:
     checkpoint: str = field(metadata=POSITIONAL)
     """A run's folder, its checkpoints folder, or the folder of one step."""
     prompt: str = ""
-    """The text that the model continues. Empty: a new document."""
+    """The text to continue. Empty: a new document, from the tokenizer's begin token, or
+    from its end token if it has no begin token."""
     prompts_file: str | None = None
     """A JSONL file with one prompt a line. A line may set options of its own; the
     options of the command line are its defaults."""
@@ -201,7 +202,8 @@ def generate(words: list[str]) -> int:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.prompts_file is not None:
-        print(generate_file(arguments, loaded, options), flush=True)
+        path = arguments.prompts_file
+        print(generate_file(path, arguments, loaded, options), flush=True)
         return 0
     for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
@@ -210,7 +212,7 @@ def generate(words: list[str]) -> int:
 
 
 def generate_file(
-    arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
+    path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
 ) -> str:
     """Decodes the prompts of a file with the engine, and returns a summary."""
     from ladder_jax.serve import offline
@@ -224,9 +226,7 @@ def generate_file(
         loaded.tokenizer,
     )
     print(engine.report(), file=sys.stderr)
-    count, before, failed = offline.run(
-        engine, arguments.prompts_file, arguments.out, options
-    )
+    count, before, failed = offline.run(engine, path, arguments.out, options)
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
     return text + (f", {failed} of them errors" if failed else "")
@@ -235,13 +235,13 @@ def generate_file(
 def tokenizer(words: list[str]) -> int:
     """`ladder-jax tokenizer SOURCE ...`"""
     arguments = parse(TokenizerArguments, words, "tokenizer")
-    from ladder_jax.data import corpus
     from ladder_jax.data import tokenizer as tokenizers
+    from ladder_jax.data.corpus import documents
 
     size, out = arguments.vocab_size, arguments.out
     require(size >= 260, "vocab_size", size, "260 or more")
     data_config = Data(source=arguments.source, text_field=arguments.text_field)
-    trained = tokenizers.train(corpus.documents(data_config), size)
+    trained = tokenizers.train(documents(data_config), size)
     trained.save(out)
     print(f"done: {trained.size} tokens in {out}: use it with --data.tokenizer {out}")
     return 0

@@ -32,6 +32,7 @@ from ladder_jax.config import (
 )
 from ladder_jax.data import corpus as corpora
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips, xla_options
 from ladder_jax.interrupts import StopSignal
@@ -303,8 +304,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             process_index=shard,
             process_count=shards,
         )
-        batches = corpora.train_iterator(corpus, seed=config.train.seed, **split)
-        held_out = corpora.held_out_batches(corpus, **split)
+        batches = train_iterator(corpus, seed=config.train.seed, **split)
+        held_out = held_out_batches(corpus, **split)
 
         # ---- state, new or resumed
         stop = stack.enter_context(StopSignal(config.train.log_every))
@@ -449,6 +450,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     corpus = prepare_corpus(config.data, tokenizer)
     say(corpus.report)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
+    meta["documents"] = corpus.digest
     check_resumed(meta | before, meta, out)
     return Job(mesh, tokenizer, corpus, out, meta, bool(saved))
 
@@ -486,7 +488,7 @@ def check_writable(out: Path, value: str) -> None:
 # What a resumed run may not change. None: every field of the section.
 FROZEN: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "data": ("source", "text_field", "tokenizer", "held_out_fraction"),
+    "data": ("text_field", "held_out_fraction"),
     "train": ("global_batch", "seq_len", "seed"),
 }
 
@@ -518,8 +520,14 @@ def check_resumed(
     if schedule.parse(residual, after.model.layers).local:
         advice = f"a {residual} model keeps it for life"
         same("mesh.tensor", saved["tensor"], now["tensor"], advice)
-    for field, contents in (("tokenizer", "tokenizer"), ("source", "corpus")):
-        if contents in now and saved[contents] != now[contents]:
+    # The files may have moved. An old checkpoint has no digest of the documents.
+    for field, contents in (
+        ("tokenizer", "tokenizer"),
+        ("source", "corpus"),
+        ("source", "documents"),
+    ):
+        comparable = contents in saved and contents in now
+        if comparable and saved[contents] != now[contents]:
             value = getattr(after.data, field)
             raise ConfigError(
                 f"data.{field}={value!r} has other contents now than in the run to "
@@ -616,11 +624,11 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         parameters,
         config.model,
         job.mesh,
-        tokenizer.prompt("") or [tokenizer.bos],
+        tokenizer.prompt(""),
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         seed=config.train.seed,
-        stop=(tokenizer.eos,),
+        stop_token_ids=(tokenizer.eos,),
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))
