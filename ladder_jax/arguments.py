@@ -6,6 +6,7 @@ help of a field is the string below it in the source, or the comment above it.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import shutil
 import textwrap
@@ -59,13 +60,13 @@ def parse(
     ConfigError, one line, on a mistake.
     """
     options = list(_options(kind, default))
-    if "-h" in words or "--help" in words:
-        print(help_text(kind, options, command, first))
-        raise SystemExit(0)
     try:
         values = _read(options, words)
     except ConfigError as error:
         raise ConfigError(f"{error} (see ladder-jax {command} --help)") from None
+    if values is None:
+        print(help_text(kind, options, command, first))
+        raise SystemExit(0)
     return _build(kind, options, values)
 
 
@@ -96,8 +97,8 @@ def _options(
             )
 
 
-def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]:
-    """The value of every option, by its path."""
+def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any] | None:
+    """The value of every option, by its path; None where a word asks for help."""
     flags = {option.flag: option for option in options if not option.positional}
     switches = {
         _negated(flag): option for flag, option in flags.items() if option.hint is bool
@@ -109,6 +110,8 @@ def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
+        if word in ("-h", "--help"):
+            return None
         if not word.startswith("--"):
             if not places:
                 raise ConfigError(f"unexpected argument {word!r}")
@@ -296,6 +299,7 @@ def _sentence(kind: type) -> str:
     return inspect.cleandoc(kind.__doc__ or "")
 
 
+@functools.cache
 def field_texts(kind: type) -> dict[str, str]:
     """The help of every field of a dataclass that has one, from the source."""
     try:
@@ -315,5 +319,6 @@ def field_texts(kind: type) -> dict[str, str]:
             while lines[start - 1].lstrip().startswith("#"):
                 start -= 1
             comment = [line.strip(" #") for line in lines[start : node.lineno - 1]]
-        texts[ast.unparse(node.target)] = " ".join(" ".join(comment).split())
+        if text := " ".join(" ".join(comment).split()):
+            texts[ast.unparse(node.target)] = text
     return texts

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
+from ladder_jax.metrics import Metrics
+
 
 class Output(contextlib.AbstractContextManager):
     """Lines on stdout and a progress bar on stderr, from the `leader` process alone.
@@ -115,6 +117,40 @@ class Speed(NamedTuple):
     def left(self, step: int, seconds: float) -> float:
         """Seconds that the steps after `step` take."""
         return seconds * (self.steps - step)
+
+
+class Reports:
+    """The rows of a run: each is a line of output and a row of metrics.
+
+    Args:
+      metrics: where rows go; None in all processes but one.
+    """
+
+    def __init__(
+        self, output: Output, metrics: Metrics | None, pace: Pace, speed: Speed
+    ) -> None:
+        self.output, self.metrics = output, metrics
+        self.pace, self.speed = pace, speed
+        self.save_s: float | None = None  # of the last save, for the next row
+
+    def step(self, measured: Measured, values: dict[str, float]) -> None:
+        """Reports the `values` of a training step, and the speed since the last one."""
+        seconds_left = None
+        if seconds := self.pace.lap(measured):
+            values |= self.speed.of(seconds)
+            seconds_left = self.speed.left(measured.step, seconds)
+        if self.save_s is not None:
+            values["save_s"], self.save_s = self.save_s, None
+        self._row(measured.step, step_line(values, seconds_left), values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Reports the `values` of an evaluation after `step`."""
+        self._row(step, evaluation_line(values), values)
+
+    def _row(self, step: int, text: str, values: dict[str, float]) -> None:
+        self.output.say(f"step {step}/{self.speed.steps}  {text}")
+        if self.metrics is not None:
+            self.metrics.write(step, **values)
 
 
 def step_line(values: dict[str, float], seconds_left: float | None) -> str:

@@ -42,9 +42,8 @@ from ladder_jax.progress import (
     Measured,
     Output,
     Pace,
+    Reports,
     Speed,
-    evaluation_line,
-    step_line,
 )
 from ladder_jax.residual import choose
 
@@ -314,11 +313,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         )
         optimizer = make_optimizer(config.optimizer, steps)
         if job.saved:
-            abstract = abstract_state(config, mesh, optimizer)._asdict()
-            first, arrays, _ = checkpoints.restore(
-                abstract, batches, config=job.meta["config"]
-            )
-            state = State(**arrays)
+            first, state = restore(config, job, optimizer, checkpoints, batches)
             say(f"resumed at step {first} of {steps} from {checkpoints.folder}")
         else:
             first, state = 0, init_state(config, mesh, optimizer)
@@ -331,27 +326,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         train_step = make_step(config, mesh, optimizer)
         evaluation = make_evaluation(config, mesh)
         rate = jax.jit(learning_rate(config.optimizer, steps))
-        speed = speed_of(config, mesh)
         pace = stack.enter_context(Pace(first))
         metrics = None
         if leader:
             metrics = stack.enter_context(Metrics(out, config.train.tensorboard, first))
-        notes: dict[str, float] = {}  # for the next row
-
-        def record(step: int, text: str, values: dict[str, float]) -> None:
-            say(f"step {step}/{steps}  {text}")
-            if metrics is not None:
-                metrics.write(step, **values)
+        reports = Reports(output, metrics, pace, speed_of(config, mesh))
 
         def report(measured: Measured) -> None:
-            step = measured.step
-            values, seconds_left = finite(measured, checkpoints), None
-            if seconds := pace.lap(measured):
-                values |= speed.of(seconds)
-                seconds_left = speed.left(step, seconds)
-            values |= notes
-            notes.clear()
-            record(step, step_line(values, seconds_left), values)
+            reports.step(measured, finite(measured, checkpoints))
 
         # ---- loop
         def due(step: int, every: int) -> bool:
@@ -383,12 +365,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 if evaluating:
                     first_ones = itertools.islice(held_out, config.train.eval_batches)
                     values = evaluate(evaluation, state, first_ones, job)
-                    record(step, evaluation_line(values), values)
+                    reports.evaluation(step, values)
                     summary |= values
                 if saving:
                     start = time.perf_counter()
                     checkpoints.save(step, state._asdict(), batches, job.meta)
-                    notes["save_s"] = time.perf_counter() - start
+                    reports.save_s = time.perf_counter() - start
                 pace.restart(step)
             elif due(step, config.train.log_every):
                 unread = pace.measure(step, results)
@@ -546,6 +528,20 @@ def prepare_corpus(
     if several and not jax.process_index():
         multihost_utils.sync_global_devices("corpus")
     return corpus
+
+
+def restore(
+    config: Config,
+    job: Job,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    batches: Any,
+) -> tuple[int, State]:
+    """(step, state) of the newest checkpoint; moves `batches` to its position."""
+    abstract = abstract_state(config, job.mesh, optimizer)._asdict()
+    saved = job.meta["config"]
+    step, arrays, _ = checkpoints.restore(abstract, batches, config=saved)
+    return step, State(**arrays)
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
