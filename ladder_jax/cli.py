@@ -302,16 +302,25 @@ same command with --resume continues the run."""
 
 # ---------------------------------------------------------------- devices
 
+# The flag of XLA that --devices sets (hardware/distributed.py).
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
 
 def emulate(devices: int | None) -> None:
     """Emulates `devices` devices, and says which variables of the user it overrides."""
-    names = ("JAX_PLATFORMS", "XLA_FLAGS")
-    before = {name: os.environ.get(name, "").strip() for name in names}
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    flags = os.environ.get("XLA_FLAGS", "").split()
     distributed.emulate(devices)
-    for name, old in before.items():
-        new = os.environ.get(name, "").strip()
-        if old and not new.startswith(old):
-            print_safely(f"--devices sets {name}={new}, not {old}", sys.stderr)
+    if devices is None:
+        return
+    if platforms not in ("", "cpu"):
+        text = f"--devices {devices} replaces JAX_PLATFORMS={platforms} by cpu"
+        print_safely(text, sys.stderr)
+    for flag in flags:
+        name, _, count = flag.partition("=")
+        if name == DEVICE_COUNT and count != str(devices):
+            text = f"--devices {devices} replaces {flag} in XLA_FLAGS"
+            print_safely(text, sys.stderr)
 
 
 def join(arguments: TrainArguments) -> None:

@@ -47,7 +47,7 @@ class StopSignal(contextlib.AbstractContextManager):
             hangup = other == signal.SIGHUP
             signal.signal(other, signal.SIG_IGN if hangup else handler)
         text = (
-            f"\n{self.signal.name}: saving after this step; once more to stop at once\n"
+            f"\n{self.signal.name}: stopping after this step; once more to stop now\n"
         )
         # `print` may be what the signal interrupted, and cannot be entered twice.
         with contextlib.suppress(OSError):

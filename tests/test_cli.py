@@ -498,7 +498,7 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     rest, err = child.communicate(timeout=120)
     assert (
         child.returncode == 130
-        and err == "\nSIGINT: saving after this step; once more to stop at once\n"
+        and err == "\nSIGINT: stopping after this step; once more to stop now\n"
     )
     again = re.fullmatch(
         rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: "
@@ -648,11 +648,14 @@ def test_devices_says_which_variables_it_overrides(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=dump")
     cli.emulate(8)
-    assert capsys.readouterr().err == "--devices sets JAX_PLATFORMS=cpu, not cuda\n"
+    assert capsys.readouterr().err == "--devices 8 replaces JAX_PLATFORMS=cuda by cpu\n"
     assert os.environ["XLA_FLAGS"].startswith("--xla_dump_to=dump --xla_force")
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    cli.emulate(4)
+    assert capsys.readouterr().err == (
+        "--devices 4 replaces --xla_force_host_platform_device_count=8 in XLA_FLAGS\n"
+    )
     cli.emulate(None)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    cli.emulate(8)
     assert capsys.readouterr().err == ""
 
 

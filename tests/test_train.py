@@ -221,7 +221,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
         done = train.train(cfg)
     assert done["stopped"] == name and done["step"] == step
     assert saved_steps(tmp_path / "run/checkpoints")[-1] == step
-    assert f"{name}: saving after this step" in capfd.readouterr().err
+    assert f"{name}: stopping after this step" in capfd.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     with watched():
         done = train.train(cfg, resume=True)
