@@ -22,7 +22,7 @@ def kernel_for(platform, config, length):
     if platform == "tpu" and length % 128 == 0:
         return "splash"
     if (
-        platform in ("gpu", "cuda")
+        platform == "cuda"
         and config.dtype == "bfloat16"
         and config.head_dim in range(8, 129, 8)
     ):

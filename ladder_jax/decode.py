@@ -212,8 +212,8 @@ def _compiled(function, spec, in_specs, out_specs, donate=None, workload="decode
 
 
 def _arrange(spec, model):
-    cast = lambda name, x: x if name.endswith("norm") else x.astype(spec.config.dtype)
-    model = jax.tree.map(cast, sharding.parameter_names(model), model)
+    cast = lambda role, x: x if role == "norm" else x.astype(spec.config.dtype)
+    model = jax.tree.map(cast, sharding.parameter_roles(model), model)
     return transformer.unstack(model) if spec.unroll_layers else model
 
 

@@ -88,13 +88,7 @@ def load(path, *, step=None, mesh=None, devices=None):
             f"model was trained with mesh.tensor={trained}, and its ranks' streams are a part of it"
         )
     sharding.check_fits(config.model, placed)
-    abstract = transformer.abstract(config.model)
-    shardings = sharding.named_shardings(placed, sharding.parameter_specs(abstract))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings,
-    )
+    abstract = sharding.abstract(transformer.abstract(config.model), placed)
     return Loaded(
         checkpoint.load_model(path, abstract, step),
         config,

@@ -65,11 +65,7 @@ def abstract_state(config, mesh, optimizer):
         shapes,
         is_leaf=is_model,
     )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.named_shardings(mesh, specs),
-    )
+    return sharding.abstract(shapes, mesh, specs)
 
 
 def init_state(config, mesh, optimizer):
@@ -92,11 +88,11 @@ def loss_and_gradients(config, mesh, kernel=None):
     `kernel` of attention: by default, what suits the platform.
     """
     kernel = kernel or attention.kernel_for(
-        mesh.devices.flat[0].platform, config.model, config.train.seq_len
+        chips.platform(mesh), config.model, config.train.seq_len
     )
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # On an emulated mesh, which is for trying things out, time to compile counts for more.
-    unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
+    unroll = chips.platform(mesh) == "cpu" and mesh.size == 1
     reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
     options = dict(
         kernel=kernel,
@@ -179,7 +175,7 @@ def make_step(config, mesh, optimizer, kernel=None):
 def make_evaluation(config, mesh):
     """(model, batch) -> (sum of losses in nats, sum of weights) over the batch, compiled."""
     kernel = attention.kernel_for(
-        mesh.devices.flat[0].platform, config.model, config.train.seq_len
+        chips.platform(mesh), config.model, config.train.seq_len
     )
 
     def local(parameters, batch):

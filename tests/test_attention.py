@@ -147,7 +147,7 @@ def test_cudnn_gets_arguments_that_mean_the_same():
 def test_cudnn_is_plain(N, K, H):
     tensors = inputs(N=N, K=K, T=64, H=H, dtype=jnp.bfloat16)
     settings = config.Model(heads=N, kv_heads=K, head_dim=H)
-    assert attention.kernel_for("gpu", settings, 64) == "cudnn"
+    assert attention.kernel_for("cuda", settings, 64) == "cudnn"
     got = value_and_gradients(
         functools.partial(attention.attend, kernel="cudnn"), *tensors
     )
@@ -160,12 +160,12 @@ def test_cudnn_is_plain(N, K, H):
         ("tpu", 2048, {}, "splash"),
         ("tpu", 128, dict(dtype="float32"), "splash"),
         ("tpu", 100, {}, "xla"),
-        ("gpu", 2048, {}, "cudnn"),
-        ("gpu", 2048, dict(head_dim=128), "cudnn"),
-        ("gpu", 100, {}, "cudnn"),
-        ("gpu", 2048, dict(dtype="float32"), "xla"),
-        ("gpu", 2048, dict(head_dim=12), "xla"),
-        ("gpu", 2048, dict(head_dim=264), "xla"),
+        ("cuda", 2048, {}, "cudnn"),
+        ("cuda", 2048, dict(head_dim=128), "cudnn"),
+        ("cuda", 100, {}, "cudnn"),
+        ("cuda", 2048, dict(dtype="float32"), "xla"),
+        ("cuda", 2048, dict(head_dim=12), "xla"),
+        ("cuda", 2048, dict(head_dim=264), "xla"),
         ("cpu", 2048, {}, "xla"),
     ],
 )

@@ -25,6 +25,7 @@ import numpy as np
 from ladder_jax import config as configuration
 from ladder_jax import decode, kv_cache, sampling, sharding
 from ladder_jax.config import ConfigError
+from ladder_jax.hardware import chips
 from ladder_jax.residual import choose
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -134,9 +135,9 @@ class Engine:
             trace,
             pipelined,
         )
-        platform = mesh.devices.flat[0].platform
+        platform = chips.platform(mesh)
         fixed = options.loop == "fixed" or (
-            options.loop == "auto" and platform in ("gpu", "cuda", "rocm")
+            options.loop == "auto" and platform in chips.GPUS
         )
         likes = "float32" if platform == "cpu" else config.dtype
         kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
