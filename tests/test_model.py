@@ -701,7 +701,7 @@ def one_line(function, *args):
 def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, mesh):
     options = {"kv_heads": 4} if field == "heads" else {}
     cfg = settings("ladder", **{**options, field: size})
-    text = one_line(sharding.check, cfg, make_mesh(mesh))
+    text = one_line(sharding.check_fits, cfg, make_mesh(mesh))
     assert f"model.{field}={size}" in text and (
         "mesh.tensor=8" in text or "mesh.fsdp=8" in text
     )
@@ -709,7 +709,7 @@ def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, me
 
 def test_a_batch_that_does_not_divide_is_one_line():
     assert "batch of 6" in one_line(
-        sharding.check, settings("ladder"), make_mesh((2, 2, 2)), 6
+        sharding.check_fits, settings("ladder"), make_mesh((2, 2, 2)), 6
     )
     sharding.check_fits(settings("ladder"), make_mesh((2, 2, 2)), 8)
 
