@@ -345,14 +345,19 @@ def _reading(part: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # Orbax wraps the cause in its own errors
-            cause = cause.__cause__
-        if isinstance(
-            cause, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-        ):
-            raise cause from None
-        raise Damaged(f"{part}: {_line(cause)}") from None
+        raise _blamed(error, part) from None
+
+
+def _blamed(error: BaseException, part: str) -> BaseException:
+    """What to raise for `error`: itself where the machine is to blame, or `Damaged`.
+
+    No variable of a frame that `Damaged` goes through may hold the error, which holds
+    Orbax's tasks (`_silent`).
+    """
+    while error.__cause__ is not None:  # Orbax wraps the cause in its own errors
+        error = error.__cause__
+    machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+    return error if isinstance(error, machine) else Damaged(f"{part}: {_line(error)}")
 
 
 def _meta(path: Path) -> Meta:
@@ -566,19 +571,13 @@ def _without_progress() -> contextlib.AbstractContextManager[None]:
 def _silent() -> Iterator[None]:
     """Drops what Orbax prints about a damaged checkpoint: many lines.
 
-    It leaves tasks behind. Collected, they tell `sys.unraisablehook` that their event
-    loop is closed; that one error is dropped, and only inside this context.
+    It leaves tasks that failed behind. Python would print their errors when it collects
+    them (`sys.unraisablehook`), so they are collected here.
     """
-    before = sys.unraisablehook
-
-    def report(error: Any) -> None:
-        if str(error.exc_value) != "Event loop is closed":
-            before(error)
-
-    drop = lambda record: False
+    hook, drop = sys.unraisablehook, lambda _: False
     with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
         warnings.simplefilter("ignore")
-        sys.unraisablehook = report
+        sys.unraisablehook = drop
         try:
             yield
         except Damaged as error:
@@ -586,4 +585,4 @@ def _silent() -> Iterator[None]:
             gc.collect()
             raise
         finally:
-            sys.unraisablehook = before
+            sys.unraisablehook = hook

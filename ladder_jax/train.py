@@ -25,7 +25,12 @@ from tqdm import tqdm
 
 from ladder_jax import attention, model, schedule, sharding
 from ladder_jax import config as configuration
-from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
+from ladder_jax.checkpoint import (
+    Checkpoints,
+    read_meta,
+    require_plain_name,
+    saved_steps,
+)
 from ladder_jax.config import ConfigError
 from ladder_jax.data import corpus as data
 from ladder_jax.data import tokenizer
@@ -34,6 +39,7 @@ from ladder_jax.hardware import chips, xla_options
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
 from ladder_jax.optimizer import learning_rate, make_optimizer
 from ladder_jax.residual import choose
+from ladder_jax.run_folder import Lease
 
 BATCH_FIELDS = (
     "tokens",
@@ -292,6 +298,7 @@ def train(config, resume=False):
             f"train.out={config.train.out!r} is not accepted: {parent} is not a folder that can be "
             "written to"
         )
+    require_plain_name(out)
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(
@@ -325,8 +332,9 @@ def train(config, resume=False):
         contextlib.ExitStack() as opened
     ):  # closed in the opposite order, whatever happens
         stop = opened.enter_context(_Stop(config.train.log_every))
+        lease = opened.enter_context(Lease(out)) if leader else None
         checkpoints = opened.enter_context(
-            Checkpoints(out / "checkpoints", config.train.keep_checkpoints)
+            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
         )
 
         # ---- state, new or resumed

@@ -22,8 +22,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax import config
+from ladder_jax import checkpoint, config
 from ladder_jax.checkpoint import Checkpoints, load_model, read_meta
+from ladder_jax.config import ConfigError
+from ladder_jax.run_folder import Lease
 
 META = {
     "config": json.loads(json.dumps(config.to_dict(config.Config()))),
@@ -467,6 +469,147 @@ def test_random_keys_and_scalars(tmp_path):
         jax.random.key_data(state["model"].pop("key")),
     )
     assert_same(restored["model"], state["model"])
+
+
+# ---------------------------------------------------------------- names of folders
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "a#b",
+        "50%",
+        "a%20b",
+        "ü 日本",
+        "a\nb",
+        "{a}",
+        "a]",
+        "'a' \"b\"",
+        "~a",
+        "$a;",
+    ],
+)
+def test_a_folder_of_any_other_name_works(tmp_path, name):
+    folder = saved(tmp_path / name / "checkpoints", 1, 2)
+    with Checkpoints(folder, 9) as run:
+        step, state, _ = run.restore(abstract(make()), data())
+    assert step == 2
+    assert_same(state, make(2))
+    assert_same(load_model(tmp_path / name, jax.eval_shape(Model)), Model(2))
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a[", "a*", "a?b", "a\\b"])
+def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_made(
+    tmp_path, name
+):
+    folder = tmp_path / name / "checkpoints"
+    with pytest.raises(ConfigError, match="is not accepted for checkpoints: its path"):
+        Checkpoints(folder, 1)
+    with pytest.raises(ConfigError, match="must have none of"):
+        checkpoint.require_plain_name(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_read_from_a_folder_that_was_given_a_patterns_name(tmp_path):
+    saved(tmp_path / "plain", 1)
+    (tmp_path / "plain").rename(tmp_path / "a[b]*")
+    assert_same(load_model(tmp_path / "a[b]*", jax.eval_shape(Model)), Model(1))
+    (tmp_path / "a[b]*").rename(tmp_path / "a\\b")
+    with pytest.raises(ValueError, match="Orbax takes no path with"):
+        load_model(tmp_path / "a\\b", jax.eval_shape(Model))
+
+
+# ---------------------------------------------------------------- saves are read back
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/_METADATA",
+        "optimizer/_METADATA",
+        "meta/data.json",
+        "_CHECKPOINT_METADATA",
+    ],
+)
+def test_a_save_that_cannot_be_read_does_not_count(tmp_path, name):
+    """It is an error at the next call, and the good one before it is not removed."""
+    run = Checkpoints(tmp_path, 1)
+    run.save(1, make(1), data(), META)
+    run.wait()
+    run.save(2, make(2), data(), META)
+    run._checkpointer.wait()  # written, and not yet read back
+    harm(tmp_path / "2", name, "delete")
+    with pytest.raises(OSError, match="/2 could not be written: .*") as error:
+        run.save(3, make(3), data(), META)
+    assert "\n" not in str(error.value)
+    assert_same(load_model(tmp_path, jax.eval_shape(Model), step=1), Model(1))
+    run.save(2, make(22), data(), META)  # the run goes on, and replaces it
+    run.close()
+    assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(22))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+# ---------------------------------------------------------------- two jobs, one folder
+
+
+def test_a_checkpoint_of_another_job_stops_the_run_and_stays(tmp_path):
+    with Checkpoints(tmp_path, 2) as run:
+        run.save(1, make(1), data(), META)
+        run.wait()
+        shutil.copytree(tmp_path / "1", tmp_path / "5")  # what another job wrote
+        with pytest.raises(OSError, match=r"steps \[5\], which another job wrote"):
+            run.save(2, make(2), data(), META)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5"]
+
+
+ZOMBIE = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.run_folder import Lease
+
+state = {"model": {"w": jnp.zeros(4)}}
+with Lease(sys.argv[1]) as lease, Checkpoints(sys.argv[1] + "/checkpoints", 2, lease) as run:
+    run.save(1, state, None, {})
+    run.wait()
+    print("saved", flush=True)
+    sys.stdin.readline()            # taken for dead: the job was requeued meanwhile
+    run.save(2, state, None, {})
+"""
+
+
+def test_a_job_that_was_taken_for_dead_leaves_its_successors_checkpoints(tmp_path):
+    """Two processes: the first hangs, the second resumes, then the first goes on."""
+    first = subprocess.Popen(
+        [sys.executable, "-c", ZOMBIE, tmp_path],
+        text=True,
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert first.stdout.readline() == "saved\n"
+    (tmp_path / "lease.json").unlink()  # as after STALE_S seconds without a heartbeat
+    state = {"model": {"w": jnp.ones(4)}}
+    with (
+        Lease(tmp_path) as lease,
+        Checkpoints(tmp_path / "checkpoints", 2, lease) as run,
+    ):
+        assert run.restore(abstract(state))[0] == 1
+        for step in (2, 3, 4):
+            run.save(step, state, None, {})
+        run.wait()
+        _, err = first.communicate("go on\n", timeout=100)
+        assert first.returncode == 1
+        assert "took this job for dead: this job stops without another write" in err
+        run.save(5, state, None, {})
+    assert checkpoint.saved_steps(tmp_path / "checkpoints") == [4, 5]
+    for step in (4, 5):
+        assert_same(load_model(tmp_path, state["model"], step), state["model"])
 
 
 RUN = """
