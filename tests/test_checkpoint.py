@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact round trips onto any mesh, and what happens when a save or a file goes wrong."""
+"""Checkpoints: bit-exact round trips onto any mesh, failing saves, damaged files."""
 
 import json
 import logging
@@ -87,7 +87,7 @@ def assert_same(a, b):
 
 
 def saved(folder, *steps, keep=9, **kind):
-    """A run with a checkpoint at each of `steps`, whose parameters are those of that seed."""
+    """A run with a checkpoint at each of `steps`, whose parameters have that seed."""
     with Checkpoints(folder, keep) as run:
         position = data()
         for step in steps:
@@ -277,7 +277,7 @@ def harm(folder, name, how):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run with checkpoints 1 and 2, with arrays large enough to have data files of their own."""
+    """A run with checkpoints 1 and 2, with arrays that have data files of their own."""
     return saved(tmp_path_factory.mktemp("two"), 1, 2, dim=128)
 
 
@@ -361,7 +361,7 @@ def test_not_a_checkpoint(two, tmp_path):
         for read in (read_meta, lambda path: load_model(path, jax.eval_shape(Model))):
             with pytest.raises(
                 ValueError,
-                match="a run's folder, its checkpoints folder or the folder of one step",
+                match="a run's folder, its checkpoints folder or the folder of one",
             ):
                 read(path)
     with pytest.raises(ValueError, match=r"no checkpoint of step 3, only \[1, 2\]"):
@@ -572,7 +572,8 @@ from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.run_folder import Lease
 
 state = {"model": {"w": jnp.zeros(4)}}
-with Lease(sys.argv[1]) as lease, Checkpoints(sys.argv[1] + "/checkpoints", 2, lease) as run:
+folder = sys.argv[1] + "/checkpoints"
+with Lease(sys.argv[1]) as lease, Checkpoints(folder, 2, lease) as run:
     run.save(1, state, None, {})
     run.wait()
     print("saved", flush=True)
@@ -618,18 +619,23 @@ import os, random, signal, sys, time
 folder, seed = sys.argv[1], int(sys.argv[2])
 
 def train(ready):
-    import grain, jax, jax.numpy as jnp, numpy as np        # after the fork: their threads would not survive it
+    # after the fork: their threads would not survive it
+    import grain, jax, jax.numpy as jnp, numpy as np
     from ladder_jax.checkpoint import Checkpoints
     jax.config.update("jax_platforms", "cpu")
     position = iter(grain.MapDataset.range(1 << 20).to_iter_dataset())
-    step, shape = 0, jax.eval_shape(lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}})
+    zeros = lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}}
+    step, shape = 0, jax.eval_shape(zeros)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape), shape)
-    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    add_one = lambda state: jax.tree.map(lambda x: x + 1, state)
+    update = jax.jit(add_one, donate_argnums=0)
     with Checkpoints(folder, keep=2) as run:
         if run.steps():
             step, state, meta = run.restore(shape, position)
-            assert all(np.all(np.asarray(x) == step) for x in jax.tree.leaves(state)), "arrays are not of one step"
-            assert meta["step"] == step and position.get_state()["next_index"] == step, "parts are not of one step"
+            arrays = map(np.asarray, jax.tree.leaves(state))
+            assert all(np.all(x == step) for x in arrays), "arrays of several steps"
+            next_index = position.get_state()["next_index"]
+            assert meta["step"] == step == next_index, "parts of several steps"
             assert step == run.steps()[-1], "the newest was not good"
         os.write(ready, step.to_bytes(4, "little"))
         while True:
@@ -643,7 +649,8 @@ for n in range(8):
     out, ready = os.pipe()
     if not (child := os.fork()):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs ignore it
+        # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             train(ready)
         except KeyboardInterrupt:
@@ -656,17 +663,20 @@ for n in range(8):
     assert resumed >= newest, "a checkpoint was lost"
     partial = lambda: [f for f in os.listdir(folder) if "tmp" in f]
     latest = lambda: max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
-    while not partial() if n % 2 else latest() <= resumed:      # in the middle of a save, or some time after one
+    # in the middle of a save, or some time after one
+    while not partial() if n % 2 else latest() <= resumed:
         assert not any(died := os.waitpid(child, os.WNOHANG)), f"died by itself: {died}"
         time.sleep(1e-4)
     time.sleep(0 if n % 2 else choose.uniform(0, 0.25))
     newest = latest()
     middle += bool(partial())
-    sent = choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    kill = signal.SIGKILL
+    sent = choose.choice([kill, kill, signal.SIGTERM, signal.SIGINT])
     os.kill(child, sent)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(1)
-        os.kill(child, sent)        # Python drops an interrupt that falls into a destructor
+        # Python drops an interrupt that falls into a destructor
+        os.kill(child, sent)
     status = os.waitstatus_to_exitcode(ended[1])
     assert status in (-sent, 0), status
 print(newest, middle)
@@ -721,8 +731,9 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, n)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
 full = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-w = jax.make_array_from_callback(full.shape, NamedSharding(mesh, P("x")), lambda index: full[index])
-columns = jax.ShapeDtypeStruct(full.shape, full.dtype, sharding=NamedSharding(mesh, P(None, "x")))
+by_rows, by_columns = (NamedSharding(mesh, P(*axes)) for axes in (["x"], [None, "x"]))
+w = jax.make_array_from_callback(full.shape, by_rows, lambda index: full[index])
+columns = jax.ShapeDtypeStruct(full.shape, full.dtype, sharding=by_columns)
 data = lambda: iter(grain.MapDataset.range(100)[n::2].to_iter_dataset())
 with Checkpoints(folder, 2) as run:
     position = data()
@@ -737,7 +748,8 @@ with Checkpoints(folder, 2) as run:
     resumed = data()
     step, state, _ = run.restore({"model": {"w": columns}}, resumed)
     assert step == 2 and run.steps() == [2, 3]
-    assert all(np.array_equal(part.data, full[part.index]) for part in state["model"]["w"].addressable_shards)
+    for part in state["model"]["w"].addressable_shards:
+        assert np.array_equal(part.data, full[part.index])
     assert next(resumed) == n + 2 * (3 + 2 * n)
     run.save(3, state, resumed, {})
 print("ok")

@@ -117,7 +117,7 @@ def test_plot_of_nothing_and_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_flops_per_token_by_hand():
-    """A layer: projections 2 * 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
+    """A layer: projections 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
     fields = dict(
         vocab_size=1000, dim=64, layers=3, heads=8, kv_heads=2, head_dim=8, ffn_dim=96
     )
