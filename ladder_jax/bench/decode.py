@@ -335,19 +335,19 @@ def bare_step(engine, width, length, iterations):
         def step(_, carry):
             token_W, position_W, kv = carry
             x, kv = transformer.hidden(
-                weights, program.config, token_W[:, None], position_W[:, None], cache=kv
+                weights, program.model_config, token_W[:, None], position_W[:, None], cache=kv
             )
             logits = sharding.gather_vocabulary(
-                transformer.logits(weights, program.config, x)
+                transformer.logits(weights, program.model_config, x)
             )[:, 0]
-            return sampling.likeliest(logits), (position_W + 1) % S, kv
+            return sampling.argmax(logits), (position_W + 1) % S, kv
 
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
-    specs = P(), P(), decode._kv_specs(program)
+    specs = P(), P(), decode.kv_specs(program)
     step = jax.jit(
         sharding.shard_map(
-            local, program.mesh, (decode._weights_specs(program), *specs), specs
+            local, program.mesh, (decode.weights_specs(program), *specs), specs
         ),
         donate_argnums=3,
         compiler_options=xla_options.options(program.mesh, "decode"),
