@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax.config import ConfigError
+from ladder_jax.config import require
 from ladder_jax.run_folder import Lease
 
 FORMAT = 1  # of the files: raised when an older ladder_jax could not read them
@@ -37,7 +37,7 @@ VERSION = next(
     ),
     "not installed",
 )
-PATTERNS = "*?[\\"  # Orbax looks for files with patterns that have the folder's name
+PATTERNS = "*?[\\"  # characters of file patterns, see `require_plain_name`
 log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
@@ -211,8 +211,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with _silent():
             _check_arrays(self.folder / str(step), arrays)
         self._unverified = None
-        for old in self.steps()[: -self.keep]:
-            self._checkpointer.delete(old)
+        own = [s for s in self.steps() if s in self._known]
+        for surplus in own[: -self.keep]:
+            try:
+                self._checkpointer.delete(surplus)
+            except Exception as error:  # it costs room, and no checkpoint
+                path = self.folder / str(surplus)
+                log.warning("checkpoint %s cannot be removed: %s", path, _line(error))
 
     def close(self) -> None:
         """Waits for the last save, and raises as `wait` does."""
@@ -226,17 +231,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.close()
 
 
-def require_plain_name(folder: epath.PathLike) -> None:
-    """Raises ConfigError where Orbax cannot save into a folder of that name.
+def require_plain_name(folder: epath.PathLike, name: str = "folder") -> None:
+    """Raises ConfigError where Orbax cannot save into `folder`, whose field is `name`.
 
-    It would leave parts of a save out, or find those of another folder.
+    Orbax looks for files with patterns that have the folder's path in them. Where the
+    path is itself a pattern, it would leave parts of a save out, or find those of
+    another folder.
     """
-    bad = sorted(set(str(_expanded(folder))) & set(PATTERNS))
-    if bad:
-        raise ConfigError(
-            f"the folder {str(folder)!r} is not accepted for checkpoints: its path has "
-            f"{' '.join(bad)}, and must have none of {' '.join(PATTERNS)}"
-        )
+    path = str(_absolute(folder))
+    accepted = f"a path without any of {' '.join(PATTERNS)} ({path})"
+    require(not set(path) & set(PATTERNS), name, str(folder), accepted)
 
 
 def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
@@ -283,12 +287,8 @@ def saved_steps(folder: epath.PathLike) -> list[int]:
 # ---------------------------------------------------------------- finding
 
 
-def _expanded(path: epath.PathLike) -> Path:
-    return epath.Path(path).expanduser()
-
-
 def _absolute(path: epath.PathLike) -> Path:
-    path = _expanded(path)
+    path = epath.Path(path).expanduser()
     is_bucket = "://" in str(path)
     return path if is_bucket else path.resolve()
 

@@ -305,7 +305,7 @@ def train(config, resume=False):
             f"train.out={config.train.out!r} is not accepted: {parent} is not a folder that can be "
             "written to"
         )
-    require_plain_name(out)
+    require_plain_name(out, "train.out")
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(
@@ -344,6 +344,11 @@ def train(config, resume=False):
         checkpoints = opened.enter_context(
             Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
         )
+        if checkpoints.steps() and not saved:
+            raise ConfigError(
+                f"another job wrote checkpoints to train.out={str(out)!r} while this "
+                "one started: go on from them with --resume, or choose another folder"
+            )
 
         # ---- state, new or resumed
         optimizer = make_optimizer(config.optimizer, config.train.steps)

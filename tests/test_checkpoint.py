@@ -504,10 +504,10 @@ def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_made(
     tmp_path, name
 ):
     folder = tmp_path / name / "checkpoints"
-    with pytest.raises(ConfigError, match="is not accepted for checkpoints: its path"):
+    with pytest.raises(ConfigError, match="is not accepted: it must be a path without"):
         Checkpoints(folder, 1)
-    with pytest.raises(ConfigError, match="must have none of"):
-        checkpoint.require_plain_name(tmp_path / name)
+    with pytest.raises(ConfigError, match="^train.out='"):
+        checkpoint.require_plain_name(tmp_path / name, "train.out")
     assert not list(tmp_path.iterdir())
 
 
@@ -553,14 +553,25 @@ def test_a_save_that_cannot_be_read_does_not_count(tmp_path, name):
 # ---------------------------------------------------------------- two jobs, one folder
 
 
-def test_a_checkpoint_of_another_job_stops_the_run_and_stays(tmp_path):
-    with Checkpoints(tmp_path, 2) as run:
-        run.save(1, make(1), data(), META)
+def test_checkpoints_of_another_job_stop_the_run_and_stay(tmp_path):
+    with Checkpoints(tmp_path, 1) as run:
+        run.save(2, make(2), data(), META)
         run.wait()
-        shutil.copytree(tmp_path / "1", tmp_path / "5")  # what another job wrote
-        with pytest.raises(OSError, match=r"steps \[5\], which another job wrote"):
-            run.save(2, make(2), data(), META)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5"]
+        for step in "15":  # what another job wrote
+            shutil.copytree(tmp_path / "2", tmp_path / step)
+        with pytest.raises(OSError, match=r"steps \[1, 5\], which another job wrote"):
+            run.save(3, make(3), data(), META)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "5"]
+
+
+def test_surplus_checkpoints_of_another_job_are_not_removed(tmp_path):
+    with Checkpoints(tmp_path, 1) as run:
+        run.save(2, make(2), data(), META)
+        run.wait()
+        shutil.copytree(tmp_path / "2", tmp_path / "another")
+        run.save(3, make(3), data(), META)
+        (tmp_path / "another").rename(tmp_path / "1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
 
 ZOMBIE = """
