@@ -43,7 +43,10 @@ from ladder_jax import model as transformer
 from ladder_jax.config import ConfigError, Decode, Mesh, Model
 from ladder_jax.hardware import xla_options
 from ladder_jax.serve.buckets import round_up
-from ladder_jax.serve.engine import Counters, Engine
+from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.programs import slot_state
+from ladder_jax.serve.scheduler import Limits, Load, Step, plan_step
 
 SIZES = {
     "tiny": Model(
@@ -170,35 +173,37 @@ def workload(kind, gap, arguments, vocabulary, length):
 # ---------------------------------------------------------------- the engines that are compared
 
 
-class Batched(Engine):
-    """Static batching: nobody joins a batch that runs. A batch that is not full first waits `window` seconds."""
+class StaticBatches:
+    """A scheduler of static batching: the next batch starts when this one has ended.
 
-    window, expected, opened = 0.0, 0, False
+    A batch that is not full first waits `window` seconds, counted from the submission
+    of its oldest request; after it has started, it still takes requests until it is
+    full. expected: requests that are still to come in this run.
+    """
 
-    def _step(self):
-        self._read_inbox()
-        if not self._live and not self._flights:
-            oldest = min((r.submitted for _, _, r in self._queue), default=None)
-            full = len(self._queue) >= min(self.options.slots, self.expected)
-            self.opened = oldest is not None and (
-                full or time.perf_counter() - oldest >= self.window
-            )
-            self.room = self.options.slots
-        self.patience = (
-            10**9 if self._live else 0
-        )  # the batch keeps the width that it began with
-        return super()._step()
+    def __init__(self, window: float) -> None:
+        self.window, self.expected = window, 0
+        self._room = 0  # requests that may still join the batch
 
-    def _steps(self):
-        return super()._steps() if self.room else self.options.steps_per_call
-
-    def _pop(self):
-        if not self.opened or not self.room:
-            return None
-        self.room -= 1
-        request = super()._pop()
-        self.expected -= request is not None
-        return request
+    def __call__(self, load: Load, limits: Limits) -> Step:
+        busy = bool(load.on_device)
+        if not busy and not load.unread_chunks and load.candidates:
+            waited = time.perf_counter() - min(w.submitted for w in load.candidates)
+            is_full = load.queued >= min(limits.slots, self.expected)
+            opens = is_full or waited >= self.window
+            self._room = limits.slots if opens else 0
+        candidates = load.candidates[: self._room]
+        load = dataclasses.replace(
+            load, candidates=candidates, queued=min(load.queued, self._room)
+        )
+        # The batch keeps the width that it began with.
+        limits = dataclasses.replace(limits, patience=10**9 if busy else 0)
+        step = plan_step(load, limits)
+        self._room -= step.admit
+        self.expected -= step.admit
+        if step.steps and not self._room:
+            step = step._replace(steps=limits.steps_per_call)
+        return step
 
 
 class Concurrent:
@@ -209,14 +214,12 @@ class Concurrent:
         self.counters = Counters()
 
     def submit(self, prompt, max_tokens):
-        request = self.like.submit(
-            prompt, max_tokens=max_tokens
-        )  # for its handle and row alone
-        self.like._inbox.clear()
-        self.like._waiting_count = 0
+        # Its handle alone: the engine never takes a step with it.
+        request = self.like.submit(prompt, max_tokens=max_tokens)
+        self.like.stepper.queue.remove(request)
         length = round_up(self.like.capacity.lengths, len(prompt) + max_tokens)
         self.running.append(
-            (request, decode.empty(self.like.program, 1, 1, length), False)
+            (request, decode.empty(self.like.spec, 1, 1, length), False)
         )
         return request
 
@@ -235,8 +238,8 @@ class Concurrent:
             one = lambda value, kind=np.int32: np.asarray([value], kind)
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :n] = request.prompt
-            staging, events = engine._prefill(
-                engine._weights,
+            staging, events = engine.programs.prefill(
+                engine.programs.weights,
                 state.staging,
                 decode.Prompts(
                     tokens,
@@ -245,17 +248,20 @@ class Concurrent:
                     one(0),
                     one(True, bool),
                     tokens,
-                    request._row,
+                    slot_state(
+                        request.number,
+                        request.submission,
+                        admission_order=0,
+                        max_stop_ids=engine.options.max_stop_ids,
+                    ),
                 ),
             )
             state = state._replace(staging=staging)
             prefills.append(jax.tree.map(lambda x: x[None], events))
-        nobody = np.full(
-            engine.options.slots + engine.capacity.places, decode.NO_REQUEST, np.int32
-        )
+        nobody = np.full(engine.programs.most_cancelled, decode.NO_REQUEST, np.int32)
         chunk = engine.options.steps_per_call
-        state, events, _ = engine._chunks[chunk](
-            engine._weights, state, nobody, np.int32(chunk)
+        state, events, _ = engine.programs.chunks[chunk](
+            engine.programs.weights, state, nobody, np.int32(chunk)
         )
         self.counters.syncs += 1
         for made in jax.device_get([*prefills, events]):
@@ -282,24 +288,23 @@ def make_engines(arguments, model, config, mesh, length, windows, prompt):
     )
     placed = {}
 
-    def make(kind=Engine, pipelined=True, trace=False, **changes):
-        engine = kind(
+    def make(scheduler=plan_step, pipelined=True, trace=False, **changes):
+        engine = Engine(
             model,
             config,
             mesh,
             dataclasses.replace(options, **changes),
+            scheduler=scheduler,
             trace=trace,
             pipelined=pipelined,
         )
-        engine._weights = placed.setdefault(
-            engine.spec, engine._weights
-        )  # all stand side by side: kept once
+        # All engines exist at the same time: they share one copy of the weights.
+        programs = engine.programs
+        programs.weights = placed.setdefault(engine.spec, programs.weights)
         return engine
 
     def batched(window):
-        made = make(Batched)
-        made.window = window
-        return made
+        return make(StaticBatches(window))
 
     engines = {
         "sequential": lambda: make(slots=1, staging=1),
@@ -359,7 +364,7 @@ def bare_step(engine, width, length, iterations):
         seconds = []
         for _ in range(rounds + 1):
             start = time.perf_counter()
-            carry = jax.block_until_ready(step(engine._weights, *carry))
+            carry = jax.block_until_ready(step(engine.programs.weights, *carry))
             seconds.append((time.perf_counter() - start) / iterations)
         return float(np.median(seconds[1:]))
 
@@ -368,8 +373,9 @@ def bare_step(engine, width, length, iterations):
 
 def serve(engine, asked):
     """Submits every request at its arrival and steps the engine until all are done: (requests, seconds it took)."""
-    if isinstance(engine, Batched):
-        engine.expected = len(asked)
+    scheduler = getattr(engine, "scheduler", None)
+    if isinstance(scheduler, StaticBatches):
+        scheduler.expected = len(asked)
     start, requests, coming = time.perf_counter(), [], deque(asked)
     open_requests = deque()
     while coming or open_requests:
@@ -469,7 +475,7 @@ def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
         )
     for _ in range(arguments.rounds):  # all in turns, as the machine's pace changes
         for name, engine in engines.items():
-            engine.counters = Counters()
+            engine.counters.reset()
             getattr(engine, "history", []).clear()
             before = bare(BARE_ROUNDS)
             requests, seconds = serve(engine, asked)
