@@ -242,12 +242,17 @@ class Engine:
                 "there"
             )
         with self._lock:
-            if not self._running:
-                self._closing, self._running = False, True
-                self._thread = threading.Thread(
-                    target=self._run, name="ladder_jax engine", daemon=True
-                )
+            if self._running:
+                return self
+            self._thread = threading.Thread(
+                target=self._run, name="ladder_jax engine", daemon=True
+            )
+            self._closing, self._running = False, True
+            try:
                 self._thread.start()
+            except BaseException:
+                self._running = False
+                raise
         return self
 
     def close(self) -> None:
