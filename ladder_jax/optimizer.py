@@ -57,10 +57,8 @@ def make_optimizer(
     """
 
     def decayed(parameters: Any) -> Any:
-        names = sharding.parameter_names(parameters)
-        return jax.tree.map(
-            lambda name: not name.endswith(("norm", "bq", "bk", "bv")), names
-        )
+        roles = sharding.parameter_roles(parameters)
+        return jax.tree.map(lambda role: role in ("matrix", "embedding"), roles)
 
     adamw = optax.adamw(
         learning_rate(optimizer_config, steps),

@@ -21,7 +21,12 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from ladder_jax import attention, model, schedule, sharding
-from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
+from ladder_jax.checkpoint import (
+    Checkpoints,
+    read_meta,
+    require_plain_name,
+    saved_steps,
+)
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -46,6 +51,7 @@ from ladder_jax.progress import (
     Speed,
 )
 from ladder_jax.residual import choose
+from ladder_jax.run_folder import Lease
 
 # The arrays of a batch, each [B, T] (see data/corpus.py).
 BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
@@ -82,11 +88,7 @@ def abstract_state(
         shapes,
         is_leaf=is_model,
     )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.named_shardings(mesh, specs),
-    )
+    return sharding.abstract(shapes, mesh, specs)
 
 
 def state_shardings(
@@ -122,7 +124,7 @@ def loss_and_gradients(
       mesh: of the global arrays that the function takes and returns.
       kernel: of attention. None: the one that suits the platform.
     """
-    platform = mesh.devices.flat[0].platform
+    platform = chips.platform(mesh)
     kernel = kernel or attention.kernel_for(
         platform, config.model, config.train.seq_len
     )
@@ -219,7 +221,7 @@ def make_step(
 
 def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """(model, batch) -> (sum of losses in nats, sum of weights), compiled."""
-    platform = mesh.devices.flat[0].platform
+    platform = chips.platform(mesh)
     options = dict(
         kernel=attention.kernel_for(platform, config.model, config.train.seq_len),
         chunk=config.train.loss_chunk,
@@ -308,9 +310,15 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
         # ---- state, new or resumed
         stop = stack.enter_context(StopSignal(config.train.log_every))
+        lease = stack.enter_context(Lease(out)) if leader else None
         checkpoints = stack.enter_context(
-            Checkpoints(out / "checkpoints", config.train.keep_checkpoints)
+            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
         )
+        if checkpoints.steps() and not job.saved:
+            raise ConfigError(
+                f"another job wrote checkpoints to train.out={str(out)!r} while this "
+                "one started: continue from them with --resume, or choose another folder"
+            )
         optimizer = make_optimizer(config.optimizer, steps)
         if job.saved:
             first, state = restore(config, job, optimizer, checkpoints, batches)
@@ -416,6 +424,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
         require_tensorboard()
     out = Path(config.train.out).expanduser()
     check_writable(out, config.train.out)
+    require_plain_name(out, "train.out")
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(

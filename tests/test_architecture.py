@@ -32,7 +32,15 @@ ROWS = {
     "residual": ["residual"],
     "data": ["data"],
     "hardware": ["hardware"],
-    "ground": ["sharding", "checkpoint", "metrics", "config", "arguments", "schedule"],
+    "ground": [
+        "sharding",
+        "checkpoint",
+        "run_folder",
+        "metrics",
+        "config",
+        "arguments",
+        "schedule",
+    ],
 }
 # Names in ROWS whose files are still to be written.
 PLANNED = {"serve.server", "evaluate", "convert"}
