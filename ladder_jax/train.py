@@ -317,7 +317,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         if checkpoints.steps() and not job.saved:
             raise ConfigError(
                 f"another job wrote checkpoints to train.out={str(out)!r} while this "
-                "one started: continue from them with --resume, or choose another folder"
+                "one started: continue it with --resume, or choose another folder"
             )
         optimizer = make_optimizer(config.optimizer, steps)
         if job.saved:
