@@ -24,8 +24,8 @@ from ladder_jax.kv_cache import KV
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo, timeline
 from ladder_jax.residual import choose
-from ladder_jax.residual.layers import narrowing, repeats
-from ladder_jax.residual.reductions import LANES
+from ladder_jax.residual.layers import narrow_blocks, repeats
+from ladder_jax.residual.reductions import LANES, name_for
 
 # ---------------------------------------------------------------- a short stack in place of a deep one
 
@@ -233,7 +233,7 @@ def build(request):
     ends = 1
     if request.workload == "prefill":  # its last layers compute less
         plan = schedule.parse(config.model.residual, config.model.layers)
-        ends = config.model.layers - narrowing(plan)[0] // len(plan.layers[0])
+        ends = config.model.layers - narrow_blocks(plan)[0] // len(plan.layers[0])
     stack = shorten(
         config.model.residual, config.model.layers, request.keep + ends - 1, ends
     )
@@ -510,7 +510,7 @@ def roofline(compiled):
         + asked * 2 * config.dim * config.vocab_size
     )
     flops += sum(
-        (tokens if number < narrowing(plan)[0] else asked)
+        (tokens if number < narrow_blocks(plan)[0] else asked)
         * sum(work[part] for part in block.parts)
         for number, block in enumerate(
             block for blocks in plan.layers for block in blocks
@@ -532,7 +532,7 @@ def reduction_of(compiled):
     tokens = 1 if request.workload == "decode" else request.context
     dtype = jnp.dtype(request.config.model.dtype)
     message = jax.ShapeDtypeStruct((rows, tokens, request.config.model.dim), dtype)
-    return reduction(message) if callable(reduction) else reduction
+    return name_for(reduction, message)
 
 
 def table(made):
