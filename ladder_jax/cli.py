@@ -232,9 +232,9 @@ def plan(arguments):
 
     aot.prepare()
     with aot.silence():
-        from ladder_jax.planner import plan as planner
+        from ladder_jax.planner import command
 
-        return planner.run(configuration.from_recipe(chosen.recipe), chosen)
+        return command.run(configuration.from_recipe(chosen.recipe), chosen)
 
 
 def bench(arguments):

@@ -14,7 +14,9 @@ import pytest
 from ladder_jax import cli
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Train, from_recipe
 from ladder_jax.hardware import aot, chips, cost
-from ladder_jax.planner import calibrate, hlo, plan, timeline
+from ladder_jax.planner import calibrate, hlo, plan, report, timeline
+from ladder_jax.planner.scopes import place_of
+from ladder_jax.planner.stack import shorten
 from ladder_jax.residual import choose, reductions
 
 OVERLAPPED = """HloModule step, is_scheduled=true, num_partitions=4
@@ -53,8 +55,8 @@ def test_the_reader_sees_arrays_operands_groups_and_scopes():
     )
     assert hlo.groups(body["start"]) == [(0, 1), (1, 0), (2, 3), (3, 2)]
     assert hlo.groups(body["total"]) == [[0, 1, 2, 3]]
-    assert plan.block_of(body["dot"].scope) == ("forward", "layer1", "mlp")
-    assert plan.block_of(body["total"].scope) == ("forward", "", "last")
+    assert place_of(body["dot"].scope) == ("forward", "layer1", "mlp")
+    assert place_of(body["total"].scope) == ("forward", "", "last")
     with pytest.raises(ValueError, match="HloModule"):
         hlo.parse("{}")
 
@@ -99,7 +101,7 @@ def test_the_clock_hides_what_is_sent_while_it_computes():
     )
     clock = played(cost.Transfer(0.0, 2.0, frozenset("a")))
     assert [c.hidden for c in clock.collectives] == [2.0, 0.0]
-    assert (clock.compute, clock.stalled) == (4.0, 2.0)
+    assert (clock.compute, clock.exposed) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,11 @@ def test_what_a_prefetch_would_be_waited_for_anyway_is_not_exposed(fetch, expose
     )
     assert exchange.window == exchange.hidden
     assert (
-        made.compute + made.stalled - exposed == free.compute + free.stalled
+        made.compute + made.exposed - exposed == free.compute + free.exposed
     )  # if it took no time
     assert (
         made.compute == free.compute == 4.0 + made.prefetch
-        and made.stalled == exposed + 5.0
+        and made.exposed == exposed + 5.0
     )
     ends = [span.end for span in made.spans]
     assert all(span.start >= end for span, end in zip(made.spans[1:], ends))
@@ -179,7 +181,7 @@ ENTRY %main""",
         [[0, 1, 2, 3]],
         True,
     )
-    assert (first.hidden, clock.stalled) == (2.0, 2.0)
+    assert (first.hidden, clock.exposed) == (2.0, 2.0)
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -198,7 +200,7 @@ ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
         lambda size: 0.0,
         lambda *_: cost.Transfer(0.0, 2.0),
     )
-    assert (clock.compute, clock.stalled) == (20.0, 10.0)
+    assert (clock.compute, clock.exposed) == (20.0, 10.0)
     assert [c.count for c in clock.collectives] == [5, 5]
 
 
@@ -327,15 +329,15 @@ def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
 
 
 def test_a_short_stack_stands_for_a_deep_one():
-    stack = plan.shorten("ladder", 80, 4)
+    stack = shorten("ladder", 80, 4)
     assert stack.notation == "ladder" and stack.counts == (1, 39, 39, 1)
-    stack = plan.shorten("hybrid:last40", 80, 4)
+    stack = shorten("hybrid:last40", 80, 4)
     assert (
         sum(stack.counts) == 80
         and stack.notation == "delays:0,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1"
     )
-    assert plan.shorten("standard", 3, 4).counts == (1, 1, 1)
-    assert plan.shorten("ladder", 80, 5, ends=2).counts == (1, 38.5, 38.5, 1, 1)
+    assert shorten("standard", 3, 4).counts == (1, 1, 1)
+    assert shorten("ladder", 80, 5, ends=2).counts == (1, 38.5, 38.5, 1, 1)
 
 
 # ---------------------------------------------------------------- the command
@@ -420,7 +422,7 @@ def planned(
     compiled = plan.build(
         plan.Request("small", config, aot.parse(target), workload, batch, context)
     )
-    return plan.report(compiled, plan.read(compiled))
+    return report.make_report(compiled, report.make_timeline(compiled))
 
 
 def of_layers(made):
@@ -509,7 +511,7 @@ def test_gpu_reads_weights_where_they_are(schedule):
     compiled = plan.build(
         plan.Request("small", config, aot.parse("h100:1x8"), "decode", 16, 256)
     )
-    assert not plan.copies(hlo.parse(compiled.text))
+    assert not report.copies_of_weights(hlo.parse(compiled.text))
 
 
 def hides(made):
@@ -693,7 +695,7 @@ def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, con
     compiled = plan.build(
         plan.Request(recipe, config, aot.parse(target), workload, batch, context)
     )
-    made = plan.report(compiled, plan.read(compiled))
+    made = report.make_report(compiled, report.make_timeline(compiled))
     assert hides(made), made["totals"]
 
 
