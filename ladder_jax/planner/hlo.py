@@ -1,4 +1,4 @@
-"""Reads a program that XLA has compiled and scheduled (`compiled.as_text()`) back into instructions.
+"""Reads the text of a program that XLA has scheduled: `compiled.as_text()`.
 
 A computation of a scheduled module lists its instructions in the order in which a
 device issues them. This file knows XLA's text and nothing about time; operations.py

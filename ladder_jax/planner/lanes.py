@@ -30,8 +30,7 @@ class Lanes(NamedTuple):
 
 
 def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
-    """Writes a PNG with a pair of lanes for every timeline: compute above, communication
-    below.
+    """Writes a PNG with two lanes for every timeline: compute above communication.
 
     Two layers from the middle of the stack are shown, for as long as the slowest
     timeline takes for them. Green: the device works while it sends (or would wait for

@@ -101,7 +101,7 @@ def operations(
 
 
 class _Lister:
-    """The state of one walk over a module: the last scope, the collectives not ended."""
+    """One walk over a module: the last scope, and the collectives not yet ended."""
 
     def __init__(
         self,

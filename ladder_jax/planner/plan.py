@@ -217,8 +217,8 @@ def forward_pass(
 
     cache_format = None
     if tokens == 1 and model_config.head_dim % LANES:
-        # XLA may choose the cache's layout, as it does in the engine's loop. Where heads
-        # fill a TPU's lanes that is JAX's own layout.
+        # XLA may choose the cache's layout, as it does in the engine's loop. Where
+        # heads fill a TPU's lanes it takes JAX's own layout.
         cache_format = jax.tree.map(
             lambda spec: Format(Layout.AUTO, NamedSharding(mesh, spec)),
             cache_specs,

@@ -247,7 +247,7 @@ def forward_flops(
 def copies_of_weights(
     module: hlo.Module, least: int = 1 << 20
 ) -> list[hlo.Instruction]:
-    """The instructions that write `least` bytes or more to HBM from parameters alone."""
+    """The instructions that write `least` bytes to HBM from parameters alone."""
     derived: set[str] = set()  # names of parameters, constants and views of them
     copies = []
     for instruction in module.computations[module.entry].values():

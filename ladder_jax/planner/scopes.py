@@ -1,4 +1,4 @@
-"""Reads from an instruction's scope (JAX's name stack) which part of a model it is in."""
+"""Says which part of a model an instruction is in, by its scope: JAX's name stack."""
 
 import re
 from typing import NamedTuple
