@@ -20,8 +20,8 @@ communication derived from them). An all-reduce of 16 KiB takes 24.0 us among 8 
 `link_bandwidth` of chips.CHIPS["h100"]. OVERHEAD comes from the step without
 communication at batch 1, ROW from the one at batch 64. `interference` (NCCL takes SMs
 and HBM bandwidth from the kernels beside it) comes from ladder at all six batches, by
-least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at 512 KiB
-(405B). `reached` is assumed. Nothing else in the tables is fitted.
+least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
+512 KiB (405B). `reached` is assumed. Nothing else in the tables is fitted.
 """
 
 from collections.abc import Callable
@@ -222,10 +222,10 @@ def page() -> str:
     """docs/overlap/published.md."""
     return (
         "# The H100 model beside the published numbers\n\n"
-        "Speed-ups over the standard schedule. `python -m ladder_jax.planner.calibrate` "
-        "prints these tables;\n"
-        "its docstring says which numbers are fitted and to what. The model is of the "
-        "reference implementation,\nnot of this project.\n\n" + markdown() + "\n"
+        "Speed-ups over the standard schedule.\n"
+        "`python -m ladder_jax.planner.calibrate` prints these tables; its docstring says\n"
+        "which numbers are fitted and to what. The model is of the reference\n"
+        "implementation, not of this project.\n\n" + markdown() + "\n"
     )
 
 

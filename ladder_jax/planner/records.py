@@ -208,7 +208,8 @@ def _page(title: str, text: str, command: str, body: str) -> str:
             "",
             *textwrap.wrap(
                 f"{text} Microseconds a step; [overlap.md](../overlap.md) says how "
-                f"they are modelled. Generated from [{CSV}]({CSV}). To plan the rows anew:",
+                f"they are modelled. Generated from [{CSV}]({CSV}). To plan the rows "
+                "anew:",
                 width=88,
             ),
             "",
@@ -247,7 +248,8 @@ def _side_by_side(records: list[Record]) -> str:
     return _page(
         "Residual schedules side by side, decode",
         "Tensor parallel over eight devices. `upper-bound` communicates nothing. On "
-        'GPUs "an all-reduce of 7.8 us" is the fastest one of other engines for 32 KiB.',
+        'GPUs "an all-reduce of 7.8 us" is the fastest one of other engines, for '
+        "32 KiB.",
         "compare",
         "\n".join(parts).rstrip(),
     )
