@@ -223,8 +223,8 @@ def page() -> str:
     return (
         "# The H100 model beside the published numbers\n\n"
         "Speed-ups over the standard schedule.\n"
-        "`python -m ladder_jax.planner.calibrate` prints these tables; its docstring says\n"
-        "which numbers are fitted and to what. The model is of the reference\n"
+        "`python -m ladder_jax.planner.calibrate` prints these tables; its docstring\n"
+        "says which numbers are fitted and to what. The model is of the reference\n"
         "implementation, not of this project.\n\n" + markdown() + "\n"
     )
 
