@@ -38,6 +38,7 @@ SHAPES = {
     "train": ("1x2048",),
 }
 TENSOR = 8
+PACKAGE = Path(__file__).resolve().parent.parent
 # What `compare` plans: recipe, target, batch, reduction.
 COMPARED = [
     ("llama3_70b", "h100:1x8", 1, "psum"),
@@ -200,10 +201,9 @@ def plan_record(record: Record, request: "Request", all_reduce: float | None) ->
     )
 
 
-def code_version() -> str:
+def code_version(package: Path = PACKAGE) -> str:
     """A hash of the code that decides what a plan says; comments and docstrings do not
     count."""
-    package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for pattern in PLANNED_BY:
         for path in sorted(package.glob(pattern)):
