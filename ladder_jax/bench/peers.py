@@ -4,8 +4,8 @@
 A batch of prompts of one length decodes greedily, and no token ends a sequence: every
 engine can do this, so that forward passes are compared and not scheduling. Tokens a
 second are batch x (N - 1) over the time of N new tokens less that of one, so that
-prefill does not count. Contenders take turns, each in its own process with all the cores
-that the process may use:
+prefill does not count. Contenders take turns, each in its own process with all the
+cores that the process may use:
 
     ladder_jax     the decode engine
     transformers   `generate`, sdpa, dynamic cache

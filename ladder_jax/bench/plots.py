@@ -22,9 +22,7 @@ def draw_occupancy(
     figure, ax = plt.subplots(
         figsize=(11, 1.2 + 0.22 * slots.shape[1]), constrained_layout=True
     )
-    colors = plt.get_cmap("tab20").copy()
-    colors.set_under("white")
-    colors.set_bad("0.85")
+    colors = plt.get_cmap("tab20").with_extremes(under="white", bad="0.85")
     ax.imshow(
         np.where(slots == NOT_COMPILED, np.nan, slots).T,
         aspect="auto",
@@ -55,7 +53,8 @@ def slot_colors(history: History) -> np.ndarray:
             for _, chunk in history
         ]
     )
-    first = rows[rows >= 0].min(initial=0)
+    requests = rows[rows >= 0]
+    first = requests.min() if requests.size else 0
     return np.where(rows < 0, rows, (rows - first) % COLORS)
 
 
