@@ -49,7 +49,8 @@ class GenerateArguments:
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, its checkpoints folder, or one step's."""
     prompt: str = ""
-    """What the text goes on from; empty: a new document."""
+    """The text to continue. If it is empty, the model starts a new document: from the tokenizer's begin token, or
+    from its end token if it has no begin token."""
     prompts_file: str | None = None
     """JSONL: a prompt a line, with options of its own if it wants; those here are the defaults."""
     out: str = "out.jsonl"
@@ -213,7 +214,7 @@ def generate(arguments):
 
 def tokenizer(arguments):
     chosen = _parse(TokenizerArguments, arguments, "tokenizer")
-    from ladder_jax.data import corpus as data
+    from ladder_jax.data.corpus import documents
     from ladder_jax.data import tokenizer as tokenizers
 
     if chosen.vocab_size < 260:
@@ -221,7 +222,7 @@ def tokenizer(arguments):
             f"vocab_size={chosen.vocab_size} is not accepted: it must be 260 or more"
         )
     source = configuration.Data(source=chosen.source, text_field=chosen.text_field)
-    made = tokenizers.train(data.documents(source), chosen.vocab_size)
+    made = tokenizers.train(documents(source), chosen.vocab_size)
     made.save(chosen.out)
     return f"done: {made.size} tokens in {chosen.out}: use it with --data.tokenizer {chosen.out}"
 

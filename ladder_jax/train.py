@@ -27,8 +27,9 @@ from ladder_jax import attention, model, schedule, sharding
 from ladder_jax import config as configuration
 from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from ladder_jax.config import ConfigError
-from ladder_jax.data import corpus as data
 from ladder_jax.data import tokenizer
+from ladder_jax.data.batches import held_out_batches, train_iterator
+from ladder_jax.data.corpus import prepare
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips, xla_options
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
@@ -223,7 +224,7 @@ def flops_per_token(config, length):
 
 FROZEN = {
     "model": None,
-    "data": ("source", "text_field", "tokenizer", "held_out_fraction"),
+    "data": ("text_field", "held_out_fraction"),
     "train": ("global_batch", "seq_len", "seed"),
 }  # what a resumed run may not change
 
@@ -251,8 +252,14 @@ def check_resumed(saved, now):
             now["tensor"],
             f"a {after.model.residual} model keeps it for life",
         )
-    for field, contents in (("tokenizer", "tokenizer"), ("source", "corpus")):
-        if contents in now and saved[contents] != now[contents]:
+    # The files may have moved. An old checkpoint has no digest of the documents.
+    for field, contents in (
+        ("tokenizer", "tokenizer"),
+        ("source", "corpus"),
+        ("source", "documents"),
+    ):
+        comparable = contents in saved and contents in now
+        if comparable and saved[contents] != now[contents]:
             raise ConfigError(
                 f"data.{field}={getattr(after.data, field)!r} has other contents now than in the run to "
                 "resume: restore them, or start a new run in another train.out"
@@ -312,6 +319,7 @@ def train(config, resume=False):
     corpus = _prepare(config.data, tokens)
     say(corpus.report)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
+    meta["documents"] = corpus.digest
     check_resumed(meta | before, meta)
 
     # ---- data
@@ -321,8 +329,8 @@ def train(config, resume=False):
         process_index=shard,
         process_count=shards,
     )
-    batches = data.train_iterator(corpus, seed=config.train.seed, **split)
-    held_out = data.held_out_batches(corpus, **split)
+    batches = train_iterator(corpus, seed=config.train.seed, **split)
+    held_out = held_out_batches(corpus, **split)
     placed = functools.partial(_place, sharding.named_shardings(mesh, sharding.TOKENS))
 
     with (
@@ -509,7 +517,7 @@ def _prepare(config, tokens):
     together = jax.process_count() > 1
     if together and jax.process_index():
         multihost_utils.sync_global_devices("corpus")
-    corpus = data.prepare(config, tokens)
+    corpus = prepare(config, tokens)
     if together and not jax.process_index():
         multihost_utils.sync_global_devices("corpus")
     return corpus

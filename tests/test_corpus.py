@@ -1,256 +1,23 @@
-"""Data: every target once an epoch, resumable exactly, tokenised once, split by document."""
+"""Corpora: read and tokenised once, split by document, cached safely, compared."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orbax.checkpoint import v1 as ocp
 
 from ladder_jax.config import Data
-from ladder_jax.data import corpus as data
-from ladder_jax.data import tokenizer
+from ladder_jax.data import token_cache, tokenizer
+from ladder_jax.data.batches import train_iterator
+from ladder_jax.data.corpus import documents, prepare
 
-BOS, EOS, PAD = 0, 1, 2
 TOK = tokenizer.ByteTokenizer()
-
-
-def make_side(sizes):
-    """Documents of the given numbers of text tokens; no text token occurs twice in the corpus."""
-    text = iter(range(10, 10 + sum(sizes)))
-    stored = [[BOS, *(next(text) for _ in range(size)), EOS] for size in sizes]
-    stops = np.cumsum([len(ids) for ids in stored])
-    return data.Side(
-        np.concatenate(stored).astype(np.uint32),
-        stops - [len(ids) for ids in stored],
-        np.array(sizes) + 1,
-        sum(sizes),
-        PAD,
-    )
-
-
-def make_corpus(sizes):
-    return data.Corpus(make_side(sizes), make_side(sizes), "")
-
-
-def counted(batch):
-    """The targets of a batch that count, in order."""
-    return batch["targets"][batch["weights"] == 1].tolist()
-
-
-def check_batch(batch, shape):
-    """What the docstring of train_iterator promises of one batch."""
-    assert {name: (x.shape, str(x.dtype)) for name, x in batch.items()} == {
-        "tokens": (shape, "int32"),
-        "targets": (shape, "int32"),
-        "segments": (shape, "int32"),
-        "positions": (shape, "int32"),
-        "weights": (shape, "float32"),
-    }
-    tokens, targets, segments, positions, weights = (
-        batch[name]
-        for name in ("tokens", "targets", "segments", "positions", "weights")
-    )
-    np.testing.assert_array_equal(weights, segments > 0)
-    assert (targets[weights == 1] != BOS).all() and (tokens[weights == 1] != EOS).all()
-    assert (tokens[weights == 0] == PAD).all() and (targets[weights == 0] == PAD).all()
-    for b in range(shape[0]):
-        used = int(weights[b].sum())
-        assert (segments[b, used:] == 0).all() and (positions[b, used:] == 0).all()
-        starts = np.flatnonzero(np.diff(segments[b, :used], prepend=0))
-        np.testing.assert_array_equal(segments[b, starts], 1 + np.arange(len(starts)))
-        for start, stop in zip(starts, [*starts[1:], used]):
-            np.testing.assert_array_equal(
-                positions[b, start:stop], np.arange(stop - start)
-            )
-            np.testing.assert_array_equal(
-                tokens[b, start + 1 : stop], targets[b, start : stop - 1]
-            )
-            assert (
-                start == 0 or tokens[b, start] == BOS
-            )  # only a row's edge cuts a document
-            assert stop == shape[1] or targets[b, stop - 1] == EOS
-
-
-sizes = st.lists(st.integers(0, 12), min_size=1, max_size=8)
-
-
-@settings(max_examples=40, deadline=None)
-@given(sizes=sizes, length=st.integers(1, 9), seed=st.integers(0, 2**40))
-def test_an_epoch_has_every_target_once(sizes, length, seed):
-    corpus = make_corpus(sizes)
-    expected = sorted([EOS] * len(sizes) + list(range(10, 10 + sum(sizes))))
-    assert corpus.train.tokens == len(expected)
-    batches = data.train_iterator(corpus, batch=1, length=length, seed=seed)
-    for _ in range(2):
-        seen = []
-        for _ in range(math.ceil(len(expected) / length)):
-            batch = next(batches)
-            check_batch(batch, (1, length))
-            seen += counted(batch)
-        assert sorted(seen) == expected
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=sizes,
-    length=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    count=st.integers(1, 3),
-)
-def test_held_out_is_all_documents_once_and_every_process_has_as_many_batches(
-    sizes, length, batch, count
-):
-    corpus = make_corpus(sizes)
-    shares = [
-        data.held_out_batches(
-            corpus, batch=batch, length=length, process_index=i, process_count=count
-        )
-        for i in range(count)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    seen, padded = [], False
-    for step in zip(*shares):
-        for one in step:
-            check_batch(one, (batch, length))
-            assert not (padded and one["weights"].any())  # padding is at the end
-            padded = padded or not one["weights"].all()
-            seen += counted(one)
-    documents = "".join("," if i == EOS else chr(i + 1000) for i in seen).split(",")[
-        :-1
-    ]
-    side = corpus.held_out
-    assert sorted(documents) == sorted(
-        "".join(chr(i + 1000) for i in side.ids[start + 1 : start + targets])
-        for start, targets in zip(side.starts_D, side.targets_D)
-    )
-
-
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
-def test_processes_share_what_one_process_gets():
-    corpus = make_corpus([5, 30, 0, 7, 19, 3])
-    alone = take(
-        data.train_iterator(corpus, batch=6, length=4, seed=3), 9
-    )  # over several epochs
-    shares = [
-        data.train_iterator(
-            corpus, batch=2, length=4, seed=3, process_index=i, process_count=3
-        )
-        for i in range(3)
-    ]
-    for whole, *parts in zip(alone, *(take(share, 9) for share in shares)):
-        for name in whole:
-            np.testing.assert_array_equal(
-                whole[name], np.concatenate([part[name] for part in parts])
-            )
-
-
-def test_seed_and_epoch_decide_the_order():
-    corpus = make_corpus([7] * 16)  # 128 targets: 16 rows of 8
-
-    def epochs(seed, count=2):
-        return [
-            counted(batch)
-            for batch in take(
-                data.train_iterator(corpus, batch=16, length=8, seed=seed), count
-            )
-        ]
-
-    first, second = epochs(0)
-    assert epochs(0) == [first, second] and first != second and epochs(1)[0] != first
-    assert first != sorted(first)
-
-
-def test_documents_come_in_a_new_order_each_epoch():
-    corpus = make_corpus([3] * 8)  # an epoch is one row
-
-    def orders(seed):
-        return [
-            counted(batch)
-            for batch in take(
-                data.train_iterator(corpus, batch=1, length=32, seed=seed), 2
-            )
-        ]
-
-    assert orders(0)[0] != orders(0)[1] and orders(0)[0] != orders(1)[0]
-
-
-def test_a_corpus_shorter_than_a_row_or_a_batch():
-    batch = next(data.train_iterator(make_corpus([3, 2]), batch=4, length=32, seed=0))
-    check_batch(batch, (4, 32))
-    assert (batch["weights"].sum(axis=1) == 7).all()
-
-
-def test_state_restores_the_next_batches(tmp_path):
-    corpus = make_corpus([11] * 20)
-
-    def fresh():
-        return data.train_iterator(corpus, batch=2, length=8, seed=5)
-
-    batches = fresh()
-    take(batches, 21)  # into the second epoch
-    state = batches.get_state()
-    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
-        saving = checkpointer.save_checkpointables_async(21, dict(data=batches))
-        expected = take(batches, 20)  # training goes on while it is written
-        saving.result()
-
-        again = fresh()
-        again.set_state(state)
-        np.testing.assert_equal(take(again, 20), expected)
-
-        restored = fresh()
-        take(restored, 3)
-        checkpointer.load_checkpointables(21, dict(data=restored))
-        np.testing.assert_equal(take(restored, 20), expected)
-
-
-def test_grain_s_own_check_of_restoring():
-    rows = (
-        data._Rows(make_side([9, 1, 4]), 4, 0)
-        .shuffle(0)
-        .repeat(2)
-        .batch(2)
-        .to_iter_dataset()
-    )
-    grain.experimental.assert_equal_output_after_checkpoint(rows)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(batch=0), "batch=0"),
-        (dict(length=0), "length=0"),
-        (dict(process_count=0), "process_count=0"),
-        (
-            dict(process_index=2, process_count=2),
-            "process_index=2 is not accepted: it must be from 0 to 1",
-        ),
-    ],
-)
-def test_arguments_out_of_range(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        data.train_iterator(
-            make_corpus([3]), **dict(batch=1, length=4, seed=0) | arguments
-        )
-
-
-def test_bits_per_byte_is_the_code_length():
-    side = make_side([5, 0, 9])
-    loss = math.log(256)  # 8 bits for each of 14 + 3 targets
-    assert side.bits_per_byte(loss) == pytest.approx(8 * 17 / 14)
-
-
-# ---------------------------------------------------------------- split and cache
 
 
 def texts(side):
@@ -266,9 +33,9 @@ def both(corpus):
 
 
 @pytest.fixture
-def prepare(tmp_path):
+def open_corpus(tmp_path):
     def call(source, tok=TOK, **fields):
-        return data.prepare(
+        return prepare(
             Data(
                 **dict(
                     source=str(source),
@@ -295,7 +62,7 @@ def write_files(folder, contents):
 LETTERS = {f"{name}.txt": f"text of {name}" for name in "abcdefgh"}
 
 
-def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
+def test_the_report_says_what_was_left_out_or_repaired(tmp_path, open_corpus):
     rows = [
         *(json.dumps({"body": f"line {i}"}) for i in range(9)),
         "{broken",
@@ -309,7 +76,7 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
             "bad.txt": b"caf\xc3\xa9 \xff",
         },
     )
-    corpus = prepare(folder, text_field="body")
+    corpus = open_corpus(folder, text_field="body")
     assert both(corpus) == sorted(["café \ufffd", *(f"line {i}" for i in range(9))])
     for part in (
         "1 rows that are not JSON",
@@ -323,25 +90,25 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, prepare):
         len(text.encode()) for text in both(corpus)
     )
     assert (
-        prepare(folder, text_field="body").report == corpus.report
+        open_corpus(folder, text_field="body").report == corpus.report
     )  # from the cache, too
-    good = prepare(write_files(tmp_path / "good", LETTERS))
+    good = open_corpus(write_files(tmp_path / "good", LETTERS))
     assert "left out" not in good.report and "repaired" not in good.report
 
 
-def test_more_documents_move_none_and_copies_stay_together(tmp_path, prepare):
+def test_more_documents_move_none_and_copies_stay_together(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
-    before = prepare(folder)
+    before = open_corpus(folder)
     write_files(folder, {f"copy-{name}": text for name, text in LETTERS.items()})
     write_files(folder, {f"{i}.txt": f"more text {i}" for i in range(30)})
-    after = prepare(folder)
+    after = open_corpus(folder)
     for old, new in ((before.train, after.train), (before.held_out, after.held_out)):
         assert set(texts(old)) <= set(texts(new))
     assert not set(texts(after.train)) & set(texts(after.held_out))
     assert len(both(after)) == 46
-    assert sorted(
-        data.documents(Data(source=str(folder), held_out_fraction=0.5))
-    ) == texts(after.train)
+    assert sorted(documents(Data(source=str(folder), held_out_fraction=0.5))) == texts(
+        after.train
+    )
 
 
 class Refusing(tokenizer.ByteTokenizer):
@@ -349,46 +116,50 @@ class Refusing(tokenizer.ByteTokenizer):
         raise AssertionError("tokenised again")
 
 
-def test_tokenised_once(tmp_path, prepare):
+def test_tokenised_once(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
-    first = prepare(folder)
-    assert both(prepare(folder, Refusing())) == both(first)
-    assert both(prepare(folder, Refusing(), held_out_fraction=0.4)) == both(
+    first = open_corpus(folder)
+    assert both(open_corpus(folder, Refusing())) == both(first)
+    assert both(open_corpus(folder, Refusing(), held_out_fraction=0.4)) == both(
         first
     )  # the split is made when it is opened
     (folder / "a.txt").write_text("changed text")
     with pytest.raises(AssertionError, match="tokenised again"):
-        prepare(folder, Refusing())
+        open_corpus(folder, Refusing())
     assert [path.name.count(".") for path in (tmp_path / "cache").iterdir()] == [
         0
     ]  # nothing half made is left
-    assert "changed text" in both(prepare(folder))
-    prepare(folder, tokenizer.train(LETTERS.values(), 300))
+    assert "changed text" in both(open_corpus(folder))
+    open_corpus(folder, tokenizer.train(LETTERS.values(), 300))
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_two_processes_make_the_same_cache(tmp_path, prepare):
+def test_two_processes_make_the_same_cache(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
 
     class Slow(tokenizer.ByteTokenizer):
         def encode_batch(self, texts):
-            prepare(folder)  # another process is faster
+            open_corpus(folder)  # another process is faster
             return super().encode_batch(texts)
 
-    assert both(prepare(folder, Slow())) == sorted(LETTERS.values())
+    assert both(open_corpus(folder, Slow())) == sorted(LETTERS.values())
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_killed_while_tokenising(tmp_path, prepare):
+def test_killed_while_tokenising(tmp_path, open_corpus, monkeypatch):
     folder = write_files(tmp_path / "in", LETTERS)
     script = """if True:
         import os, sys
         from ladder_jax import config
-        from ladder_jax.data import corpus as data, tokenizer
+        from ladder_jax.data import corpus, tokenizer
         class Killed(tokenizer.ByteTokenizer):
             def encode_batch(self, texts):
                 os.kill(os.getpid(), 9)
-        data.prepare(config.Data(source=sys.argv[1], token_cache=sys.argv[2], held_out_fraction=0.5), Killed())"""
+        source, token_cache = sys.argv[1:]
+        data_config = config.Data(
+            source=source, token_cache=token_cache, held_out_fraction=0.5
+        )
+        corpus.prepare(data_config, Killed())"""
     cache = tmp_path / "cache"
     assert (
         subprocess.run(
@@ -397,28 +168,25 @@ def test_killed_while_tokenising(tmp_path, prepare):
         == -signal.SIGKILL
     )
     assert len(list(cache.iterdir())) == 1
-    data_stale, data._STALE = data._STALE, -1  # as if that was long ago
-    try:
-        assert both(prepare(folder)) == sorted(LETTERS.values())
-    finally:
-        data._STALE = data_stale
+    monkeypatch.setattr(token_cache, "STALE_SECONDS", -1)  # as if that was long ago
+    assert both(open_corpus(folder)) == sorted(LETTERS.values())
     assert [path.name.count(".") for path in cache.iterdir()] == [0]
 
 
-def test_long_documents_are_tokenised_in_pieces(tmp_path, prepare, monkeypatch):
+def test_long_documents_are_tokenised_in_pieces(tmp_path, open_corpus, monkeypatch):
     folder = write_files(
         tmp_path / "in", LETTERS | {"long.txt": "é line\n" * 50 + "x" * 90}
     )
-    whole = prepare(folder)
-    monkeypatch.setattr(data, "_PIECE", 16)
-    monkeypatch.setattr(data, "_CHUNK", 40)
-    monkeypatch.setattr(data, "FORMAT", -1)
-    pieces = prepare(folder)
+    whole = open_corpus(folder)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(token_cache, "FORMAT", -1)
+    pieces = open_corpus(folder)
     np.testing.assert_array_equal(whole.train.ids, pieces.train.ids)
     np.testing.assert_array_equal(whole.train.starts_D, pieces.train.starts_D)
 
 
-def test_large_vocabularies(tmp_path, prepare):
+def test_large_vocabularies(tmp_path, open_corpus):
     class Large(tokenizer.ByteTokenizer):
         size, eos = 70_000, 69_999
 
@@ -427,7 +195,7 @@ def test_large_vocabularies(tmp_path, prepare):
 
     folder = write_files(tmp_path / "in", LETTERS)
     batch = next(
-        data.train_iterator(prepare(folder, Large()), batch=1, length=64, seed=0)
+        train_iterator(open_corpus(folder, Large()), batch=1, length=64, seed=0)
     )
     assert batch["targets"].max() == 69_999
 
@@ -438,48 +206,51 @@ def test_large_vocabularies(tmp_path, prepare):
         ("nowhere", "does not exist"),
         (
             "bad",
-            "has no usable document \\(1 files that are not text, 1 rows that are not JSON\\)",
+            "has no usable document \\(1 files that are not text, "
+            "1 rows that are not JSON\\)",
         ),
         ("one", "has one document \\(2 with copies\\)"),
     ],
 )
-def test_sources_that_hold_nothing(tmp_path, prepare, source, message):
+def test_sources_that_hold_nothing(tmp_path, open_corpus, source, message):
     write_files(tmp_path / "bad", {"a.bin": b"\0", "b.jsonl": "?"})
     write_files(tmp_path / "one", {"a.txt": "same", "b.txt": "same"})
     with pytest.raises(ValueError, match=f"data.source='.*{message}") as error:
-        prepare(tmp_path / source)
+        open_corpus(tmp_path / source)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "held_out, lacking", [(1e-9, "evaluation"), (1 - 1e-9, "training")]
 )
-def test_an_empty_side(tmp_path, prepare, held_out, lacking):
+def test_an_empty_side(tmp_path, open_corpus, held_out, lacking):
     folder = write_files(tmp_path / "in", LETTERS)
     with pytest.raises(
         ValueError,
-        match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for {lacking}",
+        match=f"data.held_out_fraction={held_out} leaves none of the 8 documents for "
+        + lacking,
     ) as e:
-        prepare(folder, held_out_fraction=held_out)
+        open_corpus(folder, held_out_fraction=held_out)
     low, high = (float(word) for word in str(e.value).rsplit("from ")[1].split(" to "))
     assert (
-        len(texts(prepare(folder, held_out_fraction=low).held_out)) == 1
+        len(texts(open_corpus(folder, held_out_fraction=low).held_out)) == 1
     )  # what it names is accepted
-    assert len(texts(prepare(folder, held_out_fraction=high).train)) == 1
+    assert len(texts(open_corpus(folder, held_out_fraction=high).train)) == 1
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, prepare):
+def test_a_cache_that_cannot_be_written(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ValueError,
-        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a folder that can$",
+        match="data.token_cache='.*' cannot be written \\(.*\\): it must be a "
+        "writable folder$",
     ):
-        prepare(folder, token_cache=str(tmp_path / "file" / "cache"))
+        open_corpus(folder, token_cache=str(tmp_path / "file" / "cache"))
 
 
 def test_builtin_is_python_s_documentation(tmp_path):
-    corpus = data.prepare(Data(token_cache=str(tmp_path)), TOK)
+    corpus = prepare(Data(token_cache=str(tmp_path)), TOK)
     assert (
         len(corpus.train.starts_D) > 500
         and corpus.train.bytes > 2_000_000
@@ -488,3 +259,140 @@ def test_builtin_is_python_s_documentation(tmp_path):
     assert "left out" not in corpus.report and "repaired" not in corpus.report
     for words in ("class OrderedDict(dict)", "assert_stmt"):  # a docstring, a topic
         assert any(words in text for text in texts(corpus.train))
+
+
+# ---------------------------------------------------------------- a damaged cache
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+CACHE_FILES = ["ids.bin", "documents.npy", "about.json"]
+DAMAGES = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path: flip_a_bit(path, 0),
+    "last bit": lambda path: flip_a_bit(path, -1),
+    "a bit in the middle": lambda path: flip_a_bit(path, path.stat().st_size // 2),
+    "other JSON": lambda path: path.write_text("[]"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", CACHE_FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(tmp_path, open_corpus, name, damage):
+    folder = write_files(tmp_path / "in", LETTERS)
+    before = open_corpus(folder)
+    cache = only((tmp_path / "cache").iterdir())
+    DAMAGES[damage](cache / name)
+    after = open_corpus(folder)
+    assert both(after) == sorted(LETTERS.values())
+    assert after.digest == before.digest
+    assert "the token cache was damaged and made again: " in after.report
+    assert name in after.report
+    assert only((tmp_path / "cache").iterdir()) == cache
+    assert open_corpus(folder, Refusing()).report == before.report
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), size=st.integers(1, 40), limit=st.integers(1, 40))
+def test_a_checksum_sees_a_change_in_any_block_that_it_covers(data, size, limit):
+    """With blocks of 4 bytes; those that it covers are spread evenly over the file."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "CHECKSUM_BLOCK", 4)
+        patch.setattr(token_cache, "CHECKSUM_BYTES", limit)
+        path = Path(folder, "file")
+        path.write_bytes(data.draw(st.binary(min_size=size, max_size=size)))
+        before = token_cache.size_and_checksum(path)
+        seen = []
+        for position in range(size):
+            flip_a_bit(path, position)
+            seen.append(token_cache.size_and_checksum(path) != before)
+            flip_a_bit(path, position)
+    blocks = [seen[start : start + 4] for start in range(0, size, 4)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    covered = [block[0] for block in blocks]
+    assert covered[0] and covered[-1]
+    assert all(covered) or sum(covered) <= limit / 4 + 2
+    assert limit < size + 4 or all(covered)
+
+
+def test_a_changed_byte_of_a_small_cache_is_seen(tmp_path, open_corpus):
+    open_corpus(write_files(tmp_path / "in", LETTERS))
+    cache = only((tmp_path / "cache").iterdir())
+    assert token_cache.find_damage(cache) is None
+    for name in CACHE_FILES:
+        for position in range(0, (cache / name).stat().st_size, 4):
+            flip_a_bit(cache / name, position)
+            assert token_cache.find_damage(cache), f"byte {position} of {name}"
+            flip_a_bit(cache / name, position)
+
+
+def test_two_processes_replace_the_same_damaged_cache(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    open_corpus(folder)
+    cache = only((tmp_path / "cache").iterdir())
+    (cache / "ids.bin").unlink()
+
+    class Slow(tokenizer.ByteTokenizer):
+        def encode_batch(self, texts):
+            open_corpus(folder)  # another process is faster
+            return super().encode_batch(texts)
+
+    assert both(open_corpus(folder, Slow())) == sorted(LETTERS.values())
+    assert only((tmp_path / "cache").iterdir()) == cache
+
+
+def test_a_cache_inside_of_the_source_does_not_become_text(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    for _ in range(2):
+        corpus = open_corpus(folder, token_cache=str(folder))
+        assert both(corpus) == sorted(LETTERS.values())
+    assert "left out" not in corpus.report  # tokenised once, before it was there
+
+
+# ---------------------------------------------------------------- the digest
+
+
+def test_the_digest_is_of_contents_and_not_of_paths(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", LETTERS)
+    digest = open_corpus(folder).digest
+    assert open_corpus(f"{folder}/").digest == digest
+    assert open_corpus(f"{folder}/*.txt").digest == digest
+    assert open_corpus(write_files(tmp_path / "moved", LETTERS)).digest == digest
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in LETTERS.values())
+    assert open_corpus(write_files(tmp_path / "a", {"a.json": rows})).digest == digest
+    tok = tokenizer.train(LETTERS.values(), 300)
+    assert open_corpus(folder, tok).digest == digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda texts: texts[:-1],
+        lambda texts: [*texts, "more text"],
+        lambda texts: texts[::-1],
+        lambda texts: ["Text of a", *texts[1:]],
+        lambda texts: [texts[0] + "\n", *texts[1:]],
+    ],
+)
+def test_the_digest_changes_with_any_document_and_their_order(
+    tmp_path, open_corpus, change
+):
+    texts = list(LETTERS.values())
+    digests = set()
+    for name, documents_ in (("a", texts), ("b", change(texts))):
+        files = {f"{i}.txt": text for i, text in enumerate(documents_)}
+        digests.add(open_corpus(write_files(tmp_path / name, files)).digest)
+    assert len(digests) == 2

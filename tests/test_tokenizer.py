@@ -1,6 +1,7 @@
-"""Tokenizers: every one is exact, streams what it decodes, and fits inside a checkpoint."""
+"""Tokenizers: each is exact, streams what it decodes, and fits into a checkpoint."""
 
 import json
+import os
 
 import pytest
 import tokenizers
@@ -8,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
 
 TEXTS = [
@@ -18,7 +20,7 @@ TEXTS = [
 
 
 def sentencepiece():
-    """As Llama 2's: "▁" for spaces, one before the text, bytes for characters that have no token."""
+    """As Llama 2's: "▁" for spaces, one before the text, bytes for other characters."""
     pieces = [
         "<unk>",
         "<s>",
@@ -30,7 +32,7 @@ def sentencepiece():
         "▁the",
     ]
     merges = [("t", "h"), ("th", "e"), ("▁", "the")]
-    made = tokenizers.Tokenizer(
+    library_tokenizer = tokenizers.Tokenizer(
         models.BPE(
             {piece: i for i, piece in enumerate(pieces)},
             merges,
@@ -39,11 +41,11 @@ def sentencepiece():
             fuse_unk=True,
         )
     )
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.normalizer = normalizers.Sequence(
+    library_tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    made.decoder = decoders.Sequence(
+    library_tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
@@ -51,26 +53,65 @@ def sentencepiece():
             decoders.Strip(" ", 1, 0),
         ]
     )
-    made.post_processor = processors.TemplateProcessing(
+    library_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    return made
+    return library_tokenizer
 
 
 def wordpiece():
-    """As BERT's: words are joined by spaces, "##" continues one; not exact, but it must stream what it decodes."""
+    """As BERT's: words are joined by spaces, "##" continues one.
+
+    It is not exact, but it must stream what it decodes.
+    """
     pieces = ["[UNK]", "[EOS]", "the", "cat", "##s", "##é", "é", ".", "!"]
-    made = tokenizers.Tokenizer(
+    library_tokenizer = tokenizers.Tokenizer(
         models.WordPiece(
             {piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"
         )
     )
-    made.add_special_tokens(["[UNK]", "[EOS]"])
-    made.pre_tokenizer, made.decoder = (
+    library_tokenizer.add_special_tokens(["[UNK]", "[EOS]"])
+    library_tokenizer.pre_tokenizer, library_tokenizer.decoder = (
         pre_tokenizers.BertPreTokenizer(),
         decoders.WordPiece(),
     )
-    return made
+    return library_tokenizer
+
+
+def word_ends():
+    """As GPT-1's: "</w>" ends a word, and a decoder puts spaces between words."""
+    pieces = ["<unk>", "</s>", *"acehst", *(f"{c}</w>" for c in "acehst"), "th"]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        [("t", "h")],
+        unk_token="<unk>",
+        end_of_word_suffix="</w>",
+    )
+    library_tokenizer = tokenizers.Tokenizer(model)
+    library_tokenizer.add_special_tokens(["<unk>", "</s>"])
+    library_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    library_tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    return library_tokenizer
+
+
+def unigram():
+    """As T5's, but without a token for characters that are not in its vocabulary."""
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("▁the", 0.0)]
+    pieces += [(character, -2.0) for character in "▁abcehst\ufffd"]
+    library_tokenizer = tokenizers.Tokenizer(models.Unigram(pieces))
+    library_tokenizer.add_special_tokens(["<s>", "</s>"])
+    library_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    library_tokenizer.decoder = decoders.Metaspace()
+    return library_tokenizer
+
+
+def ctc():
+    """Its decoder drops repeated tokens, unless a pad is between them."""
+    pieces = ["<pad>", "</s>", "|", *"abc"]
+    model = models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "<pad>")
+    library_tokenizer = tokenizers.Tokenizer(model)
+    library_tokenizer.decoder = decoders.CTC(pad_token="<pad>", cleanup=False)
+    return library_tokenizer
 
 
 EXACT = {
@@ -81,7 +122,12 @@ EXACT = {
     ),
 }
 ALL = EXACT | {
-    "wordpiece": tokenizer.HuggingFace(wordpiece().to_str(), {"eos": "[EOS]"})
+    "wordpiece": tokenizer.HuggingFace(wordpiece().to_str(), {"eos": "[EOS]"}),
+    "word ends": tokenizer.HuggingFace(word_ends().to_str(), {"eos": "</s>"}),
+    "unigram": tokenizer.HuggingFace(
+        unigram().to_str(), {"bos": "<s>", "eos": "</s>"}, "data.tokenizer='x.json'"
+    ),
+    "ctc": tokenizer.HuggingFace(ctc().to_str(), {"eos": "</s>"}),
 }
 exact = pytest.mark.parametrize("tok", EXACT.values(), ids=EXACT)
 every = pytest.mark.parametrize("tok", ALL.values(), ids=ALL)
@@ -125,7 +171,7 @@ def test_stream_equals_decode_for_any_ids(tok, data):
     assert "".join(map(stream.push, ids)) + stream.flush() == tok.decode(ids)
 
 
-@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
+@pytest.mark.parametrize("name", ["bpe", "wordpiece", "word ends", "unigram", "ctc"])
 @fast
 @given(data=st.data())
 def test_decode_is_the_library_s(name, data):
@@ -246,12 +292,15 @@ def test_vocab_size_too_small():
 
 
 def write(folder, added, **config):
-    """A byte-level tokenizer.json with the special tokens `added`, and a tokenizer_config.json of `config`."""
-    made = tokenizers.Tokenizer(models.BPE(tokenizer._ALPHABET, []))
-    made.add_special_tokens(added)
-    made.enable_truncation(2)
-    made.enable_padding(length=9)
-    made.save(str(folder / "tokenizer.json"))
+    """A byte-level tokenizer.json with the special tokens `added`.
+
+    Beside it, `config` as a tokenizer_config.json.
+    """
+    library_tokenizer = tokenizers.Tokenizer(models.BPE(tokenizer.byte_alphabet(), []))
+    library_tokenizer.add_special_tokens(added)
+    library_tokenizer.enable_truncation(2)
+    library_tokenizer.enable_padding(length=9)
+    library_tokenizer.save(str(folder / "tokenizer.json"))
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder / "tokenizer.json")
@@ -305,3 +354,79 @@ def test_what_is_no_tokenizer(tmp_path):
         (tmp_path / f"{i}.json").write_text(text)
         with pytest.raises(ValueError, match="data.tokenizer=.* is not accepted"):
             tokenizer.load(str(tmp_path / f"{i}.json"))
+
+
+# ------------------------------------------------------------------ unusual tokenizers
+
+
+def test_words_that_end_in_a_suffix_are_decoded_with_spaces():
+    tok = ALL["word ends"]
+    ids = tok.encode("the cat cat sat")
+    assert tok.decode(ids) == "the cat cat sat"
+    stream = tok.stream()
+    texts = [stream.push(token) for token in ids]
+    # A space is decoded with the token after it.
+    assert texts == ["th", "e", " c", "a", "t", " c", "a", "t", " s", "a", "t"]
+
+
+@pytest.mark.parametrize("names", [{"bos": "<s>", "eos": "</s>"}, {"eos": "</s>"}])
+def test_an_empty_prompt_is_the_begin_token_or_else_the_end_token(names):
+    library_tokenizer = tokenizers.Tokenizer(models.BPE(tokenizer.byte_alphabet(), []))
+    library_tokenizer.add_special_tokens(["<s>", "</s>"])
+    library_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok = tokenizer.HuggingFace(library_tokenizer.to_str(), names)
+    assert tok.prompt("") == [256 if "bos" in names else 257]
+    assert tok.prompt("a") == tok.encode("a")  # its post-processor adds no token
+
+
+@every
+def test_no_prompt_is_empty(tok):
+    assert tok.prompt("") == [tok.bos]
+
+
+def test_a_character_that_a_tokenizer_has_no_token_for_is_an_error_of_one_line():
+    tok = ALL["unigram"]
+    assert tok.decode(tok.encode("the cats")) == "the cats"
+    for call in (tok.encode, tok.prompt, lambda text: tok.encode_batch(["a", text])):
+        with pytest.raises(ConfigError) as error:
+            call("the 東")
+        message = str(error.value)
+        assert message.startswith("data.tokenizer='x.json' cannot encode")
+        assert "unk_id" in message and "\n" not in message
+
+
+def test_a_panic_of_the_library_is_an_error_of_one_line(tmp_path, capfd):
+    """The library cuts a prefix off each merge, and panics if the merge is shorter."""
+    library_tokenizer = json.loads(ALL["bpe"].tokenizer_json())
+    library_tokenizer["model"]["continuing_subword_prefix"] = "#" * 400
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(library_tokenizer))
+    with pytest.raises(ConfigError) as error:
+        tokenizer.load(str(path))
+    message = str(error.value)
+    assert message.startswith(f"data.tokenizer={str(path)!r} is not accepted: ")
+    assert "out of range" in message and "\n" not in message
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_is_not_taken_for_an_error_of_the_library(monkeypatch):
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.from_json(ALL["bpe"].to_json())
+
+
+def test_what_is_written_to_stderr_while_a_tokenizer_loads_is_not_lost(
+    monkeypatch, capfd
+):
+    from_str = tokenizers.Tokenizer.from_str
+
+    def warn(text):
+        os.write(2, b"a warning")
+        return from_str(text)
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", warn)
+    tokenizer.from_json(ALL["bpe"].to_json())
+    assert capfd.readouterr().err == "a warning"

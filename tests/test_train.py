@@ -27,8 +27,9 @@ from orbax.checkpoint import v1 as ocp
 from ladder_jax import config, model, sharding, train
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
-from ladder_jax.data import corpus as data
 from ladder_jax.data import tokenizer
+from ladder_jax.data.batches import held_out_batches, train_iterator
+from ladder_jax.data.corpus import prepare
 from ladder_jax.optimizer import learning_rate, make_optimizer
 
 GOLDEN = [
@@ -410,6 +411,27 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
     ):
         train.check_resumed(desync, {**desync, "tensor": 4})
     train.check_resumed(meta, {**meta, "tensor": 4})
+
+
+def test_a_run_goes_on_after_it_and_its_corpus_moved(folder, whole, tmp_path):
+    shutil.copytree(folder / "corpus", tmp_path / "moved/corpus")
+    shutil.copytree(whole, tmp_path / "moved/run")
+    # The corpus in other words; then a folder that also holds train.out and the cache.
+    for source in ("moved/./corpus/", "moved"):
+        moved = tiny.make(tmp_path / "moved", data_source=f"{tmp_path}/{source}")
+        assert train.train(moved, resume=True)["step"] == 20
+    (tmp_path / "moved/corpus/new.txt").write_text("one more document")
+    with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
+        train.train(moved, resume=True)
+
+
+def test_documents_with_as_many_tokens_but_other_contents_are_not_the_same_run(whole):
+    meta = json.loads((whole / "checkpoints/20/meta/data.json").read_text())
+    changed = {**meta, "documents": "another digest"}
+    with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
+        train.check_resumed(meta, changed)
+    del meta["documents"]  # a checkpoint from before there was a digest
+    train.check_resumed(meta, changed)
     older = json.loads(json.dumps(meta))
     del older["config"]["model"]["qk_norm"]  # from before there was such a field
     train.check_resumed(older, meta)
@@ -528,8 +550,8 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
     import reference
 
     cfg = tiny.make(folder)
-    corpus = data.prepare(cfg.data, tokenizer.load("bytes"))
-    batches = data.held_out_batches(corpus, batch=8, length=32)
+    corpus = prepare(cfg.data, tokenizer.load("bytes"))
+    batches = held_out_batches(corpus, batch=8, length=32)
     batch = {
         name: np.concatenate([batches[i][name] for i in range(2)])
         for name in train.BATCH_FIELDS
@@ -586,8 +608,8 @@ def state(folder, whole):
 def batches(folder):
     """Three batches of 16 rows, some of whose weights are zero, a different number in each row."""
     cfg = tiny.make(folder)
-    iterator = data.train_iterator(
-        data.prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
+    iterator = train_iterator(
+        prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
     )
     lengths = np.random.default_rng(0).integers(1, 33, (16, 1))
     return [

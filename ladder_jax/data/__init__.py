@@ -1,1 +1,20 @@
-"""From files to documents, from documents to token ids, from ids to batches."""
+"""Text data: from files to documents, to token ids, to batches of packed rows.
+
+The entry points, in the order in which a training job calls them:
+
+- `tokenizer.load(spec)`: the tokenizer of `data.tokenizer`.
+- `corpus.prepare(data_config, tokenizer)`: the documents as token ids, split into
+  training and held-out sides; tokenised once and cached on disk.
+- `batches.train_iterator(corpus, ...)`: endless training batches, resumable exactly.
+- `batches.held_out_batches(corpus, ...)`: every held-out row once.
+
+Others:
+
+- `corpus.documents(data_config)`: the training documents as text.
+- `tokenizer.train(texts, vocab_size)`: a tokenizer learned from them.
+- `tokenizer.from_json(text)`: the tokenizer of a checkpoint.
+- `jsonl.read_jsonl(file)`: the rows of a file of JSON Lines.
+
+Files below them: `sources` finds the files of `data.source`, `formats` reads one file,
+`python_docs` is the source "builtin", and `token_cache` keeps token ids on disk.
+"""

@@ -1,251 +1,176 @@
-"""The documents of a source of text: files are found, opened, and read one document at a time.
+"""Finds the files of a source of text and reads them one document at a time.
 
-A source is a folder, file or glob of text, JSONL (.jsonl, .ndjson) and Parquet files, text and JSONL also as .gz; or
-"builtin", the documentation inside every CPython: the same for one Python version, different between versions.
-What cannot be read is counted and left out; bytes that are not UTF-8 become U+FFFD and are counted, too.
+A source is a folder, file or glob of text, JSON Lines and Parquet files (see
+`formats`), or "builtin" (see `python_docs`). What is not read is counted and left out.
 """
 
-import ast
-import collections
-import dataclasses
+import functools
 import glob
-import gzip
-import json
 import os
 import re
-import sys
-import sysconfig
-import warnings
-import zlib
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, Data
+from ladder_jax.data import formats, python_docs
+from ladder_jax.data.formats import Tally
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-@dataclasses.dataclass
-class Tally:
-    """What happened while reading: bytes read, and how many things of each kind were left out or repaired."""
-
-    read: int = 0
-    left_out: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    repaired: int = 0
-
-    def text(self, value):
-        """`value` (bytes or str) as text that is valid Unicode, or None if there is none in it."""
-        text = (
-            value.decode("utf-8-sig", "surrogateescape")
-            if isinstance(value, bytes)
-            else value
-        )
-        if not text.isascii() and _SURROGATES.search(
-            text
-        ):  # bytes that are no UTF-8, or JSON's half characters
-            text = _SURROGATES.sub("\ufffd", text)
-            self.repaired += 1
-        if text.strip():
-            return text
-        self.left_out["empty documents"] += 1
-        return None
+# What a run writes into train.out, if the first two are there.
+_RUN_MARKERS = {"checkpoints", "metrics.jsonl"}
+_RUN_OUTPUTS = _RUN_MARKERS | {"loss.png", "tensorboard", "profile"}
+# Orbax writes this file into each checkpoint.
+_CHECKPOINT_MARKER = "_CHECKPOINT_METADATA"
+# The folders of `token_cache`, complete or not.
+_TOKEN_CACHE = re.compile(r"tokens-[0-9a-f]{32}(\..*)?")
+_OUTPUTS_LEFT_OUT = "files and folders that ladder_jax wrote"
 
 
-def size_and_time(path):
-    """(bytes, time of the last change in ns), (0, 0) for a file that cannot be seen: reading it will say so."""
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Returns (bytes, time of the last change in ns), or (0, 0) without access."""
     try:
-        return path.stat().st_size, path.stat().st_mtime_ns
+        status = path.stat()
     except OSError:
         return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
-def files(source):
-    """Files of `data.source`, sorted (str -> list[Path]). Hidden files and folders inside a folder are skipped.
+def files(source: str, tally: Tally) -> list[Path]:
+    """Returns the files of `data.source`, sorted.
 
-    Raises ValueError if there is none.
+    Left out of a folder or a glob, and counted unless hidden: hidden files and folders,
+    what this project wrote (runs, checkpoints, token caches), links to folders, and
+    what is not a regular file, as opening a FIFO or a device may block for ever.
+
+    Args:
+      source: a value of `data.source`.
+      tally: counts what is left out.
+
+    Raises:
+      ConfigError: if there is no file.
     """
     if source == "builtin":
-        return _builtin_files()
+        return python_docs.files()
     root = Path(source).expanduser()
     if root.is_dir():
-        found = [
-            Path(folder, name)
-            for folder, folders, names in os.walk(root)
-            for name in names
-            if not any(
-                part.startswith(".")
-                for part in Path(folder, name).relative_to(root).parts
-            )
-        ]
+        paths = list(_walk(root, tally))
+        reason = "has no files"
     elif root.exists():
-        found = [root]
+        paths = [root]
+        reason = "is not a file"
     else:
-        found = [
-            Path(name)
-            for name in glob.glob(str(root), recursive=True)
-            if not os.path.isdir(name)
-        ]
-    if not found:
-        why = (
-            "has no files"
-            if root.is_dir()
-            else "matches no file"
-            if glob.has_magic(source)
-            else "does not exist"
-        )
+        paths = list(_glob(root, tally))
+        reason = "matches no file" if glob.has_magic(source) else "does not exist"
+    paths = [path for path in paths if _is_readable_kind(path, tally)]
+    if not paths:
+        left_out = _left_out(tally)
+        reason += f" that can be read ({left_out})" if left_out else ""
         raise ConfigError(
-            f"data.source={source!r} {why}: it must be 'builtin', or a folder, file or glob of text, "
-            "JSONL or Parquet files"
+            f"data.source={source!r} {reason}: it must be 'builtin', or a folder, file "
+            "or glob of text, JSON Lines or Parquet files"
         )
-    return sorted(found)
+    return sorted(paths)
 
 
-def _builtin_files():
-    """Source files of the standard library that have documentation, tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for name in sorted(sys.stdlib_module_names):
-        found += [
-            path
-            for path in sorted((root / name).rglob("*.py"))
-            if not {"test", "tests", "idle_test"} & set(path.parts[len(root.parts) :])
-        ]
-        found += [root / f"{name}.py"] if (root / f"{name}.py").exists() else []
-    if not found:
-        raise ConfigError(
-            f"data.source='builtin' finds no source files of Python in {root}: name a folder, file or "
-            "glob of text"
-        )
-    return found
+def _outputs(folder: Path) -> set[str]:
+    """Returns the names in a folder that this project wrote."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return set()
+    if _CHECKPOINT_MARKER in names:
+        return names
+    outputs = {name for name in names if _TOKEN_CACHE.fullmatch(name)}
+    if _RUN_MARKERS <= names:
+        outputs |= _RUN_OUTPUTS & names
+    return outputs
 
 
-def read(source, path, text_field, tally):
-    """Yields the documents of one of the `files` of `source` as str, counting in `tally` what is left out.
+def _walk(root: Path, tally: Tally) -> Iterator[Path]:
+    """Yields what a folder holds, at any depth, that is not a folder."""
 
-    `text_field`: the field of JSONL rows and Parquet columns that holds the text. Raises ValueError for a Parquet file
-    where pyarrow is not installed.
+    def leave_out(error: OSError) -> None:
+        tally.left_out["unreadable folders"] += 1
+
+    for name, folders, names in os.walk(root, onerror=leave_out):
+        folder = Path(name)
+        outputs = _outputs(folder)
+        if outputs:
+            tally.left_out[_OUTPUTS_LEFT_OUT] += len(outputs)
+        links = [n for n in folders if (folder / n).is_symlink()]
+        if links:  # os.walk does not follow them, as they may lead back
+            tally.left_out["links to folders"] += len(links)
+        skipped = outputs | {n for n in (*folders, *names) if n.startswith(".")}
+        folders[:] = [n for n in folders if n not in skipped]
+        yield from (folder / n for n in names if n not in skipped)
+
+
+def _glob(pattern: Path, tally: Tally) -> Iterator[Path]:
+    """Yields what a glob matches that is not a folder."""
+    parts = pattern.parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), 0)
+    base = Path(*parts[:fixed])
+    outputs_of = functools.cache(_outputs)
+    for name in glob.glob(str(pattern), recursive=True):
+        path = Path(name)
+        steps = path.relative_to(base).parts
+        folders = [base.joinpath(*steps[:i]) for i in range(len(steps))]
+        if any(step in outputs_of(at) for at, step in zip(folders, steps)):
+            tally.left_out[_OUTPUTS_LEFT_OUT] += 1
+        elif not path.is_dir():
+            yield path
+
+
+def _is_readable_kind(path: Path, tally: Tally) -> bool:
+    """Whether a path is a regular file, or cannot be seen: reading it tells why."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return True
+    if not stat.S_ISREG(mode):
+        tally.left_out["FIFOs, sockets and devices"] += 1
+        return False
+    return True
+
+
+def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str]:
+    """Yields the documents of one of the `files` of a source.
+
+    Args:
+      source: the value of `data.source`.
+      path: one of its files.
+      text_field: the field of JSON rows, or the Parquet column, that holds the text.
+      tally: counts what is left out and repaired.
+
+    Raises:
+      ConfigError: if a package that the file's format needs is not installed.
     """
-    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix]
-    size, before = size_and_time(path)[0], tally.read
+    size, read_before = size_and_time(path)[0], tally.read
+    values: Iterator[bytes | str]
     try:
         if source == "builtin":
-            values = _documentation(path)
-        elif path.suffix == ".parquet":
-            values = _parquet(path, text_field, tally, size)
-        elif suffixes[0] in (".jsonl", ".ndjson"):
-            values = _jsonl(path, text_field, tally)
+            values = python_docs.read_file(path)
         else:
-            values = _plain(path, tally)
+            values = formats.read_file(path, text_field, tally)
         for value in values:
-            text = tally.text(value)
+            text = tally.clean(value)
             if text is not None:
                 yield text
-    except (OSError, EOFError, zlib.error, SyntaxError):
+    except (*formats.UNREADABLE, SyntaxError):
         tally.left_out["unreadable files"] += 1
-    tally.read = max(tally.read, before + size)
+    tally.read = max(tally.read, read_before + size)
 
 
-def _open(path):
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+def no_document(data_config: Data, tally: Tally) -> ConfigError:
+    """Returns the error for a source without a usable document: it says why."""
+    reason = _left_out(tally) or "all of it is held out"
+    return ConfigError(
+        f"data.source={data_config.source!r} has no usable document ({reason}): it "
+        f"must hold text, or rows with a text field {data_config.text_field!r} "
+        "(data.text_field)"
+    )
 
 
-def _plain(path, tally):
-    with _open(path) as file:
-        value = file.read()
-    if b"\0" in value:
-        tally.left_out["files that are not text"] += 1
-    else:
-        yield value
-
-
-def _jsonl(path, text_field, tally):
-    with _open(path) as file:
-        for line in file:
-            tally.read += len(line)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-            except (ValueError, RecursionError):
-                tally.left_out["rows that are not JSON"] += 1
-                continue
-            value = row.get(text_field) if isinstance(row, dict) else None
-            if isinstance(value, str):
-                yield value
-            else:
-                tally.left_out[f"rows without a text field {text_field!r}"] += 1
-
-
-def _parquet(path, text_field, tally, size):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(
-            f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
-            "pip install 'ladder_jax[parquet]'"
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-            kind = (
-                str(schema.field(text_field).type)
-                if text_field in schema.names
-                else None
-            )
-            if kind not in ("string", "large_string", "binary", "large_binary"):
-                tally.left_out[f"rows without a text field {text_field!r}"] += rows
-                return
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                tally.read += size * batch.num_rows // rows
-                values = (
-                    batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-                )  # bytes: not always UTF-8
-                tally.left_out[f"rows without a text field {text_field!r}"] += (
-                    values.count(None)
-                )
-                yield from (value for value in values if value is not None)
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from None
-
-
-def _documentation(path):
-    """The docstrings of a module as one document, laid out as `help` does; each of `pydoc_data.topics` as one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own, about escapes in strings
-        module = ast.parse(path.read_bytes())
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        yield from next(
-            ast.literal_eval(node.value)
-            for node in module.body
-            if isinstance(node, ast.Assign)
-        ).values()
-        return
-    parts = []
-
-    def visit(node, indent):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.If, ast.Try)):
-                visit(child, indent)
-            elif isinstance(child, ast.ClassDef):
-                bases = ", ".join(map(ast.unparse, child.bases))
-                add(
-                    child,
-                    f"class {child.name}({bases})" if bases else f"class {child.name}",
-                    indent,
-                )
-                visit(child, indent + "    ")
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                add(child, f"{child.name}({ast.unparse(child.args)})", indent)
-
-    def add(node, heading, indent):
-        text = ast.get_docstring(node)
-        if text:
-            lines = [heading, *("    " + line for line in text.splitlines())]
-            parts.append("\n".join((indent + line).rstrip() for line in lines))
-
-    top = ast.get_docstring(module)
-    visit(module, "")
-    if top or parts:
-        yield "\n\n".join([top] * bool(top) + parts) + "\n"
+def _left_out(tally: Tally) -> str:
+    counts = +tally.left_out
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -1,0 +1,184 @@
+"""Batches of packed token rows of a corpus, endless for training, once for evaluation.
+
+The documents of a side are laid end to end and cut every T targets. A document of n
+text tokens has n + 1 targets (its tokens, then eos). Each target comes once an epoch,
+and no row but the last of an epoch is padded:
+
+    documents   bos a b eos | bos c eos
+    targets         a b eos |     c eos
+    T = 2       row 0: a b    row 1: eos c    row 2: eos, padding
+
+A row is a function of its number: the order of the documents in an epoch is a seeded
+permutation, and so is the order of rows. So the state of an iterator is the number of
+batches it has given. Restoring it takes no time, and memory does not grow with steps.
+
+Dims: B batch of this process, T length of a row, D documents.
+"""
+
+import functools
+
+import grain
+import numpy as np
+
+from ladder_jax.config import ConfigError, require
+from ladder_jax.data.corpus import Corpus, Side
+
+# Grain shuffles the rows of an epoch by 32-bit numbers.
+_MAX_ROWS = 2**32
+
+Batch = dict[str, np.ndarray]
+
+
+class Rows(grain.MapDataset):
+    """The rows of a side, with the documents in a new order each epoch.
+
+    `len` is one epoch; row `len + i` is row i of the second epoch, and so on.
+
+    Args:
+      side: the documents.
+      length: T.
+      seed: of the order of documents.
+      multiple: rows of padding are added until an epoch is a multiple of this many.
+    """
+
+    def __init__(self, side: Side, length: int, seed: int, multiple: int = 1) -> None:
+        super().__init__()
+        self._side, self._length, self._seed = side, length, seed
+        self._rows = -(-side.tokens // (length * multiple)) * multiple
+        # Two epochs: the one that is read, and the next one, which is prefetched.
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the epoch's documents in order, and where the targets of each stop.
+
+        The stops count the targets of all documents laid end to end.
+        """
+        count = len(self._side.starts_D)
+        raw_D = np.random.PCG64([self._seed, epoch]).random_raw(count)
+        order_D = np.argsort(raw_D, kind="stable")
+        return order_D, np.cumsum(self._side.targets_D[order_D])
+
+    def __getitem__(self, index: int | slice) -> Batch | grain.MapDataset:
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, self._rows)
+        order_D, stops_D = self._order(epoch)
+        side, length = self._side, self._length
+        tokens_T = np.full(length, side.pad, np.int32)
+        targets_T = np.full(length, side.pad, np.int32)
+        segments_T = np.zeros(length, np.int32)
+        positions_T = np.zeros(length, np.int32)
+        weights_T = np.zeros(length, np.float32)
+        filled = segment = 0
+        place = np.searchsorted(stops_D, row * length, side="right")
+        while filled < length and place < len(order_D):
+            document = order_D[place]
+            targets = side.targets_D[document]
+            # How many targets of the document are in earlier rows.
+            begin = row * length + filled - (stops_D[place] - targets)
+            size = min(targets - begin, length - filled)
+            start = side.starts_D[document] + begin
+            ids = side.ids[start : start + size + 1]
+            here = slice(filled, filled + size)
+            segment += 1
+            tokens_T[here] = ids[:-1]
+            targets_T[here] = ids[1:]
+            segments_T[here] = segment
+            positions_T[here] = np.arange(size)
+            weights_T[here] = 1
+            filled += size
+            place += 1
+        return {
+            "tokens": tokens_T,
+            "targets": targets_T,
+            "segments": segments_T,
+            "positions": positions_T,
+            "weights": weights_T,
+        }
+
+
+def _check_share(
+    batch: int, length: int, process_index: int, process_count: int
+) -> None:
+    require(process_count >= 1, "process_count", process_count, "1 or more")
+    require(batch >= 1, "batch", batch, "1 or more")
+    require(length >= 1, "length", length, "1 or more")
+    require(
+        0 <= process_index < process_count,
+        "process_index",
+        process_index,
+        f"from 0 to {process_count - 1}",
+    )
+
+
+def train_iterator(
+    corpus: Corpus,
+    *,
+    batch: int,
+    length: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Returns an endless iterator over batches of training rows.
+
+    The iterator is Grain's: its get_state and set_state make it a checkpointable of
+    Orbax v1. Each batch is a dict of arrays [B, T]:
+
+    - tokens, targets: int32 ids; targets_BT[b, t] follows tokens_BT[b, t] in the same
+      document.
+    - segments: int32; 1, 2, ... for each document in the row, 0 where it is padded.
+    - positions: int32; from 0 in each piece of a document in the row.
+    - weights: float32; 1 where there is a target, 0 where the row is padded.
+
+    Args:
+      corpus: from `corpus.prepare`.
+      batch: B, rows of this process.
+      length: T.
+      seed: of the order of documents and rows, which is new each epoch.
+      process_index: which share of every step's rows this process gets. Processes that
+        hold the same rows (tensor parallelism across hosts) must give the same index.
+      process_count: how many shares a step has. The shares of one step, joined in
+        order, are the batch that one process would get alone: within an epoch no two
+        shares have a target in common.
+
+    Raises:
+      ConfigError: if an argument is out of range.
+    """
+    _check_share(batch, length, process_index, process_count)
+    rows = Rows(corpus.train, length, seed)
+    if len(rows) > _MAX_ROWS:
+        raise ConfigError(
+            f"length={length} is not accepted: it cuts the {corpus.train.tokens} "
+            f"training tokens into {len(rows)} rows, more than {_MAX_ROWS}"
+        )
+    # Repeated rows are endless, so no remainder is dropped.
+    repeated = rows.shuffle(seed % 2**32).repeat()
+    batches = repeated.batch(batch, drop_remainder=True)[process_index::process_count]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(batches.to_iter_dataset(options))
+
+
+def held_out_batches(
+    corpus: Corpus,
+    *,
+    batch: int,
+    length: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """Returns all held-out rows once, as a sequence of batches.
+
+    The batches are like those of `train_iterator`. The sequence has a `len` and can be
+    iterated again. Documents come in one fixed shuffled order, so that the first
+    batches are a fair sample. The end is padded, with weights 0, so that every process
+    has the same number of batches.
+
+    Args and raises: as in `train_iterator`.
+    """
+    _check_share(batch, length, process_index, process_count)
+    rows = Rows(corpus.held_out, length, 0, multiple=batch * process_count)
+    return rows.batch(batch)[process_index::process_count]

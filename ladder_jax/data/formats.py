@@ -1,0 +1,324 @@
+"""Reads one file of text, JSON Lines or Parquet, one document at a time.
+
+The content decides how a file is read, so its name may be anything:
+
+- Parquet has its magic number at both ends (a file named .parquet is always Parquet).
+- gzip, bzip2, xz and Zstandard have one at the start; the text in them is read.
+- JSON Lines: most of the first lines are JSON objects (a file named .jsonl or .ndjson
+  is always JSON Lines).
+- All else is text, a document a file: UTF-8, or UTF-16 or UTF-32 with a byte-order
+  mark.
+"""
+
+import bz2
+import codecs
+import collections
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import io
+import itertools
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ladder_jax.config import ConfigError
+from ladder_jax.data.jsonl import read_lines
+
+try:
+    _zstd: Any = importlib.import_module("compression.zstd")
+except ImportError:  # before Python 3.14
+    _zstd = None
+
+# What opening and reading a damaged file raises.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    *((_zstd.ZstdError,) if _zstd else ()),
+)
+
+_COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_PARQUET_MAGIC = b"PAR1"
+_PARQUET_MIN_BYTES = 12  # the magic number twice, and the length of the footer
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# The start of a JSON object or of an array of objects, arrays or strings.
+_JSON_START = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\[])')
+# So many lines show whether a file is JSON Lines: one of them may be damaged.
+_FIRST_LINES = 8
+# A file with more NUL bytes or undecodable characters than this is not text.
+_MAX_BROKEN_FRACTION = 0.01
+
+
+@dataclasses.dataclass
+class Tally:
+    """Counts of what happened while documents were read.
+
+    Attributes:
+      read: bytes read so far, for a progress bar; an estimate within a file.
+      left_out: how many things of each kind were not read.
+      noted: how many things of each kind were read, perhaps not as the user expects.
+      repaired: documents in which bytes that are not UTF-8 became U+FFFD.
+    """
+
+    read: int = 0
+    left_out: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    noted: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    repaired: int = 0
+
+    def clean(self, value: bytes | str) -> str | None:
+        """Returns a document as valid Unicode, or None, counted, if it is blank."""
+        if isinstance(value, bytes):
+            text = value.decode("utf-8-sig", "surrogateescape")
+        else:
+            text = value
+        # Surrogates stand for bytes that are not UTF-8, or come from JSON escapes.
+        if not text.isascii() and _SURROGATES.search(text):
+            text = _SURROGATES.sub("\ufffd", text)
+            self.repaired += 1
+        if text.strip():
+            return text
+        self.left_out["empty documents"] += 1
+        return None
+
+
+class _NotText(Exception):
+    """A file holds something else than text."""
+
+
+def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
+    """Yields the documents of one file, as str or as UTF-8 that may have errors.
+
+    Args:
+      path: a regular file.
+      text_field: the field of JSON rows, or the Parquet column, that holds the text.
+      tally: counts what is left out.
+
+    Raises:
+      ConfigError: if a package that the format needs is not installed.
+      one of UNREADABLE: if the file is damaged.
+    """
+    if _is_parquet(path):
+        yield from _read_parquet(path, text_field, tally)
+        return
+    try:
+        with _open_text(path, Tally()) as file:
+            is_json_lines = _is_named_json_lines(path) or _holds_json_lines(file)
+        with _open_text(path, tally) as file:
+            if is_json_lines:
+                yield from _read_json_lines(file, text_field, tally)
+            else:
+                yield _read_text(file, tally)
+    except _NotText:
+        tally.left_out["files that are not text"] += 1
+
+
+# ------------------------------------------------------------------ opening
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    if _zstd:
+        return _zstd.open(path)
+    try:
+        import pyarrow
+    except ImportError:
+        raise ConfigError(
+            f"data.source: {str(path)!r} is compressed with Zstandard, which needs "
+            "Python 3.14 or pyarrow: pip install 'ladder_jax[parquet]'"
+        ) from None
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    return open(path, "rb")
+
+
+# By the pattern of a file's first bytes.
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9]1AY&SY": bz2.open,
+    rb"\xfd7zXZ\x00": lzma.open,
+    rb"\x28\xb5\x2f\xfd": _open_zstd,
+    rb"": _open_plain,
+}
+
+
+@contextlib.contextmanager
+def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
+    """Opens a file as a stream of bytes, decompressed; UTF-16 and UTF-32 as UTF-8."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    opener = next(o for pattern, o in _OPENERS.items() if re.match(pattern, start))
+    with opener(path) as file:
+        stream = io.BufferedReader(file)
+        start = stream.peek(4)[:4]
+        if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+            yield io.BytesIO(_to_utf8(stream.read(), "utf-32", tally))
+        elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            yield io.BytesIO(_to_utf8(stream.read(), "utf-16", tally))
+        else:
+            yield stream
+
+
+def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
+    """Returns UTF-16 or UTF-32 as UTF-8. Raises _NotText if it is something else."""
+    text = content.decode(encoding, "replace")
+    broken = text.count("\ufffd")
+    if broken > _MAX_BROKEN_FRACTION * len(text):
+        raise _NotText
+    tally.repaired += bool(broken)
+    return text.encode()
+
+
+# ------------------------------------------------------------------ text
+
+
+def _read_text(file: BinaryIO, tally: Tally) -> bytes:
+    """Returns a whole file. Raises _NotText if it is something else."""
+    content = file.read()
+    if b"\0" in content and not _is_text_with_nul(content):
+        raise _NotText
+    if _JSON_START.match(content.removeprefix(codecs.BOM_UTF8)):
+        tally.noted["files that look like JSON, not JSON Lines, are read as text"] += 1
+    return content
+
+
+def _is_text_with_nul(content: bytes) -> bool:
+    """Whether a file with NUL bytes is text all the same: UTF-8 with few of them."""
+    if content.count(0) > _MAX_BROKEN_FRACTION * len(content):
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------ JSON Lines
+
+
+def _is_named_json_lines(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] in _JSON_LINES_SUFFIXES
+
+
+def _parse_row(line: bytes) -> Any:
+    """Returns a line's JSON value. Raises ValueError or RecursionError."""
+    return json.loads(line.decode("utf-8-sig", "surrogateescape"))
+
+
+def _holds_json_lines(file: BinaryIO) -> bool:
+    """Whether most of the first lines that are not blank are JSON objects."""
+    lines = (line for _, line in read_lines(file) if line.strip())
+    are_objects = [_is_object(line) for line in itertools.islice(lines, _FIRST_LINES)]
+    return 2 * sum(are_objects) > len(are_objects)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(_parse_row(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _no_text_field(text_field: str) -> str:
+    return f"rows without a text field {text_field!r}"
+
+
+def _read_json_lines(
+    file: BinaryIO, text_field: str, tally: Tally
+) -> Iterator[bytes | str]:
+    for _, line in read_lines(file):
+        tally.read += len(line)
+        if not line.strip():
+            continue
+        try:
+            row = _parse_row(line)
+        except (ValueError, RecursionError):
+            tally.left_out["rows that are not JSON"] += 1
+            continue
+        value = row.get(text_field) if isinstance(row, dict) else None
+        if isinstance(value, str):
+            yield value
+        else:
+            tally.left_out[_no_text_field(text_field)] += 1
+
+
+# ------------------------------------------------------------------ Parquet
+
+
+def _is_parquet(path: Path) -> bool:
+    if path.suffix.lower() in _PARQUET_SUFFIXES:
+        return True
+    with open(path, "rb") as file:
+        if file.read(len(_PARQUET_MAGIC)) != _PARQUET_MAGIC:
+            return False
+        if file.seek(0, io.SEEK_END) < _PARQUET_MIN_BYTES:
+            return False
+        file.seek(-len(_PARQUET_MAGIC), io.SEEK_END)
+        return file.read() == _PARQUET_MAGIC
+
+
+def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
+    """Yields the cells of a Parquet column of any type of strings or bytes."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(
+            f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
+            "pip install 'ladder_jax[parquet]'"
+        ) from None
+    size = path.stat().st_size
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = file.metadata.num_rows
+            columns = file.schema_arrow.get_all_field_indices(text_field)
+            if len(columns) > 1:
+                kind = f"rows with {len(columns)} columns named {text_field!r}"
+                tally.left_out[kind] += rows
+                return
+            if not columns or not _holds_text(file.schema_arrow.field(columns[0]).type):
+                tally.left_out[_no_text_field(text_field)] += rows
+                return
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                tally.read += size * batch.num_rows // rows
+                # As bytes, because Parquet does not check that strings are UTF-8.
+                cells = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                tally.left_out[_no_text_field(text_field)] += cells.count(None)
+                yield from (cell for cell in cells if cell is not None)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
+def _holds_text(arrow_type: Any) -> bool:
+    """Whether an Arrow type is strings or bytes, also inside of a dictionary."""
+    from pyarrow import types
+
+    if types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    arrow_type = getattr(arrow_type, "storage_type", arrow_type)
+    kinds = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_fixed_size_binary,
+    )
+    return any(is_kind(arrow_type) for is_kind in kinds)

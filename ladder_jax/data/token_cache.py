@@ -1,0 +1,292 @@
+"""Token ids of a corpus on disk: tokenised once, then memory-mapped.
+
+A cache is a folder `tokens-<fingerprint>` in `data.token_cache`:
+
+- ids.bin: the ids of all documents, each as bos, text, eos.
+- documents.npy: an array of `DOCUMENT`, one element a document.
+- about.json: dtype, sizes and checksums of both, and what reading left out.
+
+It is written in a folder of its own, which is then renamed: it is complete or absent.
+A cache that was damaged later is made again.
+
+Dims: D documents.
+"""
+
+import array
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ladder_jax.config import ConfigError, Data
+from ladder_jax.data import sources
+from ladder_jax.data.tokenizer import Tokenizer
+
+# The version of the layout, and of how sources are read. Raise it with either.
+FORMAT = 2
+# A longer document is tokenised in pieces of this many characters, cut at line ends.
+PIECE_CHARACTERS = 1 << 20
+# Characters in one call of the tokenizer.
+CHUNK_CHARACTERS = 1 << 22
+# An unfinished cache without a write for so long was left by a process that died.
+STALE_SECONDS = 86400
+# A checksum covers at most this many bytes, in blocks spread over the file.
+CHECKSUM_BYTES = 1 << 30
+CHECKSUM_BLOCK = 1 << 20
+
+# stop: where the document ends in ids.bin, in ids; bytes: of its text in UTF-8; hash:
+# `document_hash`.
+DOCUMENT = np.dtype([("stop", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """The token ids of a corpus, and where each document is in them.
+
+    Attributes:
+      ids: all ids, memory-mapped.
+      documents_D: `DOCUMENT` of each document.
+      left_out, noted, repaired: as in `sources.Tally`.
+      damage: what was wrong with the cache that this one replaces, or None.
+    """
+
+    ids: np.ndarray
+    documents_D: np.ndarray
+    left_out: dict[str, int]
+    noted: dict[str, int]
+    repaired: int
+    damage: str | None
+
+
+def document_hash(raw: bytes) -> int:
+    """Returns 64 bits of a hash of a document's UTF-8."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
+    """Opens the token ids of `data.source`, and tokenises it first if they are absent.
+
+    Of two processes that tokenise the same corpus, the second one to finish drops its
+    own result.
+
+    Raises:
+      ConfigError: if the source is missing or has no usable document, if the tokenizer
+        fails, or if the cache cannot be written.
+    """
+    tally = sources.Tally()
+    files = sources.files(data_config.source, tally)
+    root = Path(data_config.token_cache).expanduser()
+    folder = root / f"tokens-{_fingerprint(data_config, files, tokenizer)}"
+    damage = None
+    if folder.exists():
+        damage = find_damage(folder)
+        if damage is None:
+            return _open(folder, None)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root, folder.name)
+        working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=root))
+        try:
+            working.chmod(0o755)
+            _tokenise(data_config, files, tokenizer, tally, working)
+            _rename(working, folder)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.token_cache={data_config.token_cache!r} cannot be written "
+            f"({error.strerror or error}): it must be a writable folder"
+        ) from None
+    return _open(folder, damage)
+
+
+def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> str:
+    """Names a cache: it changes with all that decides its contents.
+
+    That is the path, size or time of any file, the tokenizer, the text field, FORMAT.
+    """
+    values = [
+        FORMAT,
+        data_config.source == "builtin",
+        data_config.text_field,
+        tokenizer.to_json(),
+        [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+
+
+def _remove_stale(root: Path, name: str) -> None:
+    """Removes the unfinished caches that killed processes left."""
+    for working in root.glob(f"{name}.*"):
+        written = (sources.size_and_time(p)[1] for p in (working, working / "ids.bin"))
+        if time.time_ns() - max(written) > STALE_SECONDS * 10**9:
+            shutil.rmtree(working, ignore_errors=True)
+
+
+def _rename(working: Path, folder: Path) -> None:
+    """Renames a complete cache, unless there is a good one by now."""
+    try:
+        working.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        if find_damage(folder) is None:
+            return
+        aside = working.with_name(f"{working.name}.damaged")
+        folder.rename(aside)
+        working.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _open(folder: Path, damage: str | None) -> TokenCache:
+    about = _read_about(folder)
+    return TokenCache(
+        ids=np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r")),
+        documents_D=np.load(folder / "documents.npy"),
+        left_out=about["left_out"],
+        noted=about["noted"],
+        repaired=about["repaired"],
+        damage=damage,
+    )
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    checksum = zlib.crc32(json.dumps(about).encode())
+    (folder / "about.json").write_text(json.dumps(about | {"checksum": checksum}))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Returns what `_write_about` wrote. Raises ValueError for anything else."""
+    about = json.loads((folder / "about.json").read_text())
+    checksum = about.pop("checksum", None) if isinstance(about, dict) else None
+    if checksum != zlib.crc32(json.dumps(about).encode()):
+        raise ValueError("about.json has other contents than were written")
+    return about
+
+
+def find_damage(folder: Path) -> str | None:
+    """Returns what is wrong with the cache in `folder`, or None."""
+    try:
+        files = _read_about(folder)["files"]
+        for name, expected in files.items():
+            if size_and_checksum(folder / name) != expected:
+                return f"{folder / name} has other contents than were written"
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror}"
+    except ValueError:
+        return f"{folder / 'about.json'} has other contents than were written"
+    return None
+
+
+def size_and_checksum(path: Path) -> list[int]:
+    """Returns [bytes, CRC-32]: of the whole file, or of blocks of a very large one."""
+    size = path.stat().st_size
+    blocks = range(0, size, CHECKSUM_BLOCK)
+    stride = -(-len(blocks) * CHECKSUM_BLOCK // CHECKSUM_BYTES) or 1
+    checksum = 0
+    with open(path, "rb") as file:
+        for start in sorted({*blocks[::stride], *blocks[-1:]}):
+            file.seek(start)
+            checksum = zlib.crc32(file.read(CHECKSUM_BLOCK), checksum)
+    return [size, checksum]
+
+
+# ------------------------------------------------------------------ tokenising
+
+
+class _Piece(NamedTuple):
+    """A part of a document.
+
+    document: (bytes, hash) of the whole document, in its last piece.
+    """
+
+    text: str
+    begins: bool
+    document: tuple[int, int] | None
+
+
+def _pieces(text: str) -> Iterator[_Piece]:
+    raw, start = text.encode(), 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        stop = text.rfind("\n", start, end) + 1 or end
+        yield _Piece(text[start:stop], start == 0, None)
+        start = stop
+    yield _Piece(text[start:], start == 0, (len(raw), document_hash(raw)))
+
+
+def _chunks(
+    data_config: Data, files: list[Path], tally: sources.Tally
+) -> Iterator[list[_Piece]]:
+    """Yields the pieces of all documents, about CHUNK_CHARACTERS at once."""
+    chunk: list[_Piece] = []
+    size = 0
+    for path in files:
+        texts = sources.read(data_config.source, path, data_config.text_field, tally)
+        for text in texts:
+            for piece in _pieces(text):
+                chunk.append(piece)
+                size += len(piece.text)
+                if size >= CHUNK_CHARACTERS:
+                    yield chunk
+                    chunk, size = [], 0
+    yield chunk
+
+
+def _tokenise(
+    data_config: Data,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    tally: sources.Tally,
+    folder: Path,
+) -> None:
+    """Writes the three files of a cache into `folder`."""
+    dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
+    # stop, bytes and hash of each document: 24 bytes, where a list would take 150.
+    columns = array.array("Q")
+    stop = 0
+    total = sum(sources.size_and_time(path)[0] for path in files)
+    progress = tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenise", disable=None
+    )
+    with open(folder / "ids.bin", "wb") as file, progress:
+        for chunk in _chunks(data_config, files, tally):
+            encoded = tokenizer.encode_batch([piece.text for piece in chunk])
+            for ids, piece in zip(encoded, chunk):
+                if piece.begins:
+                    ids = [tokenizer.bos, *ids]
+                if piece.document:
+                    ids = [*ids, tokenizer.eos]
+                file.write(np.array(ids, dtype).tobytes())
+                stop += len(ids)
+                if piece.document:
+                    columns.extend((stop, *piece.document))
+            progress.update(tally.read - progress.n)
+    if not columns:
+        raise sources.no_document(data_config, tally)
+    documents_D = np.frombuffer(columns, np.uint64).view(DOCUMENT)
+    np.save(folder / "documents.npy", documents_D)
+    about: dict[str, Any] = {
+        "dtype": dtype.str,
+        "left_out": +tally.left_out,
+        "noted": +tally.noted,
+        "repaired": tally.repaired,
+        "files": {
+            name: size_and_checksum(folder / name)
+            for name in ("ids.bin", "documents.npy")
+        },
+    }
+    _write_about(folder, about)
