@@ -1,10 +1,34 @@
-"""Train, convert and serve Ladder-Residual transformers in JAX."""
+"""Train and serve Ladder-Residual transformers in JAX.
+
+    load("runs/short")   loads a checkpoint, see `loading.load`
+    Engine(...)          decodes many requests at once, see `serve.engine`
+    Config(...)          defines a run, see `config`
+
+Names are imported when they are first used: `import ladder_jax` does not start JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ladder_jax.config import Config
+    from ladder_jax.loading import load
+    from ladder_jax.serve.engine import Engine
+
+__all__ = ["Config", "Engine", "load"]
+
+_MODULES = {
+    "Config": "ladder_jax.config",
+    "Engine": "ladder_jax.serve.engine",
+    "load": "ladder_jax.loading",
+}
 
 
-def load(path, **options):
-    """A checkpoint's model, config and tokenizer, in one call: see `ladder_jax.loading.load`."""
-    from ladder_jax.loading import (
-        load as load_checkpoint,  # here, so that importing the package starts nothing
-    )
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ladder_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-    return load_checkpoint(path, **options)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

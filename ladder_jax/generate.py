@@ -1,137 +1,208 @@
-"""Text from a model, one token at a time: the readable reference that the decode engine is tested against.
+"""Generates one token at a time: the reference that tests hold the engine against.
 
-Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed and the position alone.
+Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed
+and the position alone.
+
+B batch, T tokens, R positions that are read, V vocabulary. In the shape of a cache: L
+layers, K key-value heads, S cache length, H head.
 """
 
 import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ladder_jax import kv_cache, sampling, sharding
-from ladder_jax import model as transformer
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, Model, require
 from ladder_jax.hardware import xla_options
+from ladder_jax.model import Transformer, abstract, hidden, logits
 from ladder_jax.residual import choose
 
 
-def empty_cache(config, mesh, batch, length):
-    """Keys and values for `batch` rows of `length` tokens: a cache.KV [L, B, K, S, H] of zeros in the compute dtype."""
-    shape = config.layers, batch, config.kv_heads, length, config.head_dim
+def empty_cache(
+    model_config: Model, mesh: Mesh, batch: int, length: int, kv_dtype: str = "auto"
+) -> kv_cache.KV:
+    """Allocates a cache of zeros [L, B, K, S, H] for `batch` rows of `length` tokens.
+
+    kv_dtype: see kv_cache.choose_dtype.
+    """
+    heads, size = model_config.kv_heads, model_config.head_dim
+    shape = model_config.layers, batch, heads, length, size
+    platform = mesh.devices.flat[0].platform
+    dtype = kv_cache.choose_dtype(kv_dtype, model_config.dtype, platform)
     return jax.jit(
-        lambda: kv_cache.empty(shape, config.dtype),
+        lambda: kv_cache.empty(shape, dtype),
         out_shardings=sharding.named_shardings(mesh, sharding.CACHE),
     )()
 
 
 @functools.lru_cache(maxsize=8)
-def make_forward(config, mesh):
-    """(model, tokens [B, T], positions [B, T], cache, read=None) -> (logits [B, T, V] float32, cache), compiled; cache
-    donated. With `read` [B, R], logits [B, R, V] of these places along T."""
+def make_forward(model_config: Model, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the jitted forward pass over a cache.
 
-    def local(model, tokens_BT, positions_BT, cache, read_BR):
-        x_BTD, cache = transformer.hidden(
+    (model, tokens [B, T], positions [B, T], cache, read=None)
+      -> (logits [B, T, V] float32, cache)
+
+    The cache is donated. With `read` [B, R], indices along T, logits are [B, R, V], of
+    these tokens alone.
+    """
+    reduction = choose.auto_reduction(model_config, mesh)
+
+    def local(
+        model: Transformer,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: kv_cache.KV,
+        read_BR: jax.Array | None,
+    ) -> tuple[jax.Array, kv_cache.KV]:
+        x_BTD, cache = hidden(
             model,
-            config,
+            model_config,
             tokens_BT,
             positions_BT,
             cache=cache,
             read_BR=read_BR,
             reduction=reduction,
         )
-        return transformer.logits(model, config, x_BTD), cache
+        return logits(model, model_config, x_BTD), cache
 
-    reduction = choose.auto_reduction(config, mesh)
-    specs = sharding.parameter_specs(transformer.abstract(config))
-    cache = sharding.CACHE
-    program = sharding.shard_map(
-        local,
-        mesh,
-        (specs, sharding.TOKENS, sharding.TOKENS, cache, sharding.TOKENS),
-        (sharding.LOGITS, cache),
-    )
+    weights = sharding.parameter_specs(abstract(model_config))
+    cache, tokens = sharding.CACHE, sharding.TOKENS
+    in_specs = weights, tokens, tokens, cache, tokens
+    program = sharding.shard_map(local, mesh, in_specs, (sharding.LOGITS, cache))
+
+    def forward(
+        model: Transformer,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: kv_cache.KV,
+        read_BR: jax.Array | None = None,
+    ) -> tuple[jax.Array, kv_cache.KV]:
+        return program(model, tokens_BT, positions_BT, cache, read_BR)
+
     return jax.jit(
-        lambda model, tokens_BT, positions_BT, cache, read_BR=None: program(
-            model, tokens_BT, positions_BT, cache, read_BR
-        ),
-        donate_argnums=3,
-        compiler_options=xla_options.options(mesh),
+        forward, donate_argnums=3, compiler_options=xla_options.options(mesh)
     )
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary")
-def sample(logits_V, params, history_BV, position, vocabulary):
-    """The next token's id: sampling.sample_tokens for one request."""
-    return sampling.sample_tokens(
-        logits_V[None], params, history_BV, position[None], vocabulary
-    )[0]
+def sample(
+    logits_V: jax.Array,
+    params: sampling.SamplingParams,
+    history_BV: jax.Array,
+    position: jax.Array,
+    vocabulary: int,
+) -> jax.Array:
+    """Returns the next token's id: sampling.sample_tokens for one request (B = 1)."""
+    logits_BV, position_B = logits_V[None], position[None]
+    token_B = sampling.sample_tokens(
+        logits_BV, params, history_BV, position_B, vocabulary
+    )
+    return token_B[0]
 
 
 def generate(
-    model,
-    config,
-    mesh,
-    prompt,
+    model: Transformer,
+    model_config: Model,
+    mesh: Mesh,
+    prompt: Iterable[int],
     *,
-    max_tokens,
-    stop=(),
-    vocabulary=None,
-    logit_bias=None,
-    **options,
-):
-    """Yields the ids that follow `prompt` (ids), as they are made: at most `max_tokens`, up to one of `stop`, excluded.
+    max_tokens: int,
+    stop_token_ids: Iterable[int] = (),
+    vocabulary: int | None = None,
+    kv_dtype: str = "auto",
+    logit_bias: Mapping[int, float] | None = None,
+    **options: Any,
+) -> Iterator[int]:
+    """Yields the ids that follow `prompt`, one by one.
 
     Args:
-      model, config, mesh: parameters on `mesh`, their config.Model.
-      bias: {id: added to its logit}.
-      options: temperature, top_k, top_p, min_p, repetition, presence, frequency, seed (see sampling.SamplingParams).
+      model: parameters on `mesh`.
+      model_config: the model's configuration.
+      mesh: the devices.
+      prompt: ids.
+      max_tokens: the most ids to yield.
+      stop_token_ids: ids that end the output and are not part of it.
       vocabulary: ids from here on are padding of the embedding (default: none is).
-    Raises ConfigError where the request does not fit the model.
+      kv_dtype: of the cache, see kv_cache.choose_dtype.
+      logit_bias: {id: value to add to its logit}.
+      options: sampling parameters, see sampling.ACCEPTED.
+    Raises ConfigError, before the first id, if an argument is not accepted.
     """
-    prompt, room = list(prompt), config.max_length - len(prompt)
-    vocabulary = vocabulary or config.vocab_size
-    for name, value, ok, accepted in (
-        ("prompt", prompt, prompt, "at least one token"),
-        (
-            "prompt",
-            prompt[:8],
-            all(0 <= token < vocabulary for token in prompt),
-            f"of ids from 0 to {vocabulary - 1}",
-        ),
-        (
-            "prompt",
-            f"{len(prompt)} tokens",
-            room >= 0,
-            f"at most model.max_length={config.max_length} tokens",
-        ),
-        (
-            "max_tokens",
-            max_tokens,
-            0 <= max_tokens <= room,
-            f"from 0 to {room}: model.max_length={config.max_length} less the {len(prompt)} of the prompt",
-        ),
-    ):
-        if not ok:
-            raise ConfigError(f"{name}={value} is not accepted: it must be {accepted}")
-    logit_bias = dict(logit_bias or {})
-    params = sampling.make_params(logit_bias, len(logit_bias), vocabulary, **options)
-    return _tokens(
-        model, config, mesh, prompt, max_tokens, params, frozenset(stop), vocabulary
+    vocabulary = vocabulary or model_config.vocab_size
+    prompt = _check_ids("prompt", prompt, vocabulary)
+    room = model_config.max_length - len(prompt)
+    limit = f"model.max_length={model_config.max_length}"
+    if not prompt:
+        raise ConfigError("prompt=[] is not accepted: it must be at least one token")
+    if room < 0:
+        raise ConfigError(
+            f"prompt={len(prompt)} tokens is not accepted: it must be at most "
+            f"{limit} tokens"
+        )
+    is_int = isinstance(max_tokens, (int, np.integer))
+    is_int = is_int and not isinstance(max_tokens, bool)
+    require(
+        is_int and 0 <= max_tokens <= room,
+        "max_tokens",
+        max_tokens,
+        f"from 0 to {room}: {limit} less the {len(prompt)} of the prompt",
     )
+    stops = frozenset(_check_ids("stop_token_ids", stop_token_ids, vocabulary))
+    entries = len(logit_bias) if isinstance(logit_bias, Mapping) else 0
+    params = sampling.make_params(logit_bias, entries, vocabulary, **options)
+    tokens = _tokens(
+        model, model_config, mesh, prompt, max_tokens, params, vocabulary, kv_dtype
+    )
+    return _until(tokens, stops)
 
 
-def _tokens(model, config, mesh, prompt, max_tokens, params, stop, vocabulary):
-    rows = (
-        mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
-    )  # every data shard works on a copy
-    padded, length = (
-        1 << (max(n, 16) - 1).bit_length()
-        for n in (len(prompt), len(prompt) + max_tokens)
-    )
-    forward = make_forward(config, mesh)
-    cache = empty_cache(config, mesh, rows, length)
-    # A padded prompt writes junk behind its end, which the tokens that come there replace before it can be seen.
-    tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
+def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> list[int]:
+    """Returns `ids` as a list; ConfigError if one is no id of the vocabulary."""
+    accepted = f"of ids from 0 to {vocabulary - 1}"
+    is_list = isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, dict))
+    require(is_list, name, ids, accepted)
+    ids = list(ids)
+    for token in ids:
+        is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        require(is_int and 0 <= token < vocabulary, name, ids[:8], accepted)
+    return [int(token) for token in ids]
+
+
+def _until(tokens: Iterator[int], stops: frozenset[int]) -> Iterator[int]:
+    for token in tokens:
+        if token in stops:
+            return
+        yield token
+
+
+def _tokens(
+    model: Transformer,
+    model_config: Model,
+    mesh: Mesh,
+    prompt: list[int],
+    max_tokens: int,
+    params: sampling.SamplingParams,
+    vocabulary: int,
+    kv_dtype: str,
+) -> Iterator[int]:
+    if not max_tokens:
+        return
+    # Every data shard computes the same row.
+    rows = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
+    end = len(prompt) + max_tokens
+    padded = _power_of_two(len(prompt))
+    forward = make_forward(model_config, mesh)
+    cache = empty_cache(model_config, mesh, rows, _power_of_two(end), kv_dtype)
+
+    def tile(values: Sequence[int]) -> np.ndarray:
+        return np.tile(np.asarray(values, np.int32), (rows, 1))
+
+    # A padded prompt writes keys and values after its end, too. Each generated token
+    # overwrites those at its position before anything attends to them.
     logits_B1V, cache = forward(
         model,
         tile([*prompt, *[0] * (padded - len(prompt))]),
@@ -139,15 +210,19 @@ def _tokens(model, config, mesh, prompt, max_tokens, params, stop, vocabulary):
         cache,
         tile([len(prompt) - 1]),
     )
-    history_BV = np.zeros((1, config.vocab_size), np.int32)
+    history_BV = np.zeros((1, model_config.vocab_size), np.int32)
     history_BV[0, prompt] = 1
-    for position in range(len(prompt), len(prompt) + max_tokens):
+    for position in range(len(prompt), end):
+        logits_V = logits_B1V[0, 0]
         token = int(
-            sample(logits_B1V[0, 0], params, history_BV, np.int32(position), vocabulary)
+            sample(logits_V, params, history_BV, np.int32(position), vocabulary)
         )
-        if token in stop:
-            return
         yield token
         history_BV[0, token] += 2
-        if position + 1 < len(prompt) + max_tokens:
+        if position + 1 < end:
             logits_B1V, cache = forward(model, tile([token]), tile([position]), cache)
+
+
+def _power_of_two(count: int) -> int:
+    """Returns the smallest power of two that is at least `count` and 16."""
+    return 1 << (max(count, 16) - 1).bit_length()

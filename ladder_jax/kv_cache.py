@@ -69,3 +69,17 @@ def quantise(x):
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-8) / 127
     return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def choose_dtype(kv_dtype: str, compute_dtype: str, platform: str) -> str:
+    """Returns the dtype of cached keys and values, one of DTYPES.
+
+    Args:
+      kv_dtype: one of DTYPES, or "auto": the compute dtype, but float32 on CPUs, where
+        XLA copies a whole bfloat16 cache for every write into it.
+      compute_dtype: the model's.
+      platform: of the devices, such as "cpu".
+    """
+    if kv_dtype != "auto":
+        return kv_dtype
+    return "float32" if platform == "cpu" else compute_dtype

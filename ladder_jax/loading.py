@@ -1,103 +1,155 @@
-"""A checkpoint as a model that is ready for use: the door of notebooks and of the command line."""
+"""Loads a checkpoint as a model that is ready for use, in notebooks and commands."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ladder_jax import checkpoint, schedule, sharding
-from ladder_jax import config as configuration
-from ladder_jax import model as transformer
-from ladder_jax.config import ConfigError
-from ladder_jax.data import tokenizer
+from ladder_jax.config import Config, ConfigError, Mesh, from_dict
+from ladder_jax.data.tokenizer import Tokenizer, from_json
 from ladder_jax.generate import empty_cache, generate, make_forward
+from ladder_jax.model import Transformer, abstract
+from ladder_jax.serve.stop_strings import StopStringFilter, check_stop
 
 
 class Loaded(NamedTuple):
-    """A checkpoint, ready for use: `model` is a Flax module, whose arrays are the parameters."""
+    """A checkpoint, ready for use; see `load`."""
 
-    model: transformer.Transformer
-    config: configuration.Config
-    tokenizer: tokenizer.Tokenizer
-    mesh: Any
+    model: Transformer  # a Flax module whose arrays are the parameters, on `mesh`
+    config: Config
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
 
-    def generate(self, prompt, *, max_tokens=None, **options):
-        """Yields text as it is made. max_tokens: default 200, or as many as there is room for; options: those of
-        `generate.generate`."""
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Iterable[str] = (),
+        stop_token_ids: Iterable[int] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yields the text that follows `prompt`, token by token.
+
+        Args:
+          prompt: text; "" starts a new document.
+          max_tokens: the most tokens (default: 200, or as many as there is room for).
+          stop: a string or several; the text ends before the first one in it.
+          stop_token_ids: ids that end the text (default: the tokenizer's eos).
+          options: `logit_bias`, `kv_dtype` and the sampling parameters of
+            `generate.generate`.
+        Raises ConfigError, before the first token, if an argument is not accepted.
+        """
         ids = self.tokenizer.prompt(prompt)
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
-        stream = self.tokenizer.stream()
-        for token in generate(
+        if stop_token_ids is None:
+            stop_token_ids = (self.tokenizer.eos,)
+        text_filter = StopStringFilter(self.tokenizer.stream(), check_stop(stop))
+        tokens = generate(
             self.model,
             self.config.model,
             self.mesh,
             ids,
             max_tokens=max_tokens,
-            stop=(self.tokenizer.eos,),
+            stop_token_ids=stop_token_ids,
             vocabulary=self.tokenizer.size,
             **options,
-        ):
-            yield stream.push(token)
-        yield stream.flush()
+        )
+        return _texts(tokens, text_filter)
 
-    def logits(self, text):
-        """Logits [T, V] float32 after every token of `text`, and the tokens' ids."""
+    def logits(self, text: str) -> tuple[jax.Array, list[int]]:
+        """Returns (logits [T, V] float32 after every token of `text`, its T ids)."""
         ids = self.tokenizer.prompt(text)
         rows = self.mesh.shape[sharding.DATA] * self.mesh.shape[sharding.FSDP]
         cache = empty_cache(self.config.model, self.mesh, rows, len(ids))
-        tile = lambda values: np.tile(np.asarray(values, np.int32), (rows, 1))
-        logits, _ = make_forward(self.config.model, self.mesh)(
-            self.model, tile(ids), tile(range(len(ids))), cache
-        )
-        return logits[0, :, : self.tokenizer.size], ids
+
+        def tile(values: Sequence[int]) -> np.ndarray:
+            return np.tile(np.asarray(values, np.int32), (rows, 1))
+
+        forward = make_forward(self.config.model, self.mesh)
+        positions = range(len(ids))
+        logits_BTV, _ = forward(self.model, tile(ids), tile(positions), cache)
+        return logits_BTV[0, :, : self.tokenizer.size], ids
 
 
-def load(path, *, step=None, mesh=None, devices=None):
-    """A checkpoint's model, config and tokenizer, in one call.
+def _texts(tokens: Iterable[int], text_filter: StopStringFilter) -> Iterator[str]:
+    """Yields the text of each token, up to a stop string."""
+    for token in tokens:
+        text, stopped = text_filter.push(token)
+        yield text
+        if stopped:
+            return
+    yield text_filter.flush()
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Loaded:
+    """Returns a checkpoint's model, config, tokenizer and mesh.
 
     Args:
       path: a run's folder, its checkpoints folder, or one step's.
-      step: which checkpoint (default: the newest that can be read).
-      mesh: a config.Mesh to shard the model over (default: one device; a desync model's tensor axis, which is a part
-        of what it is, stays).
-      devices: which devices (default: as many of jax.devices() as the mesh takes).
-    Raises ConfigError or ValueError where there is no such checkpoint or it does not fit the mesh.
+      step: the number of the checkpoint (default: the newest that can be read).
+      mesh: a config.Mesh to shard the model over (default: one device). The tensor axis
+        of a desync model is part of the model: it must stay as it was in training.
+      devices: the devices (default: as many of jax.devices() as the mesh needs).
+    Raises ConfigError or ValueError if there is no such checkpoint, or if it does not
+    fit the mesh.
     """
     meta = checkpoint.read_meta(path, step)
-    config = configuration.from_dict(meta["config"])
-    local = schedule.parse(config.model.residual, config.model.layers).local
-    trained = meta.get("tensor", 1)
-    mesh = mesh or configuration.Mesh(data=1, tensor=trained if local else 1)
-    if devices is None and -1 not in (mesh.data, mesh.fsdp, mesh.tensor):
-        count = mesh.data * mesh.fsdp * mesh.tensor
+    config = from_dict(meta["config"])
+    device_mesh = _make_mesh(config, meta.get("tensor", 1), mesh, devices)
+    sharding.check_fits(config.model, device_mesh)
+    shapes = abstract(config.model)
+    specs = sharding.parameter_specs(shapes)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        sharding.named_shardings(device_mesh, specs),
+    )
+    model = checkpoint.load_model(path, shapes, step)
+    return Loaded(model, config, from_json(meta["tokenizer"]), device_mesh)
+
+
+def _make_mesh(
+    config: Config,
+    trained_tensor: int,
+    mesh_config: Mesh | None,
+    devices: Sequence[jax.Device] | None,
+) -> jax.sharding.Mesh:
+    """Returns the devices as a mesh that the model can run on.
+
+    trained_tensor: mesh.tensor of the training run.
+    """
+    residual = config.model.residual
+    # With a desync schedule, each tensor rank has a residual stream of its own.
+    is_desync = schedule.parse(residual, config.model.layers).local
+    if mesh_config is None:
+        mesh_config = Mesh(data=1, tensor=trained_tensor if is_desync else 1)
+    sizes = mesh_config.data, mesh_config.fsdp, mesh_config.tensor
+    if devices is None and -1 not in sizes:
+        count = int(np.prod(sizes))
         if count > jax.device_count():
+            reason = f" ({residual} models keep the mesh.tensor they were trained with)"
             raise ConfigError(
                 f"the mesh needs {count} devices, but there are {jax.device_count()}"
-                + (
-                    f" ({config.model.residual} models keep the mesh.tensor they were trained with)"
-                    if local
-                    else ""
-                )
+                + (reason if is_desync else "")
             )
         devices = jax.devices()[:count]
-    placed = sharding.make_mesh(mesh, devices)
-    if local and placed.shape[sharding.TENSOR] != trained:
+    mesh = sharding.make_mesh(mesh_config, devices)
+    tensor = mesh.shape[sharding.TENSOR]
+    if is_desync and tensor != trained_tensor:
         raise ConfigError(
-            f"mesh.tensor={placed.shape[sharding.TENSOR]} is not accepted: this {config.model.residual} "
-            f"model was trained with mesh.tensor={trained}, and its ranks' streams are a part of it"
+            f"mesh.tensor={tensor} is not accepted: this {residual} model was trained "
+            f"with mesh.tensor={trained_tensor}, and each of its tensor ranks has a "
+            "residual stream of its own"
         )
-    sharding.check_fits(config.model, placed)
-    abstract = transformer.abstract(config.model)
-    shardings = sharding.named_shardings(placed, sharding.parameter_specs(abstract))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings,
-    )
-    return Loaded(
-        checkpoint.load_model(path, abstract, step),
-        config,
-        tokenizer.from_json(meta["tokenizer"]),
-        placed,
-    )
+    return mesh

@@ -504,7 +504,7 @@ def train(config, resume=False):
             max_tokens=config.train.sample_tokens,
             temperature=0.8,
             seed=config.train.seed,
-            stop=(tokens.eos,),
+            stop_token_ids=(tokens.eos,),
             vocabulary=tokens.size,
         )
         summary["sample"] = tokens.decode(list(ids))

@@ -1,4 +1,4 @@
-"""The device side alone: moves of rows, the memory shuffle, reshaping, admission inside the loop."""
+"""The device side alone: admission, cancelling, the memory shuffle, other shapes."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ import pytest
 from ladder_jax import decode, kv_cache, sharding
 from ladder_jax.config import Mesh, Model
 
-CONFIG = Model(
+MODEL_CONFIG = Model(
     vocab_size=32,
     dim=16,
     layers=2,
@@ -25,115 +25,119 @@ CONFIG = Model(
 
 
 @functools.cache
-def program(**changes):
-    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    options = dict(unroll_layers=True, fixed=False) | changes
-    return decode.DecodeSpec(CONFIG, mesh, 32, (2, 2), 0, "float32", **options)
+def make_spec(unroll_layers=True, fixed_trip_count=False):
+    return decode.DecodeSpec(
+        model_config=MODEL_CONFIG,
+        mesh=sharding.make_mesh(Mesh(data=1), jax.devices()[:1]),
+        vocabulary=32,
+        max_stop_ids=2,
+        max_logit_bias=2,
+        max_logprobs=0,
+        kv_dtype="float32",
+        unroll_layers=unroll_layers,
+        fixed_trip_count=fixed_trip_count,
+    )
 
 
-def moves(live, width):
-    """(moves, slots taken) by trying every window: the fewest live slots outside, leftmost first."""
-    starts = range(len(live) - width + 1)
-    outside = lambda s: [i for i, x in enumerate(live) if x and not s <= i < s + width]
-    start = min(starts, key=lambda s: (len(outside(s)), s))
+def with_state(rows, **fields):
+    """`rows` (decode.Slots) with these fields of its state."""
+    fields = {name: jnp.array(value) for name, value in fields.items()}
+    return rows._replace(state=rows.state._replace(**fields))
+
+
+def sources_by_trying(active, width):
+    """Every window is tried: the leftmost with the fewest active slots outside it."""
+
+    def outside(start):
+        inside = range(start, start + width)
+        return [i for i, x in enumerate(active) if x and i not in inside]
+
+    starts = range(len(active) - width + 1)
+    start = min(starts, key=lambda start: (len(outside(start)), start))
     movers = iter(outside(start))
-    return [i if live[i] else next(movers, i) for i in range(start, start + width)]
+    return [i if active[i] else next(movers, i) for i in range(start, start + width)]
 
 
 def test_the_memory_shuffle_makes_the_fewest_moves():
-    plan = jax.jit(decode.shuffle, static_argnames="width")
+    source_slots = jax.jit(decode.source_slots, static_argnames="width")
     for width in (1, 2, 4):
-        for live in itertools.product([False, True], repeat=6):
-            if sum(live) > width:
+        for active in itertools.product([False, True], repeat=6):
+            if sum(active) > width:
                 continue
-            got = plan(jnp.array(live), width=width).tolist()
-            assert got == moves(live, width), (live, width)
-            assert {i for i, x in enumerate(live) if x} <= set(got) and len(
-                set(got)
-            ) == width
+            got = source_slots(jnp.array(active), width=width).tolist()
+            assert got == sources_by_trying(active, width), (active, width)
+            assert {i for i, x in enumerate(active) if x} <= set(got), (active, width)
+            assert len(set(got)) == width, (active, width)
+
+
+def test_the_memory_shuffle_keeps_every_slot_when_there_are_more():
+    got = decode.source_slots(jnp.array([True, False, True]), 5)
+    assert got.tolist() == [0, 1, 2, 3, 3], "the new slots have no source: 3"
 
 
 @pytest.mark.parametrize("unroll_layers", [True, False])
-def test_reshaping_keeps_what_is_live_and_nothing_else(unroll_layers):
-    p = program(unroll_layers=unroll_layers)
-    state = decode.empty(p, 4, 2, 8)
-    marked = jax.tree.map(
-        lambda x: x + jnp.arange(4, dtype=x.dtype).reshape(4, 1, 1, 1), state.slots.kv
-    )
-    row = state.slots.row._replace(
-        request=jnp.array([-1, 7, -1, 9]), active=jnp.array([False, True, False, True])
-    )
-    state = state._replace(slots=decode.Slots(row, marked))
-    held = lambda state: {
-        int(r): [
-            float(x[..., i, :, :, :].max()) for x in jax.tree.leaves(state.slots.kv)
-        ]
-        for i, r in enumerate(state.slots.state.request)
-        if state.slots.state.active[i]
-    }
-    before = held(state)
+def test_reshaping_keeps_active_requests_and_nothing_else(unroll_layers):
+    state = decode.empty(make_spec(unroll_layers), 4, 2, 8)
+    marks = lambda x: x + jnp.arange(4, dtype=x.dtype).reshape(4, 1, 1, 1)
+    slots = state.slots._replace(kv=jax.tree.map(marks, state.slots.kv))
+    slots = with_state(slots, request=[-1, 7, -1, 9], active=[False, True, False, True])
+    state = state._replace(slots=slots)
+
+    def marks_by_request(state):
+        return {
+            int(request): [
+                float(x[..., i, :, :, :].max()) for x in jax.tree.leaves(state.slots.kv)
+            ]
+            for i, request in enumerate(state.slots.state.request)
+            if state.slots.state.active[i]
+        }
+
+    before = marks_by_request(state)
+    assert set(before) == {7, 9}
     small = decode.reshape(state, 2, 4)
-    assert held(small) == before and set(before) == {7, 9}
-    assert all(
-        x.shape[-2] == 4 for x in jax.tree.leaves((small.slots.kv, small.staging.kv))
-    )
+    assert marks_by_request(small) == before
+    for x in jax.tree.leaves((small.slots.kv, small.staging.kv)):
+        assert x.shape[-2] == 4
     large = decode.reshape(small, 4, 8)
-    assert held(large) == before
-    assert (
-        large.slots.state.active.sum() == 2
-        and (np.asarray(large.slots.state.request) == -1).sum() == 2
-    )
+    assert marks_by_request(large) == before
+    assert large.slots.state.active.sum() == 2
+    assert (large.slots.state.request == decode.NO_REQUEST).sum() == 2
 
 
-@pytest.mark.parametrize("fixed", [True, False])
-def test_whose_turn_it_is_moves_to_the_first_free_slot(fixed):
-    p = program(fixed=fixed)
-    state = decode.empty(p, 3, 3, 8)
-    staging = state.staging.row._replace(
-        request=jnp.array([5, 6, 7]),
-        admission_order=jnp.array([30, 10, 20]),
-        token=jnp.array([1, 2, 3]),
-    )
-    slots = state.slots.row._replace(
-        active=jnp.array([False, True, False]), request=jnp.array([-1, 4, -1])
-    )
+@pytest.mark.parametrize("fixed_trip_count", [True, False])
+def test_the_lowest_admission_order_takes_the_first_free_slot(fixed_trip_count):
+    spec = make_spec(fixed_trip_count=fixed_trip_count)
+    state = decode.empty(spec, 3, 3, 8)
     state = decode.DecodeState(
-        decode.Slots(slots, state.slots.kv), decode.Slots(staging, state.staging.kv)
+        with_state(state.slots, active=[False, True, False], request=[-1, 4, -1]),
+        with_state(
+            state.staging,
+            request=[5, 6, 7],
+            admission_order=[30, 10, 20],
+            token=[1, 2, 3],
+        ),
     )
-    after = jax.jit(functools.partial(decode.admit_all, p))(state)
-    assert after.slots.state.request.tolist() == [
-        6,
-        4,
-        7,
-    ] and after.slots.state.token.tolist()[::2] == [2, 3]
-    assert after.slots.state.active.all()
-    assert (
-        after.staging.state.request.tolist() == [5, -1, -1]
-        and after.staging.state.admission_order[0] == 30
-    )
-    assert after.staging.state.admission_order[1:].tolist() == [decode.NOT_WAITING] * 2
+    after = jax.jit(functools.partial(decode.admit_all, spec))(state)
+    slots, staging = after.slots.state, after.staging.state
+    assert slots.request.tolist() == [6, 4, 7]
+    assert slots.token.tolist()[::2] == [2, 3]
+    assert slots.active.all()
+    assert staging.request.tolist() == [5, -1, -1]
+    left = [30, decode.NOT_WAITING, decode.NOT_WAITING]
+    assert staging.admission_order.tolist() == left
 
 
 def test_cancelling_frees_slots_and_places_of_those_requests_alone():
-    state = decode.empty(program(), 2, 2, 8)
-    slots = state.slots.row._replace(
-        request=jnp.array([3, 4]), active=jnp.ones(2, bool)
-    )
-    staging = state.staging.row._replace(
-        request=jnp.array([5, 6]), admission_order=jnp.array([5, 6])
-    )
+    state = decode.empty(make_spec(), 2, 2, 8)
     state = decode.DecodeState(
-        decode.Slots(slots, state.slots.kv), decode.Slots(staging, state.staging.kv)
+        with_state(state.slots, request=[3, 4], active=[True, True]),
+        with_state(state.staging, request=[5, 6], admission_order=[5, 6]),
     )
-    after = decode.cancel(state, jnp.array([4, 5, -1, 99]))
-    assert after.slots.state.active.tolist() == [
-        True,
-        False,
-    ] and after.slots.state.request.tolist() == [3, -1]
-    assert after.staging.state.request.tolist() == [
-        -1,
-        6,
-    ] and after.staging.state.admission_order.tolist() == [decode.NOT_WAITING, 6]
+    after = decode.cancel(state, jnp.array([4, 5, decode.NO_REQUEST, 99]))
+    assert after.slots.state.active.tolist() == [True, False]
+    assert after.slots.state.request.tolist() == [3, -1]
+    assert after.staging.state.request.tolist() == [-1, 6]
+    assert after.staging.state.admission_order.tolist() == [decode.NOT_WAITING, 6]
 
 
 def test_int8_keys_and_values_are_near_and_attention_applies_their_scales():
@@ -151,13 +155,11 @@ def test_int8_keys_and_values_are_near_and_attention_applies_their_scales():
     assert np.abs(outs["int8"] - outs["float32"]).max() < 0.03
     assert np.abs(outs["bfloat16"] - outs["float32"]).max() < 0.03
     low, scale = kv_cache.quantise(k)
-    assert (
-        low.dtype == jnp.int8
-        and np.abs(low * scale - k).max() <= np.abs(k).max() / 254 * 1.001
-    )
-    assert kv_cache.bytes_per_token(CONFIG, "int8") == sum(
-        x.nbytes for x in jax.tree.leaves(kv_cache.empty((2, 1, 2, 1, 8), "int8"))
-    )
+    assert low.dtype == jnp.int8
+    assert np.abs(low * scale - k).max() <= np.abs(k).max() / 254 * 1.001
+    one_token = jax.tree.leaves(kv_cache.empty((2, 1, 2, 1, 8), "int8"))
+    bytes_per_token = kv_cache.bytes_per_token(MODEL_CONFIG, "int8")
+    assert bytes_per_token == sum(x.nbytes for x in one_token)
 
 
 def test_writes_outside_the_cache_are_dropped():

@@ -1,10 +1,12 @@
-"""Cached generation is the full forward pass, token for token; sampling draws what it should; errors are one line."""
+"""Cached generation is the full forward pass, token for token; errors are one line."""
 
 import functools
 import itertools
 import logging
 import math
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 import reference
 
 import ladder_jax
-from ladder_jax import config, generate, loading, model, sampling, sharding
+from ladder_jax import config, generate, kv_cache, loading, model, sampling, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
@@ -65,7 +67,7 @@ def settings(residual, **fields):
 
 
 def parameters(cfg, mesh=None):
-    """Random parameters, large enough that greedy text is more than one token again and again."""
+    """Random parameters, so large that greedy text does not repeat one token."""
     abstract = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
     random = np.random.default_rng(1)
     draw = lambda name, leaf: np.float32(
@@ -81,7 +83,10 @@ def parameters(cfg, mesh=None):
 
 
 def uncached(cfg, prompt, count, ranks):
-    """Greedy text by the plain reference: the whole sequence again for every token, padded so that it compiles once."""
+    """Greedy ids by the plain reference, which computes the whole sequence each time.
+
+    The sequence is padded, so that one program is enough.
+    """
     weights = parameters(cfg)
     logits = jax.jit(
         lambda tokens: reference.logits(
@@ -204,9 +209,8 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
     assert max(greedy) >= 10 and max(small(vocabulary=10)) < 10
     assert max(small(vocabulary=10, temperature=50.0, max_tokens=29)) < 10
     stop = greedy[5]
-    assert small(stop=(stop,)) == list(
-        itertools.takewhile(lambda token: token != stop, greedy)
-    )
+    before = list(itertools.takewhile(lambda token: token != stop, greedy))
+    assert small(stop_token_ids=(stop,)) == before
     assert small(max_tokens=0) == []
 
 
@@ -223,12 +227,14 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
         (
             [1] * 33,
             {},
-            "prompt=33 tokens is not accepted: it must be at most model.max_length=32 tokens",
+            "prompt=33 tokens is not accepted: "
+            "it must be at most model.max_length=32 tokens",
         ),
         (
             [1] * 21,
             {},
-            "max_tokens=12 is not accepted: it must be from 0 to 11: model.max_length=32 less the 21 of the p",
+            "max_tokens=12 is not accepted: "
+            "it must be from 0 to 11: model.max_length=32 less the 21 of the p",
         ),
         (
             [1],
@@ -241,6 +247,17 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
             "temperature=-0.1 is not accepted: it must be 0 (greedy) or more",
         ),
         ([1], dict(temperature=math.nan), "temperature=nan is not accepted"),
+        ("abc", {}, "prompt='abc' is not accepted: it must be of ids from 0 to"),
+        ([1.5], {}, "prompt=[1.5] is not accepted: it must be of ids from 0 to"),
+        ([True], {}, "prompt=[True] is not accepted: it must be of ids from 0 to"),
+        ([1], dict(max_tokens=2.0), "max_tokens=2.0 is not accepted: it must be from"),
+        ([1], dict(max_tokens=None), "max_tokens=None is not accepted"),
+        ([1], dict(max_tokens=True), "max_tokens=True is not accepted"),
+        ([1], dict(stop_token_ids=3), "stop_token_ids=3 is not accepted: it must be"),
+        ([1], dict(stop_token_ids=[V]), f"stop_token_ids=[{V}] is not accepted"),
+        ([1], dict(stop_token_ids=["a"]), "stop_token_ids=['a'] is not accepted"),
+        ([1], dict(logit_bias={V: 1}), f"logit_bias id={V} is not accepted"),
+        ([1], dict(stop="x"), "stop is not a sampling parameter: it must be one of"),
         ([1], dict(top_k=-1), "top_k=-1 is not accepted: it must be 0 (all) or more"),
         (
             [1],
@@ -255,9 +272,11 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
         ),
     ],
 )
-def test_requests_that_cannot_be(small, prompt, options, message):
-    with pytest.raises(ConfigError) as error:  # before the first token is asked for
-        small(prompt, **options)
+def test_a_wrong_request_is_refused_before_its_first_token(prompt, options, message):
+    cfg, mesh = settings("ladder"), make_mesh(1)
+    options = {"max_tokens": 12, **options}
+    with pytest.raises(ConfigError) as error:
+        generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, **options)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -293,7 +312,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(run):
-    """Of step 2, by the reference: logits after every token of "the ladder", and 4 more tokens."""
+    """The reference's result for step 2 and the prompt "the ladder".
+
+    Logits after every token of the prompt, and the text of 4 more tokens.
+    """
     cfg = settings("ladder", vocab_size=264)
     weights = jax.tree.map(lambda x: x / 2, parameters(cfg))
     logits = jax.jit(
@@ -366,7 +388,7 @@ def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
     assert ladder_jax.load(run, mesh=config.Mesh(2, 1, -1)).mesh.shape["tensor"] == 4
     with pytest.raises(
         ConfigError,
-        match="mesh.tensor=8 is not accepted: this desync:2 model was trained with mesh.",
+        match="mesh.tensor=8 is not accepted: this desync:2 model was trained with",
     ):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 8))
     with pytest.raises(ConfigError, match=r"has 4 devices, but there are 2"):
@@ -385,6 +407,93 @@ def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
     monkeypatch.setattr(loading, "generate", lambda *_, **__: iter(ids))
     pieces = list(loaded.generate(""))
     assert pieces[:4] == ["a", "", "", "€"] and "".join(pieces) == "a€😀�"
+
+
+def test_text_ends_before_a_stop_string_and_at_a_stop_id(run):
+    loaded = ladder_jax.load(run)
+    options = dict(max_tokens=30, temperature=1.0, seed=1)
+    text = "".join(loaded.generate("ab", **options))
+    stop, first = text[7:9], text[3]
+    for stops in (stop, [stop], ("never there", stop)):
+        got = "".join(loaded.generate("ab", stop=stops, **options))
+        assert got == text[: text.index(stop)], stops
+    ids = list(first.encode())
+    got = "".join(loaded.generate("ab", stop_token_ids=ids, **options))
+    assert got == text[: text.index(first)], "ids of bytes are the bytes"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stop=(10,)), "stop=(10,) is not accepted: it must be a non-empty string"),
+        (dict(stop=""), "stop=('',) is not accepted"),
+        (dict(stop=None), "stop=None is not accepted"),
+        (dict(stop=b"x"), "stop=b'x' is not accepted"),
+        (dict(stop_token_ids=["x"]), "stop_token_ids=['x'] is not accepted"),
+        (dict(max_tokens=100), "max_tokens=100 is not accepted"),
+        (dict(temperature=None), "temperature=None is not accepted"),
+    ],
+)
+def test_a_wrong_option_of_a_loaded_model_is_refused_at_once(run, options, message):
+    loaded = ladder_jax.load(run)
+    with pytest.raises(ConfigError) as error:
+        loaded.generate("ab", **options)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_engine_and_reference_take_the_same_options_and_write_the_same_text(run):
+    loaded = ladder_jax.load(run)
+    engine = ladder_jax.Engine(
+        loaded.model,
+        loaded.config.model,
+        loaded.mesh,
+        config.Decode(slots=1, steps_per_call=4, fit_shapes=False),
+        loaded.tokenizer,
+    )
+    text = "".join(loaded.generate("ab", max_tokens=20, temperature=1.0))
+    for options in (dict(stop=text[5:7]), dict(stop_token_ids=list(text[4].encode()))):
+        options |= dict(max_tokens=20, temperature=1.0, logit_bias={"65": -100.0})
+        expected = "".join(loaded.generate("ab", **options))
+        assert engine.submit("ab", **options).result().text == expected
+
+
+@pytest.mark.parametrize(
+    "kv_dtype, compute_dtype, platform, expected",
+    [
+        ("auto", "bfloat16", "cpu", "float32"),
+        ("auto", "bfloat16", "tpu", "bfloat16"),
+        ("auto", "float32", "gpu", "float32"),
+        ("int8", "bfloat16", "cpu", "int8"),
+        ("bfloat16", "float32", "cpu", "bfloat16"),
+    ],
+)
+def test_one_rule_chooses_the_dtype_of_caches(
+    kv_dtype, compute_dtype, platform, expected
+):
+    assert kv_cache.choose_dtype(kv_dtype, compute_dtype, platform) == expected
+
+
+def test_the_cache_of_the_reference_follows_the_rule():
+    cfg = settings("ladder", dtype="bfloat16")
+    assert generate.empty_cache(cfg, make_mesh(1), 1, 8).k.dtype == jnp.float32
+    cache = generate.empty_cache(cfg, make_mesh(1), 1, 8, "int8")
+    assert cache.k.dtype == jnp.int8
+
+
+def test_importing_the_package_starts_no_jax():
+    code = (
+        "import sys, ladder_jax\n"
+        "assert ladder_jax.Config().model.layers > 0\n"
+        "assert {'Config', 'Engine', 'load'} <= set(dir(ladder_jax))\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules\n"
+        "assert ladder_jax.Engine and ladder_jax.load and 'jax' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_has_no_other_names():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ladder_jax.nothing
 
 
 def test_programs_are_compiled_once(run):

@@ -1,4 +1,4 @@
-"""The notebook: its cells run, one after another, on a checkpoint as a training run leaves it."""
+"""The notebook: all its cells run, in order, on a checkpoint of a training run."""
 
 import contextlib
 import io
@@ -48,7 +48,7 @@ def leave_run(folder):
     )
 
 
-def test_runs(tmp_path, monkeypatch):
+def test_all_cells_run_in_order(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     leave_run(tmp_path)
     monkeypatch.setenv("LADDER_JAX_RUN", str(tmp_path))
@@ -57,11 +57,10 @@ def test_runs(tmp_path, monkeypatch):
         for cell in json.loads(NOTEBOOK.read_text())["cells"]
         if cell["cell_type"] == "code"
     ]
-    assert not any(
-        cell["outputs"] or cell["execution_count"] for cell in cells
-    )  # kept without outputs
-    names, said = {}, io.StringIO()
-    with contextlib.redirect_stdout(said):
+    for cell in cells:
+        assert not cell["outputs"] and not cell["execution_count"], "clear all outputs"
+    names, output = {}, io.StringIO()
+    with contextlib.redirect_stdout(output):
         for number, cell in enumerate(cells):
             exec(compile("".join(cell["source"]), f"code cell {number}", "exec"), names)
     for pattern in (
@@ -71,7 +70,7 @@ def test_runs(tmp_path, monkeypatch):
         r"standard +\d\.\d\d bits a token\n",
         r"10 \['meta', 'model'",
     ):
-        assert re.search(pattern, said.getvalue()), pattern
+        assert re.search(pattern, output.getvalue()), pattern
     assert {
         line.get_label(): len(line.get_xdata()) for line in names["axes"].get_lines()
     } == {"loss": 2, "held_out_loss": 1}

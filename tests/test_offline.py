@@ -1,12 +1,55 @@
-"""Offline batches: every prompt's output once, whatever is interrupted."""
+"""Offline generation: every prompt's output once, whatever is interrupted or wrong."""
 
+import functools
+import itertools
 import json
+import os
 
+import jax
+import numpy as np
 import pytest
-from test_engine import alone, engine
 
-from ladder_jax.config import ConfigError
+from ladder_jax import generate, model, sharding
+from ladder_jax.config import ConfigError, Decode, Mesh, Model
+from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import offline
+from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.request import QueueFull, RequestFailed
+
+MODEL_CONFIG = Model(
+    vocab_size=264,
+    dim=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_dim=8,
+    ffn_dim=16,
+    max_length=32,
+    dtype="float32",
+    init_std=0.3,
+)
+
+
+@functools.cache
+def weights_and_mesh():
+    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
+    return model.init(MODEL_CONFIG, jax.random.key(0)), mesh
+
+
+@functools.cache
+def make_engine():
+    weights, mesh = weights_and_mesh()
+    decode_config = Decode(slots=4, steps_per_call=4, fit_shapes=False)
+    return Engine(weights, MODEL_CONFIG, mesh, decode_config, ByteTokenizer())
+
+
+def reference(prompt, **options):
+    """The ids that the reference generator makes, up to eos."""
+    weights, mesh = weights_and_mesh()
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
+    options = dict(stop_token_ids=[tokenizer.eos], vocabulary=259) | options
+    return list(generate.generate(weights, MODEL_CONFIG, mesh, ids, **options))
 
 
 def write(path, rows):
@@ -14,50 +57,360 @@ def write(path, rows):
     return path
 
 
-def test_a_batch_goes_on_where_it_was_cut(tmp_path):
-    made = engine(max_stop_ids=2)
-    rows = [dict(prompt=[i + 1, 2], seed=i, temperature=1.0) for i in range(9)] + [
-        dict(prompt=[1], max_tokens=0)
-    ]
-    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
-    assert offline.run(made, source, out, dict(max_tokens=5), show=False) == (10, 0, 1)
-    first = sorted(
-        out.read_text().splitlines(), key=lambda line: json.loads(line)["index"]
-    )
-    for i, line in enumerate(first[:9]):
-        got = json.loads(line)
-        assert got["tokens"] == list(
-            alone([i + 1, 2], seed=i, temperature=1.0, max_tokens=5)
-        )
-        assert got["finish"] == "length"
-    assert "max_tokens=0" in json.loads(first[9])["error"]
-    out.write_text(
-        "\n".join([*first[:4], first[4][:-7]])
-    )  # killed while it wrote the fifth
-    assert offline.run(made, source, out, dict(max_tokens=5), show=False) == (6, 4, 1)
-    assert (
-        sorted(out.read_text().splitlines(), key=lambda line: json.loads(line)["index"])
-        == first
-    )
-    assert offline.run(made, source, out, dict(max_tokens=5), show=False) == (0, 10, 0)
+def run(prompts, out, **defaults):
+    defaults = dict(max_tokens=5) | defaults
+    return offline.run(make_engine(), prompts, out, defaults, show=False)
+
+
+def records(out):
+    """The output's lines by their index."""
+    lines = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+    by_index = {line["index"]: line for line in lines}
+    assert len(by_index) == len(lines), "a row was written twice"
+    return by_index
+
+
+def refusal(prompts, out, **defaults):
+    """The message with which a run is refused; checks that `out` is as before."""
+    before = out.read_bytes()
+    with pytest.raises(ConfigError) as error:
+        run(prompts, out, **defaults)
+    assert out.read_bytes() == before, "a refused run changed the file"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
+    rows = [dict(prompt=[i + 1, 2], seed=i, temperature=1.0) for i in range(9)]
+    rows.append(dict(prompt=[1], max_tokens=0))
+    prompts, out = write(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
+    assert run(prompts, out) == (10, 0, 1)
+    first = records(out)
+    for i in range(9):
+        options = dict(seed=i, temperature=1.0, max_tokens=5)
+        assert first[i]["tokens"] == reference([i + 1, 2], **options)
+        assert first[i]["finish"] == "length"
+    assert first[9]["error"].startswith("line 10: max_tokens=0 is not accepted")
+    lines = out.read_text().splitlines()
+    # A process that is killed leaves a part of the line that it was writing.
+    for length in (1, 10, 40, len(lines[4]) - 1, len(lines[4])):
+        out.write_text("\n".join([*lines[:4], lines[4][:length]]))
+        assert run(prompts, out) == (6, 4, sum("error" in line for line in lines[4:]))
+        assert records(out) == first
+    assert run(prompts, out) == (0, 10, 0)
+
+
+def test_a_wrong_row_that_was_mended_is_answered_by_the_next_run(tmp_path):
+    out, prompts = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    assert run(write(prompts, [dict(prompt="a"), dict(prompt=5)]), out) == (2, 0, 1)
+    answer = records(out)[0]
+    assert run(write(prompts, [dict(prompt="a"), dict(prompt="b")]), out) == (1, 1, 0)
+    assert records(out)[0] == answer
+    assert records(out)[1]["tokens"] == reference("b", max_tokens=5)
+
+
+class FailingRequest:
+    """A request that the engine could not finish."""
+
+    finish, text, tokens = "error", "", []
+
+    def __iter__(self):
+        raise RequestFailed("request 1 failed: out of memory")
+
+    def cancel(self):
+        pass
+
+
+class FailingEngine:
+    """An engine whose device fails all requests."""
+
+    def __init__(self, engine):
+        self.options, self.counters = engine.options, engine.counters
+
+    def submit(self, **options):
+        return FailingRequest()
+
+    def step(self):
+        return True
+
+
+def test_a_row_that_failed_on_the_device_is_tried_again(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 2)
+    out, defaults = tmp_path / "out.jsonl", dict(max_tokens=5)
+    engine = FailingEngine(make_engine())
+    assert offline.run(engine, prompts, out, defaults, show=False) == (2, 0, 2)
+    assert records(out)[1]["error"] == "line 2: request 1 failed: out of memory"
+    assert run(prompts, out) == (2, 0, 0)
+    assert records(out)[1]["tokens"] == reference("a", max_tokens=5)
+
+
+class BusyEngine:
+    """An engine whose queue is full of others' requests at every second try."""
+
+    def __init__(self, engine):
+        self.engine, self.options = engine, engine.options
+        self.counters, self.step = engine.counters, engine.step
+        self.tries = 0
+
+    def submit(self, **options):
+        self.tries += 1
+        if self.tries % 2:
+            raise QueueFull("1 requests wait already")
+        return self.engine.submit(**options)
+
+
+def test_a_row_waits_while_the_queue_is_full(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 3)
+    out, engine = tmp_path / "out.jsonl", BusyEngine(make_engine())
+    summary = offline.run(engine, prompts, out, dict(max_tokens=2), show=False)
+    assert summary == (3, 0, 0) and engine.tries == 6
+
+
+def test_requests_of_an_interrupted_run_are_cancelled(tmp_path, monkeypatch):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 3)
+    engine, submitted = make_engine(), []
+    submit = engine.submit
+
+    def remember(**options):
+        submitted.append(submit(**options))
+        return submitted[-1]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "submit", remember)
+        patch.setattr(engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, tmp_path / "out.jsonl")
+    assert [request.finish for request in submitted] == ["cancelled"] * 3
+    assert run(prompts, tmp_path / "out.jsonl") == (3, 0, 0)
+
+
+# ------------------------------------- files that another program or run wrote
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "content",
     [
-        ("nonsense\n", "line 1"),
-        ('{"prompt": 5}\n', "line 1"),
-        ('{"prompt": "a"}\n[]\n', "line 2"),
+        "my notes\n",
+        "my notes",
+        "{",
+        '{"index": 0}',
+        '{"index": 0}\n',
+        '{"index": 0, "text": "old format"}\n',
+        '{"index": 0, "digest": "0123456789abcdef", "te',
+        '{"index": "0", "digest": "0123456789abcdef", "text": ""}\n',
+        "[]\n",
+        "\n",
+        "\x00",
+        "[" * 10**5 + "\n",
     ],
 )
-def test_mistakes_in_the_input_name_the_line(tmp_path, text, says):
-    (tmp_path / "in.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match=says):
-        offline.read_prompts(tmp_path / "in.jsonl")
+def test_a_file_that_this_command_did_not_write_stays_as_it_is(tmp_path, content):
+    prompts, out = write(tmp_path / "in.jsonl", [dict(prompt=[1])]), tmp_path / "out"
+    if content == "{":
+        content = "{my notes"  # "{" alone could be a record that was cut off
+    out.write_text(content)
+    message = refusal(prompts, out)
+    assert message.startswith(f"out={str(out)!r} is not accepted: its l")
+    assert message.endswith("; choose a new file")
 
 
-def test_another_file_is_never_overwritten(tmp_path):
-    (tmp_path / "out.jsonl").write_text("my notes\n")
-    with pytest.raises(ConfigError, match="choose a new file"):
-        offline.finished(tmp_path / "out.jsonl")
-    assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("link", ["", "./in.jsonl", "symlink", "hard link"])
+def test_the_prompts_file_is_never_the_output_file(tmp_path, monkeypatch, link, end):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": [1]}' + end)
+    out = tmp_path / "link"
+    if link == "symlink":
+        out.symlink_to(prompts)
+    elif link == "hard link":
+        out.hardlink_to(prompts)
+    else:
+        out = type(out)(link or prompts)
+    assert "it is the prompts file" in refusal(prompts, out)
+
+
+def test_an_output_that_is_no_file_is_refused(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt=[1])])
+    with pytest.raises(ConfigError, match="it is not a file"):
+        run(prompts, tmp_path)
+    with pytest.raises(ConfigError, match="it is not a file"):
+        run(prompts, os.devnull)
+
+
+@pytest.mark.parametrize(
+    "rows, defaults",
+    [
+        ([dict(prompt=[1]), dict(prompt=[3])], {}),
+        ([dict(prompt=[2]), dict(prompt=[1])], {}),
+        ([dict(prompt=[1])], {}),
+        ([dict(prompt=[1]), dict(prompt=[2], max_tokens=4)], {}),
+        ([dict(prompt=[1]), dict(prompt=[2])], dict(max_tokens=4)),
+        ([dict(prompt=[1]), dict(prompt=[2])], dict(temperature=0.5)),
+        ([dict(prompt=[1]), dict(prompt=[2])], dict(seed=1)),
+    ],
+)
+def test_answers_to_other_prompts_or_options_are_refused(tmp_path, rows, defaults):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    run(write(prompts, [dict(prompt=[1]), dict(prompt=[2])]), out)
+    message = refusal(write(prompts, rows), out, **defaults)
+    assert "is the output for another prompt or other options than line" in message
+
+
+def test_rows_that_were_added_at_the_end_are_answered(tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    assert run(write(prompts, [dict(prompt=[1])]), out) == (1, 0, 0)
+    assert run(write(prompts, [dict(prompt=[1]), dict(prompt=[2])]), out) == (1, 1, 0)
+
+
+# ---------------------------------------------------------------- wrong rows
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("nonsense", "it is not JSON: "),
+        ("[1]", "it is not a JSON object"),
+        ("null", "it is not a JSON object"),
+        ("{}", "it has no prompt"),
+        ('{"prompt": 5}', "its prompt is not accepted"),
+        ('{"prompt": ["a", "b"]}', "its prompt is not accepted"),
+        ('{"prompt": [true]}', "its prompt is not accepted"),
+        ('{"prompt": [1.5]}', "its prompt is not accepted"),
+        ('{"prompt": [300]}', "prompt=[300] is not accepted"),
+        ('{"prompt": [1e400]}', "its prompt is not accepted"),
+        ('{"prompt": [100000000000000000000]}', ""),
+        ('{"prompt": []}', "prompt=[] is not accepted"),
+        ('{"prompt": "a", "top_k": Infinity}', "top_k=inf is not accepted"),
+        ('{"prompt": "a", "top_k": NaN}', "top_k=nan is not accepted"),
+        ('{"prompt": "a", "temperature": null}', "temperature=None is not accepted"),
+        ('{"prompt": "a", "max_tokens": "5"}', "max_tokens="),
+        ('{"prompt": "a", "stop": 5}', ""),
+        ('{"prompt": "a", "stop_token_ids": ["x"]}', ""),
+        ('{"prompt": "a", "warmth": 1}', "warmth is not a sampling parameter"),
+        ('{"prompt": "a", "": 1}', ""),
+        ('{"prompt": "a", "self": 1}', ""),
+        ('{"prompt": "a", "x": ' + "[" * 10**5 + "}", "it is not JSON: "),
+        ('{"prompt": "a", "x": ' + "[" * 900 + "]" * 900 + "}", ""),
+        (b'{"prompt": "\xff"}', "it is not UTF-8 at byte 12"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_row_gets_an_error_and_the_others_are_answered(tmp_path, line, message):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    good = b'{"prompt": "ab"}\n'
+    prompts.write_bytes(good + b"\n" + line + b"\n" + good)
+    assert run(prompts, out) == (3, 0, 1)
+    got = records(out)
+    assert sorted(got) == [0, 2, 3], "blank lines are counted and skipped"
+    assert got[2]["error"].startswith(f"line 3: {message}")
+    for index in (0, 3):
+        assert got[index]["tokens"] == reference("ab", max_tokens=5)
+    assert run(prompts, out) == (0, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "defaults, message",
+    [
+        (dict(temperature=-1.0), "temperature=-1.0 is not accepted"),
+        (dict(seed=-1), "seed=-1 is not accepted"),
+        (dict(seed="x"), "seed='x' is not accepted"),
+    ],
+)
+def test_wrong_defaults_are_refused_before_anything_is_written(
+    tmp_path, defaults, message
+):
+    prompts, out = write(tmp_path / "in.jsonl", [dict(prompt=[1])]), tmp_path / "out"
+    with pytest.raises(ConfigError) as error:
+        run(prompts, out, **defaults)
+    assert str(error.value).startswith(message)
+    assert not out.exists()
+
+
+def test_a_prompts_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="prompts-file=.* cannot be read: No such"):
+        run(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# --------------------------------------------------------------------- lines
+
+
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = ["one\u2028two", "a\x85b", "c\x0bd\x1ce", "xy", "last"]
+    lines = [json.dumps(dict(prompt=text), ensure_ascii=False) for text in texts]
+    lines[3] += "\r"
+    prompts.write_bytes("\n".join(lines).encode())
+    assert run(prompts, out, max_tokens=3) == (5, 0, 0)
+    for index, text in enumerate(texts):
+        expected = reference(text, max_tokens=3)
+        assert records(out)[index]["tokens"] == expected, text
+
+
+def test_a_prompt_with_a_lone_surrogate_is_answered(tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a\\ud800"}\n{"prompt": "b", "\\ud800": 1}\n')
+    assert run(prompts, out) == (2, 0, 1)
+    assert "\ud800" in records(out)[1]["error"], "the error names the option"
+    assert run(prompts, out) == (0, 2, 0)
+
+
+# --------------------------------------------------------------------- seeds
+
+
+def test_equal_prompts_get_samples_that_are_equal_as_often_as_independent_ones(
+    tmp_path,
+):
+    """The pairs of rows with equal tokens, against the model's probabilities."""
+    count = 300
+    rows = [dict(prompt=[7, 8, 9])] * count
+    prompts, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    run(prompts, out, max_tokens=1, temperature=1.0, stop_token_ids=[])
+    tokens = [records(out)[index]["tokens"][0] for index in range(count)]
+    equal = sum(a == b for a, b in itertools.combinations(tokens, 2))
+    weights, mesh = weights_and_mesh()
+    logits, _ = generate.make_forward(MODEL_CONFIG, mesh)(
+        weights,
+        np.array([[7, 8, 9]]),
+        np.arange(3)[None],
+        generate.empty_cache(MODEL_CONFIG, mesh, 1, 3),
+    )
+    p = np.asarray(jax.nn.softmax(logits[0, -1, :259]))
+    pairs = count * (count - 1) / 2
+    same = (p**2).sum()
+    variance = pairs * (same - same**2) + pairs * 2 * (count - 2) * (
+        (p**3).sum() - same**2
+    )
+    assert abs(equal - pairs * same) < 5 * variance**0.5, (equal, pairs * same)
+
+
+def test_the_seeds_of_rows_are_reproducible_and_of_their_own(tmp_path):
+    rows = [dict(prompt="ab")] * 6 + [dict(prompt="ab", seed=3)] * 2
+    prompts = write(tmp_path / "in.jsonl", rows)
+    outputs = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        out = tmp_path / name
+        run(prompts, out, temperature=1.0, seed=seed)
+        outputs[name] = [records(out)[i]["tokens"] for i in range(8)]
+    assert outputs["first"] == outputs["again"]
+    assert len({tuple(tokens) for tokens in outputs["first"][:6]}) == 6
+    assert outputs["first"][6] == outputs["first"][7] == outputs["other"][6]
+    assert outputs["first"][:6] != outputs["other"][:6]
+    seed = offline.row_seed(0, 2)
+    expected = reference("ab", max_tokens=5, temperature=1.0, seed=seed)
+    assert outputs["first"][2] == expected
+
+
+def test_row_seeds_are_spread_over_all_seeds():
+    seeds = {offline.row_seed(run, row) for run in range(100) for row in range(1000)}
+    # Of 100,000 independent draws from 2 ** 32, one pair is equal on average.
+    assert len(seeds) > 100_000 - 10
+    assert 0 <= min(seeds) < 2**20 and 2**32 - 2**20 < max(seeds) < 2**32

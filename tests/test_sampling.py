@@ -1,4 +1,4 @@
-"""Sampling rules against NumPy written for reading, and the promise that a row knows nothing of its neighbours."""
+"""Sampling rules against plain NumPy; no row depends on its neighbours."""
 
 import functools
 
@@ -12,26 +12,26 @@ from ladder_jax.config import ConfigError
 
 V = 37
 top_k, top_p = jax.jit(sampling.top_k), jax.jit(sampling.top_p)
-choose = jax.jit(sampling.sample_tokens, static_argnames=("vocabulary", "maybe"))
+sample = jax.jit(sampling.sample_tokens, static_argnames=("vocabulary", "maybe"))
 
 
 def logits(rows, seed=0, ties=False):
-    made = np.random.default_rng(seed).normal(size=(rows, V)).astype(np.float32) * 2
-    return np.round(made) if ties else made
+    x = np.random.default_rng(seed).normal(size=(rows, V)).astype(np.float32) * 2
+    return np.round(x) if ties else x
 
 
 def stack(*requests):
     return jax.tree.map(
         lambda *xs: np.concatenate(xs),
         *(
-            sampling.make_params(r.pop("bias", None), 2, V, **r)
+            sampling.make_params(r.pop("logit_bias", None), 2, V, **r)
             for r in map(dict, requests)
         ),
     )
 
 
 def head(row, k=None, p=None):
-    """Ids that top-k or top-p keeps: likeliest first, of equals the first."""
+    """Ids that top-k or top-p keeps: the likeliest, of equals the first."""
     order = np.argsort(-row, kind="stable")
     if k is not None:
         return set(order[:k].tolist())
@@ -41,7 +41,7 @@ def head(row, k=None, p=None):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_top_k_and_top_p_keep_what_sorting_would(ties):
+def test_top_k_and_top_p_keep_the_ids_that_sorting_keeps(ties):
     x = logits(8, ties=ties)
     for k in (1, 2, 5, V, V + 3):
         kept = np.asarray(top_k(x, jnp.full(8, k))) > -np.inf
@@ -94,16 +94,16 @@ REQUESTS = [
 ]
 
 
-def test_a_row_is_chosen_alike_alone_and_among_others_with_branches_and_without():
+def test_a_row_gets_the_same_token_alone_and_among_others_with_and_without_branches():
     x, positions = logits(len(REQUESTS)), np.arange(len(REQUESTS), dtype=np.int32) * 7
     history = np.random.default_rng(1).integers(0, 5, x.shape).astype(np.int32)
-    together = choose(x, stack(*REQUESTS), history, positions, V)
-    masked = choose(
+    together = sample(x, stack(*REQUESTS), history, positions, V)
+    masked = sample(
         x, stack(*REQUESTS), history, positions, V, maybe=sampling.run_always
     )
     alone = [
         int(
-            choose(x[i : i + 1], stack(r), history[i : i + 1], positions[i : i + 1], V)[
+            sample(x[i : i + 1], stack(r), history[i : i + 1], positions[i : i + 1], V)[
                 0
             ]
         )
@@ -117,7 +117,7 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     row = logits(1)[0]
     n = 4000
     draw = functools.partial(
-        choose,
+        sample,
         np.tile(row, (n, 1)),
         history_BV=np.zeros((n, V), np.int32),
         vocabulary=V,
@@ -140,13 +140,13 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     assert (drawn != other).mean() > 0.3
 
 
-def test_min_p_keeps_what_is_near_the_likeliest():
+def test_min_p_keeps_ids_that_are_near_the_likeliest():
     x = logits(1)
     n = 500
     p = jax.tree.map(
         lambda v: np.repeat(v, n, axis=0), stack(dict(temperature=1.0, min_p=0.3))
     )
-    drawn = choose(
+    drawn = sample(
         np.repeat(x, n, axis=0),
         p,
         np.zeros((n, V), np.int32),
@@ -163,7 +163,7 @@ def test_padded_ids_are_never_taken():
     p = stack(dict(), dict(temperature=5.0))
     for position in range(5):
         assert (
-            choose(x, p, np.zeros((2, V), np.int32), np.full(2, position, np.int32), 30)
+            sample(x, p, np.zeros((2, V), np.int32), np.full(2, position, np.int32), 30)
             < 30
         ).all()
     logprob, ids, top = sampling.log_probabilities(
@@ -175,26 +175,139 @@ def test_padded_ids_are_never_taken():
     assert (np.asarray(ids) == np.argsort(-want)[:, :4]).all()
 
 
+NUMBER_NAMES = [name for name in sampling.ACCEPTED if name not in ("top_k", "seed")]
+NAN, INF = float("nan"), float("inf")
+
+
+def refusal(**options):
+    """The message of the ConfigError for these options."""
+    with pytest.raises(ConfigError) as error:
+        sampling.make_params(options.pop("logit_bias", None), 2, V, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
 @pytest.mark.parametrize(
-    "wrong, name",
+    "name, value",
     [
-        (dict(temperature=-1), "temperature"),
-        (dict(temperature=float("nan")), "temperature"),
-        (dict(top_p=0), "top_p"),
-        (dict(top_k=-1), "top_k"),
-        (dict(min_p=1), "min_p"),
-        (dict(repetition_penalty=0), "repetition"),
-        (dict(seed=-1), "seed"),
-        (dict(seed=2**32), "seed"),
-        (dict(top_k="5"), "top_k"),
-        (dict(warmth=1), "warmth"),
-        (dict(logit_bias={V: 1}), "bias"),
-        (dict(logit_bias={1: 0, 2: 0, 3: 0}), "bias"),
+        ("temperature", -1),
+        ("temperature", 1e-7),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("min_p", 1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 101),
+        ("frequency_penalty", -101),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", 0.5),
     ],
 )
-def test_mistakes_name_the_field(wrong, name):
-    with pytest.raises(ConfigError, match=name):
-        sampling.make_params(wrong.pop("bias", None), 2, V, **wrong)
+def test_a_value_outside_its_limits_is_refused_by_name(name, value):
+    assert refusal(**{name: value}).startswith(f"{name}={value!r} is not accepted: ")
+
+
+@pytest.mark.parametrize("name", list(sampling.ACCEPTED))
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        False,
+        "1",
+        [1],
+        NAN,
+        INF,
+        -INF,
+        1j,
+        np.bool_(True),
+        np.float32(NAN),
+        np.array(1),
+        -(10**400),
+    ],
+    ids=lambda value: f"{type(value).__name__}:{str(value)[:6]}",
+)
+def test_what_is_no_finite_number_is_refused_by_name(name, value):
+    assert refusal(**{name: value}).startswith(f"{name}={value!r} is not accepted: ")
+
+
+@pytest.mark.parametrize("name", [*NUMBER_NAMES, "seed"])
+def test_a_huge_number_is_refused_by_name(name):
+    assert refusal(**{name: 10**400}).startswith(f"{name}=1000")
+
+
+def test_the_limits_that_messages_name_are_accepted():
+    params = sampling.make_params(temperature=1e-6, repetition_penalty=1e-6)
+    assert params.temperature[0] > 0 and params.repetition_penalty[0] > 0
+
+
+def test_a_huge_top_k_keeps_all():
+    assert sampling.make_params(top_k=10**400).top_k.tolist() == [2**31 - 1]
+
+
+@pytest.mark.parametrize("name", list(sampling.ACCEPTED))
+@pytest.mark.parametrize(
+    "kind", [int, float, np.int32, np.uint8, np.float16, np.float32, np.float64]
+)
+def test_numbers_of_numpy_are_accepted_as_those_of_python(name, kind):
+    value = kind(sampling.ACCEPTED[name].default)
+    [got] = getattr(sampling.make_params(**{name: value}), name)
+    assert got == value
+
+
+@pytest.mark.parametrize(
+    "name, value", [("min_p", 1 - 1e-12), ("top_p", 1e-60), ("temperature", 1e300)]
+)
+def test_a_value_that_float32_rounds_out_of_its_limits_is_refused(name, value):
+    assert "float32" in refusal(**{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBER_NAMES)
+def test_the_default_of_every_parameter_leaves_the_logits_alone(name):
+    neutral = sampling.make_params(**{name: sampling.ACCEPTED[name].default})
+    for got, want in zip(neutral, sampling.neutral_params(1, 0), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_an_unknown_parameter_is_refused_by_name():
+    assert refusal(warmth=1).startswith("warmth is not a sampling parameter")
+
+
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        ({V: 1}, f"logit_bias id={V} is not accepted: it must be a token id"),
+        ({-1: 1}, "logit_bias id=-1 is not accepted"),
+        ({"a": 1}, "logit_bias id='a' is not accepted"),
+        ({"-1": 1}, "logit_bias id='-1' is not accepted"),
+        ({"²": 1}, "logit_bias id='²' is not accepted"),
+        ({1.5: 1}, "logit_bias id=1.5 is not accepted"),
+        ({True: 1}, "logit_bias id=True is not accepted"),
+        ({1: NAN}, "logit_bias[1]=nan is not accepted: it must be a number"),
+        ({1: INF}, "logit_bias[1]=inf is not accepted"),
+        ({1: None}, "logit_bias[1]=None is not accepted"),
+        ({1: "2"}, "logit_bias[1]='2' is not accepted"),
+        ({1: True}, "logit_bias[1]=True is not accepted"),
+        ({1: 10001}, "logit_bias[1]=10001 is not accepted"),
+        ({1: 0, "1": 1}, "logit_bias has the id 1 twice"),
+        ({1: 0, 2: 0, 3: 0}, "logit_bias has 3 entries, which is not accepted"),
+        ([[1, 2]], "logit_bias=[[1, 2]] is not accepted: it must be None or a dict"),
+        ("", "logit_bias='' is not accepted: it must be None or a dict"),
+        (0, "logit_bias=0 is not accepted: it must be None or a dict"),
+    ],
+)
+def test_a_wrong_logit_bias_is_refused(bias, message):
+    assert refusal(logit_bias=bias).startswith(message)
+
+
+def test_logit_bias_takes_ids_as_numbers_and_as_text():
+    params = sampling.make_params({"3": 1, np.int64(4): np.float32(-0.5)}, 3, V)
+    assert params.bias_ids.tolist() == [[3, 4, 0]]
+    assert params.bias.tolist() == [[1.0, -0.5, 0.0]]
 
 
 def test_the_likeliest_token_is_the_first_of_the_largest_logits():
@@ -203,7 +316,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits():
     )  # full of ties
     logits_BV[3] = -np.inf
     assert (
-        sampling.likeliest(jnp.asarray(logits_BV)).tolist()
+        sampling.argmax(jnp.asarray(logits_BV)).tolist()
         == logits_BV.argmax(axis=1).tolist()
     )
-    assert 0 <= int(sampling.likeliest(jnp.full((1, 7), jnp.nan))[0]) < 7
+    assert 0 <= int(sampling.argmax(jnp.full((1, 7), jnp.nan))[0]) < 7

@@ -125,20 +125,24 @@ def bare_step(
         def step(_: jax.Array, carry: Any) -> Any:
             token_W, position_W, kv = carry
             x_W1D, kv = model.hidden(
-                weights, spec.config, token_W[:, None], position_W[:, None], cache=kv
+                weights,
+                spec.model_config,
+                token_W[:, None],
+                position_W[:, None],
+                cache=kv,
             )
             logits_W1V = sharding.gather_vocabulary(
-                model.logits(weights, spec.config, x_W1D)
+                model.logits(weights, spec.model_config, x_W1D)
             )
-            token_W = sampling.likeliest(logits_W1V[:, 0])
+            token_W = sampling.argmax(logits_W1V[:, 0])
             return token_W, (position_W + 1) % length, kv
 
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
-    specs = P(), P(), decode._kv_specs(spec)
+    specs = P(), P(), decode.kv_specs(spec)
     step = jax.jit(
         sharding.shard_map(
-            local, spec.mesh, (decode._weights_specs(spec), *specs), specs
+            local, spec.mesh, (decode.weights_specs(spec), *specs), specs
         ),
         donate_argnums=3,
         compiler_options=xla_options.options(spec.mesh, "decode"),

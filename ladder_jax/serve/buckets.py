@@ -1,8 +1,13 @@
-"""The few sizes that programs are compiled for, and which of them to take."""
+"""The few sizes that programs are compiled for, in ascending order."""
+
+from collections.abc import Sequence
 
 
-def bucket_sizes(least, most):
-    """Powers of two from `least` up, and `most` itself, which is the last."""
+def bucket_sizes(least: int, most: int) -> list[int]:
+    """Returns `least` times powers of two while they are below `most`, then `most`.
+
+    bucket_sizes(16, 100) is [16, 32, 64, 100].
+    """
     sizes = []
     while least < most:
         sizes.append(least)
@@ -10,12 +15,17 @@ def bucket_sizes(least, most):
     return [*sizes, most]
 
 
-def round_up(sizes, needed):
-    """The smallest of `sizes` (ascending) that is at least `needed`, else the largest."""
+def round_up(sizes: Sequence[int], needed: int) -> int:
+    """Returns the smallest of `sizes` that is at least `needed`, else the largest."""
     return next((size for size in sizes if size >= needed), sizes[-1])
 
 
-def between(sizes, start, stop):
-    """Those of `sizes` (ascending) that come after `start` on the way to `stop`, up or down."""
+def between(sizes: Sequence[int], start: int, stop: int) -> list[int]:
+    """Returns the sizes on the way from `start` to `stop`, up or down.
+
+    `start` is left out, and `stop` is the last one; both must be among `sizes`.
+    """
     i, j = sizes.index(start), sizes.index(stop)
-    return sizes[i + 1 : j + 1] if i < j else sizes[j:i][::-1]
+    if i < j:
+        return list(sizes[i + 1 : j + 1])
+    return list(sizes[j:i])[::-1]

@@ -138,13 +138,13 @@ class Engine:
         fixed = options.loop == "fixed" or (
             options.loop == "auto" and platform in ("gpu", "cuda", "rocm")
         )
-        likes = "float32" if platform == "cpu" else config.dtype
-        kv_dtype = likes if options.kv_dtype == "auto" else options.kv_dtype
+        kv_dtype = kv_cache.choose_dtype(options.kv_dtype, config.dtype, platform)
         self.spec = decode.DecodeSpec(
             config,
             mesh,
             self.vocabulary,
-            (options.max_stop_ids, options.max_logit_bias),
+            options.max_stop_ids,
+            options.max_logit_bias,
             min(options.max_logprobs, self.vocabulary),
             kv_dtype,
             options.unroll_layers,

@@ -1,121 +1,300 @@
-"""Offline batch generation: a file of prompts becomes a file of outputs, and goes on where it was interrupted.
+"""Offline generation: a file of prompts becomes a file of outputs, and can be resumed.
 
-Input, a JSON object a line: `prompt` (text, or a list of ids) and any option of `Engine.submit` (max_tokens, seed,
-stop, ...). Output, a JSON object a line, as requests finish: `index` (of the input line, from 0), `text`, `tokens`,
-`finish`, or `error`; with logprobs asked for, `logprobs`.
+Input: a JSON object a line, with `prompt` (text, or a list of ids) and any option of
+`Engine.submit` (max_tokens, seed, stop, ...). A row without a `seed` gets one of its
+own, so that equal prompts get different samples, see `row_seed`.
+
+Output: a JSON object a line, in the order in which requests finish:
+
+    index      number of the input line, from 0
+    digest     of the row's prompt and options
+    text, tokens, finish, and logprobs if requested;
+    or error   why the row has no output; the other rows are done all the same
+
+A run with an output file that exists adds the rows that are missing in it. It refuses a
+file that holds anything but outputs for the same prompts and options.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
+from collections import deque
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ladder_jax import sampling
 from ladder_jax.config import ConfigError
-from ladder_jax.serve.request import RequestFailed
+from ladder_jax.data.jsonl import read_jsonl
+from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.request import QueueFull, Request, RequestFailed
 
 
-def read_prompts(path):
-    """The input's rows, dicts. Raises ConfigError that names the line that is none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"prompts-file={str(path)!r} cannot be read: {error}"
-        ) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(
-                f"prompts-file={str(path)!r}, line {number}: {error}"
-            ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
-            raise ConfigError(
-                f"prompts-file={str(path)!r}, line {number} is not accepted: it must be an object with a "
-                "prompt, text or a list of ids"
-            )
-        rows.append(row)
-    return rows
+@dataclass(frozen=True)
+class Row:
+    """One line of the input."""
+
+    index: int  # of its line, from 0
+    digest: str  # of prompt and options: 16 hexadecimal digits
+    options: dict[str, Any]  # of Engine.submit, the prompt included
+    error: str | None  # why the line is no row
+
+    @property
+    def line(self) -> int:
+        """The number of the line, from 1, as editors count."""
+        return self.index + 1
+
+    def record(self, values: Mapping[str, Any]) -> str:
+        """Returns the output line with these values."""
+        fields = dict(index=self.index, digest=self.digest) | dict(values)
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+
+    def record_start(self) -> bytes:
+        """Returns the beginning of this row's output line."""
+        start = json.dumps(dict(index=self.index, digest=self.digest))
+        return start.removesuffix("}").encode()
 
 
-def finished(path):
-    """Indices of the output that is there already; a last line that was cut short is removed from the file."""
-    path = Path(path)
-    if not path.exists():
-        return set()
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    try:
-        done = {json.loads(line)["index"] for line in whole.splitlines()}
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"out={str(path)!r} is not accepted: it holds something else than output of this command; "
-            "choose a new file"
-        ) from None
-    if rest:
-        os.truncate(path, len(whole) + bool(whole))
-    return done
+class Summary(NamedTuple):
+    """What a run did, in rows."""
+
+    generated: int  # written by this run, errors included
+    before: int  # that the output file held already
+    failed: int  # written by this run as errors
 
 
-def run(engine, prompts, out, defaults, show=True):
-    """Generates for every row of the file `prompts` that the file `out` does not hold yet.
+def row_seed(seed: int, index: int) -> int:
+    """Returns the seed of row `index`, a hash: from 0 to 2 ** 32 - 1.
+
+    It depends on the run's seed and the row's index alone, not on the other rows.
+    """
+    return int.from_bytes(_sha256(f"{seed} {index}".encode())[:4], "big")
+
+
+def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
+    """Reads the input. A line that is no row becomes a Row with an error.
 
     Args:
-      defaults: options of `Engine.submit` for rows that do not give them.
-      show: a progress bar on stderr.
-    Returns (rows generated now, rows there were already, rows that failed).
+      path: of the prompts file. Blank lines are skipped, but counted.
+      defaults: options for rows that do not give them. Its `seed` (default 0) is the
+        run's seed, see `row_seed`.
+    Raises ConfigError if the file cannot be read or a default is not accepted.
     """
-    rows, failed = read_prompts(prompts), 0
-    done = finished(out)
-    todo = iter([(i, row) for i, row in enumerate(rows) if i not in done])
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    running, most = {}, max(1, min(engine.options.queue_size, 4 * engine.options.slots))
-    with (
-        open(out, "a", encoding="utf-8") as file,
-        tqdm(
-            total=len(rows), initial=len(done), unit="prompt", disable=not show
-        ) as bar,
-    ):
+    sampling.make_params(
+        **{name: value for name, value in defaults.items() if name in sampling.ACCEPTED}
+    )
+    try:
+        with open(path, "rb") as file:
+            return [
+                _row(number - 1, value, defaults) for number, value in read_jsonl(file)
+            ]
+    except OSError as error:
+        raise ConfigError(
+            f"prompts-file={str(path)!r} cannot be read: {error.strerror}"
+        ) from None
 
-        def write(index, **values):
-            nonlocal failed
-            failed += "error" in values
-            file.write(
-                json.dumps(dict(index=index, **values), ensure_ascii=False) + "\n"
+
+def _row(index: int, value: Any, defaults: Mapping[str, Any]) -> Row:
+    error = None
+    if isinstance(value, ValueError):
+        error = str(value)
+    elif not isinstance(value, dict):
+        error = "it is not a JSON object"
+    elif "prompt" not in value:
+        error = "it has no prompt"
+    elif not _is_prompt(value["prompt"]):
+        error = "its prompt is not accepted: it must be text, or a list of ids"
+    seed = row_seed(int(defaults.get("seed", 0)), index)
+    options: dict[str, Any] = {**defaults, "seed": seed}
+    if isinstance(value, dict):
+        options |= value
+    content = options if error is None else [error, repr(value)]
+    digest = _sha256(json.dumps(content, sort_keys=True, default=repr).encode())
+    return Row(index, digest.hex()[:16], options, error)
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def prepare_out(out: str | Path, prompts: str | Path, rows: list[Row]) -> set[int]:
+    """Checks that the output file can be added to. Returns the rows that it holds.
+
+    It removes from the file: a last line that was cut off while it was written; error
+    records of rows that changed since; error records of a failed device. All other
+    content stays.
+
+    Raises ConfigError, before it changes anything, if the file is the prompts file or
+    holds anything else than outputs for these rows.
+    """
+    out, prompts = Path(out), Path(prompts)
+    if not out.exists():
+        return set()
+    if prompts.exists() and out.samefile(prompts):
+        raise _refusal(out, "it is the prompts file")
+    if not out.is_file():
+        raise _refusal(out, "it is not a file")
+    content = out.read_bytes()
+    *lines, cut_line = content.split(b"\n")
+    rows_by_index = {row.index: row for row in rows}
+    keeps: list[bytes] = []
+    indices: set[int] = set()
+    for number, line in enumerate(lines, 1):
+        record = _parse_record(line)
+        if record is None:
+            raise _refusal(out, f"its line {number} is no output of this command")
+        row = rows_by_index.get(record["index"])
+        is_same = row is not None and row.digest == record["digest"]
+        if "error" in record and (not is_same or record.get("retry")):
+            continue
+        if not is_same:
+            raise _refusal(
+                out,
+                f"its line {number} is the output for another prompt or other options "
+                f"than line {record['index'] + 1} of the prompts file has",
             )
-            file.flush()
-            bar.update()
+        keeps.append(line)
+        indices.add(record["index"])
+    if cut_line and not any(_begins_record(cut_line, row) for row in rows):
+        raise _refusal(out, "its last line is no output of this command")
+    new_content = b"".join(line + b"\n" for line in keeps)
+    if new_content != content:
+        _replace(out, new_content)
+    return indices
 
-        more = True
-        while running or more:
-            while more and len(running) < most:
-                index, row = next(todo, (None, None))
-                if row is None:
-                    more = False
-                    break
-                try:
-                    running[index] = engine.submit(**defaults | row)
-                except (ConfigError, TypeError) as error:
-                    write(index, error=str(error))
-            if running:
-                engine.step()
-            for index in [i for i, request in running.items() if request.finish]:
-                request = running.pop(index)
-                try:
-                    tokens = list(request)
-                except RequestFailed as error:
-                    write(index, error=str(error))
-                    continue
-                logprobs = [
-                    token.logprob for token in tokens if token.logprob is not None
-                ]
-                write(
-                    index,
-                    text=request.text,
-                    tokens=request.tokens,
-                    finish=request.finish,
-                    **dict(logprobs=logprobs) if logprobs else {},
-                )
+
+def _refusal(out: Path, reason: str) -> ConfigError:
+    return ConfigError(f"out={str(out)!r} is not accepted: {reason}; choose a new file")
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """Returns an output line as a dict, or None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not ("text" in record or "error" in record):
+        return None
+    is_record = type(record.get("index")) is int and type(record.get("digest")) is str
+    return record if is_record else None
+
+
+def _begins_record(cut_line: bytes, row: Row) -> bool:
+    """Whether `cut_line` is the beginning of the row's output line."""
+    start = row.record_start()
+    return cut_line.startswith(start) or start.startswith(cut_line)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replaces a file's content at once: a crash leaves the old or the new one."""
+    path = path.resolve()
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+        shutil.copymode(path, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def run(
+    engine: Engine,
+    prompts: str | Path,
+    out: str | Path,
+    defaults: Mapping[str, Any],
+    show: bool = True,
+) -> Summary:
+    """Generates outputs for all rows of `prompts` that the file `out` lacks.
+
+    Args:
+      engine: decodes the requests; this function takes its steps.
+      prompts: the input file.
+      out: the output file; it and its folder are created if needed.
+      defaults: options of `Engine.submit` for rows that do not give them; `seed` is
+        the run's, see `row_seed`.
+      show: show a progress bar on stderr.
+    Raises ConfigError, before anything is generated or written, if a file or a default
+    is not accepted. A row that is not accepted becomes an error record.
+    """
+    rows = read_rows(prompts, defaults)
+    done = prepare_out(out, prompts, rows)
+    missing = [row for row in rows if row.index not in done]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    generated = failed = 0
+    bar = tqdm(total=len(rows), initial=len(done), unit="prompt", disable=not show)
+    # UTF-8 has no lone surrogates. backslashreplace writes them as JSON's "\udc80".
+    file = open(out, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    with file, bar, contextlib.closing(_outputs(engine, missing)) as outputs:
+        for row, values in outputs:
+            file.write(row.record(values))
+            file.flush()
+            generated += 1
+            failed += "error" in values
             bar.set_postfix_str(f"{engine.counters.tokens} tokens", refresh=False)
-    return len(rows) - len(done), len(done), failed
+            bar.update()
+    return Summary(generated, len(done), failed)
+
+
+def _outputs(
+    engine: Engine, rows: list[Row]
+) -> Generator[tuple[Row, dict[str, Any]], None, None]:
+    """Yields (row, the values of its output line) as requests finish."""
+    waiting = deque(rows)
+    running: list[tuple[Row, Request]] = []
+    slots = engine.options.slots or 1
+    most = max(1, min(engine.options.queue_size, 4 * slots))
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                row = waiting[0]
+                if row.error is not None:
+                    yield waiting.popleft(), _error(row, row.error)
+                    continue
+                try:
+                    request = engine.submit(**row.options)
+                except QueueFull:  # of other requests than these
+                    break
+                except Exception as error:  # of this row alone
+                    yield waiting.popleft(), _error(row, error)
+                    continue
+                running.append((waiting.popleft(), request))
+            if running or waiting:
+                engine.step()
+            finished = [(row, request) for row, request in running if request.finish]
+            running = [(row, request) for row, request in running if not request.finish]
+            for row, request in finished:
+                yield row, _values(row, request)
+    finally:
+        for _, request in running:
+            request.cancel()
+
+
+def _values(row: Row, request: Request) -> dict[str, Any]:
+    """Returns the values of a finished request's output line."""
+    try:
+        tokens = list(request)
+    except RequestFailed as error:
+        return _error(row, error) | dict(retry=True)
+    values: dict[str, Any] = dict(
+        text=request.text, tokens=request.tokens, finish=request.finish
+    )
+    logprobs = [token.logprob for token in tokens if token.logprob is not None]
+    return values | (dict(logprobs=logprobs) if logprobs else {})
+
+
+def _error(row: Row, error: Exception | str) -> dict[str, Any]:
+    """Returns the values of the output line of a row that failed."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return dict(error=f"line {row.line}: {message}")

@@ -1,25 +1,45 @@
-"""Keys and values of prompt beginnings, kept on the device for the prompts that share them.
+"""Keys and values of prompt beginnings, kept on the device for later prompts.
 
-A prefix is a chain of blocks of tokens; a block is found by its tokens and all before them, so prompts share exactly
-the blocks that they have in common, and an evicted block hides only those behind it. Least recently used go first.
+A prefix is a chain of blocks. A block is looked up by its tokens and all tokens before
+it, so two prompts share exactly the blocks that their common beginning fills. Without
+an evicted block, the blocks after it are not reached either.
 """
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 
 class PrefixCache:
-    """At most `budget` bytes of blocks of `size` tokens, each of `block_bytes`."""
+    """Blocks of prompt tokens, the least recently used evicted first.
 
-    def __init__(self, size, budget, block_bytes):
-        self.size, self.budget, self.room = size, budget, budget // max(block_bytes, 1)
-        self.hits = self.misses = self.evicted = 0  # blocks
-        self._blocks = (
-            OrderedDict()
-        )  # (bytes of all tokens up to its end) -> keys and values
+    Args:
+      size: tokens of a block.
+      budget: bytes for all blocks.
+      block_bytes: bytes of one block.
 
-    def find(self, prompt):
-        """The blocks that `prompt` (int32 array) begins with, without its last token, which must be computed."""
-        found = []
+    `room` is the most blocks that fit; `hits`, `misses` and `evicted` count blocks.
+    """
+
+    def __init__(self, size: int, budget: int, block_bytes: int) -> None:
+        self.size = size
+        self.budget = budget
+        self.room = budget // max(block_bytes, 1)
+        self.hits = 0
+        self.misses = 0
+        self.evicted = 0
+        # The bytes of all tokens up to a block's end -> its keys and values.
+        self._blocks: OrderedDict[bytes, Any] = OrderedDict()
+
+    def find(self, prompt: np.ndarray) -> list[Any]:
+        """Returns the blocks that `prompt` [T] int32 begins with.
+
+        The last token of a prompt is never part of them: the model must compute it.
+        """
+        blocks = []
         for key in self._keys(prompt, len(prompt) - 1):
             block = self._blocks.get(key)
             if block is None:
@@ -27,30 +47,34 @@ class PrefixCache:
                 break
             self.hits += 1
             self._blocks.move_to_end(key)
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
-    def missing(self, prompt):
-        """(start, key) of the whole blocks of `prompt` that are not kept; none where there is no room for any."""
-        keys = self._keys(prompt, len(prompt)) if self.room else ()
+    def missing(self, prompt: np.ndarray) -> list[tuple[int, bytes]]:
+        """Returns (start, key) of the blocks of `prompt` that are still to be stored.
+
+        Only the first `room` blocks of a prompt count: a later one would evict one of
+        them, without which it is not reached.
+        """
+        keys = itertools.islice(self._keys(prompt, len(prompt)), self.room)
         return [
             (i * self.size, key)
             for i, key in enumerate(keys)
             if key not in self._blocks
-        ][: self.room]
+        ]
 
-    def add(self, key, block):
-        """Keeps a block, and lets the least recently used go where there is no room."""
+    def add(self, key: bytes, block: Any) -> None:
+        """Stores a block, and evicts the least recently used ones if room runs out."""
         self._blocks[key] = block
         while len(self._blocks) > self.room:
             self._blocks.popitem(last=False)
             self.evicted += 1
 
-    def clear(self):
-        """Forgets all of them."""
+    def clear(self) -> None:
+        """Removes all blocks."""
         self._blocks.clear()
 
-    def _keys(self, prompt, length):
-        return (
-            prompt[:end].tobytes() for end in range(self.size, length + 1, self.size)
-        )
+    def _keys(self, prompt: np.ndarray, length: int) -> Iterator[bytes]:
+        """Yields the keys of the whole blocks in the first `length` tokens."""
+        for end in range(self.size, length + 1, self.size):
+            yield prompt[:end].tobytes()

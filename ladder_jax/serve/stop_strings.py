@@ -1,42 +1,87 @@
 """Text that grows token by token and ends exactly before a stop string."""
 
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from ladder_jax.config import require
+
+
+class TextStream(Protocol):
+    """Turns ids into text, see `Tokenizer.stream`."""
+
+    def push(self, token: int) -> str:
+        """Returns the text that `token` completes."""
+
+    def flush(self) -> str:
+        """Returns the rest of the text, at the end."""
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Returns the option `stop`, a string or several, as a tuple of stop strings.
+
+    Raises ConfigError unless all are non-empty strings.
+    """
+    accepted = "a non-empty string, or several"
+    if isinstance(stop, str):
+        stop = (stop,)
+    is_list = isinstance(stop, Iterable) and not isinstance(stop, (bytes, dict))
+    require(is_list, "stop", stop, accepted)
+    strings = tuple(stop)
+    are_text = all(isinstance(text, str) and text for text in strings)
+    require(are_text, "stop", stop, accepted)
+    return strings
+
 
 class StopStringFilter:
-    """Turns ids into text, holding back what may be the start of a stop string.
+    """Turns ids into text up to a stop string.
 
-    What `push` and `flush` return, joined, is the text before the first place where a stop string is complete; of stop
-    strings that become complete with the same token, the one that begins first counts.
+    The texts that `push` and `flush` return, joined, end before the first stop string
+    that becomes complete. If one token completes several, the one that begins first
+    counts. Text that may be the beginning of a stop string is held back.
+
+    Args:
+      stream: turns ids into text.
+      stops: non-empty stop strings.
     """
 
-    def __init__(self, stream, stops=()):
-        self._stream, self._stops, self._held, self._done = stream, stops, "", False
+    def __init__(self, stream: TextStream, stops: Iterable[str] = ()) -> None:
+        self._stream = stream
+        self._stops = tuple(stops)
+        self._held = ""
+        self._stopped = False
 
-    def push(self, token):
-        """(the text that is certain now, whether a stop string has ended it)."""
-        return self._add(self._stream.push(token))
+    def push(self, token: int) -> tuple[str, bool]:
+        """Returns (the text that no later token can change, whether a stop ended it).
 
-    def flush(self):
-        """The rest, at the end."""
-        text, _ = self._add(self._stream.flush())
+        After a stop string, it returns no more text.
+        """
+        return self._add(self._stream.push(token)), self._stopped
+
+    def flush(self) -> str:
+        """Returns the text that was held back, once no more tokens come."""
+        text = self._add(self._stream.flush())
         held, self._held = self._held, ""
         return text + held
 
-    def _add(self, new):
-        if self._done:
-            return "", True
+    def _add(self, new: str) -> str:
+        """Appends `new` to the text that is held back; returns what is now certain."""
+        if self._stopped:
+            return ""
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._held, self._done = "", True
-            return text[: min(found)], True
-        keep = max(
-            (
-                n
-                for stop in self._stops
-                for n in range(1, len(stop))
-                if text.endswith(stop[:n])
-            ),
-            default=0,
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        positions = [text.find(stop) for stop in self._stops if stop in text]
+        if positions:
+            self._held, self._stopped = "", True
+            return text[: min(positions)]
+        certain = len(text) - self._beginning_of_stop(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Returns how many characters at the end of `text` may begin a stop string."""
+        lengths = [
+            length
+            for stop in self._stops
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ]
+        return max(lengths, default=0)
