@@ -1,4 +1,4 @@
-"""The benchmarks beside other libraries: their own code, at a tiny size, without peers."""
+"""The benchmarks beside other libraries: their own code, at a tiny size, no peers."""
 
 import dataclasses
 import importlib.util

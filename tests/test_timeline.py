@@ -6,10 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from ladder_jax import cli
 from ladder_jax.config import Config, Mesh, Model
 from ladder_jax.hardware import aot
 from ladder_jax.hardware.cost import Transfer
-from ladder_jax.planner import calibrate, compare, hlo, lanes, records, survey, tables
+from ladder_jax.planner import (
+    calibrate,
+    command,
+    compare,
+    hlo,
+    lanes,
+    records,
+    survey,
+    tables,
+)
 from ladder_jax.planner import operations as ops
 from ladder_jax.planner.plan import Request
 from ladder_jax.planner.records import Record
@@ -315,6 +325,70 @@ def test_draw_writes_a_picture_with_a_pair_of_lanes_a_timeline(tmp_path):
     lanes.draw(path, [("slow", slow), ("fast", fast)])
     height, width, _ = image.imread(path).shape
     assert (height, width) == (round(130 * (0.5 + 2 * 1.1)), 130 * 12)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_arguments_change_the_recipes_config():
+    config = Config(model=Model(residual="ladder"), mesh=Mesh(data=2, tensor=4))
+    args = cli.PlanArguments("small", "v5e:2x4", batch=3)
+    asis = command.make_request(config, args)
+    assert (asis.recipe, asis.target.name, asis.batch) == ("small", "v5e:2x4", 3)
+    assert asis.context == config.model.max_length == 2048
+    assert asis.config.mesh == Mesh(data=2, tensor=4, reduction="auto")
+    changed = command.make_request(
+        config,
+        dataclasses.replace(
+            args, context=64, schedule="standard", reduction="psum", tensor=8
+        ),
+    )
+    assert changed.context == 64
+    assert changed.config.model.residual == "standard"
+    assert changed.config.mesh == Mesh(data=-1, tensor=8, reduction="psum")
+
+
+def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
+    collective = dict(
+        name="all-reduce.7",
+        kind="all-reduce",
+        axis="tensor",
+        bytes=4096,
+        asynchronous=True,
+        communication_us=12.34,
+        window_compute_us=9.0,
+        hidden_us=9.0,
+        exposed_us=3.34,
+        count=38.5,
+        merged=2,
+        block="forward layer1 mlp",
+    )
+    text = command.plan_text(
+        dict(
+            workload="decode",
+            layers=80,
+            schedule="ladder",
+            reduction="psum",
+            batch=16,
+            context=2048,
+            target="v5e:2x4",
+            collectives=[collective, collective | dict(asynchronous=False, merged=1)],
+            totals=dict(step_us=1234.5, exposed_us=3.0),
+            memory=dict(weights_bytes=4e9, capacity_bytes=16e9, fits=False),
+        )
+    )
+    head, titles, merged, single, totals, memory = text.splitlines()
+    assert head == (
+        "decode of 80 layers, ladder, psum, batch 16, context 2048, on v5e:2x4"
+    )
+    assert titles.split()[:5] == ["collective", "kind", "axis", "bytes", "x"]
+    assert merged.split()[:6] == [
+        *("all-reduce.7", "all-reduce", "tensor", "4096", "38.5", "yes")
+    ]
+    assert merged.endswith("3.3  forward layer1 mlp, 2 merged")
+    assert single.split()[5] == "no" and single.endswith("layer1 mlp")
+    assert totals == "step 1,234.5, exposed 3.0 (us a step)"
+    assert memory == "weights 4.00, capacity 16.00 (GB a device): does not fit"
 
 
 # ---------------------------------------------------------------- the comparison

@@ -62,7 +62,7 @@ def peak_bytes() -> int:
 def _send(value: object) -> None:
     try:
         print(json.dumps(value), file=_stdout, flush=True)
-    except BrokenPipeError:  # the parent has given up, and has said why
+    except BrokenPipeError:  # the parent has ended with a message
         os._exit(1)
 
 

@@ -48,7 +48,7 @@ class Record:
     exposed_us: float = 0.0
     unavoidable_us: float = 0.0
     error: str = ""  # why there is no plan
-    # What it was made with.
+    # The versions that planned it.
     jaxlib: str = ""
     date: str = ""
     code: str = ""  # see survey.code_version; "": not known

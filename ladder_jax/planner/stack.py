@@ -29,8 +29,8 @@ class Stack(NamedTuple):
 class LayerCounter:
     """Says how many executions in the deep model an instruction stands for.
 
-    Instructions are asked for in the order of their issue: one that XLA makes without a
-    layer's scope belongs to the layer in whose midst it stands.
+    It is called in the order of issue. An instruction that XLA adds without a layer's
+    scope belongs to the layer of the instructions around it.
     """
 
     def __init__(self, stack: Stack) -> None:
