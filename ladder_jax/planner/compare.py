@@ -37,7 +37,7 @@ def variants(request: Request) -> list[Variant]:
     """
     half = f"hybrid:last{request.config.model.layers // 2}"
     own = request.config.mesh.reduction
-    on_gpu = request.target.platform == "gpu"
+    on_gpu = request.target.platform != "tpu"
     return [
         Variant("standard, psum", with_schedule(request, "standard", "psum")),
         Variant(
