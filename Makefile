@@ -2,24 +2,43 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
-# XLA's compilers for other machines have an environment of their own: where they are, every command logs a line or two.
+# XLA's compilers for other machines have an environment of their own: where they are installed, every command logs a
+# line or two.
 COMPILERS ?= .venv-plan
+# Tests of single parts; and of the model, two schedules on one mesh.
+FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
+	sampling schedule scheduler sharding sources stop_strings
+FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-fast test-slow lint docs clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo
 	$(RUN)/ladder-jax train configs/demo.py --devices 8
 
-test: $(VENV)/test $(COMPILERS)/test
-	$(RUN)/ruff check .
+test: lint docs $(COMPILERS)/test
 	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
 	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py
 	@echo "done: every test passed, their times are in runs/tests.xml and runs/plan.xml"
 
+test-fast: $(VENV)/test
+	$(RUN)/python -m pytest $(FAST:%=tests/test_%.py)
+	$(RUN)/python -m pytest tests/test_model.py -k "$(FAST_MODEL)"
+
 test-slow: $(VENV)/test $(COMPILERS)/test
 	$(RUN)/python -m pytest -m slow
 	$(COMPILERS)/bin/python -m pytest -m slow tests/test_plan.py
+
+lint: $(VENV)/test
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+# API pages from the docstrings. Fails where a module cannot be imported.
+docs: $(VENV)/test
+	rm -rf build/docs
+	$(RUN)/python -m pdoc --docformat google --output-directory build/docs ladder_jax
+	@echo "done: open build/docs/index.html"
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ladder_jax needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -37,4 +56,4 @@ $(COMPILERS)/test: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPILERS) runs/demo
+	rm -rf $(VENV) $(COMPILERS) build runs/demo

@@ -10,7 +10,7 @@ from ladder_jax.bench import decode, latency, plots
 from ladder_jax.bench.sizes import DECODE_SIZES
 from ladder_jax.bench.workloads import WORKLOADS, Arrival, make_workload
 from ladder_jax.config import ConfigError, Model
-from ladder_jax.serve.engine import Counters
+from ladder_jax.serve.counters import Counters
 
 # ---------------------------------------------------------------- workloads
 

@@ -1,4 +1,4 @@
-"""What one prefill call computes: pieces that fit, in order, until every prompt is done."""
+"""The pieces of prompts that one prefill call computes: they fit, and are in order."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -56,9 +56,9 @@ def test_rows_of_padding_have_no_place():
     )
     pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]
     prompts = [np.arange(10, 17, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
-    made = packing.pack(pieces, 4, 8, prompts, [row, row], places=6, nothing=99)
+    made = packing.pack(pieces, 4, 8, prompts, [row, row], places=6, padding_id=99)
     assert made.tokens.tolist() == [[10, 11, 12, 0], [22, 23, 0, 0], [0] * 4, [0] * 4]
-    assert made.place.tolist() == [5, 2, 6, 6] and made.last.tolist() == [
+    assert made.staging_index.tolist() == [5, 2, 6, 6] and made.last.tolist() == [
         False,
         True,
         False,
@@ -69,4 +69,6 @@ def test_rows_of_padding_have_no_place():
         made.prompt[1].tolist() == [20, 21, 22, 23, 99, 99, 99, 99]
         and (made.prompt[0] == 99).all()
     )
-    assert all(len(leaf) == 4 for leaf in (made.state.request, made.row.sampling.seed))
+    assert all(
+        len(leaf) == 4 for leaf in (made.state.request, made.state.sampling.seed)
+    )

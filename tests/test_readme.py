@@ -1,21 +1,25 @@
-"""The README's commands: every one parses as the program would parse it, and names files that exist."""
+"""README: its commands parse, its Python runs, its file tree is complete."""
 
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+from test_notebook import leave_run
 
 from ladder_jax import cli
 from ladder_jax.config import from_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorial.md"]
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
+    for path in DOCS
+    for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.S)
+    for line in block.replace("\\\n", " ").splitlines()
     if line.split()[:1] and line.split()[0].endswith("ladder-jax")
 ]
 KINDS = {
@@ -27,14 +31,13 @@ KINDS = {
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_command(words, monkeypatch):
+def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, arguments = words[1], words[2:]
     if command == "train":
         default = cli.TrainArguments(from_recipe(arguments[0]))
-        assert cli._parse(
-            KINDS[command], arguments[1:], command, default
-        ).config.train.out.startswith("runs/")
+        parsed = cli._parse(KINDS[command], arguments[1:], command, default)
+        assert parsed.config.train.out.startswith("runs/")
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
         assert cli._parse(job.Arguments, arguments[1:], command)
@@ -42,10 +45,76 @@ def test_command(words, monkeypatch):
         assert cli._parse(KINDS[command], arguments, command)
 
 
-def test_links_and_targets():
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), path
+EXAMPLES = [
+    (path.name, number, block)
+    for path in DOCS
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+    )
+    if "import ladder_jax" in block
+]
+
+
+@pytest.mark.parametrize(
+    "page, number, code", EXAMPLES, ids=[f"{page}-{n}" for page, n, _ in EXAMPLES]
+)
+def test_every_python_example_runs(page, number, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in set(re.findall(r'load\("([^"]*)"\)', code)):
+        leave_run_at = tmp_path / name
+        leave_run_at.mkdir(parents=True)
+        leave_run(leave_run_at)
+    exec(compile(code, f"{page}, example {number}", "exec"), {})
+    assert capsys.readouterr().out.strip(), "it prints nothing"
+
+
+def listed_files() -> set[str]:
+    """The paths below `ladder_jax/` that the tree under "## Files" lists."""
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)
+    assert tree, "README has no file tree under '## Files'"
+    folders, files = [], set()
+    for line in tree[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        elif folders and folders[0] == "ladder_jax/":
+            files.add("".join(folders[1:]) + name)
+    return files
+
+
+def test_the_file_tree_has_one_line_for_every_file():
+    package = ROOT / "ladder_jax"
+    files = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        # A room's own line stands for its __init__.py.
+        if path.name != "__init__.py" or path.parent == package
+    }
+    missing, extra = sorted(files - listed_files()), sorted(listed_files() - files)
+    assert not missing, f"README's file tree does not list {missing}"
+    assert not extra, f"README's file tree lists files that do not exist: {extra}"
+
+
+def test_every_make_target_exists():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    assert {name for name in re.findall(r"`?make ([a-z-]+)`?", README)} <= set(targets)
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / "ladder_jax" / name).exists(), name
+    for path in DOCS:
+        text = path.read_text()
+        named = re.findall(r"^make ([a-z-]+)", text, re.M)
+        named += re.findall(r"`make ([a-z-]+)`", text)
+        assert set(named) <= set(targets), path.name
+
+
+def test_every_extra_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for path in [*DOCS, *sorted((ROOT / "docs").rglob("*.md"))]:
+        named = re.findall(r"(?:-e '\.|ladder_jax)\[([\w,]+)\]", path.read_text())
+        extras = {extra for names in named for extra in names.split(",")}
+        assert extras <= set(project["optional-dependencies"]), path.name
+
+
+def test_the_license_is_the_one_that_the_package_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    assert "Apache License\n" in (ROOT / "LICENSE").read_text()

@@ -54,12 +54,12 @@ from ladder_jax.bench.latency import (
     result_table,
     saturated_occupancy,
 )
-from ladder_jax.bench.policies import Batched, make_policies
+from ladder_jax.bench.policies import StaticBatches, make_policies
 from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
 from ladder_jax.bench.workloads import WITH_GAPS, WORKLOADS, Arrival, make_workload
 from ladder_jax.config import Decode, Mesh, Model, require
 from ladder_jax.hardware import xla_options
-from ladder_jax.serve.engine import Counters, Engine
+from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import Request
 
 PAPER_STEP = 5.8 / 512  # seconds of one iteration of GPT-J 6B in Flover's figures
@@ -156,7 +156,7 @@ def bare_step(
         seconds = []
         for _ in range(rounds + 1):
             start = time.perf_counter()
-            carry = jax.block_until_ready(step(engine._weights, *carry))
+            carry = jax.block_until_ready(step(engine.programs.weights, *carry))
             seconds.append((time.perf_counter() - start) / iterations)
         return float(np.median(seconds[1:]))
 
@@ -168,8 +168,9 @@ def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
 
     Returns the requests, and the seconds that it took.
     """
-    if isinstance(engine, Batched):
-        engine.expected = len(arrivals)
+    scheduler = getattr(engine, "scheduler", None)
+    if isinstance(scheduler, StaticBatches):
+        scheduler.expected = len(arrivals)
     start, coming = time.perf_counter(), deque(arrivals)
     requests: list[Request] = []
     unfinished: deque[Request] = deque()
@@ -287,7 +288,7 @@ def _short(arrivals: list[Arrival], arguments: Arguments) -> list[Arrival]:
 def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) -> Turn:
     """Runs a workload of this kind once, between two measurements of the bare step."""
     arguments = bench.arguments
-    engine.counters = Counters()
+    engine.counters.reset()
     getattr(engine, "history", []).clear()
     before = bench.bare(BARE_ROUNDS)
     requests, seconds = serve(engine, arrivals)

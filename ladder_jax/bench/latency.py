@@ -7,7 +7,7 @@ import numpy as np
 
 from ladder_jax.bench.workloads import Arrival
 from ladder_jax.planner.tables import Column, text_table
-from ladder_jax.serve.engine import Counters
+from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.request import Request
 
 PERCENTILES = (50, 90, 99)

@@ -5,7 +5,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,107 +13,139 @@ import numpy as np
 from ladder_jax import decode, model
 from ladder_jax.config import Decode, Model, require
 from ladder_jax.serve.buckets import round_up
-from ladder_jax.serve.engine import Counters, Engine
+from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.engine import Engine
+from ladder_jax.serve.programs import slot_state
+from ladder_jax.serve.request import Request
+from ladder_jax.serve.scheduler import Limits, Load, Scheduler, Step, plan_step
 
 
-class Batched(Engine):
-    """Static batching: nobody joins a batch that runs. A batch that is not full first waits `window` seconds."""
+class StaticBatches:
+    """A scheduler of static batching: the next batch starts when this one has ended.
 
-    window, expected, opened = 0.0, 0, False
+    A batch that is not full first waits `window` seconds, counted from the submission
+    of its oldest request; after it has started, it still takes requests until it is
+    full. expected: requests that are still to come in this run.
+    """
 
-    def _step(self):
-        self._read_inbox()
-        if not self._live and not self._flights:
-            oldest = min((r.submitted for _, _, r in self._queue), default=None)
-            full = len(self._queue) >= min(self.options.slots, self.expected)
-            self.opened = oldest is not None and (
-                full or time.perf_counter() - oldest >= self.window
-            )
-            self.room = self.options.slots
-        self.patience = (
-            10**9 if self._live else 0
-        )  # the batch keeps the width that it began with
-        return super()._step()
+    def __init__(self, window: float) -> None:
+        self.window, self.expected = window, 0
+        self._room = 0  # requests that may still join the batch
 
-    def _steps(self):
-        return super()._steps() if self.room else self.options.steps_per_call
+    def __call__(self, load: Load, limits: Limits) -> Step:
+        busy = bool(load.on_device)
+        if not busy and not load.unread_chunks and load.candidates:
+            waited = time.perf_counter() - min(w.submitted for w in load.candidates)
+            is_full = load.queued >= min(limits.slots, self.expected)
+            opens = is_full or waited >= self.window
+            self._room = limits.slots if opens else 0
+        candidates = load.candidates[: self._room]
+        load = dataclasses.replace(
+            load, candidates=candidates, queued=min(load.queued, self._room)
+        )
+        # The batch keeps the width that it began with.
+        limits = dataclasses.replace(limits, patience=10**9 if busy else 0)
+        step = plan_step(load, limits)
+        self._room -= step.admit
+        self.expected -= step.admit
+        if step.steps and not self._room:
+            step = step._replace(steps=limits.steps_per_call)
+        return step
 
-    def _pop(self):
-        if not self.opened or not self.room:
-            return None
-        self.room -= 1
-        request = super()._pop()
-        self.expected -= request is not None
-        return request
+
+class Alone(NamedTuple):
+    """A request of `Concurrent`, with a decode state of its own."""
+
+    request: Request
+    state: decode.DecodeState
+    is_prefilled: bool
 
 
 class Concurrent:
-    """Every request has a state of its own, one slot wide; their chunks take turns on the device."""
+    """Gives every request a state of its own, one slot wide. Their chunks take turns.
 
-    def __init__(self, engine):
-        self.like, self.waiting, self.running = engine, deque(), deque()
+    Args:
+      engine: its programs are used; it never takes a step itself.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.running: deque[Alone] = deque()
         self.counters = Counters()
 
-    def submit(self, prompt, max_tokens):
-        request = self.like.submit(
-            prompt, max_tokens=max_tokens
-        )  # for its handle and row alone
-        self.like._inbox.clear()
-        self.like._waiting_count = 0
-        length = round_up(self.like.capacity.lengths, len(prompt) + max_tokens)
-        self.running.append(
-            (request, decode.empty(self.like.spec, 1, 1, length), False)
-        )
+    def submit(self, prompt: list[int], max_tokens: int) -> Request:
+        """Queues a request and returns its handle; see Engine.submit."""
+        request = self.engine.submit(prompt, max_tokens=max_tokens)
+        self.engine.stepper.queue.remove(request)
+        length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
+        state = decode.empty(self.engine.spec, 1, 1, length)
+        self.running.append(Alone(request, state, False))
         return request
 
-    def warm_up(self):
-        self.like.warm_up()
+    def warm_up(self) -> None:
+        """Compiles all programs."""
+        self.engine.warm_up()
 
-    def step(self):
+    def step(self) -> bool:
+        """Runs a chunk of the next request. Returns whether there was one."""
         if not self.running:
             return False
-        engine = self.like
-        request, state, started = self.running.popleft()
-        prefills = []
-        if not started:
-            n = len(request.prompt)
-            width = round_up(engine.capacity.lengths, n)
-            one = lambda value, kind=np.int32: np.asarray([value], kind)
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, :n] = request.prompt
-            staging, events = engine._prefill(
-                engine._weights,
-                state.staging,
-                decode.Prompts(
-                    tokens,
-                    one(0),
-                    one(n),
-                    one(0),
-                    one(True, bool),
-                    tokens,
-                    request._row,
-                ),
-            )
-            state = state._replace(staging=staging)
-            prefills.append(jax.tree.map(lambda x: x[None], events))
-        nobody = np.full(
-            engine.options.slots + engine.capacity.places, decode.NO_REQUEST, np.int32
-        )
-        chunk = engine.options.steps_per_call
-        state, events, _ = engine._chunks[chunk](
-            engine._weights, state, nobody, np.int32(chunk)
+        request, state, is_prefilled = self.running.popleft()
+        outputs = []
+        if not is_prefilled:
+            state, events = self._prefill(request, state)
+            outputs.append(jax.tree.map(lambda x: x[None], events))
+        programs, steps = self.engine.programs, self.engine.options.steps_per_call
+        no_cancels = np.full(programs.most_cancelled, decode.NO_REQUEST, np.int32)
+        state, events, _ = programs.chunks[steps](
+            programs.weights, state, no_cancels, np.int32(steps)
         )
         self.counters.syncs += 1
-        for made in jax.device_get([*prefills, events]):
-            for k in np.flatnonzero(made.flag):
-                request.tokens.append(int(made.token.flat[k]))
-                request.times.append(time.perf_counter())
-                self.counters.tokens += 1
-                if made.flag.flat[k] != decode.TOKEN:
-                    request.finish = "length"
+        for read in jax.device_get([*outputs, events]):
+            self._hand_out(request, read)
         if not request.finish:
-            self.running.append((request, state, True))
+            self.running.append(Alone(request, state, True))
         return True
+
+    def _prefill(
+        self, request: Request, state: decode.DecodeState
+    ) -> tuple[decode.DecodeState, decode.Events]:
+        """Computes a whole prompt into staging."""
+        engine, length = self.engine, len(request.prompt)
+        width = round_up(engine.capacity.lengths, length)
+        tokens_1T = np.zeros((1, width), np.int32)
+        tokens_1T[0, :length] = request.prompt
+
+        def one(value: int | bool, dtype: Any = np.int32) -> Any:
+            return np.asarray([value], dtype)
+
+        prompts = decode.Prompts(
+            tokens=tokens_1T,
+            start=one(0),
+            length=one(length),
+            staging_index=one(0),
+            last=one(True, bool),
+            prompt=tokens_1T,
+            state=slot_state(
+                request.number,
+                request.submission,
+                admission_order=0,
+                max_stop_ids=engine.options.max_stop_ids,
+            ),
+        )
+        staging, events = engine.programs.prefill(
+            engine.programs.weights, state.staging, prompts
+        )
+        return state._replace(staging=staging), events
+
+    def _hand_out(self, request: Request, events: Any) -> None:
+        """Gives a request its tokens among the events of a call, NumPy arrays."""
+        for index in np.flatnonzero(events.flag):
+            request.tokens.append(int(events.token.flat[index]))
+            request.times.append(time.perf_counter())
+            self.counters.tokens += 1
+            if events.flag.flat[index] != decode.TOKEN:
+                request.finish = "length"
 
 
 def make_policies(
@@ -138,27 +170,27 @@ def make_policies(
     weights: dict[Any, Any] = {}
 
     def make(
-        kind: Callable[..., Any] = Engine,
+        scheduler: Scheduler = plan_step,
         pipelined: bool = True,
         trace: bool = False,
         **changes: Any,
-    ) -> Any:
-        engine = kind(
+    ) -> Engine:
+        engine = Engine(
             parameters,
             model_config,
             mesh,
             dataclasses.replace(options, **changes),
+            scheduler=scheduler,
             trace=trace,
             pipelined=pipelined,
         )
         # All engines exist at once and share one copy of the weights.
-        engine._weights = weights.setdefault(engine.spec, engine._weights)
+        programs = engine.programs
+        programs.weights = weights.setdefault(engine.spec, programs.weights)
         return engine
 
-    def batched(window: float) -> Any:
-        engine = make(Batched)
-        engine.window = window
-        return engine
+    def batched(window: float) -> Engine:
+        return make(StaticBatches(window))
 
     policies: dict[str, Callable[[], Any]] = {
         "sequential": lambda: make(slots=1, staging=1),

@@ -6,7 +6,7 @@ The measurements are of the reference implementation of Ladder Residual
 8 H100 with NVLink, prompts of 1024 tokens, 512 new tokens. The model adds up a step
 from its blocks:
 
-  block     = weights / (`reached` x HBM bandwidth) + OVERHEAD
+  block     = weights / (`hbm_efficiency` x HBM bandwidth) + OVERHEAD
   no comm.  = blocks + the replicated unembedding
               + batch x ROW x (elements of the repeated keys, relative to 70B's)
   standard  = no comm. + an all-reduce a block
@@ -16,12 +16,13 @@ from its blocks:
 
 Six numbers were fitted to 70B on 8 GPUs (the rows called calibration, and the
 communication derived from them). An all-reduce of 16 KiB takes 24.0 us among 8 GPUs and
-14.5 us among 4, one of 1 MiB 31.4 us: they give `launch`, `hop_latency` and
-`link_bandwidth` of chips.CHIPS["h100"]. OVERHEAD comes from the step without
-communication at batch 1, ROW from the one at batch 64. `interference` (NCCL takes SMs
-and HBM bandwidth from the kernels beside it) comes from ladder at all six batches, by
-least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
-512 KiB (405B). `reached` is assumed. Nothing else in the tables is fitted.
+14.5 us among 4, one of 1 MiB 31.4 us: they give `collective_launch_s`,
+`hop_latency_s` and `link_bandwidth` of chips.CHIPS["h100"]. OVERHEAD comes from the
+step without communication at batch 1, ROW from the one at batch 64. `interference`
+(NCCL takes SMs and HBM bandwidth from the kernels beside it) comes from ladder at all
+six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and
+79.7 us at 512 KiB (405B). `hbm_efficiency` is assumed. Nothing else in the tables is
+fitted.
 """
 
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def model_step(
 
     def read(weights: float) -> float:
         """Seconds to read float16 weights from HBM."""
-        return 2 * weights / (CHIP.reached * CHIP.hbm_bandwidth)
+        return 2 * weights / (CHIP.hbm_efficiency * CHIP.hbm_bandwidth)
 
     projections = model.dim * (2 * model.dim + 2 * model.kv_heads * head_dim)
     attention = read(projections / gpus) + OVERHEAD

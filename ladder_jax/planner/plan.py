@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax import config, model, schedule, sharding, train
 from ladder_jax.config import Config, ConfigError
-from ladder_jax.hardware import aot
+from ladder_jax.hardware import aot, chips
 from ladder_jax.kv_cache import KV
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo
@@ -236,14 +236,14 @@ def forward_pass(
         out_shardings=(None, cache_format),
     )
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-    placed_ids = with_shardings(mesh, ids, sharding.TOKENS)
+    placed_ids = sharding.abstract(ids, mesh, sharding.TOKENS)
     return Program(
         function,
         (
-            with_shardings(mesh, parameters, specs),
+            sharding.abstract(parameters, mesh, specs),
             placed_ids,
             placed_ids,
-            with_shardings(mesh, cache, cache_specs),
+            sharding.abstract(cache, mesh, cache_specs),
         ),
     )
 
@@ -256,22 +256,13 @@ def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     # JAX asks cuDNN during tracing what it can do, and cuDNN is not here: XLA's own
     # attention stands for it.
-    kernel = "xla" if mesh.devices.flat[0].platform != "tpu" else None
+    kernel = "xla" if chips.platform(mesh) != "tpu" else None
     return Program(
         train.make_step(whole, mesh, optimizer, kernel),
         (
             train.abstract_state(whole, mesh, optimizer),
-            with_shardings(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)),
+            sharding.abstract(batch, mesh, dict.fromkeys(batch, sharding.TOKENS)),
         ),
-    )
-
-
-def with_shardings(mesh: jax.sharding.Mesh, tree: Any, specs: Any) -> Any:
-    """Gives abstract arrays their shardings: arguments of a program to compile."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree,
-        sharding.named_shardings(mesh, specs),
     )
 
 

@@ -36,11 +36,11 @@ def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeli
         if instruction.opcode in operations.FREE:
             return 0.0
         moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
-        if chip.clock:
+        if chip.clock_hz:
             cycles = instruction.cycles
-            return cycles / chip.clock if cycles else moved
-        computed = cost.flops(module, instruction, body) / chip.flops
-        return chip.kernel + max(computed, moved / chip.reached)
+            return cycles / chip.clock_hz if cycles else moved
+        computed = cost.flops(module, instruction, body) / chip.peak_flops
+        return chip.kernel_launch_s + max(computed, moved / chip.hbm_efficiency)
 
     return timeline.play(
         module,
@@ -213,7 +213,9 @@ def roofline(compiled: Compiled) -> float:
         request.config.model, request.workload, request.batch, request.context
     )
     bytes_read = compiled.weights + (compiled.kv if decoding else 0)
-    return max(flops / compiled.mesh.size / chip.flops, bytes_read / chip.hbm_bandwidth)
+    return max(
+        flops / compiled.mesh.size / chip.peak_flops, bytes_read / chip.hbm_bandwidth
+    )
 
 
 def forward_flops(

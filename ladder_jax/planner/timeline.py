@@ -255,7 +255,7 @@ class _Clock:
         free = [self.links.get(link, 0.0) for link in transfer.links]
         start = max([self.now, *free])
         collective = Collective(operation, start, start + transfer.seconds)
-        self.links |= dict.fromkeys(transfer.links, start + transfer.flow)
+        self.links |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
         self.collectives.append(collective)
         self.started[operation.name] = collective, self.busy
         if not operation.asynchronous:

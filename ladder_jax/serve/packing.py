@@ -1,6 +1,10 @@
-"""Which pieces of which prompts one prefill call computes, and the call's arguments. Shapes come in few sizes."""
+"""Chooses the pieces of prompts that one prefill call computes, and packs them.
 
-from typing import NamedTuple
+A call has few shapes: its width is one of the compiled sizes, its rows a power of four.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -8,56 +12,68 @@ import numpy as np
 from ladder_jax import decode
 from ladder_jax.serve.buckets import round_up
 
+ROWS_FACTOR = 4  # between two compiled numbers of rows
+
 
 class Piece(NamedTuple):
-    """A part of a prompt."""
+    """A part of a prompt, in tokens."""
 
     staging_index: int  # of its request
-    start: int  # tokens of the prompt that are computed already
+    start: int  # prompt tokens that are computed already
     length: int
     last: bool  # the prompt ends with it
 
     @property
-    def stop(self):
+    def stop(self) -> int:
         return self.start + self.length
 
 
-def rows(count):
-    """The compiled number of prompts for `count` of them: powers of four."""
-    return 4 ** (max(count - 1, 0).bit_length() + 1 >> 1)
+def rows(count: int) -> int:
+    """Returns the compiled number of rows for `count` prompts: 1, 4, 16, 64, ..."""
+    size = 1
+    while size < count:
+        size *= ROWS_FACTOR
+    return size
 
 
-def pick_pieces(waiting, sizes, budget):
-    """The next pieces of as many prompts as fit `budget` tokens, padding included: ([Piece], their padded width).
+def pick_pieces(
+    waiting: Sequence[tuple[int, int, int]], sizes: Sequence[int], budget: int
+) -> tuple[list[Piece], int]:
+    """Picks the next pieces of as many prompts as fit a budget.
 
     Args:
-      waiting: (place, tokens computed, tokens in all) of every prompt, in order.
+      waiting: (staging index, tokens computed, tokens in all) of every prompt, in the
+        order in which they take part.
       sizes: compiled widths, ascending; the last is the longest piece.
-      budget: tokens. Where not even one prompt's piece fits, it gets a shorter one, if a compiled width is as short.
-        Where more than half of a call's rows would be padding, it takes fewer prompts.
+      budget: tokens, padding included. If the first prompt's piece does not fit, it is
+        shortened to the largest compiled width that fits.
+    Returns (pieces, the width that they are padded to). There are none, and the width
+    is 0, if no compiled width fits the budget. There are fewer than fit if more than
+    half of the call's rows would be padding.
     """
-    chosen, width = [], 0
-    for place, done, total in waiting:
-        length = min(total - done, sizes[-1])
+    pieces: list[Piece] = []
+    width = 0
+    for index, computed, total in waiting:
+        length = min(total - computed, sizes[-1])
         padded = max(width, round_up(sizes, length))
-        if chosen and padded * rows(len(chosen) + 1) > budget:
+        if pieces and padded * rows(len(pieces) + 1) > budget:
             break
-        if not chosen and padded > budget:
-            length = min(
-                length, max((size for size in sizes if size <= budget), default=0)
-            )
-            padded = round_up(sizes, length)
+        if not pieces and padded > budget:
+            padded = max((size for size in sizes if size <= budget), default=0)
+            length = min(length, padded)
             if not length:
                 break
-        chosen.append(Piece(place, done, length, done + length == total))
+        last = computed + length == total
+        pieces.append(Piece(index, computed, length, last))
         width = padded
-    if 2 * len(chosen) < rows(len(chosen)):
-        chosen = chosen[: rows(len(chosen)) // 4]
-    return chosen, max((round_up(sizes, piece.length) for piece in chosen), default=0)
+    if 2 * len(pieces) < rows(len(pieces)):
+        pieces = pieces[: rows(len(pieces)) // ROWS_FACTOR]
+    widths = [round_up(sizes, piece.length) for piece in pieces]
+    return pieces, max(widths, default=0)
 
 
-def call_shapes(sizes, budget):
-    """All (rows, width) that `pick_pieces` can come to."""
+def call_shapes(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Returns all (rows, width) that `pick_pieces` can return for a call."""
     counts = sorted({rows(count) for count in range(1, budget + 1)})
     return [
         (count, width)
@@ -67,30 +83,51 @@ def call_shapes(sizes, budget):
     ]
 
 
-def pack(chosen, width, seen, prompts, turns, places, nothing):
-    """The decode.Prompts of these pieces, rows of padding included.
+def pack(
+    pieces: Sequence[Piece],
+    width: int,
+    seen: int,
+    prompts: Sequence[np.ndarray],
+    states: Sequence[decode.SlotState],
+    places: int,
+    padding_id: int,
+) -> decode.Prompts:
+    """Packs pieces into the arguments of a prefill call, NumPy arrays.
 
     Args:
-      width: tokens a piece is padded to.
-      seen: tokens of the cache that the call looks at.
-      prompts: of every piece, the whole prompt (int32 array).
-      turns: of every piece, its request's decode.SlotState, one row each.
-      places: how many there are in staging, which is the place of a row of padding.
-      nothing: the id that pads a prompt: one that does not exist.
+      pieces: at least one; the call has `rows(len(pieces))` rows, the rest is padding.
+      width: tokens that every piece is padded to.
+      seen: how many tokens of a cache row the call reads and writes.
+      prompts: the whole prompt (int32) of every piece.
+      states: the decode.SlotState [1] of every piece's request.
+      places: how many there are in staging; it is the staging index of a padding row.
+      padding_id: pads a prompt; an id outside the vocabulary.
     """
-    count = rows(len(chosen))
-    tokens = np.zeros((count, width), np.int32)
-    whole = np.full((count, seen), nothing, np.int32)
-    start, length, place, last = (
-        np.zeros(count, kind) for kind in (np.int32, np.int32, np.int32, bool)
-    )
-    place[:] = places
-    for i, (piece, prompt) in enumerate(zip(chosen, prompts)):
+    count = rows(len(pieces))
+    # Typed Any: the fields of Prompts are declared as device arrays.
+    tokens: Any = np.zeros((count, width), np.int32)
+    start: Any = np.zeros(count, np.int32)
+    length: Any = np.zeros(count, np.int32)
+    staging_index: Any = np.full(count, places, np.int32)
+    last: Any = np.zeros(count, bool)
+    whole: Any = np.full((count, seen), padding_id, np.int32)
+    for i, (piece, prompt) in enumerate(zip(pieces, prompts)):
         tokens[i, : piece.length] = prompt[piece.start : piece.stop]
-        place[i], start[i], length[i], last[i] = piece
+        staging_index[i] = piece.staging_index
+        start[i], length[i], last[i] = piece.start, piece.length, piece.last
         if piece.last:
             whole[i, : len(prompt)] = prompt
-    row = jax.tree.map(
-        lambda *xs: np.concatenate([*xs, *[xs[0]] * (count - len(xs))]), *turns
+
+    def stack(*leaves: Any) -> np.ndarray:
+        padding = [leaves[0]] * (count - len(leaves))
+        return np.concatenate([*leaves, *padding])
+
+    return decode.Prompts(
+        tokens=tokens,
+        start=start,
+        length=length,
+        staging_index=staging_index,
+        last=last,
+        prompt=whole,
+        state=jax.tree.map(stack, *states),
     )
-    return decode.Prompts(tokens, start, length, place, last, whole, row)

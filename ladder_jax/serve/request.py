@@ -1,4 +1,4 @@
-"""A request of the decode engine as its client sees it: a handle to iterate, cancel and read."""
+"""A request of the decode engine as its client sees it: iterate, cancel and read it."""
 
 import asyncio
 import collections
@@ -6,7 +6,11 @@ import contextlib
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from ladder_jax.serve.stop_strings import StopStringFilter
+from ladder_jax.serve.submission import Submission
 
 
 class QueueFull(RuntimeError):
@@ -14,54 +18,91 @@ class QueueFull(RuntimeError):
 
 
 class RequestFailed(RuntimeError):
-    """What a request's iteration raises where the engine could not finish it; the cause is attached."""
+    """Iterating a request raises it if the engine could not finish the request.
+
+    Its `__cause__` is the error that ended the request.
+    """
+
+
+class EngineClosed(RuntimeError):
+    """`async for` over a request raises it if the engine's thread ended meanwhile.
+
+    The request is not lost: iterate it again, and the engine continues with it.
+    """
 
 
 class Token(NamedTuple):
     """One token of a request's output."""
 
     id: int | None  # None: no token, but text that was held back until the end
-    text: str  # what it completes, "" where text is held back or there is none
-    logprob: float | None = None  # the model's own, if asked for
-    top: tuple[
-        tuple[int, float], ...
-    ] = ()  # the likeliest ids and theirs, as many as were asked for
+    text: str  # the text that it completes; "" if none, or if text is held back
+    logprob: float | None = None  # of the model, if the request has `logprobs`
+    # The likeliest ids and their log-probabilities, as many as `logprobs` says.
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Runner(Protocol):
+    """What a request needs of its engine."""
+
+    @property
+    def running(self) -> bool: ...
+
+    def start(self) -> object: ...
+
+    def step(self) -> bool: ...
+
+    def cancel(self, request: "Request") -> None: ...
 
 
 class Request:
-    """A request's handle: iterate it (also with `async for`) for its tokens, `cancel` it, read what came of it.
+    """A request's handle: iterate it, also with `async for`, for its tokens.
 
-    tokens: all ids so far, the stop excluded. text: theirs, cut at a stop string.
-    finish: None while it runs, then "stop", "length", "cancelled" or "error" (see `error`).
-    submitted, times: seconds (time.perf_counter) of its submission and of every token's arrival on the host.
+    tokens: all ids so far, without the stop id. text: their text, cut at a stop string.
+    finish: None while it runs, then "stop", "length", "cancelled" or "error".
+    error: the exception that ended it, if `finish` is "error".
+    submitted, times: seconds (time.perf_counter) of its submission, and of the arrival
+      of each token on the host.
     """
 
-    def __init__(self, engine, number, prompt, max_tokens, row, priority, top, stopper):
-        self.number, self.prompt, self.max_tokens, self.priority = (
-            number,
-            prompt,
-            max_tokens,
-            priority,
-        )
-        self.tokens, self.text, self.finish, self.error = [], "", None, None
-        self.submitted, self.times = time.perf_counter(), []
-        self._engine, self._row, self._top, self._stopper = engine, row, top, stopper
-        self._unread, self._changed, self._wakers = deque(), threading.Condition(), []
+    def __init__(
+        self,
+        engine: Runner,
+        number: int,
+        submission: Submission,
+        stopper: StopStringFilter | None,
+    ) -> None:
+        self.number, self.submission = number, submission
+        self.prompt, self.max_tokens = submission.prompt, submission.max_tokens
+        self.priority, self.logprobs = submission.priority, submission.logprobs
+        self.stopper = stopper
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish: str | None = None
+        self.error: BaseException | None = None
+        self.submitted = time.perf_counter()
+        self.times: list[float] = []
+        self._engine = engine
+        self._unread: deque[Token] = deque()
+        self._changed = threading.Condition()
+        self._wakers: list[Callable[[], object]] = []  # of `async for` loops that wait
 
-    def cancel(self):
-        """Ends it: its slot is free from the next chunk on. No effect on a finished one."""
-        self._engine._cancel(self)
+    def cancel(self) -> None:
+        """Ends it; its slot is free from the next chunk on.
 
-    def result(self):
-        """Runs it to its end; returns itself. Raises RequestFailed as iterating does."""
+        It does nothing if the request has finished.
+        """
+        self._engine.cancel(self)
+
+    def result(self) -> "Request":
+        """Runs it to its end and returns it. Raises RequestFailed as iterating does."""
         collections.deque(self, maxlen=0)
         return self
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Token]:
         while (token := self._next()) is not None:
             yield token
 
-    def _next(self):
+    def _next(self) -> Token | None:
         while True:
             with self._changed:
                 if self._unread or self.finish:
@@ -71,29 +112,38 @@ class Request:
                     continue
             self._engine.step()
 
-    async def __aiter__(self):
+    async def __aiter__(self) -> AsyncIterator[Token]:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-        wake = lambda: loop.call_soon_threadsafe(event.set)
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(event.set)
+
         with self._changed:
             self._wakers.append(wake)
         try:
-            self._engine.start()
+            if not self.finish:
+                self._engine.start()
             while True:
                 event.clear()
                 with self._changed:
                     ready = bool(self._unread or self.finish)
                     token = self._take() if ready else None
-                if ready and token is None:
-                    return
-                if ready:
+                if token is not None:
                     yield token
+                elif ready:
+                    return
+                elif not self._engine.running:
+                    raise EngineClosed(
+                        "the engine was closed, or its thread failed, before request "
+                        f"{self.number} finished: iterate it again to continue"
+                    )
                 else:
                     await event.wait()
         finally:
             with self._changed:
                 self._wakers.remove(wake)
 
-    def _take(self):
+    def _take(self) -> Token | None:
         if self._unread:
             return self._unread.popleft()
         if self.error is not None:
@@ -102,17 +152,35 @@ class Request:
             ) from self.error
         return None
 
-    def _put(self, tokens=(), finish=None, error=None):
+    # ------------------------------------------------------------ for the engine
+
+    def put(
+        self,
+        tokens: Sequence[Token] = (),
+        finish: str | None = None,
+        error: BaseException | None = None,
+    ) -> bool:
+        """Appends tokens and, with `finish`, ends it; a finished one stays as it is.
+
+        Returns whether this call ended it.
+        """
         with self._changed:
             if self.finish:
-                return
+                return False
             ids = [token.id for token in tokens if token.id is not None]
             self._unread.extend(tokens)
             self.tokens += ids
             self.times += [time.perf_counter()] * len(ids)
             self.text += "".join(token.text for token in tokens)
             if finish:
-                self.finish, self.error = finish, error
+                self.error = error
+                self.finish = finish
+        self.notify()
+        return finish is not None
+
+    def notify(self) -> None:
+        """Wakes the threads and coroutines that iterate it."""
+        with self._changed:
             self._changed.notify_all()
             wakers = list(self._wakers)
         for wake in wakers:

@@ -1,0 +1,33 @@
+"""What an engine has done so far, in numbers."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Counters:
+    """Counts of one engine since its start."""
+
+    submitted: int = 0  # requests
+    finished: int = 0  # requests, however they ended
+    tokens: int = 0  # that the device emitted
+    chunks: int = 0
+    syncs: int = 0  # times that the host waited for the device
+    iterations: int = 0  # of the decode loop
+    slot_iterations: int = 0  # the sum over iterations of the compiled width
+    busy: int = 0  # the slot iterations that emitted a token
+    prefill_calls: int = 0
+    prefill_tokens: int = 0  # computed, without padding
+    prefill_padded: int = 0  # computed, with padding
+    prefix_tokens: int = 0  # copied from a shared prefix, not computed
+    reshapes: int = 0  # changes of the compiled shape
+    failures: int = 0  # steps that an exception or an interrupt ended
+
+    @property
+    def occupancy(self) -> float:
+        """The share of slot iterations that emitted a token."""
+        return self.busy / max(self.slot_iterations, 1)
+
+    def reset(self) -> None:
+        """Sets every count to 0."""
+        for one in fields(self):
+            setattr(self, one.name, 0)

@@ -1,0 +1,193 @@
+"""An engine's compiled programs, and the decode state that they work on."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ladder_jax import decode
+from ladder_jax.model import Transformer
+from ladder_jax.serve import packing
+from ladder_jax.serve.buckets import round_up
+from ladder_jax.serve.capacity import Capacity
+from ladder_jax.serve.submission import Submission
+
+
+class Programs:
+    """Runs chunks and prefill calls; every method returns before the device is done.
+
+    weights: the model as the programs take it. state: decode.DecodeState.
+    width, length: the compiled shape of the state, slots and tokens.
+    chunks: {iterations: compiled chunk}. prefill: the compiled prefill call.
+    padding_id: a token id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        spec: decode.DecodeSpec,
+        capacity: Capacity,
+        padding_id: int,
+    ) -> None:
+        self.spec, self.capacity = spec, capacity
+        self.padding_id = padding_id
+        self.weights = decode.place_weights(spec, model)
+        self.chunks = {
+            size: decode.make_chunk(spec, size) for size in capacity.chunk_sizes
+        }
+        self.prefill = decode.make_prefill(spec)
+        prefix_block = capacity.options.prefix_block
+        self._read_block = decode.make_read_block(spec, prefix_block)
+        self._write_block = decode.make_write_block(spec)
+        # `reset` allocates the state.
+        self.state: Any = None
+        self.width, self.length = capacity.widths[0], capacity.lengths[0]
+
+    def reset(self) -> None:
+        """Replaces the state by an empty one of the smallest shape."""
+        self.state = None  # before the allocation: the two need not fit together
+        self.width, self.length = self.capacity.widths[0], self.capacity.lengths[0]
+        self.state = decode.empty(
+            self.spec, self.width, self.capacity.places, self.length
+        )
+
+    def reshape(self, width: int, length: int) -> bool:
+        """Gives the state another shape; returns whether it had another one before."""
+        start, stop = (self.width, self.length), (width, length)
+        for shape in self.capacity.moves(start, stop):
+            self.state = decode.reshape(self.state, *shape)
+        self.width, self.length = width, length
+        return start != stop
+
+    def run_chunk(self, cancelled: Sequence[int], steps: int) -> tuple[Any, jax.Array]:
+        """Starts the smallest compiled chunk of at least `steps` iterations.
+
+        Args:
+          cancelled: request numbers to remove first, at most `most_cancelled`.
+        Returns (decode.Events [K, W], request numbers in staging [R]).
+        """
+        padded = np.full(self.most_cancelled, decode.NO_REQUEST, np.int32)
+        padded[: len(cancelled)] = cancelled
+        chunk = self.chunks[round_up(self.capacity.chunk_sizes, steps)]
+        self.state, events, waiting = chunk(
+            self.weights, self.state, padded, np.int32(steps)
+        )
+        return events, waiting
+
+    @property
+    def most_cancelled(self) -> int:
+        """The most requests that one chunk can remove: all that the device can hold."""
+        return self.capacity.slots + self.capacity.places
+
+    def run_prefill(self, prompts: decode.Prompts) -> decode.Events:
+        """Starts a prefill call. Returns its events [P]."""
+        staging, events = self.prefill(self.weights, self.state.staging, prompts)
+        self._set_staging(staging)
+        return events
+
+    def pack(
+        self,
+        pieces: Sequence[packing.Piece],
+        width: int,
+        seen: int,
+        prompts: Sequence[np.ndarray],
+        rows: Sequence[decode.SlotState],
+    ) -> decode.Prompts:
+        """Returns the arguments of a prefill call, see packing.pack."""
+        places = self.capacity.places
+        return packing.pack(pieces, width, seen, prompts, rows, places, self.padding_id)
+
+    def read_block(self, index: int, start: int) -> Any:
+        """Returns a copy of the keys and values of a block of tokens in staging."""
+        return self._read_block(self.state.staging, np.int32(index), np.int32(start))
+
+    def write_block(self, index: int, start: int, block: Any) -> None:
+        """Copies a block that `read_block` returned into staging."""
+        staging = self.state.staging
+        self._set_staging(
+            self._write_block(staging, np.int32(index), np.int32(start), block)
+        )
+
+    def _set_staging(self, staging: decode.Slots) -> None:
+        self.state = self.state._replace(staging=staging)
+
+    # ------------------------------------------------------------ compilation
+
+    def compiled(self) -> tuple[int, int]:
+        """Returns (programs compiled so far, the most that there can be)."""
+        functions: tuple[Any, ...] = (
+            *self.chunks.values(),
+            self.prefill,
+            self._read_block,
+            self._write_block,
+        )
+        count = sum(function._cache_size() for function in functions)
+        return count, self.capacity.most_programs()
+
+    def warm_up(self, progress: Callable[[list[Any]], Any]) -> None:
+        """Compiles every program that these shapes can need, and resets the state.
+
+        progress: wraps the list of shapes, as tqdm does.
+        """
+        widths, lengths = self.capacity.widths, self.capacity.lengths
+        for width in widths:  # all moves between neighbours, up and down
+            self.reshape(width, lengths[-1])
+            self.reshape(width, lengths[0])
+        for length in lengths:
+            self.reshape(widths[-1], length)
+            self.reshape(widths[0], length)
+        shapes: list[tuple[int, int, Any]] = []
+        for length in lengths:
+            shapes += [(length, width, None) for width in widths]
+            calls = self.capacity.prefills(length)
+            shapes += [(length, widths[-1], call) for call in calls]
+        for length, width, call in progress(shapes):
+            self.reshape(width, length)
+            if call is None:
+                for steps in self.capacity.chunk_sizes:
+                    self.run_chunk([], steps)
+            else:
+                self._warm_up_prefill(*call)
+        self.reset()
+        # Python's garbage collector would walk a million objects of JAX's otherwise,
+        # which holds up the requests that decode for most of a second.
+        gc.collect()
+        gc.freeze()
+
+    def _warm_up_prefill(self, seen: int, count: int, width: int) -> None:
+        padding_row = packing.Piece(self.capacity.places, 0, width, False)
+        prompt = np.zeros(width, np.int32)
+        row = decode.empty_slots(1, self.spec)._replace(history=None)
+        prompts = self.pack(
+            [padding_row] * count, width, seen, [prompt] * count, [row] * count
+        )
+        self.run_prefill(prompts)
+
+
+def slot_state(
+    number: int, submission: Submission, admission_order: int, max_stop_ids: int
+) -> decode.SlotState:
+    """Returns the decode.SlotState [1] of a request, NumPy arrays.
+
+    admission_order: the device admits staged requests in ascending order.
+    """
+
+    def one(value: Any, dtype: Any = np.int32) -> Any:
+        return np.asarray([value], dtype)
+
+    stop_ids = submission.stop_token_ids
+    padding = [decode.NO_REQUEST] * (max_stop_ids - len(stop_ids))
+    return decode.SlotState(
+        request=one(number),
+        active=one(False, bool),
+        admission_order=one(admission_order),
+        token=one(0),
+        position=one(0),
+        remaining=one(submission.max_tokens),
+        stops=one([*stop_ids, *padding]),
+        logprobs=one(submission.logprobs is not None, bool),
+        sampling=submission.params,
+        history=None,  # prefill sets it
+    )

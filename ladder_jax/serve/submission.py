@@ -1,0 +1,243 @@
+"""Checks everything that a client submits before any of it is queued.
+
+To add an option of `Engine.submit`, add a field to `SubmitOptions` and a row to
+`options_table`. The options of sampling have a table of their own in sampling.py.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from ladder_jax.config import ConfigError
+from ladder_jax.sampling import SamplingParams, make_params
+
+# The device orders waiting requests by one int32, made of priority and ticket, so
+# (2 * MAX_PRIORITY + 1) * TICKETS must be less than 2 ** 32.
+MAX_PRIORITY = 1000
+TICKETS = 2**21
+DEFAULT_MAX_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What one engine can take.
+
+    tokenizer: None if prompts must be ids.
+    """
+
+    tokenizer: Any
+    vocabulary: int  # ids are below it
+    length: int  # tokens of a prompt and its output together
+    max_stop_ids: int
+    max_logit_bias: int
+    max_logprobs: int
+
+
+class SubmitOptions(TypedDict, total=False):
+    """The options of `Engine.submit`, see there."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int] | None
+    logprobs: int | None
+    priority: int
+    logit_bias: Mapping[int, float] | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request whose every option has been checked."""
+
+    prompt: np.ndarray  # int32
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    logprobs: int | None
+    priority: int
+    params: SamplingParams
+
+
+class Option(NamedTuple):
+    """An option of `Engine.submit`."""
+
+    default: Any
+    # Returns the value as the engine uses it, or raises ValueError, TypeError or
+    # OverflowError if it is not accepted.
+    read: Callable[[Any], Any]
+    accepted: str
+    none_is_default: bool = False
+
+
+def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
+    """Returns the options of a request with a prompt of so many tokens."""
+    room = accepts.length - prompt_tokens
+    last_id = accepts.vocabulary - 1
+    eos = () if accepts.tokenizer is None else (accepts.tokenizer.eos,)
+    return {
+        "max_tokens": Option(
+            min(DEFAULT_MAX_TOKENS, room),
+            lambda value: integer(value, 1, room),
+            f"an integer from 1 to {room}: {accepts.length} tokens less the "
+            f"{prompt_tokens} of the prompt",
+            none_is_default=True,
+        ),
+        "stop": Option((), strings, "a non-empty string, or a list of them"),
+        "stop_token_ids": Option(
+            eos,
+            lambda value: ids(value, last_id, accepts.max_stop_ids),
+            f"a list of at most {accepts.max_stop_ids} ids from 0 to {last_id}",
+            none_is_default=True,
+        ),
+        "logprobs": Option(
+            None,
+            lambda value: (
+                None if value is None else integer(value, 0, accepts.max_logprobs)
+            ),
+            f"None, or an integer from 0 to {accepts.max_logprobs}",
+        ),
+        "priority": Option(
+            0,
+            lambda value: integer(value, -MAX_PRIORITY, MAX_PRIORITY),
+            f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}",
+        ),
+    }
+
+
+def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submission:
+    """Returns the checked request. Raises ConfigError, which names the first mistake.
+
+    Args:
+      prompt: text, or ids in a list, a tuple, an array or another iterable.
+      options: those of `options_table`, and those of sampling.make_params.
+    """
+    prompt_ids = read_prompt(prompt, accepts)
+    left: dict[str, Any] = dict(options)
+    values: dict[str, Any] = {}
+    for name, option in options_table(accepts, len(prompt_ids)).items():
+        value = left.pop(name, option.default)
+        if value is None and option.none_is_default:
+            value = option.default
+        try:
+            values[name] = option.read(value)
+        except (ValueError, TypeError, OverflowError):
+            raise refusal(name, value, option.accepted) from None
+    if values["stop"]:
+        need_tokenizer(accepts, "stop is text")
+    bias = left.pop("logit_bias", None)
+    params = make_params(bias, accepts.max_logit_bias, accepts.vocabulary, **left)
+    return Submission(prompt=prompt_ids, params=params, **values)
+
+
+# ---------------------------------------------------------------- readers of a value
+
+
+def integer(value: Any, least: int, most: int) -> int:
+    """Returns an integer of Python or NumPy as an int; refuses bools and floats."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a bool")
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise ValueError("out of range")
+    return number
+
+
+def strings(value: Any) -> tuple[str, ...]:
+    """Returns a string, or several, as a tuple."""
+    several = (value,) if isinstance(value, str) else sequence(value, None)
+    if not all(isinstance(text, str) and text for text in several):
+        raise TypeError("not all are non-empty strings")
+    return several
+
+
+def ids(value: Any, last_id: int, most: int) -> tuple[int, ...]:
+    """Returns at most so many token ids as a tuple."""
+    several = sequence(value, most + 1)
+    if len(several) > most:
+        raise ValueError("too many")
+    return tuple(integer(token, 0, last_id) for token in several)
+
+
+def sequence(value: Any, most: int | None) -> tuple[Any, ...]:
+    """Returns the first `most` items of an ordered iterable (None: all of them)."""
+    if isinstance(value, (str, bytes, bytearray, Mapping, Set)):
+        raise TypeError("not a sequence")
+    if not isinstance(value, Iterable):
+        raise TypeError("not a sequence")
+    return tuple(itertools.islice(value, most))
+
+
+def read_prompt(prompt: Any, accepts: Accepts) -> np.ndarray:
+    """Returns a prompt's ids, int32."""
+    submitted = prompt
+    if isinstance(prompt, str):
+        need_tokenizer(accepts, "prompt is text")
+        try:
+            prompt = accepts.tokenizer.prompt(prompt)
+        except UnicodeError:
+            raise refusal("prompt", submitted, "text that UTF-8 can encode") from None
+    accepted = f"text, or ids from 0 to {accepts.vocabulary - 1}"
+    if hasattr(prompt, "dtype") and hasattr(prompt, "shape"):  # NumPy's or JAX's array
+        prompt = np.asarray(prompt)
+        if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
+            described = f"array of shape {prompt.shape} and type {prompt.dtype}"
+            raise refusal("prompt", Verbatim(described), accepted)
+        prompt = prompt[: accepts.length].tolist()
+    try:
+        tokens = sequence(prompt, accepts.length)
+    except (ValueError, TypeError):
+        raise refusal("prompt", submitted, accepted) from None
+    if not tokens:
+        raise refusal("prompt", submitted, "at least one token")
+    if len(tokens) >= accepts.length:
+        described = f"{len(tokens)} or more tokens"
+        accepted = f"fewer than {accepts.length} tokens"
+        raise refusal("prompt", Verbatim(described), accepted)
+    try:
+        checked = ids(tokens, accepts.vocabulary - 1, len(tokens))
+    except (ValueError, TypeError, OverflowError):
+        raise refusal("prompt", submitted, accepted) from None
+    return np.asarray(checked, np.int32)
+
+
+def need_tokenizer(accepts: Accepts, why: str) -> None:
+    """Raises ConfigError if the engine has no tokenizer."""
+    if accepts.tokenizer is None:
+        raise ConfigError(f"{why}, but this engine has no tokenizer: give ids")
+
+
+# ---------------------------------------------------------------- messages
+
+
+class Verbatim(str):
+    """Text that a message has without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def refusal(name: str, value: Any, accepted: str) -> ConfigError:
+    """Returns the error for a value that is not accepted; its message is one line."""
+    return ConfigError(f"{name}={shown(value)} is not accepted: it must be {accepted}")
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Returns a value's repr on one line, shortened."""
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"{shown(value[:8], most)[:-1]}, ...]"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of the value's own __repr__, or of an int of 4300 digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[:most]}..."
