@@ -254,9 +254,9 @@ def plan(words: list[str]) -> int:
 
     aot.prepare()
     with aot.silence():
-        from ladder_jax.planner import plan as planner
+        from ladder_jax.planner import command
 
-        text = planner.run(from_recipe(arguments.recipe), arguments)
+        text = command.run(from_recipe(arguments.recipe), arguments)
     if text:
         print(text, flush=True)
     return 0

@@ -5,7 +5,7 @@ rounds, as JAX traces them, so there is no second list that could go out of date
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model
 from ladder_jax.hardware import chips, cost
-from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Policy
+from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Like, Policy
 from ladder_jax.sharding import TENSOR
 
 # Seconds that a TPU computes for each message beyond the first, to cut it out and to
