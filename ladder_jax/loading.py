@@ -108,13 +108,7 @@ def load(
     config = from_dict(meta["config"])
     device_mesh = _make_mesh(config, meta.get("tensor", 1), mesh, devices)
     sharding.check_fits(config.model, device_mesh)
-    shapes = abstract(config.model)
-    specs = sharding.parameter_specs(shapes)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.named_shardings(device_mesh, specs),
-    )
+    shapes = sharding.abstract(abstract(config.model), device_mesh)
     model = checkpoint.load_model(path, shapes, step)
     return Loaded(model, config, from_json(meta["tokenizer"]), device_mesh)
 

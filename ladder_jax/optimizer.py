@@ -36,10 +36,8 @@ def make_optimizer(config, steps):
     """AdamW (arXiv 1711.05101) with decay of matrices alone, after clipping by the global norm."""
 
     def decayed(parameters):
-        names = sharding.parameter_names(parameters)
-        return jax.tree.map(
-            lambda name: not name.endswith(("norm", "bq", "bk", "bv")), names
-        )
+        roles = sharding.parameter_roles(parameters)
+        return jax.tree.map(lambda role: role in ("matrix", "embedding"), roles)
 
     adamw = optax.adamw(
         learning_rate(config, steps),

@@ -25,7 +25,12 @@ from tqdm import tqdm
 
 from ladder_jax import attention, model, schedule, sharding
 from ladder_jax import config as configuration
-from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
+from ladder_jax.checkpoint import (
+    Checkpoints,
+    read_meta,
+    require_plain_name,
+    saved_steps,
+)
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
 from ladder_jax.data.batches import held_out_batches, train_iterator
@@ -35,6 +40,7 @@ from ladder_jax.hardware import chips, xla_options
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
 from ladder_jax.optimizer import learning_rate, make_optimizer
 from ladder_jax.residual import choose
+from ladder_jax.run_folder import Lease
 
 BATCH_FIELDS = (
     "tokens",
@@ -66,11 +72,7 @@ def abstract_state(config, mesh, optimizer):
         shapes,
         is_leaf=is_model,
     )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.named_shardings(mesh, specs),
-    )
+    return sharding.abstract(shapes, mesh, specs)
 
 
 def init_state(config, mesh, optimizer):
@@ -93,11 +95,11 @@ def loss_and_gradients(config, mesh, kernel=None):
     `kernel` of attention: by default, what suits the platform.
     """
     kernel = kernel or attention.kernel_for(
-        mesh.devices.flat[0].platform, config.model, config.train.seq_len
+        chips.platform(mesh), config.model, config.train.seq_len
     )
     # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
     # On an emulated mesh, which is for trying things out, time to compile counts for more.
-    unroll = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
+    unroll = chips.platform(mesh) == "cpu" and mesh.size == 1
     reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
     options = dict(
         kernel=kernel,
@@ -180,7 +182,7 @@ def make_step(config, mesh, optimizer, kernel=None):
 def make_evaluation(config, mesh):
     """(model, batch) -> (sum of losses in nats, sum of weights) over the batch, compiled."""
     kernel = attention.kernel_for(
-        mesh.devices.flat[0].platform, config.model, config.train.seq_len
+        chips.platform(mesh), config.model, config.train.seq_len
     )
 
     def local(parameters, batch):
@@ -303,6 +305,7 @@ def train(config, resume=False):
             f"train.out={config.train.out!r} is not accepted: {parent} is not a folder that can be "
             "written to"
         )
+    require_plain_name(out, "train.out")
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(
@@ -337,9 +340,15 @@ def train(config, resume=False):
         contextlib.ExitStack() as opened
     ):  # closed in the opposite order, whatever happens
         stop = opened.enter_context(_Stop(config.train.log_every))
+        lease = opened.enter_context(Lease(out)) if leader else None
         checkpoints = opened.enter_context(
-            Checkpoints(out / "checkpoints", config.train.keep_checkpoints)
+            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
         )
+        if checkpoints.steps() and not saved:
+            raise ConfigError(
+                f"another job wrote checkpoints to train.out={str(out)!r} while this "
+                "one started: go on from them with --resume, or choose another folder"
+            )
 
         # ---- state, new or resumed
         optimizer = make_optimizer(config.optimizer, config.train.steps)

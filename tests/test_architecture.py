@@ -23,7 +23,14 @@ ROWS = {
     "residual": ["residual"],
     "data": ["data"],
     "hardware": ["hardware"],
-    "ground": ["sharding", "checkpoint", "metrics", "config", "schedule"],
+    "ground": [
+        "sharding",
+        "checkpoint",
+        "run_folder",
+        "metrics",
+        "config",
+        "schedule",
+    ],
 }
 # Names in ROWS whose files are still to be written.
 PLANNED = {"serve.server", "evaluate", "convert"}

@@ -669,16 +669,13 @@ def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
             )
         ):
             seen.add(name)
-            sizes = [
-                getattr(cfg, sharding.DIMS[dim]) for dim in sharding.PARAMETERS[name]
-            ]
+            axes = sharding.PARAMETERS[name].axes
+            sizes = [getattr(cfg, sharding.DIMS[dim]) for dim in axes]
             stacked = [cfg.layers] * ("." in name)
             assert list(leaf.shape) == stacked + sizes, (
                 f"{name} is {leaf.shape}, not layers + {sizes}"
             )
-            assert tuple(spec) == (None,) * len(stacked) + tuple(
-                sharding.PARAMETERS[name].values()
-            ), name
+            assert tuple(spec) == (*(None for _ in stacked), *axes.values()), name
     assert seen == set(sharding.PARAMETERS), (
         "rows of PARAMETERS that no model has, or the reverse"
     )
@@ -704,7 +701,7 @@ def one_line(function, *args):
 def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, mesh):
     options = {"kv_heads": 4} if field == "heads" else {}
     cfg = settings("ladder", **{**options, field: size})
-    text = one_line(sharding.check, cfg, make_mesh(mesh))
+    text = one_line(sharding.check_fits, cfg, make_mesh(mesh))
     assert f"model.{field}={size}" in text and (
         "mesh.tensor=8" in text or "mesh.fsdp=8" in text
     )
@@ -712,7 +709,7 @@ def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, me
 
 def test_a_batch_that_does_not_divide_is_one_line():
     assert "batch of 6" in one_line(
-        sharding.check, settings("ladder"), make_mesh((2, 2, 2)), 6
+        sharding.check_fits, settings("ladder"), make_mesh((2, 2, 2)), 6
     )
     sharding.check_fits(settings("ladder"), make_mesh((2, 2, 2)), 8)
 

@@ -216,18 +216,19 @@ def grid(kind, *shape):
 def test_exchanges_take_the_links_between_chips():
     chip, network = chips.CHIPS["v5e"], grid("v5e", 2, 4, 1)
     near = network.collective("collective-permute", [(0, 1), (1, 0)], 45_000)
-    assert near.latency == pytest.approx(chip.launch + chip.hop_latency)
-    assert near.flow == pytest.approx(1e-6) and len(near.links) == 2
+    hop_s = chip.collective_launch_s + chip.hop_latency_s
+    assert near.latency_s == pytest.approx(hop_s)
+    assert near.bandwidth_s == pytest.approx(1e-6) and len(near.links) == 2
     # 4 apart is two rows apart; rows 0 and 1 both send through the links between rows 1 and 2
     far = network.collective(
         "collective-permute", [(i, i ^ 4) for i in range(8)], 45_000
     )
-    assert far.latency == pytest.approx(
-        chip.launch + 2 * chip.hop_latency
-    ) and far.flow == pytest.approx(2e-6)
+    assert far.latency_s == pytest.approx(
+        chip.collective_launch_s + 2 * chip.hop_latency_s
+    ) and far.bandwidth_s == pytest.approx(2e-6)
     # from the third row to the first around the ends, where there are links around them
-    assert len(list(grid("v5p", 4, 1, 1)._route(3, 0))) == 1
-    assert len(list(grid("v5e", 4, 1, 1)._route(3, 0))) == 3
+    assert len(list(grid("v5p", 4, 1, 1).route(3, 0))) == 1
+    assert len(list(grid("v5e", 4, 1, 1).route(3, 0))) == 3
 
 
 def test_gpu_all_reduces_take_what_was_published():

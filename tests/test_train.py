@@ -793,7 +793,7 @@ def test_only_matrices_decay():
 
 def test_clipping_or_not_is_the_same_state():
     """So that a run can go on with another `clip_norm`."""
-    parameters = {"w": jnp.ones((2, 2))}
+    parameters = {"embedding": jnp.ones((2, 2))}
     states = [
         make_optimizer(config.Optimizer(clip_norm=norm), 10).init(parameters)
         for norm in (None, 1.0)

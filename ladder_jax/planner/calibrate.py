@@ -4,18 +4,18 @@ What was measured is the reference implementation of Ladder Residual (arXiv 2501
 ladder-residual-inference): float16, NCCL, CUDA graphs, 8 H100 with NVLink, prompts of 1024 tokens, 512 made. It is
 modelled block by block; a step's time is
 
-  block     = weights / (`reached` x HBM bandwidth) + OVERHEAD
+  block     = weights / (`hbm_efficiency` x HBM bandwidth) + OVERHEAD
   no comm.  = blocks + the replicated unembedding + batch x ROW x (elements of the repeated keys, relative to 70B's)
   standard  = no comm. + an all-reduce a block
   parallel  = no comm. + an all-reduce a layer
   ladder    = no comm. + what of a block's all-reduce is longer than the next block + `interference` x what is hidden
 
 Six numbers come from 70B on 8 GPUs (the rows called calibration, and the communication derived from them): an
-all-reduce of 16 KiB takes 24.0 us among 8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us (hence `launch`,
-`hop_latency` and `link_bandwidth` in chips.CHIPS["h100"]); OVERHEAD comes from the step without communication at
+all-reduce of 16 KiB takes 24.0 us among 8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us (hence
+`collective_launch_s`, `hop_latency_s` and `link_bandwidth` in chips.CHIPS["h100"]); OVERHEAD comes from the step without communication at
 batch 1, ROW from the one at batch 64, `interference` (NCCL takes SMs and HBM bandwidth from the kernels beside it)
 from ladder at all six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
-512 KiB (405B). `reached` is assumed. Everything else in the tables follows from these without round_up again.
+512 KiB (405B). `hbm_efficiency` is assumed. Everything else in the tables follows from these without round_up again.
 """
 
 from typing import NamedTuple
@@ -89,7 +89,7 @@ def step(model, gpus, batch, all_reduce=None):
     """The `Step` of a published model; `all_reduce`: seconds of a short one, where it is not NCCL's."""
     m = model
     width = m.dim // m.heads
-    stream = lambda elements: 2 * elements / (CHIP.reached * CHIP.hbm_bandwidth)
+    stream = lambda elements: 2 * elements / (CHIP.hbm_efficiency * CHIP.hbm_bandwidth)
     attention = stream(m.dim * (2 * m.dim + 2 * m.kv_heads * width) / gpus) + OVERHEAD
     mlp = stream(3 * m.dim * m.ffn / gpus) + OVERHEAD
     rows = batch * ROW * (m.heads * width * m.layers / gpus) / (64 * 128 * 80 / 8)

@@ -13,7 +13,7 @@ LOSSLESS = 7.8e-6
 
 def variants(request):
     """(title, request, all_reduce) of everything that is compared."""
-    layers, gpu = request.config.model.layers, not request.target.chip.wrap
+    layers, gpu = request.config.model.layers, not request.target.chip.is_tpu
 
     def of(schedule, reduction=request.config.mesh.reduction):
         config = request.config

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import config as configuration
 from ladder_jax import model, schedule, sharding, train
 from ladder_jax.config import ConfigError
-from ladder_jax.hardware import aot, cost
+from ladder_jax.hardware import aot, chips, cost
 from ladder_jax.kv_cache import KV
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo, timeline
@@ -78,15 +78,6 @@ def shorten(notation, layers, keep, ends=1):
 # ---------------------------------------------------------------- the programs
 
 
-def abstract(mesh, tree, specs):
-    """Shapes with shardings: arguments of a program that is only compiled."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree,
-        sharding.named_shardings(mesh, specs),
-    )
-
-
 def forward(config, mesh, batch, tokens, context, reduction):
     """The program of `tokens` new tokens in `batch` rows with a cache of `context`, and its arguments.
 
@@ -120,8 +111,8 @@ def forward(config, mesh, batch, tokens, context, reduction):
         )
         return model.logits(parameters, config, x_B1D), cache
 
-    ids = abstract(
-        mesh, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), sharding.TOKENS
+    ids = sharding.abstract(
+        jax.ShapeDtypeStruct((batch, tokens), jnp.int32), mesh, sharding.TOKENS
     )
     # In the engine's loop the cache keeps the layout that XLA likes: JAX's own where heads fill a TPU's lanes.
     kept = (
@@ -145,10 +136,10 @@ def forward(config, mesh, batch, tokens, context, reduction):
         out_shardings=(None, kept),
     )
     return program, (
-        abstract(mesh, parameters, specs),
+        sharding.abstract(parameters, mesh, specs),
         ids,
         ids,
-        abstract(mesh, cache, cache_specs),
+        sharding.abstract(cache, mesh, cache_specs),
     )
 
 
@@ -159,10 +150,10 @@ def training(config, mesh):
     kinds = dict.fromkeys(train.BATCH_FIELDS, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
     # cuDNN says while a program is traced what it can do, and it is not here: XLA's own attention stands for it
-    kernel = "xla" if mesh.devices.flat[0].platform != "tpu" else None
+    kernel = "xla" if chips.platform(mesh) != "tpu" else None
     return train.make_step(config, mesh, optimizer, kernel), (
         train.abstract_state(config, mesh, optimizer),
-        abstract(mesh, batch, dict.fromkeys(batch, sharding.TOKENS)),
+        sharding.abstract(batch, mesh, dict.fromkeys(batch, sharding.TOKENS)),
     )
 
 
@@ -327,10 +318,11 @@ def read(compiled, all_reduce=None):
         if instruction.opcode in timeline.FREE:
             return 0.0
         moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
-        if chip.clock:
-            return instruction.cycles / chip.clock if instruction.cycles else moved
-        return chip.kernel + max(
-            cost.flops(module, instruction, body) / chip.flops, moved / chip.reached
+        if chip.clock_hz:
+            return instruction.cycles / chip.clock_hz if instruction.cycles else moved
+        return chip.kernel_launch_s + max(
+            cost.flops(module, instruction, body) / chip.peak_flops,
+            moved / chip.hbm_efficiency,
         )
 
     current = 1.0
@@ -525,7 +517,7 @@ def roofline(compiled):
         )
     )
     return max(
-        (3 if train_ else 1) * flops / compiled.mesh.size / chip.flops,
+        (3 if train_ else 1) * flops / compiled.mesh.size / chip.peak_flops,
         (compiled.weights + (compiled.kv if decode else 0)) / chip.hbm_bandwidth,
     )
 

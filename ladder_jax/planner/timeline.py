@@ -295,7 +295,7 @@ class _Player:
             [self.now, *(self.free.get(link, 0.0) for link in transfer.links)]
         )
         made.end = made.start + transfer.seconds
-        self.free |= dict.fromkeys(transfer.links, made.start + transfer.flow)
+        self.free |= dict.fromkeys(transfer.links, made.start + transfer.bandwidth_s)
         self.timeline.collectives.append(made)
         self.flying[instruction.name] = made, self.busy
         if not asynchronous:
