@@ -6,7 +6,8 @@ RUN := $(VENV)/bin
 # line or two.
 COMPILERS ?= .venv-plan
 # Tests of single parts; and of the model, two schedules on one mesh.
-FAST := architecture batches config corpus docs matmul metrics packing reductions sampling schedule sharding sources
+FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
+	sampling schedule scheduler sharding sources stop_strings
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 .PHONY: demo test test-fast test-slow lint docs clean

@@ -1,11 +1,12 @@
-"""Checkpoints of a run (Orbax v1): everything that training needs to go on, in one folder a step.
+"""Checkpoints of a run (Orbax v1): all that training needs to resume, a folder a step.
 
-    <folder>/<step>/model/       parameters by their plain names, such as layers/attention/wq
+    <folder>/<step>/model/       parameters by plain names, such as layers/attention/wq
                     optimizer/   optimizer state, named in the same way
                     data/        position of the data iterator, one JSON file a process
                     meta/        JSON: configuration, tokenizer, versions
 
-Arrays load onto any mesh. Plain Orbax opens them too, as NumPy arrays on any machine: see notebooks/checkpoint.ipynb.
+Arrays load onto any mesh. Plain Orbax opens them too, as NumPy arrays on any machine:
+see notebooks/checkpoint.ipynb.
 """
 
 import contextlib
@@ -15,249 +16,351 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
+from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
-FORMAT = 1  # of what is written here: raised when an older ladder_jax could not read it
+from ladder_jax.config import require
+from ladder_jax.run_folder import Lease
+
+FORMAT = 1  # of the files: raised when an older ladder_jax could not read them
 VERSION = next(
-    (found.version for found in importlib.metadata.distributions(name="ladder_jax")),
+    (
+        package.version
+        for package in importlib.metadata.distributions(name="ladder_jax")
+    ),
     "not installed",
 )
+PATTERNS = "*?[\\"  # characters of file patterns, see `require_plain_name`
 log = logging.getLogger(__name__)
+
+Meta = dict[str, Any]
+Read = TypeVar("Read")
 
 
 class Damaged(Exception):
     """A checkpoint that cannot be read; the one before it is tried."""
 
 
-class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of one run, which alone may open them so; other programs use `load_model` and `read_meta`.
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
+    """The checkpoints of one run; other programs read with `load_model`, `read_meta`.
 
-    Opening makes the folder and removes what a killed save left in it. Use it in a `with`, or close it: a save
-    still under way when the interpreter exits is lost. All processes of a run make the same calls.
+    Opening makes the folder and removes what a killed save left in it. Use it in a
+    `with`, or close it: a save that has not ended when the interpreter exits is lost.
+    All processes of a run make the same calls.
 
     Args:
-        folder: where the steps go, a path or a bucket's address.
-        keep: how many of the newest checkpoints stay; an older one goes once its successor is complete.
-    Raises OSError when the folder cannot be made.
+      folder: where the steps go, a path or a bucket's address.
+      keep: how many of the newest checkpoints stay. An older one is removed once its
+        successor is complete and its descriptions have been read back.
+      lease: the lease on the run's folder, checked before each save; None: no check.
+
+    Raises ConfigError where Orbax cannot work in a folder of that name, and OSError
+    where the folder cannot be made.
     """
 
-    def __init__(self, folder, keep):
+    def __init__(
+        self, folder: epath.PathLike, keep: int, lease: Lease | None = None
+    ) -> None:
         self.folder = _absolute(folder)
-        self._step = None  # last step saved or restored: any above it are of a past that the run has left
+        require_plain_name(self.folder)
+        self.keep, self.lease = keep, lease
+        # The last step saved or restored. Steps above it belong to a past that the run
+        # has left.
+        self._step: int | None = None
+        self._unverified: tuple[int, dict[str, Any]] | None = None  # step, its arrays
+        self._quiet = contextlib.ExitStack()
         training, context = ocp.training, ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry()
-        context.checkpointables.registry.add(
-            ocp.handlers.JsonHandler, checkpointable_name="meta"
-        )  # not as a pytree
-        # Made in the background, a folder that cannot be made leaves Orbax's threads waiting for it for minutes.
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # no pytree
+        context.checkpointables.registry = registry
+        # If the background made the folder and failed, Orbax's threads would wait for
+        # the folder for minutes.
         context.asynchronous.create_directories_asynchronously = False
+        every_call = training.save_decision_policies.FixedIntervalPolicy(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _quiet():
+            with _silent():
                 self._checkpointer = training.Checkpointer(
                     self.folder,
                     context=context,
                     cleanup_tmp_directories=True,
-                    save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
-                        1
-                    ),  # whenever asked
-                    preservation_policy=training.preservation_policies.LatestN(keep),
+                    save_decision_policy=every_call,
+                    preservation_policy=training.preservation_policies.PreserveAll(),
                 )
         except OSError as error:
             raise _not_written(self.folder, error) from error
+        self._known = set(self.steps())  # steps that this run found or wrote
+        self._quiet.enter_context(_without_progress())
 
-    def save(self, step, state, data_iterator, meta):
-        """Copies everything to the host, then writes it in the background; first waits for the save before this one.
+    def save(
+        self, step: int, state: dict[str, Any], data_iterator: Any, meta: Meta
+    ) -> None:
+        """Copies everything to the host, and writes it in the background.
+
+        It first waits for the save before this one.
 
         Args:
-            step: steps taken so far. A step just saved or restored is not written again. Once an earlier step has
-                been restored, checkpoints from `step` on are replaced: they belong to a run that went another way.
-            state: dict of pytrees of arrays, such as dict(model=..., optimizer=...).
-            data_iterator: a Grain DatasetIterator, whose position each process saves; None: none is saved.
-            meta: dict of JSON values: config (`config.to_dict`), tokenizer (its JSON text).
-        Raises OSError when this save cannot start or the one before it failed; ValueError when the folder held
-        checkpoints already and none was restored.
+          step: steps taken so far. A step just saved or restored is not written again.
+            Once an earlier step has been restored, checkpoints from `step` on are
+            replaced: they belong to a run that went another way.
+          state: dict of pytrees of arrays, such as dict(model=..., optimizer=...).
+          data_iterator: a Grain DatasetIterator, whose position each process saves;
+            None: none is saved.
+          meta: dict of JSON values: config (`config.to_dict`), tokenizer (its JSON).
+
+        Raises OSError when this save cannot start, the one before it failed, or another
+        job writes here; ValueError when the folder held checkpoints already and none
+        was restored.
         """
+        if self.lease is not None:
+            self.lease.check()
         self.wait()
         if step == self._step:
             return
         steps = self.steps()
-        if (
-            steps and self._step is None
-        ):  # else Orbax would take them, and any folder named by a number, for old
-            raise ValueError(
-                f"{self.folder} holds checkpoints of another run, of steps {steps}: restore one of them "
-                "to go on from it, or choose another folder"
+        if foreign := sorted(set(steps) - self._known):
+            raise OSError(
+                f"{self.folder} holds checkpoints of steps {foreign}, which another "
+                "job wrote meanwhile: this job stops, and removes none of them"
             )
-        items = {
+        # Orbax would take any folder whose name is a number for an old checkpoint.
+        if steps and self._step is None:
+            raise ValueError(
+                f"{self.folder} holds checkpoints of another run, of steps {steps}: "
+                "restore one of them to go on from it, or choose another folder"
+            )
+        items: dict[str, Any] = {
             name: unflatten_dict(_named(tree), sep="/") for name, tree in state.items()
         }
+        arrays = {name: _shapes(tree) for name, tree in state.items()}
         if data_iterator is not None:
             items["data"] = data_iterator
-        items["meta"] = {
-            "format": FORMAT,
-            "ladder_jax": VERSION,
-            "parts": sorted(items),
-            **meta,
-        }
+        parts = sorted(items)
+        items["meta"] = dict(format=FORMAT, ladder_jax=VERSION, parts=parts) | meta
         try:
             for other in reversed([s for s in steps if s >= step]):
                 self._checkpointer.delete(other)
             self._checkpointer.save_checkpointables_async(step, items)
         except Exception as error:
             raise _not_written(self.folder / str(step), error) from error
-        self._step = step
+        self._step, self._unverified = step, (step, arrays)
+        self._known.add(step)
 
-    def steps(self):
-        """The steps of all complete checkpoints, ascending; whether one can be read shows when it is."""
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending; some may be damaged."""
         return saved_steps(self.folder)
 
-    def restore(self, abstract_state, data_iterator=None, step=None, config=None):
-        """Loads the newest checkpoint that can be read (or that of `step`) into the layout of `abstract_state`.
+    def restore(
+        self,
+        abstract_state: dict[str, Any],
+        data_iterator: Any = None,
+        step: int | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> tuple[int, dict[str, Any], Meta]:
+        """Loads the newest checkpoint that can be read into `abstract_state`'s layout.
+
+        A damaged one is reported in one line, and the one before it is taken.
 
         Args:
-            abstract_state: dict of pytrees, as saved; leaves have shape, dtype and sharding (jax.ShapeDtypeStruct).
-            data_iterator: made as the saved one was; it is moved to the saved position. None: the position is unread.
-            step: that one and no other.
-            config: `config.to_dict` of now: if the checkpoint does not fit, the fields that differ are named.
-        Returns (step, state, meta). A damaged checkpoint is reported in one line and the one before it is taken.
-        Raises ValueError when there is none, none can be read, or it is one of another model or optimizer.
+          abstract_state: dict of pytrees, as saved; leaves have shape, dtype and
+            sharding (jax.ShapeDtypeStruct).
+          data_iterator: made as the saved one was; it is moved to the saved position.
+            None: the position is not read.
+          step: that one and no other.
+          config: `config.to_dict` of now: if the checkpoint does not fit, the message
+            names the fields that differ.
+
+        Returns (step, state, meta). Raises ValueError when there is none, none can be
+        read, or it is one of another model or optimizer.
         """
         self.wait()
         path, (state, meta) = _newest(
-            _choose(self.folder, self.steps(), step),
+            _candidates(self.folder, self.steps(), step),
             lambda path: _load(path, abstract_state, data_iterator, config),
         )
         self._step = int(path.name)
         return self._step, state, meta
 
-    def wait(self):
-        """Returns when the last save is complete. Raises OSError if it failed: that checkpoint does not exist then."""
+    def wait(self) -> None:
+        """Returns when the last save is complete and older ones are removed.
+
+        Raises OSError if the save failed, or cannot be read back: the run then goes on
+        from an older one.
+        """
         try:
             self._checkpointer.wait()
+            self._verify()
         except Exception as error:
-            failed, self._step = self._step, max(self.steps(), default=None)
+            failed, unverified = self._step, self._unverified
+            good = [s for s in self.steps() if not unverified or s != unverified[0]]
+            self._step, self._unverified = max(good, default=None), None
             raise _not_written(self.folder / str(failed), error) from error
 
-    def close(self):
+    def _verify(self) -> None:
+        """Reads the last save's descriptions back, then removes surplus checkpoints."""
+        if self._unverified is None:
+            return
+        step, arrays = self._unverified
+        with _silent():
+            _check_arrays(self.folder / str(step), arrays)
+        self._unverified = None
+        own = [s for s in self.steps() if s in self._known]
+        for surplus in own[: -self.keep]:
+            try:
+                self._checkpointer.delete(surplus)
+            except Exception as error:  # it costs room, and no checkpoint
+                path = self.folder / str(surplus)
+                log.warning("checkpoint %s cannot be removed: %s", path, _line(error))
+
+    def close(self) -> None:
         """Waits for the last save, and raises as `wait` does."""
         try:
             self.wait()
         finally:
             self._checkpointer.close()
+            self._quiet.close()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def read_meta(path, step=None):
-    """The JSON saved with the arrays, which stay unread: dict with format, ladder_jax, parts, config, tokenizer.
+def require_plain_name(folder: epath.PathLike, name: str = "folder") -> None:
+    """Raises ConfigError where Orbax cannot save into `folder`, whose field is `name`.
 
-    `path`, `step` and the ValueError are those of `load_model`.
+    Orbax looks for files with patterns that have the folder's path in them. Where the
+    path is itself a pattern, it would leave parts of a save out, or find those of
+    another folder.
+    """
+    path = str(_absolute(folder))
+    accepted = f"a path without any of {' '.join(PATTERNS)} ({path})"
+    require(not set(path) & set(PATTERNS), name, str(folder), accepted)
+
+
+def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
+    """The JSON saved with the arrays, which are not read.
+
+    Returns a dict with format, ladder_jax, parts, config and tokenizer. `path`, `step`
+    and the ValueError are those of `load_model`.
     """
     return _newest(_find(path, step), _meta)[1]
 
 
-def load_model(path, abstract_model, step=None):
-    """The parameters alone, from the newest checkpoint that can be read (or that of `step`), on any mesh.
+def load_model(
+    path: epath.PathLike, abstract_model: Any, step: int | None = None
+) -> Any:
+    """The parameters alone, from the newest checkpoint that can be read, on any mesh.
 
     Args:
-        path: a run's folder, its checkpoints folder, or the folder of one step.
-        abstract_model: the model with leaves that have shape, dtype and sharding (jax.ShapeDtypeStruct; without a
-            sharding: on the first device). Floating-point parameters are cast to the dtype asked for.
-    Raises ValueError when there is no such checkpoint, none can be read, or it is one of another model.
+      path: a run's folder, its checkpoints folder, or the folder of one step.
+      abstract_model: the model with leaves that have shape, dtype and sharding
+        (jax.ShapeDtypeStruct; without a sharding: on the first device). Floating-point
+        parameters are cast to these dtypes.
+      step: that one and no other.
+
+    Raises ValueError when there is no such checkpoint, none can be read, or it is one
+    of another model.
     """
-    return _newest(
+    state, _ = _newest(
         _find(path, step),
         lambda path: _load(path, {"model": abstract_model}, cast=True),
-    )[1][0]["model"]
+    )[1]
+    return state["model"]
 
 
-def _absolute(path):
+def saved_steps(folder: epath.PathLike) -> list[int]:
+    """The steps of all complete checkpoints in `folder`, ascending.
+
+    None where there is no such folder.
+    """
+    with _silent():
+        names = ocp.path.step.standard_name_format()
+        return sorted(entry.step for entry in names.find_all(_absolute(folder)))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def _absolute(path: epath.PathLike) -> Path:
     path = epath.Path(path).expanduser()
-    return (
-        path if "://" in str(path) else path.resolve()
-    )  # a bucket's address is whole as it is
+    is_bucket = "://" in str(path)
+    return path if is_bucket else path.resolve()
 
 
-def _find(path, step):
+def _find(path: epath.PathLike, step: int | None) -> list[Path]:
     """Folders of the checkpoints that a reader's `path` may mean, newest first."""
     path = _absolute(path)
+    if "\\" in str(path):
+        raise ValueError(f"{path} cannot be read: Orbax takes no path with \\")
     if (path / "meta").is_dir():
-        return (
-            _choose(path.parent, [int(path.name)], step)
-            if path.name.isdigit()
-            else [path]
-        )
+        if path.name.isdigit():
+            return _candidates(path.parent, [int(path.name)], step)
+        return [path]
     for folder in (path, path / "checkpoints"):
         steps = saved_steps(folder)
         if any((folder / str(s) / "meta").is_dir() for s in steps):
-            return _choose(folder, steps, step)
+            return _candidates(folder, steps, step)
     raise ValueError(
-        f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: a run's folder, its "
-        "checkpoints folder or the folder of one step is accepted"
+        f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: "
+        "a run's folder, its checkpoints folder or the folder of one step is accepted"
     )
 
 
-def saved_steps(folder):
-    """The steps of all complete checkpoints in `folder`, ascending; none where there is no such folder."""
-    with _quiet():
-        return sorted(
-            found.step
-            for found in ocp.path.step.standard_name_format().find_all(
-                _absolute(folder)
-            )
-        )
-
-
-def _choose(folder, steps, step):
+def _candidates(folder: Path, steps: Sequence[int], step: int | None) -> list[Path]:
+    """The folders to try, newest first: that of `step`, or all."""
     if not steps or step not in (None, *steps):
-        raise ValueError(
-            f"{folder} holds no checkpoint{'' if step is None else f' of step {step}, only {steps}'}"
-        )
-    return [folder / str(s) for s in (reversed(steps) if step is None else [step])]
+        of_step = "" if step is None else f" of step {step}, only {steps}"
+        raise ValueError(f"{folder} holds no checkpoint{of_step}")
+    wanted = sorted(steps, reverse=True) if step is None else [step]
+    return [folder / str(number) for number in wanted]
 
 
-def _newest(paths, read):
+def _newest(paths: Sequence[Path], read: Callable[[Path], Read]) -> tuple[Path, Read]:
     """(path, read(path)) of the first of `paths` that is not damaged."""
     for path in paths:
         try:
-            with _quiet():
+            with _silent():
                 return path, read(path)
         except Damaged as error:
             reason = f"checkpoint {path} is damaged: {error}"
         if path != paths[-1]:
             log.warning("%s; taking the one before it", reason)
-    raise ValueError(
-        reason
-        if len(paths) == 1
-        else f"{reason}; none of {len(paths)} checkpoints can be read"
-    )
+    if len(paths) > 1:
+        reason += f"; none of {len(paths)} checkpoints can be read"
+    raise ValueError(reason)
+
+
+# ---------------------------------------------------------------- reading
 
 
 @contextlib.contextmanager
-def _reading(part):
-    """Turns a failure to read into `Damaged`, unless the files are not to blame for it."""
+def _reading(part: str) -> Iterator[None]:
+    """Turns a failure to read into `Damaged`, unless the files are not to blame."""
     try:
         yield
     except Exception as error:
-        while (
-            error.__cause__ is not None
-        ):  # Orbax wraps what happened in what it was trying
-            error = error.__cause__
-        if isinstance(
-            error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-        ):
-            raise error from None
-        raise Damaged(f"{part}: {_line(error)}") from None
+        raise _blamed(error, part) from None
 
 
-def _meta(path):
+def _blamed(error: BaseException, part: str) -> BaseException:
+    """What to raise for `error`: itself where the machine is to blame, or `Damaged`.
+
+    No variable of a frame that `Damaged` goes through may hold the error, which holds
+    Orbax's tasks (`_silent`).
+    """
+    while error.__cause__ is not None:  # Orbax wraps the cause in its own errors
+        error = error.__cause__
+    machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+    return error if isinstance(error, machine) else Damaged(f"{part}: {_line(error)}")
+
+
+def _meta(path: Path) -> Meta:
     with _reading("meta"):
         meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
         version = meta["format"]
@@ -269,59 +372,90 @@ def _meta(path):
     return meta
 
 
-def _load(path, abstract_state, data_iterator=None, config=None, cast=False):
-    """(state, meta) of one step. Descriptions are compared before arrays are read: another model is not damage."""
-    meta, wanted = _meta(path), {}
-    for name in [*abstract_state, *(["data"] if data_iterator is not None else [])]:
+def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A pytree's arrays by name: shape, dtype and sharding."""
+    return {
+        array: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x))
+        for array, x in _named(tree).items()
+    }
+
+
+def _sharding(x: Any) -> jax.sharding.Sharding:
+    """That of `x`, or the first device's."""
+    sharding = getattr(x, "sharding", None)
+    return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _check_arrays(
+    path: Path,
+    arrays: dict[str, dict[str, jax.ShapeDtypeStruct]],
+    config: dict[str, Any] | None = None,
+    cast: bool = False,
+) -> Meta:
+    """Reads a checkpoint's descriptions, not its arrays. Returns its meta.
+
+    Raises Damaged where one cannot be read, ValueError where a part of `arrays` is
+    missing or differs.
+    """
+    meta = _meta(path)
+    for name, wanted in arrays.items():
         if name not in meta["parts"]:
             raise ValueError(f"{path} holds no {name}, only {', '.join(meta['parts'])}")
-    for name, tree in abstract_state.items():
         with _reading(name):
             saved = ocp.metadata(path, checkpointable_name=name).metadata
             if saved is None:  # Orbax has logged why, in many lines
                 raise ValueError("the description of the arrays cannot be read")
-        wanted[name] = {
-            array: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=getattr(x, "sharding", None)
-                or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-            )
-            for array, x in _named(tree).items()
-        }
-        if problem := _misfit(flatten_dict(saved, sep="/"), wanted[name], cast):
+        if problem := _misfit(flatten_dict(saved, sep="/"), wanted, cast):
             raise ValueError(
-                f"{path} is a checkpoint of another model or optimizer: {name}/{problem}"
-                + _differences(meta.get("config"), config)
+                f"{path} is a checkpoint of another model or optimizer: "
+                f"{name}/{problem}" + _differences(meta.get("config"), config)
             )
+    return meta
+
+
+def _load(
+    path: Path,
+    abstract_state: dict[str, Any],
+    data_iterator: Any = None,
+    config: dict[str, Any] | None = None,
+    cast: bool = False,
+) -> tuple[dict[str, Any], Meta]:
+    """(state, meta) of one step.
+
+    Descriptions are compared before arrays are read: another model is not damage.
+    """
+    wanted = {name: _shapes(tree) for name, tree in abstract_state.items()}
+    meta = _check_arrays(path, wanted, config, cast)
+    if data_iterator is not None and "data" not in meta["parts"]:
+        raise ValueError(f"{path} holds no data, only {', '.join(meta['parts'])}")
+    nested = {name: unflatten_dict(flat, sep="/") for name, flat in wanted.items()}
     with _reading("arrays"):
-        loaded = ocp.load_checkpointables(
-            path, {n: unflatten_dict(flat, sep="/") for n, flat in wanted.items()}
-        )
-    loaded = {name: flatten_dict(tree, sep="/") for name, tree in loaded.items()}
+        loaded = ocp.load_checkpointables(path, nested)
     if data_iterator is not None:
         _move(data_iterator, path)
-    return {
-        name: jax.tree.unflatten(
-            jax.tree.structure(tree), [loaded[name][array] for array in wanted[name]]
-        )
-        for name, tree in abstract_state.items()
-    }, meta
+    state = {}
+    for name, tree in abstract_state.items():
+        arrays = flatten_dict(loaded[name], sep="/")
+        leaves = [arrays[array] for array in wanted[name]]
+        state[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return state, meta
 
 
-def _move(data_iterator, path):
-    """Sets the iterator to the position that this process saved (Grain names the files)."""
+def _move(data_iterator: Any, path: Path) -> None:
+    """Sets the iterator to the position that this process saved.
+
+    Grain names the files.
+    """
     name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
     with _reading("data"):
         files = sorted(file.name for file in (path / "data").glob("process_*"))
-        position = (
-            json.loads((path / "data" / name).read_text())
-            if name in files or not files
-            else None
-        )
+        position = None
+        if name in files or not files:
+            position = json.loads((path / "data" / name).read_text())
     if position is None:
         raise ValueError(
-            f"{path} has data positions {files}, not {name}: resume with as many processes as saved them"
+            f"{path} has data positions {files}, not {name}: "
+            "resume with as many processes as saved them"
         )
     try:
         data_iterator.set_state(position)
@@ -331,23 +465,27 @@ def _move(data_iterator, path):
         ) from error
 
 
-def _named(tree):
-    """Leaves of a pytree by their path, such as layers/attention/wq: no `.value` of Flax variables, no containers."""
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by their path, such as layers/attention/wq.
+
+    The `.value` of Flax variables is no part of it.
+    """
     leaves = tree_leaves_with_path(tree)
-    named = {
-        keystr(
-            path[:-1] if path[-1] == GetAttrKey("value") else path,
-            simple=True,
-            separator="/",
-        ): leaf
-        for path, leaf in leaves
-    }
+    named = {}
+    for path, leaf in leaves:
+        if path[-1] == GetAttrKey("value"):
+            path = path[:-1]
+        named[keystr(path, simple=True, separator="/")] = leaf
     assert len(named) == len(leaves), "two leaves have the same name"
     return named
 
 
-def _misfit(saved, wanted, cast):
-    """Says which array differs between the checkpoint (`saved`) and this program (`wanted`), and how; None if none."""
+def _misfit(saved: dict[str, Any], wanted: dict[str, Any], cast: bool) -> str | None:
+    """Which array differs between the checkpoint (`saved`) and `wanted`, and how.
+
+    None where none does. With `cast`, floating-point dtypes may differ.
+    """
+    is_float = lambda x: jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
     for array in sorted(wanted.keys() | saved.keys()):
         if array not in saved:
             return f"{array} is not in the checkpoint"
@@ -360,19 +498,20 @@ def _misfit(saved, wanted, cast):
             return (
                 f"{array} has shape {there.shape} in the checkpoint, {here.shape} here"
             )
-        floats = all(
-            jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in (there, here)
-        )
-        if there.dtype != here.dtype and not (cast and floats):
+        may_cast = cast and is_float(there) and is_float(here)
+        if there.dtype != here.dtype and not may_cast:
             return f"{array} is {there.dtype} in the checkpoint, {here.dtype} here"
+    return None
 
 
-def _differences(saved, config):
-    """Fields of the model and the optimizer that differ between two configurations, as the end of a message."""
-    there, here = (
-        flatten_dict({s: (c or {}).get(s, {}) for s in ("model", "optimizer")}, sep=".")
-        for c in (saved, config)
-    )
+def _differences(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """How two configurations' models and optimizers differ, as a message's end."""
+
+    def flat(config: dict[str, Any] | None) -> dict[str, Any]:
+        sections = {name: (config or {}).get(name, {}) for name in SECTIONS}
+        return flatten_dict(sections, sep=".")
+
+    there, here = flat(saved), flat(now)
     fields = [
         f"{name}={there[name]!r} in the checkpoint, {here[name]!r} here"
         for name in there.keys() & here.keys()
@@ -381,41 +520,64 @@ def _differences(saved, config):
     return f" ({'; '.join(sorted(fields))})" if fields else ""
 
 
-def _line(error):
-    """An error's message, on one line and without the source locations that TensorStore appends."""
-    return (
-        " ".join(str(error).split(" [source locations=")[0].split())[:300]
-        or type(error).__name__
-    )
+SECTIONS = ("model", "optimizer")  # of a configuration: they decide what arrays it has
 
 
-def _not_written(path, error):
+def _line(error: BaseException) -> str:
+    """An error's message on one line, without TensorStore's source locations."""
+    text = str(error).split(" [source locations=")[0]
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
     return OSError(
-        f"checkpoint {path} could not be written: {_line(error)}; those before it are as they were"
+        f"checkpoint {path} could not be written: {_line(error)}; "
+        "those before it are as they were"
     )
 
 
-def _is_news(record):
-    """Not so Orbax's progress reports, nor its tracebacks of failures: these are raised here, once."""
-    return "orbax" not in record.pathname or record.levelno == logging.WARNING
-
-
-logging.getLogger("absl").addFilter(_is_news)
+# ---------------------------------------------------------------- what Orbax prints
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silences what Orbax prints of a damaged checkpoint: many lines, some only when its tasks are collected."""
-    loggers, nothing = (
-        [logging.getLogger(name) for name in (None, "absl", "asyncio")],
-        lambda *_: None,
-    )
-    hooks = sys.unraisablehook, sys.excepthook
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sys.unraisablehook = sys.excepthook = nothing
+def _filtered(
+    names: Sequence[str | None], passes: Callable[[logging.LogRecord], bool]
+) -> Iterator[None]:
+    """Drops the records of these loggers that `passes` refuses."""
+    keep = lambda record: passes(record)  # of this call: it is removed without others
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
         for logger in loggers:
-            logger.addFilter(nothing)
+            logger.removeFilter(keep)
+
+
+def _without_progress() -> contextlib.AbstractContextManager[None]:
+    """Drops Orbax's progress reports and its tracebacks of failures.
+
+    The failures are raised here, once.
+    """
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno == logging.WARNING
+
+    return _filtered(["absl"], passes)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drops what Orbax prints about a damaged checkpoint: many lines.
+
+    It leaves tasks that failed behind. Python would print their errors when it collects
+    them (`sys.unraisablehook`), so they are collected here.
+    """
+    hook, drop = sys.unraisablehook, lambda _: False
+    with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = drop
         try:
             yield
         except Damaged as error:
@@ -423,6 +585,4 @@ def _quiet():
             gc.collect()
             raise
         finally:
-            sys.unraisablehook, sys.excepthook = hooks
-            for logger in loggers:
-                logger.removeFilter(nothing)
+            sys.unraisablehook = hook

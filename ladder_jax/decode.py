@@ -276,10 +276,10 @@ def _make_arrange(spec: DecodeSpec) -> Callable[..., Any]:
 
 
 def _arrange(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
-    def cast(name: str, x: jax.Array) -> jax.Array:
-        return x if name.endswith("norm") else x.astype(spec.model_config.dtype)
+    def cast(role: sharding.Role, x: jax.Array) -> jax.Array:
+        return x if role == "norm" else x.astype(spec.model_config.dtype)
 
-    model = jax.tree.map(cast, sharding.parameter_names(model), model)
+    model = jax.tree.map(cast, sharding.parameter_roles(model), model)
     return unstack(model) if spec.unroll_layers else model
 
 

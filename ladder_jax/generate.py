@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ladder_jax import kv_cache, sampling, sharding
 from ladder_jax.config import ConfigError, Model, require
-from ladder_jax.hardware import xla_options
+from ladder_jax.hardware import chips, xla_options
 from ladder_jax.model import Transformer, abstract, hidden, logits
 from ladder_jax.residual import choose
 
@@ -31,7 +31,7 @@ def empty_cache(
     """
     heads, size = model_config.kv_heads, model_config.head_dim
     shape = model_config.layers, batch, heads, length, size
-    platform = mesh.devices.flat[0].platform
+    platform = chips.platform(mesh)
     dtype = kv_cache.choose_dtype(kv_dtype, model_config.dtype, platform)
     return jax.jit(
         lambda: kv_cache.empty(shape, dtype),

@@ -1,26 +1,28 @@
 """Keys and values of past tokens: how they are stored, written and sized.
 
-B rows (requests), K key-value heads, S cache length, H head, T new tokens, L layers. A head's keys lie together, [B, K,
-S, H], so that attention is one matrix product a head without a transpose on any platform.
+B rows (requests), K key-value heads, S cache length, H head dimension, T new tokens,
+L layers. A head's keys are contiguous, [B, K, S, H], so that attention is one matrix
+product a head, without a transpose, on every platform.
 
-int8 keeps a scale for every token and head (symmetric, absolute maximum), which attention applies to scores and
-weights, so that no wider copy of the cache is ever made.
+int8 keeps a scale for every token and head (symmetric, by the absolute maximum).
+Attention multiplies scores and weights by the scales, so that no wider copy of the
+cache is ever made.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-DTYPES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "int8": 1,
-}  # bytes an element; int8 adds a float32 scale for every head
+from ladder_jax import config
+
+# Bytes an element. int8 adds a float32 scale for every token and head.
+DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4
 
 
 class KV(NamedTuple):
-    """One layer's keys and values [B, K, S, H], or those of all layers, [L, B, K, S, H]."""
+    """One layer's keys and values [B, K, S, H], or those of all, [L, B, K, S, H]."""
 
     k: jax.Array
     v: jax.Array
@@ -28,43 +30,51 @@ class KV(NamedTuple):
     v_scale: jax.Array | None = None
 
 
-def empty(shape, dtype):
+def empty(shape: tuple[int, ...], dtype: str) -> KV:
     """A KV of zeros; `shape` is that of the keys, `dtype` one of DTYPES."""
-    scales = (
-        (jnp.zeros((*shape[:-1], 1), jnp.float32) for _ in range(2))
-        if dtype == "int8"
-        else (None, None)
-    )
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
+    k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    if dtype != "int8":
+        return KV(k, v)
+    scale_shape = (*shape[:-1], 1)
+    return KV(k, v, *(jnp.zeros(scale_shape, jnp.float32) for _ in range(2)))
 
 
-def bytes_per_token(config, dtype):
-    """What one token of one request takes in all layers, bytes (config: config.Model)."""
-    head = config.head_dim * DTYPES[dtype] + (4 if dtype == "int8" else 0)
-    return 2 * config.layers * config.kv_heads * head
+def bytes_per_token(model_config: config.Model, dtype: str) -> int:
+    """Bytes of one token's keys and values in all layers; `dtype` one of DTYPES."""
+    head = model_config.head_dim * DTYPES[dtype]
+    if dtype == "int8":
+        head += SCALE_BYTES
+    return 2 * model_config.layers * model_config.kv_heads * head
 
 
-def write(cache, k_BTKH, v_BTKH, positions_BT):
-    """The cache of one layer with these keys and values at these positions; positions outside it are dropped."""
-    rows_B1, heads = (
-        jnp.arange(positions_BT.shape[0])[:, None, None],
-        jnp.arange(k_BTKH.shape[2]),
-    )
-    place = lambda kept, new: kept.at[rows_B1, heads, positions_BT[:, :, None]].set(
-        new.astype(kept.dtype), mode="drop"
-    )
+def write(
+    cache: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+) -> KV:
+    """One layer's cache with these keys and values written at these positions.
+
+    Positions outside the cache are dropped.
+    """
+    rows_B11 = jnp.arange(positions_BT.shape[0])[:, None, None]
+    positions_BT1 = positions_BT[:, :, None]
+    heads_K = jnp.arange(k_BTKH.shape[2])
+
+    def put(old_BKSH: Any, new_BTKH: jax.Array) -> jax.Array:
+        new_BTKH = new_BTKH.astype(old_BKSH.dtype)
+        at = old_BKSH.at[rows_B11, heads_K, positions_BT1]
+        return at.set(new_BTKH, mode="drop")
+
     if cache.k_scale is None:
-        return KV(place(cache.k, k_BTKH), place(cache.v, v_BTKH))
+        return KV(put(cache.k, k_BTKH), put(cache.v, v_BTKH))
     (k_BTKH, k_scale), (v_BTKH, v_scale) = quantise(k_BTKH), quantise(v_BTKH)
     return KV(
-        place(cache.k, k_BTKH),
-        place(cache.v, v_BTKH),
-        place(cache.k_scale, k_scale),
-        place(cache.v_scale, v_scale),
+        put(cache.k, k_BTKH),
+        put(cache.v, v_BTKH),
+        put(cache.k_scale, k_scale),
+        put(cache.v_scale, v_scale),
     )
 
 
-def quantise(x):
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(int8, float32 scale [..., 1]) with x ~ int8 * scale over the last dimension."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-8) / 127

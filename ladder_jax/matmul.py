@@ -1,62 +1,84 @@
-"""Matrix products as accelerators like them: operands in the compute dtype, sums in float32, backward pass included."""
+"""Matrix products as accelerators compute them best, backward pass included.
+
+Operands are in the compute dtype, sums in float32.
+"""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def product(spec, a, b):
-    """`jnp.einsum(spec, a, b)` of two operands of one dtype, in float32; for code with derivative rules of its own."""
-    # float32 operands are meant as float32, also where the hardware would rather round them first (TPU, TF32)
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum(spec, a, b)` of two operands of one dtype, in float32.
+
+    It is for code that has derivative rules of its own.
+    """
+    # TPUs and TF32 would round float32 operands first.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     multiply = partial(
         jnp.einsum, spec, precision=precision, preferred_element_type=jnp.float32
     )
     left, right, out = spec.replace("->", ",").split(",")
     rows = [letter for letter in left if letter not in right]
-    if not rows or any(a.shape[left.index(letter)] != 1 for letter in rows):
+    has_one_row = rows and all(a.shape[left.index(letter)] == 1 for letter in rows)
+    if not has_one_row:
         return multiply(a, b)
 
-    def twice(a, b):
+    def with_two_rows(a: jax.Array, b: jax.Array) -> jax.Array:
         doubled = jnp.concatenate([a, a], axis=left.index(rows[0]))
         return lax.slice_in_dim(multiply(doubled, b), 0, 1, axis=out.index(rows[0]))
 
-    # Two rows are faster than one: XLA:TPU multiplies one row on the vector units, by its own estimate two to four
-    # times slower than the matrix units, XLA:CPU one row of bfloat16 number by number.
+    # Two rows are faster than one. XLA:TPU multiplies one row on the vector units, by
+    # its own estimate two to four times slower than on the matrix units; XLA:CPU
+    # multiplies one row of bfloat16 number by number.
     slow = ("tpu", "cpu") if a.dtype == jnp.bfloat16 else ("tpu",)
-    return lax.platform_dependent(a, b, **dict.fromkeys(slow, twice), default=multiply)
+    by_platform = dict.fromkeys(slow, with_two_rows)
+    return lax.platform_dependent(a, b, **by_platform, default=multiply)
 
 
-def einsum(spec, a, b, out_dtype=None):
-    """`jnp.einsum(spec, a, b)` of two operands, none of whose dimensions is summed alone.
+def einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype: Any = None) -> jax.Array:
+    """`jnp.einsum(spec, a, b)` with float32 sums, forward and backward.
 
-    `b` (a weight, say) is cast to `a`'s dtype; products are summed in float32; the result is rounded to `out_dtype`
-    (default: `a`'s). In the backward pass the cotangent is rounded to `a`'s dtype before it is multiplied, so that it
-    runs at the forward pass's speed, and the derivative of `b` is returned in `b`'s dtype without another rounding.
+    In the backward pass the cotangent is rounded to `a`'s dtype before it is
+    multiplied, so that it runs at the forward pass's speed, and the derivative of `b`
+    is returned in `b`'s dtype without another rounding.
+
+    Args:
+      spec: of two operands, each of whose dimensions is in the other or the result.
+      a: its dtype is the compute dtype.
+      b: a weight, for example; it is cast to `a`'s dtype.
+      out_dtype: of the result; default, `a`'s.
     """
     return _einsum(spec, a, b, out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _einsum(spec, a, b, out_dtype):
+def _einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype: Any) -> jax.Array:
     return product(spec, a, b.astype(a.dtype)).astype(out_dtype or a.dtype)
 
 
-def _forward(spec, a, b, out_dtype):
+def _forward(
+    spec: str, a: jax.Array, b: jax.Array, out_dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _einsum(spec, a, b, out_dtype), (a, b)
 
 
-def _backward(spec, out_dtype, operands, cotangent):
+def _backward(
+    spec: str,
+    out_dtype: Any,
+    operands: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     a, b = operands
     inputs, out = spec.split("->")
     left, right = inputs.split(",")
     cotangent = cotangent.astype(a.dtype)
-    return (
-        product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype)).astype(a.dtype),
-        product(f"{left},{out}->{right}", a, cotangent).astype(b.dtype),
-    )
+    da = product(f"{out},{right}->{left}", cotangent, b.astype(a.dtype))
+    db = product(f"{left},{out}->{right}", a, cotangent)
+    return da.astype(a.dtype), db.astype(b.dtype)
 
 
 _einsum.defvjp(_forward, _backward)

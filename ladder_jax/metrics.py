@@ -1,51 +1,90 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a plot of the loss."""
+"""A run's numbers: metrics.jsonl, TensorBoard events, a plot of the loss."""
 
 import contextlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ladder_jax.config import ConfigError
 
+log = logging.getLogger(__name__)
 
-def require_tensorboard():
-    """The writer of TensorBoard events. Raises ConfigError where it is not installed."""
+Row = dict[str, Any]  # {"step": 20, "loss": ...} or {"step": 20, "held_out_loss": ...}
+
+
+def require_tensorboard() -> type:
+    """The writer of TensorBoard events; ConfigError where it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "train.tensorboard=True needs tensorboardX: pip install 'ladder_jax[tensorboard]'"
+            "train.tensorboard=True needs tensorboardX: "
+            "pip install 'ladder_jax[tensorboard]'"
         ) from None
     return SummaryWriter
 
 
-class Metrics(contextlib.AbstractContextManager):
-    """A run's metrics.jsonl, a row a report: {"step": 20, "loss": ...} or {"step": 20, "held_out_loss": ...}.
+class Metrics(contextlib.AbstractContextManager["Metrics"]):
+    """A run's metrics.jsonl, a row a report.
 
-    Rows after step `resumed_at`, of a run that was interrupted, are dropped: they come again. With `tensorboard`, the
-    same numbers go to events in tensorboard/. Raises OSError, here and in `write`, when there is no room.
+    A resumed run drops the rows after its checkpoint: the steps come again. A run that
+    starts at step 0 where there are rows already, of a run whose checkpoints are gone,
+    keeps these in another file, metrics.1.jsonl, and a warning says so.
+
+    Args:
+      folder: the run's folder.
+      tensorboard: whether the same numbers go to events in tensorboard/.
+      resumed_at: the step of the checkpoint that the run goes on from; 0: a new run.
+
+    Raises ConfigError where the file has lines that are not rows. Raises OSError, here
+    and in `write`, where the file cannot be written.
     """
 
-    def __init__(self, folder, tensorboard=False, resumed_at=0):
+    def __init__(
+        self, folder: str | Path, tensorboard: bool = False, resumed_at: int = 0
+    ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        temporary = self.path.with_suffix(".tmp")
         with self._naming():
-            rows = [row for row in read(self.path) if row["step"] <= resumed_at]
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(
-                temporary, self.path
-            )  # a kill leaves the old file or the new one
+            if resumed_at:
+                self._drop_after(resumed_at)
+            else:
+                self._move_aside()
             self._file = self.path.open("a", buffering=1)
-        self._board = (
-            require_tensorboard()(
+        self._board: Any = None
+        if tensorboard:
+            self._board = require_tensorboard()(
                 str(Path(folder) / "tensorboard"), purge_step=resumed_at + 1
             )
-            if tensorboard
-            else None
+
+    def _drop_after(self, step: int) -> None:
+        """Leaves the rows up to `step`; a kill leaves the old file or the new one."""
+        rows = [row for row in read(self.path) if row["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, self.path)
+
+    def _move_aside(self) -> None:
+        """Renames a file that holds anything to the first free name."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        number = 1
+        while (other := self.path.with_suffix(f".{number}.jsonl")).exists():
+            number += 1
+        self.path.rename(other)
+        log.warning(
+            "%s is of an earlier run, whose checkpoints are gone: it is now %s",
+            self.path,
+            other.name,
         )
 
-    def write(self, step, **values):
-        """One row: `values` at `step`. Out of this process at once, so that a killed run keeps it."""
+    def write(self, step: int, **values: float) -> None:
+        """Adds a row, `values` at `step`, which is out of this process at once.
+
+        So a killed run keeps it.
+        """
         with self._naming():
             self._file.write(json.dumps(dict(step=step, **values)) + "\n")
         if self._board:
@@ -53,7 +92,8 @@ class Metrics(contextlib.AbstractContextManager):
                 self._board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _naming(self):
+    def _naming(self) -> Iterator[None]:
+        """Gives an OSError the file's name."""
         try:
             yield
         except OSError as error:
@@ -61,28 +101,46 @@ class Metrics(contextlib.AbstractContextManager):
                 f"{self.path} could not be written: {error.strerror}"
             ) from error
 
-    def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # of what `write` has told
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # `write` has raised it already
             self._file.close()
         if self._board:
             self._board.close()
 
 
-def read(path):
-    """The rows of a metrics.jsonl, oldest first; a last line cut by a kill is left out."""
+def read(path: str | Path) -> list[Row]:
+    """The rows of a metrics.jsonl, oldest first; none where there is no file.
+
+    A last line that a kill cut off is left out. Raises ConfigError where any other line
+    is not a row.
+    """
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ConfigError(
+                f"{path}, line {number}, is not a row of metrics: it must be an object "
+                'with a whole number "step". Repair or remove the line, or move the '
+                "file away"
+            )
+        rows.append(row)
     return rows
 
 
-def plot(folder, title):
-    """Draws loss.png from the run's metrics and returns its path, or None where matplotlib is not installed."""
+def plot(folder: str | Path, title: str) -> Path | None:
+    """Draws loss.png from the run's metrics and returns its path.
+
+    None where matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
     rows = read(Path(folder) / "metrics.jsonl")
@@ -91,14 +149,10 @@ def plot(folder, title):
     for name, style in (("loss", "-"), ("held_out_loss", "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(
-                *zip(*points),
-                style,
-                label=name.replace("_", " ").replace("held out", "held-out"),
-                markersize=4,
-            )
+            label = name.replace("_", " ").replace("held out", "held-out")
+            axes.plot(*zip(*points), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()

@@ -1,19 +1,25 @@
-"""Residual schedules as data: which parts make a block, how stale a stream it reads, whether its partial is reduced.
+"""Residual schedules as data.
 
-With y_j block j's reduced output, block b with delay d reads `embedding + sum(y_j for j < b - d)`.
+A schedule says for each block which parts it has, how stale a stream it reads, and
+whether its partial is reduced. With y_j block j's reduced output, block b with delay d
+reads `embedding + sum(y_j for j < b - d)`.
 Notation, the same in configs, on the command line and in checkpoints:
 
     standard            every block reads all before it (delay 0)
-    ladder              every block reads a stream one block stale (Ladder Residual, arXiv 2501.06589, eq. 2)
+    ladder              every block reads a stream one block stale (Ladder Residual,
+                        arXiv 2501.06589, eq. 2)
     ladder:A,M          delay A for attention blocks, M for MLP blocks
     hybrid:last16       ladder for the last 16 layers, standard before
     hybrid:3,5-9        ladder for these layers, standard for the others
     delays:0,1,1,2,...  a delay for every block
-    parallel            attention and MLP share one norm and one reduction (GPT-J, PaLM)
-    desync:n            one reduction every n blocks (published: 2, 4), with the mean rule for the ranks' streams
-    upper-bound         no reduction at all: wrong outputs, the speed that no communication would give
+    parallel            attention and MLP share a norm and a reduction (GPT-J, PaLM)
+    desync:n            one reduction every n blocks (published: 2, 4), with the mean
+                        rule for the ranks' streams
+    upper-bound         no reduction at all: wrong outputs, at the speed of a machine
+                        whose communication takes no time
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 ATTENTION, MLP = ("attention",), ("mlp",)
@@ -22,28 +28,30 @@ ATTENTION, MLP = ("attention",), ("mlp",)
 class Block(NamedTuple):
     """One block of the residual schedule."""
 
-    parts: tuple[
-        str, ...
-    ]  # what is computed, on one shared norm: ("attention",), ("mlp",) or both
-    delay: int = 0  # how many of the newest partials it does not see
-    reduce: bool = True  # False: the partial stays this rank's own (desync)
+    # What it computes, on one shared norm: ("attention",), ("mlp",) or both.
+    parts: tuple[str, ...]
+    delay: int = 0  # how many of the newest partials it does not read
+    reduce: bool = True  # False: the partial stays on its own rank (desync)
 
 
 class Schedule(NamedTuple):
     """A model's blocks, layer by layer."""
 
     layers: tuple[tuple[Block, ...], ...]
-    local: bool = False  # ranks keep streams of their own between reductions (desync)
+    local: bool = False  # ranks have streams of their own between reductions (desync)
 
 
 FORMS = (
-    "standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), delays:D,D,... (one a block), "
-    "parallel, desync:N or upper-bound"
+    "standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), "
+    "delays:D,D,... (one a block), parallel, desync:N or upper-bound"
 )
 
 
-def parse(notation, layers):
-    """The `Schedule` of a model with `layers` layers; ValueError says which forms are accepted."""
+def parse(notation: str, layers: int) -> Schedule:
+    """The `Schedule` of a model with `layers` layers.
+
+    Raises ValueError, which says which forms are accepted.
+    """
     kind, _, argument = notation.partition(":")
     if kind in ("standard", "parallel", "upper-bound") and argument:
         raise ValueError(f"{kind} takes no argument")
@@ -56,62 +64,69 @@ def parse(notation, layers):
                 raise ValueError("ladder:A,M takes two delays, attention's and MLP's")
             return _delayed(_ramp(pair * layers))
         case "hybrid":
-            chosen = _layers(argument, layers)
-            return _delayed(
-                [int(layer in chosen) for layer in range(layers) for _ in range(2)]
-            )
+            stale = _layers(argument, layers)
+            delays = [int(layer in stale) for layer in range(layers)]
+            return _delayed([delay for delay in delays for _ in range(2)])
         case "delays":
-            delays = _numbers(argument, "delays:D,D,...")
-            if len(delays) != 2 * layers:
-                raise ValueError(
-                    f"it names {len(delays)} delays, but {layers} layers have {2 * layers} blocks"
-                )
-            for block, (before, delay) in enumerate(zip([-1] + delays, delays)):
-                if block and delay > before + 1:
-                    raise ValueError(
-                        f"block {block} has delay {delay} after {before}, but a delay can grow by at most "
-                        "one a block: a block does not read an older stream than the one before it"
-                    )
-            return _delayed(delays)
+            return _delayed(_block_delays(argument, layers))
         case "parallel":
             return Schedule(((Block(ATTENTION + MLP),),) * layers)
         case "desync":
             numbers = _numbers(argument, "desync:N")
             if len(numbers) != 1 or numbers[0] < 1:
                 raise ValueError("desync:N takes one number of blocks, 1 or more")
-            return _desync(
-                lambda block: (block + 1) % numbers[0] == 0 or block == 2 * layers - 1,
-                layers,
-            )
+            every, last = numbers[0], 2 * layers - 1
+            return _desync(lambda b: (b + 1) % every == 0 or b == last, layers)
         case "upper-bound":
             return _desync(lambda block: False, layers)
     raise ValueError(f"it must be {FORMS}")
 
 
-def _delayed(delays):
+def _delayed(delays: Sequence[int]) -> Schedule:
+    """A schedule of attention and MLP blocks with these delays, one a block."""
     pairs = zip(delays[::2], delays[1::2])
     return Schedule(tuple((Block(ATTENTION, a), Block(MLP, m)) for a, m in pairs))
 
 
-def _ramp(delays):
-    """`delays` with every rise spread over blocks, so that no block reads an older stream than the one before it."""
-    made = []
+def _ramp(delays: Iterable[int]) -> list[int]:
+    """`delays` with every rise spread over blocks, at most one a block.
+
+    So no block reads an older stream than the block before it.
+    """
+    ramp: list[int] = []
     for delay in delays:
-        made.append(min(delay, made[-1] + 1) if made else delay)
-    return made
+        ramp.append(min(delay, ramp[-1] + 1) if ramp else delay)
+    return ramp
 
 
-def _desync(reduces, layers):
-    return Schedule(
-        tuple(
-            (Block(ATTENTION, 0, reduces(2 * i)), Block(MLP, 0, reduces(2 * i + 1)))
-            for i in range(layers)
-        ),
-        local=True,
-    )
+def _block_delays(argument: str, layers: int) -> list[int]:
+    """The delays of `delays:D,D,...`, two a layer."""
+    delays = _numbers(argument, "delays:D,D,...")
+    if len(delays) != 2 * layers:
+        raise ValueError(
+            f"it names {len(delays)} delays, but {layers} layers have "
+            f"{2 * layers} blocks"
+        )
+    for block, (before, delay) in enumerate(zip(delays, delays[1:]), start=1):
+        if delay > before + 1:
+            raise ValueError(
+                f"block {block} has delay {delay} after {before}, but a delay can grow "
+                "by at most one a block: a block does not read an older stream than "
+                "the one before it"
+            )
+    return delays
 
 
-def _numbers(text, form):
+def _desync(reduces: Callable[[int], bool], layers: int) -> Schedule:
+    """A schedule of ranks' own streams; `reduces` says which blocks are reduced."""
+    blocks = [
+        (Block(ATTENTION, 0, reduces(2 * i)), Block(MLP, 0, reduces(2 * i + 1)))
+        for i in range(layers)
+    ]
+    return Schedule(tuple(blocks), local=True)
+
+
+def _numbers(text: str, form: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -121,7 +136,8 @@ def _numbers(text, form):
     return numbers
 
 
-def _layers(text, layers):
+def _layers(text: str, layers: int) -> set[int]:
+    """The layers that `hybrid:` names."""
     if text.startswith("last"):
         count, *more = _numbers(text[4:], "hybrid:lastK")
         if more:
@@ -129,12 +145,12 @@ def _layers(text, layers):
         if count > layers:
             raise ValueError(f"{text} asks for more than the {layers} layers there are")
         return set(range(layers - count, layers))
-    chosen = set()
+    named: set[int] = set()
     for part in text.split(","):
         ends = _numbers(part.replace("-", ","), "hybrid:LAYERS")
         if len(ends) > 2 or ends[0] > ends[-1]:
             raise ValueError(f"{part} is not a layer or a range of layers such as 5-9")
-        chosen |= set(range(ends[0], ends[-1] + 1))
-    if not chosen or max(chosen) >= layers:
+        named |= set(range(ends[0], ends[-1] + 1))
+    if not named or max(named) >= layers:
         raise ValueError(f"layers run from 0 to {layers - 1}")
-    return chosen
+    return named

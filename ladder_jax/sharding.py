@@ -1,35 +1,40 @@
-"""The mesh, every parameter's and activation's spec on one screen, and the collectives with their derivative rules.
+"""The mesh, the spec of every parameter and activation, and the collectives.
 
-The whole step runs inside one `jax.shard_map`: the model computes on local shards, and the only communication is what
-this file names. A value is a *partial* over the tensor axis when the true value is the sum of the shards' values.
+The specs are on one screen; the collectives come with their derivative rules. The
+whole step runs inside one `jax.shard_map`: the model computes on local shards, and the
+only communication is what this file names. A value is a *partial* over the tensor axis
+when the true value is the sum of the shards' values.
 
-Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). The loss is computed alike by every tensor
-shard, so that the sum that ends a block passes its cotangent through (reductions.reduce), and the cotangents that the
-shards' column-parallel matmuls send back to the stream that they share are partials (reductions.copy_to_tensor_axis sums them).
-So follows one rule for parameters: a gradient is a partial over every axis that its parameter is not sharded over
-(`sum_gradients`).
-`check_vma` cannot follow these rules (reductions made of exchanges have no type for their result), so it is off, and
-equality with a single-device reference is tested on every mesh shape instead.
+Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). Every tensor
+shard computes the same loss, so the sum that ends a block passes its cotangent through
+(reductions.reduce). The stream that a block's column-parallel products read is shared
+by the shards, so the cotangents that they send back to it are partials, and
+reductions.copy_to_tensor_axis sums them. One rule for parameters follows: a gradient is
+a partial over every axis that its parameter is not sharded over (`sum_gradients`).
+
+JAX's own check of these types (`check_vma`) cannot follow the rules: reductions made of
+exchanges have no type for their result. So it is off, and tests compare every mesh
+shape with a single-device reference.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ladder_jax import config
 from ladder_jax.config import ConfigError
 
-DATA, FSDP, TENSOR = AXES = (
-    "data",
-    "fsdp",
-    "tensor",
-)  # always all three, of size 1 where unused
-BATCH_AXES = (DATA, FSDP)  # the axes over which sequences are divided
+# The mesh's axes: always all three, of size 1 where unused.
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA, FSDP)  # sequences are divided over these
 
 # Dimensions, by the field of config.Model that gives their size.
 DIMS = {
@@ -41,156 +46,205 @@ DIMS = {
     "F": "ffn_dim",
 }
 
-PARAMETERS = {  # dimension -> mesh axis; layers stack a dimension before these
-    "embedding": dict(V=TENSOR, D=FSDP),
-    "attention.norm": dict(D=None),
-    "attention.wq": dict(D=FSDP, N=TENSOR, H=None),
-    "attention.wk": dict(D=FSDP, K=TENSOR, H=None),
-    "attention.wv": dict(D=FSDP, K=TENSOR, H=None),
-    "attention.bq": dict(N=TENSOR, H=None),
-    "attention.bk": dict(K=TENSOR, H=None),
-    "attention.bv": dict(K=TENSOR, H=None),
-    "attention.q_norm": dict(H=None),
-    "attention.k_norm": dict(H=None),
-    "attention.wo": dict(N=TENSOR, H=None, D=FSDP),
-    "mlp.norm": dict(D=None),
-    "mlp.gate": dict(D=FSDP, F=TENSOR),
-    "mlp.up": dict(D=FSDP, F=TENSOR),
-    "mlp.down": dict(F=TENSOR, D=FSDP),
-    "norm": dict(D=None),
-    "unembedding": dict(D=FSDP, V=TENSOR),
+Role = Literal["embedding", "matrix", "norm", "bias"]
+
+
+class Parameter(NamedTuple):
+    """A row of PARAMETERS."""
+
+    role: Role  # decides weight decay (optimizer.py) and the cast for decoding
+    axes: dict[str, str | None]  # dimension -> mesh axis, in the array's order
+
+
+def _row(role: Role, **axes: str | None) -> Parameter:
+    return Parameter(role, axes)
+
+
+# Layers stack a dimension before these.
+PARAMETERS = {
+    "embedding": _row("embedding", V=TENSOR, D=FSDP),
+    "attention.norm": _row("norm", D=None),
+    "attention.wq": _row("matrix", D=FSDP, N=TENSOR, H=None),
+    "attention.wk": _row("matrix", D=FSDP, K=TENSOR, H=None),
+    "attention.wv": _row("matrix", D=FSDP, K=TENSOR, H=None),
+    "attention.bq": _row("bias", N=TENSOR, H=None),
+    "attention.bk": _row("bias", K=TENSOR, H=None),
+    "attention.bv": _row("bias", K=TENSOR, H=None),
+    "attention.q_norm": _row("norm", H=None),
+    "attention.k_norm": _row("norm", H=None),
+    "attention.wo": _row("matrix", N=TENSOR, H=None, D=FSDP),
+    "mlp.norm": _row("norm", D=None),
+    "mlp.gate": _row("matrix", D=FSDP, F=TENSOR),
+    "mlp.up": _row("matrix", D=FSDP, F=TENSOR),
+    "mlp.down": _row("matrix", F=TENSOR, D=FSDP),
+    "norm": _row("norm", D=None),
+    "unembedding": _row("matrix", D=FSDP, V=TENSOR),
 }
 TOKENS = P(BATCH_AXES, None)  # B T: ids, targets, segments, positions, weights
 LOGITS = P(BATCH_AXES, None, TENSOR)  # B T V
-CACHE = P(
-    None, BATCH_AXES, TENSOR, None, None
-)  # L B K S H: keys and values of past tokens
+CACHE = P(None, BATCH_AXES, TENSOR, None, None)  # L B K S H: past keys and values
 REPLICATED = P()  # scalars: loss, counts
 
 
-def make_mesh(config, devices=None):
-    """A `jax.sharding.Mesh` of all `devices` (default: all there are) as `config` (config.Mesh) divides them."""
+# ---------------------------------------------------------------- the mesh
+
+
+def make_mesh(
+    mesh_config: config.Mesh, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of all `devices`, divided as `mesh_config` says.
+
+    Args:
+      mesh_config: the size of each axis; -1 stands for the devices that are left.
+      devices: default, all that JAX has.
+
+    Raises ConfigError where the sizes do not make up the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    given = int(np.prod([size for size in sizes.values() if size > 0]))
+    sizes = {axis: getattr(mesh_config, axis) for axis in AXES}
+    product = math.prod(size for size in sizes.values() if size > 0)
     text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if -1 in sizes.values():
-        if len(devices) % given:
+        if len(devices) % product:
             raise ConfigError(
                 f"mesh {text} does not divide the {len(devices)} devices: "
                 "choose sizes whose product does"
             )
-        sizes = {
-            axis: len(devices) // given if size == -1 else size
-            for axis, size in sizes.items()
-        }
-    elif given != len(devices):
+        rest = len(devices) // product
+        sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    elif product != len(devices):
         raise ConfigError(
-            f"mesh {text} has {given} devices, but there are {len(devices)}: "
+            f"mesh {text} has {product} devices, but there are {len(devices)}: "
             "change a size, or set one to -1 for the rest"
         )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
-    if (
-        devices[0].platform == "tpu"
-        and sizes[FSDP] == 1
-        and sizes[TENSOR].bit_count() == 1
-    ):
-        return jax.sharding.Mesh(
-            np.array(_in_blocks(devices, sizes[TENSOR])).reshape(shape),
-            AXES,
-            axis_types=types,
-        )
+    is_tpu = devices[0].platform == "tpu"
+    if is_tpu and sizes[FSDP] == 1 and sizes[TENSOR].bit_count() == 1:
+        order = np.array(_compact_groups(devices, sizes[TENSOR])).reshape(shape)
+        return Mesh(order, AXES, axis_types=types)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def _in_blocks(devices, tensor):
-    """TPU `devices` in an order in which every `tensor` of them (a power of two) are a compact block of the slice.
+def _compact_groups(devices: Sequence[jax.Device], tensor: int) -> list[jax.Device]:
+    """TPU devices in groups of `tensor` (a power of two), each compact in the slice.
 
-    A bit of a shard's Gray code is a bit of one of its chip's coordinates, the lowest of the shortest distance. Shards
-    that differ in one (reductions.exchange) are near, all at one distance along one dimension: XLA makes no other
-    exchange asynchronous in a large slice. The shards' order, which XLA's own rings follow there, goes from neighbour
-    to neighbour. jax.make_mesh lays a tensor axis of 8 on a line instead, and the other axes on whole dimensions:
-    better where parameters are gathered over them in every layer (fsdp).
+    A bit of a shard's Gray code is a bit of one of its chip's coordinates; the lowest
+    bit is the shortest distance. Two shards whose codes differ in one bit
+    (reductions.exchange) are near each other, all such pairs at one distance along one
+    dimension: XLA makes no other exchange asynchronous in a large slice. The order of
+    the shards, which XLA's own rings follow there, goes from neighbour to neighbour.
+    jax.make_mesh lays a tensor axis of 8 on a line instead, and the other axes on whole
+    dimensions: that is better where every layer gathers parameters over them (fsdp).
     """
-
-    def place(device):  # Z-order; a host's chips are neighbours in x and y
-        core, (x, y, z) = getattr(device, "core_on_chip", 0), device.coords
-        return getattr(device, "slice_index", 0), [
-            c >> k & 1 for k in range(8)[::-1] for c in (z, y, x, core)
-        ]
-
-    near = sorted(devices, key=place)
-    return [near[i - i % tensor + gray(i % tensor)] for i in range(len(near))]
+    devices = sorted(devices, key=_z_order)
+    groups = []
+    for start in range(0, len(devices), tensor):
+        groups += [devices[start + gray(i)] for i in range(tensor)]
+    return groups
 
 
-def gray(index):
-    """The Gray code of an index: those of neighbours, and of the first and the last of 2^k, differ in one bit."""
+def _z_order(device: jax.Device) -> tuple[int, int]:
+    """A TPU device's place on a Z-order curve through its slice, slice by slice.
+
+    The curve's index interleaves the coordinates' bits, from the highest:
+    ... z1 y1 x1 core1 z0 y0 x0 core0. A host's chips, neighbours in x and y, are
+    neighbours on it.
+    """
+    x, y, z = device.coords
+    core = getattr(device, "core_on_chip", 0)
+    index = 0
+    for bit in range(8):  # a side has fewer than 2^8 chips
+        for position, coordinate in enumerate((core, x, y, z)):
+            index |= (coordinate >> bit & 1) << (4 * bit + position)
+    return getattr(device, "slice_index", 0), index
+
+
+def gray(index: Any) -> Any:
+    """The Gray code of an index, an int or an integer array.
+
+    The codes of neighbours, and of the first and the last of 2^k, differ in one bit.
+    """
     return index ^ index >> 1
 
 
-def check_fits(model, mesh, batch=None):
-    """Raises ConfigError where `model` (config.Model) or a batch of sequences does not divide over `mesh`."""
-    for name, dims in PARAMETERS.items():
-        for dim, axis in dims.items():
-            size = getattr(model, DIMS[dim])
+def check_fits(
+    model_config: config.Model, mesh: Mesh, batch: int | None = None
+) -> None:
+    """Raises ConfigError where a model, or a batch of sequences, does not divide."""
+    for name, row in PARAMETERS.items():
+        for dim, axis in row.axes.items():
+            size = getattr(model_config, DIMS[dim])
             if axis and size % mesh.shape[axis]:
                 raise ConfigError(
-                    f"model.{DIMS[dim]}={size} does not divide by mesh.{axis}={mesh.shape[axis]} "
-                    f"(parameter {name}): choose a mesh.{axis} that divides it"
+                    f"model.{DIMS[dim]}={size} does not divide by "
+                    f"mesh.{axis}={mesh.shape[axis]} (parameter {name}): "
+                    f"choose a mesh.{axis} that divides it"
                 )
     rows = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch is not None and batch % rows:
         raise ConfigError(
-            f"a batch of {batch} sequences (train.global_batch / train.grad_accum_steps) does not divide by "
+            f"a batch of {batch} sequences (train.global_batch / "
+            "train.grad_accum_steps) does not divide by "
             f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}"
         )
 
 
-def data_shard(mesh):
+def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which of `count` shares of a batch's rows this process holds.
 
-    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same index.
+    Processes whose devices hold the same rows have the same index: a tensor axis that
+    spans hosts. Raises ConfigError where processes hold different numbers of rows.
     """
-    shares = {}
+    rows_of: dict[int, set[int]] = {}  # process -> rows
     for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape[TENSOR])):
         for device in devices:
-            shares.setdefault(device.process_index, set()).add(row)
-    distinct = sorted({tuple(sorted(rows)) for rows in shares.values()})
-    if sum(map(len, distinct)) != mesh.shape[DATA] * mesh.shape[FSDP]:
+            rows_of.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, shares)) != mesh.shape[DATA] * mesh.shape[FSDP]:
         raise ConfigError(
-            f"the mesh divides a batch's rows unevenly over {len(shares)} processes: "
-            "choose mesh.tensor so that it divides, or is a multiple of, the devices of a process"
+            f"the mesh divides a batch's rows unevenly over {len(rows_of)} processes: "
+            "choose mesh.tensor so that it divides, or is a multiple of, the devices "
+            "of a process"
         )
-    return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
+    mine = tuple(sorted(rows_of[jax.process_index()]))
+    return shares.index(mine), len(shares)
 
 
-def _name(path):
+# ---------------------------------------------------------------- specs of a model
+
+
+def _name(path: Sequence[Any]) -> str:
     """('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'."""
-    keys = [
-        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", ""))))
-        for key in path
-    ]
-    return ".".join(
-        key for key in keys if key not in ("layers", "value") and not key.isdigit()
-    )
+    keys = []
+    for entry in path:
+        key = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", "")))
+        if key not in ("layers", "value") and not str(key).isdigit():
+            keys.append(str(key))
+    return ".".join(keys)
 
 
-def parameter_names(model):
+def parameter_names(model: Any) -> Any:
     """`model`'s tree with every parameter's name in PARAMETERS."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path), model)
 
 
-def parameter_specs(model):
+def parameter_roles(model: Any) -> Any:
+    """`model`'s tree with every parameter's role: embedding, matrix, norm or bias."""
+    return jax.tree.map(lambda name: PARAMETERS[name].role, parameter_names(model))
+
+
+def parameter_specs(model: Any) -> Any:
     """`model`'s tree with a PartitionSpec for every parameter."""
 
-    def spec(path, leaf):
-        dims = PARAMETERS[_name(path)]
-        return P(*(None,) * (leaf.ndim - len(dims)), *dims.values())
+    def spec(path: Sequence[Any], leaf: Any) -> P:
+        axes = PARAMETERS[_name(path)].axes
+        stacked = (None,) * (leaf.ndim - len(axes))
+        return P(*stacked, *axes.values())
 
     return jax.tree_util.tree_map_with_path(spec, model)
 
 
-def named_shardings(mesh, specs):
+def named_shardings(mesh: Mesh, specs: Any) -> Any:
     """A tree of NamedSharding from a tree of PartitionSpec."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
@@ -199,75 +253,108 @@ def named_shardings(mesh, specs):
     )
 
 
-def shard_map(function, mesh, in_specs, out_specs):
-    """`jax.shard_map` over the whole mesh with this file's derivative rules in place of JAX's types (see the top)."""
+def abstract(shapes: Any, mesh: Mesh, specs: Any = None) -> Any:
+    """`shapes` with a sharding for every array; nothing is allocated.
+
+    Args:
+      shapes: a tree whose leaves have shape and dtype, such as model.abstract(...).
+      mesh: where the arrays are to live.
+      specs: a tree of PartitionSpec; default, `parameter_specs(shapes)`.
+    """
+    specs = parameter_specs(shapes) if specs is None else specs
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        named_shardings(mesh, specs),
+    )
+
+
+def shard_map(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map` over the whole mesh, with this file's derivative rules.
+
+    They take the place of JAX's types: see the top.
+    """
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
 
-# The collectives. Each is called inside `shard_map`, on local shards.
+# ---------------------------------------------------------------- the collectives
+# Each is called inside `shard_map`, on local shards.
 
 
-def largest(value):
+def axis_size(axis: str) -> int:
+    """The mesh's size along `axis`: a Python int."""
+    return lax.axis_size(axis)
+
+
+def largest(value: jax.Array) -> jax.Array:
     """The elementwise maximum over the tensor axis, a constant for derivatives."""
     return lax.pmax(lax.stop_gradient(value), TENSOR)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(shard, dim, dtype):
+def _gather(shard: jax.Array, dim: int, dtype: Any) -> jax.Array:
     return lax.all_gather(shard.astype(dtype), FSDP, axis=dim, tiled=True)
 
 
-def _scatter(
-    dim, dtype, _, cotangent
-):  # gradients are summed over data shards in float32
-    return (
-        lax.psum_scatter(
-            cotangent.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True
-        ),
-    )
+def _gather_forward(shard: jax.Array, dim: int, dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(shard, dim, dtype), None
 
 
-_gather.defvjp(lambda shard, dim, dtype: (_gather(shard, dim, dtype), None), _scatter)
+def _gather_backward(
+    dim: int, dtype: Any, _: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    """Gradients are summed over data shards in float32."""
+    cotangent = cotangent.astype(jnp.float32)
+    return (lax.psum_scatter(cotangent, FSDP, scatter_dimension=dim, tiled=True),)
 
 
-def gather_parameters(module, dtype, prefix=""):
-    """`module` with every parameter gathered over the fsdp axis, in `dtype` (the float32 shards stay as they are).
+_gather.defvjp(_gather_forward, _gather_backward)
 
-    `prefix` is the module's place in the model ("attention"), for its rows of PARAMETERS. No layer dimension.
+
+def gather_parameters(module: Any, dtype: Any, prefix: str = "") -> Any:
+    """`module` with every parameter gathered over the fsdp axis, in `dtype`.
+
+    The float32 shards stay as they are.
+
+    Args:
+      module: a part of the model, with no layer dimension.
+      dtype: of the gathered parameters.
+      prefix: where the module is in the model ("attention"), for its PARAMETERS.
     """
     if axis_size(FSDP) == 1:
         return module
 
-    def gather(path, leaf):
-        name = _name(path)
-        axes = list(
-            PARAMETERS[
-                f"{prefix}.{name}" if prefix and name else name or prefix
-            ].values()
-        )
+    def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        name = ".".join(filter(None, (prefix, _name(path))))
+        axes = list(PARAMETERS[name].axes.values())
         return _gather(leaf, axes.index(FSDP), dtype) if FSDP in axes else leaf
 
     return jax.tree_util.tree_map_with_path(gather, module)
 
 
-def sum_gradients(gradients, specs):
-    """`gradients` summed over every axis that their parameter is not sharded over (`specs`: see `parameter_specs`)."""
+def sum_gradients(gradients: Any, specs: Any) -> Any:
+    """`gradients` summed over every axis that their parameter is not sharded over.
 
-    def total(gradient, spec):
-        missing = tuple(
-            axis for axis in AXES if axis not in spec and axis_size(axis) > 1
-        )
-        return (
-            lax.psum(gradient, missing) if missing else gradient
-        )  # XLA on CPUs copies for a sum of one
+    `specs` are the parameters' (`parameter_specs`).
+    """
+
+    def total(gradient: jax.Array, spec: P) -> jax.Array:
+        axes = tuple(axis for axis in AXES if axis not in spec and axis_size(axis) > 1)
+        # a sum over no axis would be a copy on CPUs
+        return lax.psum(gradient, axes) if axes else gradient
 
     return jax.tree.map(total, gradients, specs)
 
 
-def norm(tree, specs):
-    """The Euclidean norm of a tree of arrays sharded by `specs`, in one sum over all devices, shared by them."""
+def norm(tree: Any, specs: Any) -> jax.Array:
+    """The Euclidean norm of a tree of arrays sharded by `specs`, on every device.
+
+    One sum over all devices serves the whole tree.
+    """
     squares = jnp.float32(0)
     for shard, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
         copies = math.prod(axis_size(axis) for axis in AXES if axis not in spec)
@@ -276,20 +363,13 @@ def norm(tree, specs):
     return jnp.sqrt(lax.psum(squares, axes) if axes else squares)
 
 
-def axis_size(axis):
-    """The mesh's size along `axis`: a Python int."""
-    return lax.axis_size(axis)
+def gather_vocabulary(logits: jax.Array) -> jax.Array:
+    """The whole vocabulary's logits [..., V] on every tensor shard, from its own."""
+    if axis_size(TENSOR) == 1:
+        return logits
+    return lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
 
 
-def gather_vocabulary(logits):
-    """The whole vocabulary's logits [..., V] on every tensor shard, from the shards' own."""
-    return (
-        logits
-        if axis_size(TENSOR) == 1
-        else lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
-    )
-
-
-def vocabulary_offset(local_size):
-    """The first token id of this tensor shard's rows of the vocabulary, of which it has `local_size`."""
+def vocabulary_offset(local_size: int) -> jax.Array:
+    """The first token id of this tensor shard, which holds `local_size` of them."""
     return lax.axis_index(TENSOR) * local_size

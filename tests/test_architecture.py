@@ -15,7 +15,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
 # Top to bottom. A name is a module of `ladder_jax`, or a room: a folder of modules.
 ROWS = {
     "doors": ["cli", "serve.server"],
-    "jobs": ["train", "evaluate", "bench", "planner", "loading", "generate"],
+    "jobs": [
+        "train",
+        "progress",
+        "interrupts",
+        "evaluate",
+        "bench",
+        "planner",
+        "loading",
+        "generate",
+    ],
     "serving": ["serve"],
     "conversion": ["convert"],
     "device programs": ["decode", "sampling", "optimizer"],
@@ -23,7 +32,15 @@ ROWS = {
     "residual": ["residual"],
     "data": ["data"],
     "hardware": ["hardware"],
-    "ground": ["sharding", "checkpoint", "metrics", "config", "schedule"],
+    "ground": [
+        "sharding",
+        "checkpoint",
+        "run_folder",
+        "metrics",
+        "config",
+        "arguments",
+        "schedule",
+    ],
 }
 # Names in ROWS whose files are still to be written.
 PLANNED = {"serve.server", "evaluate", "convert"}

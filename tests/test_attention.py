@@ -1,4 +1,4 @@
-"""Attention: every kernel against a loop over tokens, gradients included; and the matrix products under it."""
+"""Attention: every kernel against a loop over tokens, gradients included."""
 
 import functools
 from unittest import mock
@@ -10,16 +10,18 @@ import pytest
 from jaxprs import equations
 
 from ladder_jax import attention, config, kv_cache
-from ladder_jax.matmul import einsum
 
 FAST = (
     {} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0}
-)  # to compile, not to run
+)  # fast to compile, not to run
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query and key-value heads
 
 
 def inputs(B=2, T=10, N=4, K=2, H=8, dtype=jnp.float32):
-    """Queries, keys, values, and the segment numbers of packed rows: a row of one document, then rows of several."""
+    """Queries, keys, values, and segment numbers of packed rows.
+
+    The first row is one document, the others are several.
+    """
     random = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(random.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K)
@@ -50,7 +52,7 @@ def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 def value_and_gradients(attend, q, k, v, segments):
-    """The output, and the gradients of a random weighting of it by queries, keys and values."""
+    """The output, and the gradients of a random weighting of it."""
     probe = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), q.dtype)
 
     @functools.partial(jax.jit, compiler_options=FAST)
@@ -76,7 +78,7 @@ def assert_close(got, expected, tolerance, what):
 
 
 @pytest.mark.parametrize("N, K", HEADS)
-def test_plain_attention_is_the_loop(N, K):
+def test_attention_in_xla_is_the_loop(N, K):
     tensors = inputs(N=N, K=K)
     np.testing.assert_allclose(
         attention.attend(*tensors), looped(*tensors), rtol=0, atol=2e-6
@@ -91,10 +93,10 @@ def test_plain_attention_is_the_loop(N, K):
         pytest.param(2, 2, 128, marks=pytest.mark.slow),
     ],
 )
-def test_splash_in_pallas_interpret_mode_is_plain(N, K, T):
-    """384 tokens are three blocks: some above the diagonal, some on it, some with segments that end inside."""
+def test_splash_in_pallas_interpret_mode_is_the_xla_path(N, K, T):
+    """384 tokens are three blocks: above the diagonal, on it, and with segment ends."""
     tensors = inputs(N=N, K=K, T=T, H=16)
-    splash = functools.partial(attention._splash, interpret=True)
+    splash = functools.partial(attention.splash, interpret=True)
     assert_close(
         value_and_gradients(splash, *tensors),
         value_and_gradients(attention.attend, *tensors),
@@ -105,7 +107,7 @@ def test_splash_in_pallas_interpret_mode_is_plain(N, K, T):
 
 def test_splash_does_not_repeat_keys_and_values():
     q, k, v, segments = inputs(N=8, K=2, T=128, H=16)
-    made = jax.make_jaxpr(functools.partial(attention._splash, interpret=True))(
+    made = jax.make_jaxpr(functools.partial(attention.splash, interpret=True))(
         q, k, v, segments
     )
     calls = [
@@ -116,13 +118,14 @@ def test_splash_does_not_repeat_keys_and_values():
         calls
         and shapes.count((2, 8, 128, 16)) == 1
         and shapes.count((2, 2, 128, 16)) == 2
-    ), (
-        f"the kernel should take 8 query heads, and 2 key and value heads as they are; it takes {shapes}"
-    )
+    ), f"the kernel should take 8 query heads, 2 key and value heads; it takes {shapes}"
 
 
 def test_cudnn_gets_arguments_that_mean_the_same():
-    """The call for cuDNN, sent to the XLA implementation of the same function: any platform can check its meaning."""
+    """The call for cuDNN goes to the same function's XLA implementation instead.
+
+    So any platform can check what it means.
+    """
     tensors = inputs(N=4, K=2)
     original, implementations = jax.nn.dot_product_attention, []
 
@@ -145,10 +148,10 @@ def test_cudnn_gets_arguments_that_mean_the_same():
     reason="cuDNN needs an NVIDIA GPU (run with JAX_PLATFORMS=cuda)",
 )
 @pytest.mark.parametrize("N, K, H", [(4, 4, 64), (4, 2, 128), (4, 1, 8), (4, 2, 72)])
-def test_cudnn_is_plain(N, K, H):
+def test_cudnn_is_the_xla_path(N, K, H):
     tensors = inputs(N=N, K=K, T=64, H=H, dtype=jnp.bfloat16)
     settings = config.Model(heads=N, kv_heads=K, head_dim=H)
-    assert attention.kernel_for("gpu", settings, 64) == "cudnn"
+    assert attention.kernel_for("cuda", settings, 64) == "cudnn"
     got = value_and_gradients(
         functools.partial(attention.attend, kernel="cudnn"), *tensors
     )
@@ -161,23 +164,26 @@ def test_cudnn_is_plain(N, K, H):
         ("tpu", 2048, {}, "splash"),
         ("tpu", 128, dict(dtype="float32"), "splash"),
         ("tpu", 100, {}, "xla"),
-        ("gpu", 2048, {}, "cudnn"),
-        ("gpu", 2048, dict(head_dim=128), "cudnn"),
-        ("gpu", 100, {}, "cudnn"),
-        ("gpu", 2048, dict(dtype="float32"), "xla"),
-        ("gpu", 2048, dict(head_dim=12), "xla"),
-        ("gpu", 2048, dict(head_dim=264), "xla"),
+        ("cuda", 2048, {}, "cudnn"),
+        ("cuda", 2048, dict(head_dim=128), "cudnn"),
+        ("cuda", 100, {}, "cudnn"),
+        ("cuda", 2048, dict(dtype="float32"), "xla"),
+        ("cuda", 2048, dict(head_dim=12), "xla"),
+        ("cuda", 2048, dict(head_dim=264), "xla"),
         ("cpu", 2048, {}, "xla"),
     ],
 )
 def test_the_kernel_is_one_that_takes_the_model(platform, length, settings, expected):
-    """cuDNN takes bfloat16 and heads of a multiple of 8, up to 128 (jax._src.cudnn, check_is_flash_attention)."""
+    """cuDNN takes bfloat16 and heads of a multiple of 8, up to 128.
+
+    (jax._src.cudnn, check_is_flash_attention.)
+    """
     assert attention.kernel_for(platform, config.Model(**settings), length) == expected
 
 
 @pytest.mark.parametrize("N, K", HEADS)
 def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
-    """Rows at positions of their own; what the cache holds beyond them is never read."""
+    """Rows are at positions of their own; entries beyond them are never read."""
     q, k, v, _ = inputs(N=N, K=K)
     whole = attention.attend(q, k, v, jnp.zeros(q.shape[:2], jnp.int32))
     cached = lambda x: jnp.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e3)
@@ -191,7 +197,7 @@ def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
 
 
 def test_rotary_turns_scores_into_functions_of_distance():
-    """A query's score with a key depends on how far apart they are alone; position 0 is left as it is."""
+    """A score depends on the distance of query and key; position 0 is no turn."""
     q, k, _, _ = inputs(N=1, K=1, H=8)
     q, k = q[:1, :1], k[:1, :1]
     score = lambda i, j: jnp.sum(turn(q, i) * turn(k, j))
@@ -204,7 +210,10 @@ def test_rotary_turns_scores_into_functions_of_distance():
 
 
 def test_rope_scaling_is_llama_3_1s():
-    """Short wavelengths stay, long ones are stretched by the factor (Hugging Face's _compute_llama3_parameters)."""
+    """Short wavelengths stay, long ones are stretched by the factor.
+
+    (Hugging Face's _compute_llama3_parameters.)
+    """
     scaling = config.RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
     )
@@ -224,76 +233,3 @@ def test_rope_scaling_is_llama_3_1s():
     _, sine = attention.rotary(jnp.ones((1, 1), jnp.int32), H, theta, scaling)
     np.testing.assert_allclose(sine[0, 0, 0], np.sin(expected), rtol=2e-5)
     assert expected[0] == base[0] and expected[-1] == base[-1] / 8
-
-
-# ---------------------------------------------------------------- matrix products
-
-
-PRODUCTS = [
-    "btd,dnh->btnh",
-    "btnh,nhd->btd",
-    "btd,vd->btv",
-    "btkgh,bskh->bkgts",
-    "bkgts,bskh->btkgh",
-]
-SIZES = dict(b=2, t=3, s=4, d=5, n=2, h=6, v=7, k=2, g=3)
-
-
-def operands(spec, a_dtype, b_dtype):
-    random = np.random.default_rng(0)
-    return [
-        jnp.asarray(random.normal(size=[SIZES[d] for d in dims]), dtype)
-        for dims, dtype in zip(spec.split("->")[0].split(","), (a_dtype, b_dtype))
-    ]
-
-
-@pytest.mark.parametrize("spec", PRODUCTS)
-def test_einsum_is_jnps_in_float32_gradients_too(spec):
-    a, b = operands(spec, jnp.float32, jnp.float32)
-    expected, back = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), a, b)
-    got, our_back = jax.vjp(lambda a, b: einsum(spec, a, b), a, b)
-    for ours, theirs in zip((got, *our_back(expected)), (expected, *back(expected))):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    precisions = [
-        eqn.params["precision"]
-        for eqn, _ in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
-        if eqn.primitive.name == "dot_general"
-    ]
-    assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, (
-        f"TPUs and TF32 would round float32: {precisions}"
-    )
-
-
-@pytest.mark.parametrize("spec", PRODUCTS)
-@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
-def test_einsum_multiplies_bfloat16_and_sums_in_float32(spec, out_dtype):
-    a, b = operands(
-        spec, jnp.bfloat16, jnp.float32
-    )  # activations, and a float32 parameter
-
-    def both(a, b):
-        out, back = jax.vjp(lambda a, b: einsum(spec, a, b, out_dtype), a, b)
-        return out, *back(out)
-
-    out, a_bar, b_bar = both(a, b)
-    assert (out.dtype, a_bar.dtype, b_bar.dtype) == (
-        out_dtype or jnp.bfloat16,
-        jnp.bfloat16,
-        jnp.float32,
-    )
-    assert_bfloat16_products(jax.make_jaxpr(both)(a, b), 3)
-    np.testing.assert_allclose(
-        np.float32(out), jnp.einsum(spec, np.float32(a), b), rtol=0.03, atol=0.05
-    )
-
-
-def assert_bfloat16_products(made, count):
-    products = [
-        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
-    ]
-    assert len(products) == count, (
-        f"{count} matrix products were expected, there are {len(products)}"
-    )
-    for eqn in products:
-        kinds = [var.aval.dtype for var in (*eqn.invars, *eqn.outvars)]
-        assert kinds == [jnp.bfloat16, jnp.bfloat16, jnp.float32], f"{kinds} in {eqn}"

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact round trips onto any mesh, and what happens when a save or a file goes wrong."""
+"""Checkpoints: bit-exact round trips onto any mesh, failing saves, damaged files."""
 
 import json
 import logging
@@ -22,8 +22,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax import config
+from ladder_jax import checkpoint, config
 from ladder_jax.checkpoint import Checkpoints, load_model, read_meta
+from ladder_jax.config import ConfigError
+from ladder_jax.run_folder import Lease
 
 META = {
     "config": json.loads(json.dumps(config.to_dict(config.Config()))),
@@ -85,7 +87,7 @@ def assert_same(a, b):
 
 
 def saved(folder, *steps, keep=9, **kind):
-    """A run with a checkpoint at each of `steps`, whose parameters are those of that seed."""
+    """A run with a checkpoint at each of `steps`, whose parameters have that seed."""
     with Checkpoints(folder, keep) as run:
         position = data()
         for step in steps:
@@ -275,7 +277,7 @@ def harm(folder, name, how):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run with checkpoints 1 and 2, with arrays large enough to have data files of their own."""
+    """A run with checkpoints 1 and 2, with arrays that have data files of their own."""
     return saved(tmp_path_factory.mktemp("two"), 1, 2, dim=128)
 
 
@@ -359,7 +361,7 @@ def test_not_a_checkpoint(two, tmp_path):
         for read in (read_meta, lambda path: load_model(path, jax.eval_shape(Model))):
             with pytest.raises(
                 ValueError,
-                match="a run's folder, its checkpoints folder or the folder of one step",
+                match="a run's folder, its checkpoints folder or the folder of one",
             ):
                 read(path)
     with pytest.raises(ValueError, match=r"no checkpoint of step 3, only \[1, 2\]"):
@@ -469,24 +471,182 @@ def test_random_keys_and_scalars(tmp_path):
     assert_same(restored["model"], state["model"])
 
 
+# ---------------------------------------------------------------- names of folders
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "a#b",
+        "50%",
+        "a%20b",
+        "ü 日本",
+        "a\nb",
+        "{a}",
+        "a]",
+        "'a' \"b\"",
+        "~a",
+        "$a;",
+    ],
+)
+def test_a_folder_of_any_other_name_works(tmp_path, name):
+    folder = saved(tmp_path / name / "checkpoints", 1, 2)
+    with Checkpoints(folder, 9) as run:
+        step, state, _ = run.restore(abstract(make()), data())
+    assert step == 2
+    assert_same(state, make(2))
+    assert_same(load_model(tmp_path / name, jax.eval_shape(Model)), Model(2))
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a[", "a*", "a?b", "a\\b"])
+def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_made(
+    tmp_path, name
+):
+    folder = tmp_path / name / "checkpoints"
+    with pytest.raises(ConfigError, match="is not accepted: it must be a path without"):
+        Checkpoints(folder, 1)
+    with pytest.raises(ConfigError, match="^train.out='"):
+        checkpoint.require_plain_name(tmp_path / name, "train.out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_read_from_a_folder_that_was_given_a_patterns_name(tmp_path):
+    saved(tmp_path / "plain", 1)
+    (tmp_path / "plain").rename(tmp_path / "a[b]*")
+    assert_same(load_model(tmp_path / "a[b]*", jax.eval_shape(Model)), Model(1))
+    (tmp_path / "a[b]*").rename(tmp_path / "a\\b")
+    with pytest.raises(ValueError, match="Orbax takes no path with"):
+        load_model(tmp_path / "a\\b", jax.eval_shape(Model))
+
+
+# ---------------------------------------------------------------- saves are read back
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/_METADATA",
+        "optimizer/_METADATA",
+        "meta/data.json",
+        "_CHECKPOINT_METADATA",
+    ],
+)
+def test_a_save_that_cannot_be_read_does_not_count(tmp_path, name):
+    """It is an error at the next call, and the good one before it is not removed."""
+    run = Checkpoints(tmp_path, 1)
+    run.save(1, make(1), data(), META)
+    run.wait()
+    run.save(2, make(2), data(), META)
+    run._checkpointer.wait()  # written, and not yet read back
+    harm(tmp_path / "2", name, "delete")
+    with pytest.raises(OSError, match="/2 could not be written: .*") as error:
+        run.save(3, make(3), data(), META)
+    assert "\n" not in str(error.value)
+    assert_same(load_model(tmp_path, jax.eval_shape(Model), step=1), Model(1))
+    run.save(2, make(22), data(), META)  # the run goes on, and replaces it
+    run.close()
+    assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(22))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+# ---------------------------------------------------------------- two jobs, one folder
+
+
+def test_checkpoints_of_another_job_stop_the_run_and_stay(tmp_path):
+    with Checkpoints(tmp_path, 1) as run:
+        run.save(2, make(2), data(), META)
+        run.wait()
+        for step in "15":  # what another job wrote
+            shutil.copytree(tmp_path / "2", tmp_path / step)
+        with pytest.raises(OSError, match=r"steps \[1, 5\], which another job wrote"):
+            run.save(3, make(3), data(), META)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "5"]
+
+
+def test_surplus_checkpoints_of_another_job_are_not_removed(tmp_path):
+    with Checkpoints(tmp_path, 1) as run:
+        run.save(2, make(2), data(), META)
+        run.wait()
+        shutil.copytree(tmp_path / "2", tmp_path / "another")
+        run.save(3, make(3), data(), META)
+        (tmp_path / "another").rename(tmp_path / "1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+
+
+ZOMBIE = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.run_folder import Lease
+
+state = {"model": {"w": jnp.zeros(4)}}
+folder = sys.argv[1] + "/checkpoints"
+with Lease(sys.argv[1]) as lease, Checkpoints(folder, 2, lease) as run:
+    run.save(1, state, None, {})
+    run.wait()
+    print("saved", flush=True)
+    sys.stdin.readline()            # taken for dead: the job was requeued meanwhile
+    run.save(2, state, None, {})
+"""
+
+
+def test_a_job_that_was_taken_for_dead_leaves_its_successors_checkpoints(tmp_path):
+    """Two processes: the first hangs, the second resumes, then the first goes on."""
+    first = subprocess.Popen(
+        [sys.executable, "-c", ZOMBIE, tmp_path],
+        text=True,
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert first.stdout.readline() == "saved\n"
+    (tmp_path / "lease.json").unlink()  # as after STALE_S seconds without a heartbeat
+    state = {"model": {"w": jnp.ones(4)}}
+    with (
+        Lease(tmp_path) as lease,
+        Checkpoints(tmp_path / "checkpoints", 2, lease) as run,
+    ):
+        assert run.restore(abstract(state))[0] == 1
+        for step in (2, 3, 4):
+            run.save(step, state, None, {})
+        run.wait()
+        _, err = first.communicate("go on\n", timeout=100)
+        assert first.returncode == 1
+        assert "took this job for dead: this job stops without another write" in err
+        run.save(5, state, None, {})
+    assert checkpoint.saved_steps(tmp_path / "checkpoints") == [4, 5]
+    for step in (4, 5):
+        assert_same(load_model(tmp_path, state["model"], step), state["model"])
+
+
 RUN = """
 import os, random, signal, sys, time
 
 folder, seed = sys.argv[1], int(sys.argv[2])
 
 def train(ready):
-    import grain, jax, jax.numpy as jnp, numpy as np        # after the fork: their threads would not survive it
+    # after the fork: their threads would not survive it
+    import grain, jax, jax.numpy as jnp, numpy as np
     from ladder_jax.checkpoint import Checkpoints
     jax.config.update("jax_platforms", "cpu")
     position = iter(grain.MapDataset.range(1 << 20).to_iter_dataset())
-    step, shape = 0, jax.eval_shape(lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}})
+    zeros = lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}}
+    step, shape = 0, jax.eval_shape(zeros)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape), shape)
-    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    add_one = lambda state: jax.tree.map(lambda x: x + 1, state)
+    update = jax.jit(add_one, donate_argnums=0)
     with Checkpoints(folder, keep=2) as run:
         if run.steps():
             step, state, meta = run.restore(shape, position)
-            assert all(np.all(np.asarray(x) == step) for x in jax.tree.leaves(state)), "arrays are not of one step"
-            assert meta["step"] == step and position.get_state()["next_index"] == step, "parts are not of one step"
+            arrays = map(np.asarray, jax.tree.leaves(state))
+            assert all(np.all(x == step) for x in arrays), "arrays of several steps"
+            next_index = position.get_state()["next_index"]
+            assert meta["step"] == step == next_index, "parts of several steps"
             assert step == run.steps()[-1], "the newest was not good"
         os.write(ready, step.to_bytes(4, "little"))
         while True:
@@ -500,7 +660,8 @@ for n in range(8):
     out, ready = os.pipe()
     if not (child := os.fork()):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs ignore it
+        # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             train(ready)
         except KeyboardInterrupt:
@@ -513,17 +674,20 @@ for n in range(8):
     assert resumed >= newest, "a checkpoint was lost"
     partial = lambda: [f for f in os.listdir(folder) if "tmp" in f]
     latest = lambda: max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
-    while not partial() if n % 2 else latest() <= resumed:      # in the middle of a save, or some time after one
+    # in the middle of a save, or some time after one
+    while not partial() if n % 2 else latest() <= resumed:
         assert not any(died := os.waitpid(child, os.WNOHANG)), f"died by itself: {died}"
         time.sleep(1e-4)
     time.sleep(0 if n % 2 else choose.uniform(0, 0.25))
     newest = latest()
     middle += bool(partial())
-    sent = choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    kill = signal.SIGKILL
+    sent = choose.choice([kill, kill, signal.SIGTERM, signal.SIGINT])
     os.kill(child, sent)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(1)
-        os.kill(child, sent)        # Python drops an interrupt that falls into a destructor
+        # Python drops an interrupt that falls into a destructor
+        os.kill(child, sent)
     status = os.waitstatus_to_exitcode(ended[1])
     assert status in (-sent, 0), status
 print(newest, middle)
@@ -578,8 +742,9 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, n)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
 full = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-w = jax.make_array_from_callback(full.shape, NamedSharding(mesh, P("x")), lambda index: full[index])
-columns = jax.ShapeDtypeStruct(full.shape, full.dtype, sharding=NamedSharding(mesh, P(None, "x")))
+by_rows, by_columns = (NamedSharding(mesh, P(*axes)) for axes in (["x"], [None, "x"]))
+w = jax.make_array_from_callback(full.shape, by_rows, lambda index: full[index])
+columns = jax.ShapeDtypeStruct(full.shape, full.dtype, sharding=by_columns)
 data = lambda: iter(grain.MapDataset.range(100)[n::2].to_iter_dataset())
 with Checkpoints(folder, 2) as run:
     position = data()
@@ -594,7 +759,8 @@ with Checkpoints(folder, 2) as run:
     resumed = data()
     step, state, _ = run.restore({"model": {"w": columns}}, resumed)
     assert step == 2 and run.steps() == [2, 3]
-    assert all(np.array_equal(part.data, full[part.index]) for part in state["model"]["w"].addressable_shards)
+    for part in state["model"]["w"].addressable_shards:
+        assert np.array_equal(part.data, full[part.index])
     assert next(resumed) == n + 2 * (3 + 2 * n)
     run.save(3, state, resumed, {})
 print("ok")

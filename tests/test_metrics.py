@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, train
+from ladder_jax.config import ConfigError
 from ladder_jax.hardware import chips
 from ladder_jax.metrics import Metrics, plot, read
 
@@ -34,9 +35,36 @@ def test_rows_are_there_at_once_and_those_of_a_lost_past_are_dropped(tmp_path):
         (3, 1 / 3),
         (4, 9),
     ]
-    with Metrics(tmp_path, resumed_at=0):
-        assert read(tmp_path / "metrics.jsonl") == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rows_whose_checkpoints_are_gone_are_kept_in_another_file(tmp_path, caplog):
+    """Also those of a second and a third run; and of whatever else has the name."""
+    for number, content in enumerate(('{"step": 9, "loss": 1.0}\n', "not a row\n"), 1):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        with Metrics(tmp_path, resumed_at=0) as metrics:
+            assert read(metrics.path) == []
+        assert (tmp_path / f"metrics.{number}.jsonl").read_text() == content
+        assert f"it is now metrics.{number}.jsonl" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+
+
+def test_an_empty_file_is_no_run(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").touch()
+    with Metrics(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', "[1]", '{"step": "one"}', "garbage"])
+def test_a_line_that_is_no_row_is_an_error_and_nothing_is_lost(tmp_path, line):
+    content = f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 2, "loss": 1.0}}\n'
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2, is not a row") as e:
+        Metrics(tmp_path, resumed_at=1)
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
 def test_a_row_that_does_not_fit_is_an_error_that_names_the_file(tmp_path):
@@ -89,7 +117,7 @@ def test_plot_of_nothing_and_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_flops_per_token_by_hand():
-    """One layer at a time: projections 2 * 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
+    """A layer: projections 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
     fields = dict(
         vocab_size=1000, dim=64, layers=3, heads=8, kv_heads=2, head_dim=8, ffn_dim=96
     )
@@ -106,7 +134,7 @@ def test_flops_per_token_by_hand():
 
 
 def test_flops_per_token_of_llama3_8b():
-    """8.03e9 parameters, 0.525e9 of them the input embedding; attention at 8192 tokens adds 12.9e9."""
+    """8.03e9 parameters, 0.525e9 of them the input embedding; attention adds 12.9e9."""
     llama = config.Model(
         vocab_size=128256,
         dim=4096,

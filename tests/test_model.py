@@ -676,16 +676,13 @@ def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
             )
         ):
             seen.add(name)
-            sizes = [
-                getattr(cfg, sharding.DIMS[dim]) for dim in sharding.PARAMETERS[name]
-            ]
+            axes = sharding.PARAMETERS[name].axes
+            sizes = [getattr(cfg, sharding.DIMS[dim]) for dim in axes]
             stacked = [cfg.layers] * ("." in name)
             assert list(leaf.shape) == stacked + sizes, (
                 f"{name} is {leaf.shape}, not layers + {sizes}"
             )
-            assert tuple(spec) == (None,) * len(stacked) + tuple(
-                sharding.PARAMETERS[name].values()
-            ), name
+            assert tuple(spec) == (*(None for _ in stacked), *axes.values()), name
     assert seen == set(sharding.PARAMETERS), (
         "rows of PARAMETERS that no model has, or the reverse"
     )

@@ -98,3 +98,36 @@ def test_elsewhere_the_mesh_is_jaxs():
     sizes = dict(data=2, fsdp=2, tensor=2)
     mine = sharding.make_mesh(Mesh(**sizes)).devices
     assert (mine == jax.make_mesh(tuple(sizes.values()), tuple(sizes)).devices).all()
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def test_norms_and_biases_are_vectors_and_matrices_are_not():
+    for name, row in sharding.PARAMETERS.items():
+        heads = "N" in row.axes or "K" in row.axes
+        is_vector = len(row.axes) == (2 if heads else 1)
+        assert is_vector == (row.role in ("norm", "bias")), f"{name} is a {row.role}"
+
+
+def test_roles_are_those_of_the_table_layer_by_layer():
+    tree = {"embedding": 0, "layers": {"attention": {"wq": 0, "q_norm": 0, "bq": 0}}}
+    assert sharding.parameter_roles(tree) == {
+        "embedding": "embedding",
+        "layers": {"attention": {"wq": "matrix", "q_norm": "norm", "bq": "bias"}},
+    }
+
+
+def test_abstract_gives_shapes_the_shardings_of_the_table_or_of_specs():
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    shapes = {
+        "embedding": jax.ShapeDtypeStruct((32, 16), np.float32),
+        "layers": {"mlp": {"up": jax.ShapeDtypeStruct((3, 16, 8), np.float32)}},
+    }
+    placed = sharding.abstract(shapes, mesh)
+    up = placed["layers"]["mlp"]["up"]
+    assert up.sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert up.sharding.shard_shape(up.shape) == (3, 8, 4) and up.dtype == np.float32
+    assert placed["embedding"].sharding.spec == jax.P("tensor", "fsdp")
+    one = sharding.abstract(shapes["embedding"], mesh, sharding.REPLICATED)
+    assert one.sharding.is_fully_replicated and one.shape == (32, 16)

@@ -1,1 +1,1 @@
-"""What machines do: chips, XLA's options for them, costs, and how a process starts on them."""
+"""The machine: its chips, XLA's options, costs, and how a process starts."""

@@ -1,30 +1,37 @@
 """Machines that a program can be compiled for ahead of time, without having them.
 
-Names: TPU slices as jax names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as h100:NODESxGPUS (h100:1x8).
+Names: TPU slices as JAX names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as
+h100:NODESxGPUS (h100:1x8).
 """
 
 import contextlib
 import math
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, require
 from ladder_jax.hardware import malloc, xla_options
-from ladder_jax.hardware.chips import CHIPS
+from ladder_jax.hardware.chips import CHIPS, Chip
 
 INSTALL = "python -m pip install 'ladder_jax[plan]'"
 
-# GpuTargetConfigProto of an H100 80GB SXM5: what XLA:GPU asks the driver where there is one.
+# GpuTargetConfigProto of an H100 80GB SXM5. With a GPU, XLA:GPU asks its driver for it.
 H100 = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 patch: 0 }
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
@@ -37,23 +44,29 @@ class Target(NamedTuple):
     shape: tuple[int, ...]  # of the slice, in chips; GPUs: nodes, GPUs a node
 
     @property
-    def platform(self):
-        return "gpu" if self.kind == "h100" else "tpu"
+    def platform(self) -> str:
+        """As `chips.platform` names it."""
+        return "tpu" if self.chip.is_tpu else "cuda"
 
     @property
-    def chip(self):
+    def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def options(self, workload):
+    def options(self, workload: str | None) -> dict[str, Any]:
+        """XLA's options for a program here; `workload` as in `xla_options.options`."""
         return xla_options.options_of(self.platform, self.kind, workload)
 
-    def devices(self):
-        """Its jax devices: they can be compiled for, not run on. Raises ConfigError without the [plan] extra."""
-        _ready(self.platform)
+    def devices(self) -> list[Any]:
+        """Its JAX devices, which can be compiled for and not run on.
+
+        Raises ConfigError where the compiler is not installed (the [plan] extra) or
+        does not know the machine.
+        """
+        _require_compiler(self.platform)
         from jax.experimental import topologies
 
         arguments = dict(platform="tpu", topology_name=self.name)
-        if self.platform == "gpu":
+        if self.platform == "cuda":
             arguments = dict(
                 platform="cuda",
                 topology_name=self.kind,
@@ -63,55 +76,61 @@ class Target(NamedTuple):
         try:
             return topologies.get_topology_desc(**arguments).devices
         except Exception as error:  # each plugin raises its own
+            first_line = str(error).splitlines()[0]
             raise ConfigError(
-                f"target={self.name!r} is not accepted by its compiler: "
-                f"{str(error).splitlines()[0]}"
+                f"target={self.name!r} is not accepted by its compiler: {first_line}"
             ) from None
 
 
-def parse(name):
-    """The `Target` of a name."""
+def parse(name: str) -> Target:
+    """The `Target` of a name. Raises ConfigError, which says what names there are."""
     kind, _, shape = name.partition(":")
     sides = tuple(int(side) for side in shape.split("x") if side.isdigit())
-    wanted = {"v5e": 2, "v6e": 2, "h100": 2}.get(kind, 3)
-    if (
-        kind not in CHIPS
-        or len(sides) != wanted
-        or "x".join(map(str, sides)) != shape
-        or not math.prod(sides)
-    ):
-        raise ConfigError(
-            f"target={name!r} is not accepted: it must be a TPU slice (v5e:2x4, v6e:2x4, v5p:2x2x2, "
-            "tpu7x:2x2x1, v5e:16x16, ...) or GPUs as h100:NODESxGPUS (h100:1x8)"
-        )
+    known = kind in CHIPS and len(sides) == CHIPS[kind].target_sides
+    written_so = "x".join(map(str, sides)) == shape
+    require(
+        known and written_so and math.prod(sides) > 0,
+        "target",
+        name,
+        "a TPU slice (v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, v5e:16x16, ...) or "
+        "GPUs as h100:NODESxGPUS (h100:1x8)",
+    )
     return Target(name, kind, sides)
 
 
-def _ready(platform):
-    """Raises ConfigError where the compiler for `platform` is not installed; keeps it from looking for its chips."""
-    module = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda12"}[platform]
+def _require_compiler(platform: str) -> None:
+    """Raises ConfigError where XLA's compiler for `platform` is not installed."""
+    module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}[platform]
     if not malloc.installed(module):
+        compiler = {"tpu": "TPU", "cuda": "GPU"}[platform]
         raise ConfigError(
-            f"planning for this target takes XLA's {platform.upper()} compiler: {INSTALL} installs it"
+            f"planning for this target takes XLA's {compiler} compiler: "
+            f"{INSTALL} installs it"
         )
 
 
-def prepare():
-    """Before JAX starts: run on the CPU, and let libtpu load on a machine without TPUs, without asking for them."""
+def prepare() -> None:
+    """Makes JAX run on the CPU and lets libtpu load without TPUs.
+
+    Call it before JAX starts. Variables that the user has set stay.
+    """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @contextlib.contextmanager
-def silence():
-    """Drops what the compilers log: warnings, from C++, of the chips that they do not find."""
+def silence() -> Iterator[None]:
+    """Drops what is written to standard error, from C++ too.
+
+    The compilers warn there about chips that this machine does not have.
+    """
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -1,143 +1,216 @@
-"""What each chip can do, as its makers publish it and as measurements of it say: one table.
+"""What each chip can do, in one table; and which platform and chip a JAX device is.
 
-Nothing here imports JAX at the top: `aot.prepare` must run before JAX starts, and needs the table.
+To add a chip, add a row to CHIPS. Nothing here imports JAX at the top: `aot.prepare`
+must run before JAX starts, and needs the table.
 """
 
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+GPUS = ("cuda", "rocm")  # what `platform` calls GPUs
+# Words by which an AMD GPU's `device_kind` is known ("AMD Instinct MI300X", "gfx942").
+AMD_WORDS = ("amd", "radeon", "instinct", "gfx")
 
 
 class Chip(NamedTuple):
-    """One jax device: on TPU7x half a chip, elsewhere a chip. Bandwidths are of one direction, bytes per second."""
+    """One JAX device: half a chip on TPU7x, a chip elsewhere.
 
-    flops: float  # peak dense bfloat16 FLOP/s
-    hbm_bandwidth: float
-    hbm_bytes: float  # capacity
-    link_bandwidth: float  # of one link to a neighbour (TPU); message over time of a long all-reduce in a node (GPU)
-    hop_latency: float  # seconds that a message takes for one hop, however short it is
-    launch: float  # seconds that a collective takes beside its hops and its bytes
-    clock: float = 0.0  # TPU: Hz, the unit of XLA:TPU's estimated_cycles
-    wrap: int = 0  # TPU: length of a torus dimension from which on a slice has links around its ends
-    aside: int = 0  # TPU: bytes from which on XLA's own all-reduce runs beside products, and is best there
-    in_order: bool = False  # TPU: XLA puts blocks' backward passes out of their order, unless each waits for the last
-    far_bandwidth: float = 0.0  # GPU: as link_bandwidth, between nodes
-    far_latency: float = 0.0  # GPU: seconds more than in a node
-    kernel: float = (
-        0.0  # GPU: seconds that a kernel takes beside its bytes and its FLOPs
-    )
-    reached: float = 1.0  # GPU: share of the HBM bandwidth that kernels reach
-    interference: float = 0.0  # GPU: what a second of hidden communication costs the kernels beside it, in seconds
+    The cost model (cost.py) needs the fields from `hbm_bandwidth` on. Where only the
+    peak is known, these are 0 and `modelled` is False. Bandwidths are of one direction.
+    """
+
+    device_kinds: tuple[str, ...]  # parts of `device_kind` in JAX, in lower case
+    peak_flops: float  # FLOP/s, dense bfloat16
+    hbm_bandwidth: float = 0.0  # bytes/s
+    hbm_bytes: float = 0.0  # capacity
+    # bytes/s. TPU: one link to a neighbour. GPU: bytes over seconds of a long
+    # all-reduce within a node.
+    link_bandwidth: float = 0.0
+    hop_latency_s: float = 0.0  # a message's time for one hop, at any length
+    collective_launch_s: float = 0.0  # a collective's time beside its hops and bytes
+    # How many sides a machine's name has (v5e:2x4 has 2, v5p:2x2x2 has 3; GPUs: nodes
+    # and GPUs of a node); 0: the planner has no compiler for the chip.
+    target_sides: int = 0
+
+    # TPU alone
+    clock_hz: float = 0.0  # the unit of XLA:TPU's estimated_cycles
+    torus_min_side: int = 0  # chips: a slice's side this long has links round its ends
+    # From this size on, XLA runs its own all-reduce asynchronously, and that is best.
+    async_all_reduce_min_bytes: int = 0
+    # XLA reorders the backward passes of blocks unless each waits for the one before.
+    in_order: bool = False
+
+    # GPU alone
+    internode_bandwidth: float = 0.0  # bytes/s, as link_bandwidth, between nodes
+    internode_latency_s: float = 0.0  # more than within a node
+    kernel_launch_s: float = 0.0  # a kernel's time beside its bytes and its FLOPs
+    hbm_efficiency: float = 1.0  # share of hbm_bandwidth that kernels reach
+    # Seconds that one second of hidden communication adds to the kernels beside it.
+    interference: float = 0.0
+
+    @property
+    def modelled(self) -> bool:
+        """Whether cost.py knows this chip."""
+        return self.hbm_bandwidth > 0
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether a modelled chip is a TPU; else it is a GPU."""
+        return self.torus_min_side > 0
 
 
-# Sources. FLOP/s, HBM, ICI: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "bidirectional ICI bandwidth per chip" over
-# 4 links (v5e, v6e) or 6 (v5p, TPU7x), of which 90% is reached: jax-ml.github.io/scaling-book/tpus, table of links,
-# which also has the latency of about a microsecond a hop. Clocks: peak FLOP/s over FLOPs per cycle of the matrix units
-# (4 of 128x128 on v5e, 8 on v5p). H100: NVIDIA's data sheet (SXM5, HBM3); its other numbers: see calibrate.py.
+# Sources. TPU FLOP/s, HBM, ICI: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
+# "bidirectional ICI bandwidth per chip" over 4 links (v5e, v6e) or 6 (v5p, TPU7x), of
+# which 90% is reached: jax-ml.github.io/scaling-book/tpus, table of links, which also
+# gives about a microsecond a hop. Clocks: peak FLOP/s over FLOPs per cycle of the
+# matrix units (4 of 128x128 on v5e, 8 on v5p). async_all_reduce_min_bytes: steps in
+# docs/log.md. GPU FLOP/s and HBM: NVIDIA's data sheets (dense, not sparse; H100: SXM5,
+# HBM3). The other numbers of H100: planner/calibrate.py, from published measurements.
+V5E = Chip(
+    device_kinds=("tpu v5 lite", "tpu v5e"),
+    peak_flops=197e12,
+    hbm_bandwidth=819e9,
+    hbm_bytes=16e9,
+    link_bandwidth=45e9,
+    hop_latency_s=1e-6,
+    collective_launch_s=1e-6,
+    target_sides=2,
+    clock_hz=1.5e9,
+    torus_min_side=16,
+    async_all_reduce_min_bytes=1 << 20,
+)
+V6E = Chip(
+    device_kinds=("tpu v6",),
+    peak_flops=918e12,
+    hbm_bandwidth=1640e9,
+    hbm_bytes=32e9,
+    link_bandwidth=90e9,
+    hop_latency_s=1e-6,
+    collective_launch_s=1e-6,
+    target_sides=2,
+    clock_hz=1.75e9,
+    torus_min_side=16,
+    async_all_reduce_min_bytes=512 << 10,
+    in_order=True,
+)
+V5P = Chip(
+    device_kinds=("tpu v5",),
+    peak_flops=459e12,
+    hbm_bandwidth=2765e9,
+    hbm_bytes=95e9,
+    link_bandwidth=90e9,
+    hop_latency_s=1e-6,
+    collective_launch_s=1e-6,
+    target_sides=3,
+    clock_hz=1.75e9,
+    torus_min_side=4,
+    async_all_reduce_min_bytes=512 << 10,
+)
+TPU7X = Chip(  # JAX has a device for each of a chip's two halves
+    device_kinds=("tpu7x",),
+    peak_flops=2307e12 / 2,
+    hbm_bandwidth=7380e9 / 2,
+    hbm_bytes=96e9,
+    link_bandwidth=90e9,
+    hop_latency_s=1e-6,
+    collective_launch_s=1e-6,
+    target_sides=3,
+    clock_hz=2.2e9,
+    torus_min_side=4,
+    async_all_reduce_min_bytes=512 << 10,
+)
+H100 = Chip(
+    device_kinds=("h100",),
+    peak_flops=989e12,
+    hbm_bandwidth=3350e9,
+    hbm_bytes=80e9,
+    link_bandwidth=139e9,
+    hop_latency_s=2.35e-6,
+    collective_launch_s=7.45e-6,
+    target_sides=2,
+    internode_bandwidth=15e9,
+    internode_latency_s=21e-6,
+    kernel_launch_s=1e-6,
+    hbm_efficiency=0.85,
+    interference=0.295,
+)
+
+# A device is the first row of which one of `device_kinds` is in its `device_kind`: the
+# longer name stands above the shorter ("h200" above "h20").
 CHIPS = {
-    "v5e": Chip(
-        197e12, 819e9, 16e9, 45e9, 1e-6, 1e-6, clock=1.5e9, wrap=16, aside=1 << 20
+    "v4": Chip(("tpu v4",), 275e12),
+    "v5e": V5E,
+    "v5p": V5P,
+    "v6e": V6E,
+    "tpu7x": TPU7X,
+    "a100": Chip(("a100", "a800"), 312e12),
+    # The two slower cards take the SXM5 card's costs; they are no targets.
+    "h100-pcie": H100._replace(
+        device_kinds=("h100 pcie",), peak_flops=756e12, target_sides=0
     ),
-    "v6e": Chip(
-        918e12,
-        1640e9,
-        32e9,
-        90e9,
-        1e-6,
-        1e-6,
-        clock=1.75e9,
-        wrap=16,
-        aside=512 << 10,
-        in_order=True,
+    "h100-nvl": H100._replace(
+        device_kinds=("h100 nvl",), peak_flops=835e12, target_sides=0
     ),
-    "v5p": Chip(
-        459e12, 2765e9, 95e9, 90e9, 1e-6, 1e-6, clock=1.75e9, wrap=4, aside=512 << 10
-    ),
-    "tpu7x": Chip(
-        2307e12 / 2,
-        7380e9 / 2,
-        96e9,
-        90e9,
-        1e-6,
-        1e-6,
-        clock=2.2e9,
-        wrap=4,
-        aside=512 << 10,
-    ),
-    "h100": Chip(
-        989e12,
-        3350e9,
-        80e9,
-        139e9,
-        2.35e-6,
-        7.45e-6,
-        far_bandwidth=15e9,
-        far_latency=21e-6,
-        kernel=1e-6,
-        reached=0.85,
-        interference=0.295,
-    ),
-}
-
-# Peak dense bfloat16 FLOP/s of what jax calls a device, by the first name here that its `device_kind` contains (in
-# lower case). Sources: cloud.google.com/tpu/docs (system architecture pages), NVIDIA data sheets (dense, not sparse).
-PEAK_FLOPS = {
-    "tpu v4": 275e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5e": 197e12,
-    "tpu v5p": 459e12,
-    "tpu v5": 459e12,
-    "tpu v6 lite": 918e12,
-    "tpu v6e": 918e12,
-    "tpu7x": 1153.5e12,  # half a chip: each chiplet is a device
-    "a100": 312e12,
-    "a800": 312e12,
-    "h100 pcie": 756e12,
-    "h100 nvl": 835e12,
-    "h100": 989e12,
-    "h800": 989e12,
-    "h200": 989e12,
-    "h20": 148e12,
-    "gb200": 2500e12,
-    "b200": 2250e12,
-    "l40s": 362e12,
-    "l4": 121e12,
-    "a10g": 70e12,
+    "h100": H100,
+    "h800": Chip(("h800",), 989e12),
+    "h200": Chip(("h200",), 989e12),
+    "h20": Chip(("h20",), 148e12),
+    "gb200": Chip(("gb200",), 2500e12),
+    "b200": Chip(("b200",), 2250e12),
+    "l40s": Chip(("l40s",), 362e12),
+    "l4": Chip(("l4",), 121e12),
+    "a10g": Chip(("a10g",), 70e12),
 }
 
 
-def kind_of(device):
-    """The name in CHIPS of a jax device, or None."""
-    known = {
-        "tpu v5 lite": "v5e",
-        "tpu v5e": "v5e",
-        "tpu v6": "v6e",
-        "tpu v5": "v5p",
-        "tpu7x": "tpu7x",
-        "h100": "h100",
-    }
-    return next(
-        (kind for name, kind in known.items() if name in device.device_kind.lower()),
-        None,
-    )
+def platform(where: Any) -> str:
+    """The platform of a JAX device, or of a mesh's devices: cpu, tpu, cuda or rocm.
+
+    JAX calls both kinds of GPU "gpu". The client's version tells them apart (JAX's own
+    tests look there too); a device without a client, which is only compiled for, is
+    told by its kind.
+    """
+    device = where.devices.flat[0] if hasattr(where, "devices") else where
+    if device.platform != "gpu":
+        return device.platform
+    version = getattr(getattr(device, "client", None), "platform_version", "").lower()
+    kind = getattr(device, "device_kind", "").lower()
+    is_amd = "rocm" in version or any(word in kind for word in AMD_WORDS)
+    return "rocm" if is_amd else "cuda"
 
 
-def peak_flops(device, dtype):
-    """Peak FLOP/s of `device` in `dtype` ("bfloat16" or "float32"), or None where it is not known.
+def kind_of(device: Any) -> str | None:
+    """The name in CHIPS of a JAX device, or None where it has no row."""
+    kind = device.device_kind.lower()
+    for name, chip in CHIPS.items():
+        if any(part in kind for part in chip.device_kinds):
+            return name
+    return None
 
-    An accelerator's comes from the table (bfloat16: float32 products run slower, as a share of that peak); a CPU's is
-    measured, once, and divided among the devices that share the machine.
+
+def peak_flops(device: Any, dtype: str) -> float | None:
+    """Peak FLOP/s of `device` in `dtype`, or None where it is not known.
+
+    An accelerator's is from the table, in bfloat16 whatever `dtype` is: the slower
+    float32 products then show as a lower share of that peak. A CPU's is measured once,
+    and divided among the devices that share the machine.
+
+    Args:
+      device: a jax.Device.
+      dtype: "bfloat16" or "float32".
     """
     if device.platform == "cpu":
         import jax
 
         return _measured(dtype) / jax.local_device_count()
-    kind = device.device_kind.lower()
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    kind = kind_of(device)
+    return None if kind is None else CHIPS[kind].peak_flops
 
 
 @functools.cache
-def _measured(dtype, size=1024, repeats=5):
+def _measured(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of several products of square matrices here."""
     import jax
     import jax.numpy as jnp
 

@@ -13,29 +13,37 @@ ACCELERATORS = (
 )
 
 
-def computes_here():
-    """Whether JAX will compute on this machine's CPUs, as far as it can be known before JAX starts."""
+def computes_here() -> bool:
+    """Whether JAX will compute on this machine's CPUs.
+
+    Before JAX starts only JAX_PLATFORMS and the installed plugins can be asked.
+    """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not any(installed(name) for name in ACCELERATORS)
 
 
-def installed(module):
-    """Whether a module could be imported."""
+def installed(module: str) -> bool:
+    """Whether `module` could be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-def keep_freed_memory():
-    """Where JAX will compute on CPUs, tells malloc to keep what is freed. Before JAX starts.
+def keep_freed_memory() -> bool:
+    """Tells malloc to keep freed memory, where JAX will compute on CPUs.
 
-    XLA allocates the temporaries of a step as one block and frees it afterwards. glibc maps such a block anew each
-    time, so every step pays for a fault a page: a third of the time of a small model's (docs/log.md). The price is that
-    what this process has once used stays its own. Where malloc is another one nothing happens.
+    Call it before JAX starts. XLA allocates the temporaries of a step as one block and
+    frees it afterwards. glibc maps such a block anew each time, so every step pays for
+    a fault a page: a third of a small model's time (docs/log.md). The price is that
+    this process never gives memory back.
+
+    Returns whether malloc took the settings: False on accelerators and where malloc is
+    not glibc's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and computes_here():
-        for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
+    if mallopt is None or not computes_here():
+        return False
+    settings = ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1))
+    return all([mallopt(option, value) == 1 for option, value in settings])

@@ -54,7 +54,7 @@ def only(hints: str) -> Iterator[None]:
 
 def cell(recipe: str, target: str, workload: str, shape: str, hints: str) -> str:
     """A ladder model's step in microseconds, and how much of the hideable is hidden."""
-    from ladder_jax.planner import plan
+    from ladder_jax.planner import plan, report
 
     config = from_recipe(f"configs/{recipe}.py")
     config = dataclasses.replace(
@@ -69,7 +69,7 @@ def cell(recipe: str, target: str, workload: str, shape: str, hints: str) -> str
             compiled = plan.build(request)
     except ConfigError as error:
         return str(error)
-    totals = plan.report(compiled, plan.read(compiled))["totals"]
+    totals = report.make_report(compiled, report.make_timeline(compiled))["totals"]
     sent, least = totals["communication_us"], totals["unavoidable_us"]
     hidden = min((sent - totals["exposed_us"]) / (sent - least), 1)
     return f"{totals['step_us']:,.0f} ({hidden:.0%})"

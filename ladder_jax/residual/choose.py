@@ -1,199 +1,316 @@
-"""Chooses a reduction by the planner's cost model: for a machine, a mesh, a message. Needs no compiler of that machine.
+"""Chooses a reduction by the planner's cost model: for a machine, a mesh, a message.
 
-What a reduction sends is read off its own rounds, as JAX traces them, so that there is no second list to keep true.
+It needs no compiler of that machine. What a reduction sends is read from its own
+rounds, as JAX traces them, so there is no second list that could go out of date.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import schedule
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, Model
 from ladder_jax.hardware import chips, cost
-from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Policy
+from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Like, Policy
 from ladder_jax.sharding import TENSOR
 
-# Seconds that a TPU computes for one message more, to cut it out and put it in its place: from the difference in
-# compute between direct and recursive doubling in the schedules of 70B decode at batch 64 (docs/overlap.md).
-MESSAGE = 2e-6
-HIDDEN = 0.5  # what a second on a TPU's links counts for where compute runs beside it: less than one of compute
-KINDS = {
+# Seconds that a TPU computes for each message beyond the first, to cut it out and to
+# put it in its place: the difference in compute between direct and recursive doubling
+# in the schedules of 70B decode at batch 64 (docs/overlap.md).
+MESSAGE_S = 2e-6
+# What a second on a TPU's links counts for where compute hides it. It is below 1, the
+# weight of a second of compute.
+HIDDEN_WEIGHT = 0.5
+# A JAX primitive -> the opcode of XLA that cost.py knows.
+COLLECTIVES = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
     "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
     "ppermute": "collective-permute",
 }
+NOT_SENT = {"axis_index", "pvary"}  # they name an axis and send nothing
+
+
+class Send(NamedTuple):
+    """One collective of a round."""
+
+    kind: str  # XLA's opcode
+    pairs: tuple[tuple[int, int], ...] | None  # of a collective-permute, within a group
+    size: int  # bytes of the whole message on one device
 
 
 @functools.cache
-def rounds(name, n, size):
-    """What reduction `name` of `size` bytes over `n` shards sends: by round, (XLA's kind, pairs or None, bytes)."""
+def rounds(name: str, n: int, size: int) -> list[list[Send]]:
+    """What reduction `name` of `size` bytes over `n` shards sends, round by round.
 
-    def program(value):
+    Raises ValueError where the reduction uses a collective that has no formula here:
+    at no cost, "auto" would always choose it.
+    """
+
+    def program(value: jax.Array) -> Any:
         start, steps, _ = REDUCTIONS[name](value)
         state = start(value)
         for step in steps:
+            # names mark where a round starts: one for each array of the state
             state = jax.tree.map(lambda x: checkpoint_name(x, "round"), state)
             state = step.merge(state, step.send(state))
         return state
 
     value = jax.ShapeDtypeStruct((max(size // 2, 1),), jnp.bfloat16)
-    made, marked = [], False
-    for equation in jax.make_jaxpr(program, axis_env=[(TENSOR, n)])(value).eqns:
-        kind = equation.primitive.name
-        if kind == "name":
-            made += [] if marked else [[]]
-        elif kind in KINDS:
-            array = (equation.outvars if kind == "all_gather" else equation.invars)[
-                0
-            ].aval
-            made[-1].append(
-                (
-                    KINDS[kind],
-                    equation.params.get("perm"),
-                    array.size * array.dtype.itemsize,
-                )
-            )
-        marked = kind == "name"
-    return made
+    jaxpr = jax.make_jaxpr(program, axis_env=[(TENSOR, n)])(value).jaxpr
+    by_round: list[list[Send]] = []
+    after_mark = False
+    for equation in jaxpr.eqns:
+        is_mark = equation.primitive.name == "name"
+        if is_mark and not after_mark:
+            by_round.append([])
+        after_mark = is_mark
+        sends = [_send(name, collective) for collective in _collectives(equation)]
+        if sends and not by_round:
+            raise ValueError(f"reduction {name!r} sends before its first round")
+        if sends:
+            by_round[-1] += sends
+    return by_round
 
 
-def seconds(name, network, groups, size):
+def _collectives(equation: Any) -> Iterator[Any]:
+    """The collectives in `equation`, itself and those of jaxprs inside it.
+
+    A collective is known by a mesh axis among its parameters.
+    """
+    primitive = equation.primitive.name
+    axes = [equation.params.get(key) for key in ("axes", "axis_name")]
+    if TENSOR in jax.tree.leaves(axes) and primitive not in NOT_SENT:
+        yield equation
+    parameters = list(equation.params.values())
+    for inner in jax.tree.leaves(parameters, is_leaf=lambda x: hasattr(x, "eqns")):
+        for nested in getattr(inner, "eqns", ()):
+            for collective in _collectives(nested):
+                if primitive in ("scan", "while", "cond"):
+                    raise ValueError(
+                        f"a reduction has {collective.primitive.name} inside "
+                        f"{primitive}, which the cost model cannot count"
+                    )
+                yield collective
+
+
+def _send(name: str, equation: Any) -> Send:
+    primitive = equation.primitive.name
+    if primitive not in COLLECTIVES:
+        raise ValueError(
+            f"reduction {name!r} uses {primitive}, for which the cost model has no "
+            f"formula: it knows {', '.join(COLLECTIVES)}"
+        )
+    arrays = equation.outvars if primitive == "all_gather" else equation.invars
+    array = arrays[0].aval
+    size = array.size * array.dtype.itemsize
+    return Send(COLLECTIVES[primitive], equation.params.get("perm"), size)
+
+
+def seconds(
+    name: str, network: cost.Network, groups: Sequence[Sequence[int]], size: int
+) -> list[float]:
     """How long each round takes, all groups of devices at once."""
-    taken = []
+    round_s = []
     for sends in rounds(name, len(groups[0]), size):
-        free, end = {}, 0.0
-        for kind, pairs, bytes in sends:
-            who = (
-                groups
-                if pairs is None
-                else [(group[a], group[b]) for group in groups for a, b in pairs]
-            )
-            transfer = network.collective(kind, who, bytes)
-            start = max([0.0, *(free.get(link, 0.0) for link in transfer.links)])
-            free |= dict.fromkeys(transfer.links, start + transfer.flow)
+        link_free: dict[Any, float] = {}  # link -> when it has sent all before
+        end = 0.0
+        for kind, pairs, bytes_ in sends:
+            who: Sequence[Sequence[int]] = groups
+            if pairs is not None:
+                who = [(group[a], group[b]) for group in groups for a, b in pairs]
+            transfer = network.collective(kind, who, bytes_)
+            start = max([0.0, *(link_free.get(link, 0.0) for link in transfer.links)])
+            link_free |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
             end = max(end, start + transfer.seconds)
-        taken.append(end)
-    return taken
+        round_s.append(end)
+    return round_s
 
 
-def choose_reduction(network, groups, size, hides, blocks=None):
-    """The name of the reduction for a message of `size` bytes.
+def choose_reduction(
+    network: cost.Network,
+    groups: Sequence[Sequence[int]],
+    size: int,
+    hides: bool,
+    blocks: Sequence[float] | None = None,
+) -> str:
+    """The name of the reduction that costs least for a message of `size` bytes.
 
-    Where compute runs beside it (`hides`), it is one that the compiler makes asynchronous: exchanges, all-reduces on a
-    GPU and long ones on TPU. Its rounds beyond those that a block's products can end are waited for, and count in full;
-    the others for a part. Where nothing hides it, the fastest is taken.
+    Cost is the seconds that the device waits for the reduction (exposed), plus the
+    seconds that the device computes for it. `hidden` is the time of the first PRODUCTS
+    rounds, as a block has so many products to end a round behind.
 
-    `blocks`: seconds that each block of a layer computes, where products of many rows bound it. A long message may take
-    longer than a block: what is left to wait for decides then.
+    ============================  ================  ==================================
+    machine, compute beside it    reductions        exposed
+    ============================  ================  ==================================
+    TPU, none                     all               all rounds
+    GPU, none                     psum, one-shot    all rounds
+    GPU, any                      psum, one-shot    all - (1 - interference) * hidden
+    TPU, bound by weights         asynchronous      all - (1 - HIDDEN_WEIGHT) * hidden
+    TPU, bound by products        all               all - min(hidden, block), summed
+                                                    over blocks; synchronous: all
+    ============================  ================  ==================================
+
+    Args:
+      network: the machine.
+      groups: the logical devices of each tensor-parallel group.
+      size: bytes.
+      hides: whether a block computes while the reduction runs (the residual schedule
+        has delays).
+      blocks: seconds that each block of a layer computes, where products of many rows
+        bound them (`block_seconds`); None where reading the weights does.
     """
     chip = network.chip
-    tpu = chip.wrap > 0
-    synchronous = ("one-shot",) * tpu + ("psum",) * (tpu and size < chip.aside)
+    # XLA:GPU runs a kernel for every exchange, and each takes most of an all-reduce's
+    # time: only one kernel's reductions can be the fastest there.
+    names = list(REDUCTIONS) if chip.is_tpu else ["psum", "one-shot"]
+    n = len(groups[0])
+    if chip.is_tpu and hides and not blocks:
+        names = [name for name in names if _is_asynchronous(chip, name, n, size)]
 
-    def cost_of(name):
-        taken, sent = (
-            seconds(name, network, groups, size),
-            sum(rounds(name, len(groups[0]), size), []),
-        )
-        more = MESSAGE * (len(sent) - 1) if tpu else 0.0
-        more += (
-            sum(bytes for kind, _, bytes in sent if kind == "all-gather")
-            / chip.hbm_bandwidth
-        )  # to be summed
-        hidden = sum(taken[:PRODUCTS]) if hides else 0.0
-        if tpu and hides and blocks:
-            hides_in = lambda block: 0.0 if name in synchronous else min(hidden, block)
-            return sum(sum(taken) - hides_in(block) + more for block in blocks)
-        return sum(taken) - (1 - (chip.interference or HIDDEN)) * hidden + more
+    def cost_of(name: str) -> float:
+        round_s = seconds(name, network, groups, size)
+        extra_s = _extra_compute(chip, sum(rounds(name, n, size), []))
+        if not hides:
+            exposed = [sum(round_s)]
+        elif not chip.is_tpu:
+            exposed = [exposed_on_gpu(round_s, chip.interference)]
+        elif not blocks:
+            exposed = [exposed_on_tpu_decode(round_s)]
+        elif _is_asynchronous(chip, name, n, size):
+            exposed = [exposed_on_tpu_long_message(round_s, block) for block in blocks]
+        else:
+            exposed = [sum(round_s)] * len(blocks)
+        return sum(exposed_s + extra_s for exposed_s in exposed)
 
-    if not tpu:  # XLA:GPU runs a kernel for every exchange, and each takes most of what an all-reduce takes
-        return min("psum", "one-shot", key=cost_of)
-    left_out = synchronous if hides and not blocks else ()
-    return min((name for name in REDUCTIONS if name not in left_out), key=cost_of)
+    return min(names, key=cost_of)
 
 
-def block_seconds(model, chip, rows, shards):
-    """How long attention's and MLP's products of `rows` tokens take at a chip's peak (`model`: config.Model), or None
-    for rows so few that reading the weights takes longer."""
-    if rows < chip.flops / chip.hbm_bandwidth:
+def exposed_on_gpu(round_s: Sequence[float], interference: float) -> float:
+    """Seconds that a GPU waits, plus what hidden rounds cost the kernels beside them.
+
+    NCCL takes SMs and HBM bandwidth from these kernels (`Chip.interference`).
+    """
+    return sum(round_s) - (1 - interference) * sum(round_s[:PRODUCTS])
+
+
+def exposed_on_tpu_decode(round_s: Sequence[float]) -> float:
+    """Seconds that a TPU waits where blocks are as long as reading their weights.
+
+    Hidden rounds count for HIDDEN_WEIGHT of their time.
+    """
+    return sum(round_s) - (1 - HIDDEN_WEIGHT) * sum(round_s[:PRODUCTS])
+
+
+def exposed_on_tpu_long_message(round_s: Sequence[float], block_s: float) -> float:
+    """Seconds that a TPU waits where a block computes for `block_s` seconds.
+
+    The message is long then too, and may take longer than the block.
+    """
+    return sum(round_s) - min(sum(round_s[:PRODUCTS]), block_s)
+
+
+def _is_asynchronous(chip: chips.Chip, name: str, n: int, size: int) -> bool:
+    """Whether XLA:TPU runs the reduction beside compute: exchanges, long psums."""
+    kinds = {send.kind for sends in rounds(name, n, size) for send in sends}
+    if "all-reduce" in kinds and size < chip.async_all_reduce_min_bytes:
+        return False
+    return not kinds & {"all-gather", "reduce-scatter"}
+
+
+def _extra_compute(chip: chips.Chip, sends: Sequence[Send]) -> float:
+    """Seconds that a device computes for a reduction: it cuts, places and sums."""
+    extra_s = MESSAGE_S * (len(sends) - 1) if chip.is_tpu else 0.0
+    gathered = sum(send.size for send in sends if send.kind == "all-gather")
+    return extra_s + gathered / chip.hbm_bandwidth  # all that was gathered is read
+
+
+def block_seconds(
+    model_config: Model, chip: chips.Chip, rows: int, shards: int
+) -> list[float] | None:
+    """How long attention's and MLP's products of `rows` tokens take at a chip's peak.
+
+    None where `rows` is so small that reading the weights takes longer.
+    """
+    if rows < chip.peak_flops / chip.hbm_bandwidth:
         return None
-    width = 2 * (model.heads + model.kv_heads) * model.head_dim
+    heads = 2 * (model_config.heads + model_config.kv_heads)
+    widths = (heads * model_config.head_dim, 3 * model_config.ffn_dim)
     return [
-        2 * rows * model.dim * outputs / shards / chip.flops
-        for outputs in (width, 3 * model.ffn_dim)
+        2 * rows * model_config.dim * width / shards / chip.peak_flops
+        for width in widths
     ]
 
 
-def network_of(devices, all_reduce=None):
-    """The `cost.Network` of jax devices in a mesh's order, or None where the machine is not known."""
+def network_of(
+    devices: Sequence[Any], all_reduce: float | None = None
+) -> cost.Network | None:
+    """The `cost.Network` of JAX devices in a mesh's order.
+
+    None where the cost model does not know the machine. `all_reduce`: see Network.
+    """
     kind = chips.kind_of(devices[0])
-    if kind is None:
+    if kind is None or not chips.CHIPS[kind].modelled:
         return None
     chip = chips.CHIPS[kind]
-    return cost.Network(
-        chip,
-        [tuple(d.coords) if chip.wrap else d.process_index for d in devices],
-        all_reduce,
-    )
+    places = [tuple(d.coords) if chip.is_tpu else d.process_index for d in devices]
+    return cost.Network(chip, places, all_reduce)
 
 
-def reduction_for(name, config, mesh):
-    """What `model.hidden` takes for mesh.reduction=`name` and a model (config.Model). ConfigError where it cannot be
-    compiled."""
+def reduction_for(
+    name: str, model_config: Model, mesh: jax.sharding.Mesh
+) -> str | Policy:
+    """What the model takes for mesh.reduction=`name`: `name`, or "auto"'s choice.
+
+    Raises ConfigError where XLA cannot compile the reduction for the mesh.
+    """
     if name == "auto":
-        return auto_reduction(config, mesh)
+        return auto_reduction(model_config, mesh)
     if (
         name == "one-shot"
-        and _delayed(config)
+        and _has_delays(model_config)
         and chips.kind_of(mesh.devices.flat[0]) == "v5e"
     ):
         raise ConfigError(
-            f"mesh.reduction='one-shot' is not accepted on v5e with model.residual={config.residual!r}: "
-            "XLA's fusion of its all-gathers does not come to an end; choose 'auto' or another reduction"
+            "mesh.reduction='one-shot' is not accepted on v5e with "
+            f"model.residual={model_config.residual!r}: XLA's fusion of its "
+            "all-gathers does not come to an end; choose 'auto' or another reduction"
         )
     return name
 
 
-def _delayed(config):
-    return any(
-        block.delay
-        for blocks in schedule.parse(config.residual, config.layers).layers
-        for block in blocks
-    )
+def _has_delays(model_config: Model) -> bool:
+    """Whether a block reads a stale stream, so that it can hide a reduction."""
+    blocks = schedule.parse(model_config.residual, model_config.layers).layers
+    return any(block.delay for layer in blocks for block in layer)
 
 
 @functools.lru_cache(maxsize=32)
-def auto_reduction(config, mesh):
-    """What suits a model (config.Model) on a mesh: a name, or a Policy that gives each message one.
+def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
+    """The reductions that suit a model on a mesh: a name, or a Policy by message.
 
-    On machines that the cost model does not know, CPUs among them, it is psum.
+    It is psum on machines that the cost model does not know, CPUs among them.
     """
     network = network_of(list(mesh.devices.flat))
-    if network is None or mesh.shape[TENSOR] == 1:
+    tensor = mesh.shape[TENSOR]
+    if network is None or tensor == 1:
         return "psum"
-    groups = [
-        list(map(int, row))
-        for row in jnp.arange(mesh.size).reshape(-1, mesh.shape[TENSOR])
-    ]
-    hides = _delayed(config)
+    groups = np.arange(mesh.size).reshape(-1, tensor).tolist()
+    hides = _has_delays(model_config)
 
     @functools.cache
-    def chosen(rows, size):
-        return choose_reduction(
-            network,
-            groups,
-            size,
-            hides,
-            block_seconds(config, network.chip, rows, mesh.shape[TENSOR]),
-        )
+    def choose(rows: int, size: int) -> str:
+        blocks = block_seconds(model_config, network.chip, rows, tensor)
+        return choose_reduction(network, groups, size, hides, blocks)
 
-    def name_for(value):
-        return chosen(
-            value.size // value.shape[-1] if value.ndim else 1,
-            value.size * value.dtype.itemsize,
-        )
+    def name_for(value: Like) -> str:
+        rows = value.size // value.shape[-1] if value.ndim else 1
+        return choose(rows, value.size * value.dtype.itemsize)
 
     return Policy(name_for, network.chip.in_order)

@@ -28,6 +28,7 @@ import jax
 from ladder_jax import decode, kv_cache, sharding
 from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
 from ladder_jax.data.tokenizer import Tokenizer
+from ladder_jax.hardware import chips
 from ladder_jax.model import Transformer
 from ladder_jax.residual import choose
 from ladder_jax.serve import submission
@@ -241,12 +242,17 @@ class Engine:
                 "there"
             )
         with self._lock:
-            if not self._running:
-                self._closing, self._running = False, True
-                self._thread = threading.Thread(
-                    target=self._run, name="ladder_jax engine", daemon=True
-                )
+            if self._running:
+                return self
+            self._thread = threading.Thread(
+                target=self._run, name="ladder_jax engine", daemon=True
+            )
+            self._closing, self._running = False, True
+            try:
                 self._thread.start()
+            except BaseException:
+                self._running = False
+                raise
         return self
 
     def close(self) -> None:
@@ -343,8 +349,8 @@ def _spec(
     reduction: str,
 ) -> decode.DecodeSpec:
     """Returns what the compiled programs depend on."""
-    platform = mesh.devices.flat[0].platform
-    is_gpu = platform in ("gpu", "cuda", "rocm")
+    platform = chips.platform(mesh)
+    is_gpu = platform in chips.GPUS
     kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)
     return decode.DecodeSpec(
         model_config=model_config,

@@ -134,8 +134,8 @@ class Request:
                     return
                 elif not self._engine.running:
                     raise EngineClosed(
-                        f"the engine was closed before request {self.number} finished: "
-                        "iterate it again to continue"
+                        "the engine was closed, or its thread failed, before request "
+                        f"{self.number} finished: iterate it again to continue"
                     )
                 else:
                     await event.wait()

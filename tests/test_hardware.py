@@ -1,0 +1,176 @@
+"""Platforms, chips and the process's memory, on devices that are only descriptions."""
+
+import os
+import platform as machine
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from ladder_jax import attention, config
+from ladder_jax.hardware import aot, chips, malloc, xla_options
+
+# (platform, device_kind, the client's platform_version), as JAX's plugins give them.
+DEVICES = {
+    "cpu": ("cpu", "cpu", "cpu"),
+    "tpu": ("tpu", "TPU v5 lite", "PJRT C API\nTFRT TPU v5 lite"),
+    "cuda": ("gpu", "NVIDIA H100 80GB HBM3", "PJRT C API\ncuda 12090"),
+    "rocm": ("gpu", "AMD Instinct MI300X", "PJRT C API\nrocm 60300"),
+}
+
+
+def device(platform, device_kind, version=None):
+    client = SimpleNamespace(platform_version=version) if version else None
+    return SimpleNamespace(platform=platform, device_kind=device_kind, client=client)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_and_its_mesh_have_the_same_platform(name):
+    one = device(*DEVICES[name])
+    mesh = SimpleNamespace(devices=np.array([[one, one]]))
+    assert chips.platform(one) == chips.platform(mesh) == name
+
+
+@pytest.mark.parametrize(
+    "device_kind, expected",
+    [
+        ("AMD Instinct MI250", "rocm"),
+        ("AMD Radeon Graphics", "rocm"),
+        ("gfx942", "rocm"),
+        ("NVIDIA A100-SXM4-80GB", "cuda"),
+    ],
+)
+def test_a_gpu_without_a_client_is_told_by_its_kind(device_kind, expected):
+    assert chips.platform(device("gpu", device_kind)) == expected
+
+
+def test_the_version_of_the_client_decides_where_the_kind_says_nothing():
+    assert chips.platform(device("gpu", "unnamed", "rocm 60300")) == "rocm"
+
+
+def test_this_machine_has_a_platform():
+    assert chips.platform(jax.devices()[0]) in ("cpu", "tpu", "cuda", "rocm")
+
+
+@pytest.mark.parametrize("name, kernel", [("cuda", "cudnn"), ("rocm", "xla")])
+def test_bfloat16_attention_takes_cudnn_on_nvidia_gpus_alone(name, kernel):
+    platform = chips.platform(device(*DEVICES[name]))
+    assert attention.kernel_for(platform, config.Model(), 2048) == kernel
+
+
+def test_both_kinds_of_gpu_get_the_options_of_gpus():
+    for name in chips.GPUS:
+        mesh = SimpleNamespace(devices=np.array([device(*DEVICES[name])]))
+        assert xla_options.options(mesh) == xla_options.OPTIONS["gpu"]
+
+
+def test_options_of_a_workload_come_on_top_of_those_of_the_chip_and_platform():
+    mesh = SimpleNamespace(devices=np.array([device(*DEVICES["tpu"])]))
+    rows = ("tpu", "v5e", "v5e prefill")
+    expected = {k: v for row in rows for k, v in xla_options.OPTIONS[row].items()}
+    assert xla_options.options(mesh, "prefill") == expected
+    assert xla_options.options(mesh) != expected
+
+
+@pytest.mark.parametrize("name, chip", chips.CHIPS.items())
+def test_a_row_of_the_table_is_known_by_its_own_names_and_complete(name, chip):
+    for part in chip.device_kinds:
+        assert chips.kind_of(device("gpu", f"Maker {part.upper()} 80GB")) == name
+    assert 1e12 < chip.peak_flops < 1e16, "FLOP/s"
+    if chip.modelled:
+        assert 1e11 < chip.hbm_bandwidth < 1e14, "bytes/s"
+        assert 1e9 < chip.hbm_bytes < 1e12, "bytes"
+        assert 1e9 < chip.link_bandwidth < 1e12, "bytes/s"
+        assert 0 < chip.hop_latency_s < 1e-4, "seconds"
+        assert chip.is_tpu == (chip.clock_hz > 0), "XLA:TPU counts cycles"
+        assert chip.is_tpu == (chip.internode_bandwidth == 0)
+    else:
+        assert not chip.target_sides, "the planner needs the cost model"
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x2", "h200:1x8", "h100-pcie:1x8", "h100:8"])
+def test_chips_without_a_compiler_are_no_targets(name):
+    with pytest.raises(config.ConfigError, match=f"target='{name}' is not accepted"):
+        aot.parse(name)
+
+
+# ---------------------------------------------------------------- malloc
+
+IS_GLIBC = machine.libc_ver()[0] == "glibc"
+# Frees 64 MiB many times and prints whether malloc was told, and the faults.
+FAULTS = """
+import ctypes, resource, sys
+from ladder_jax.hardware import malloc
+
+told = malloc.keep_freed_memory() if sys.argv[1] == "keep" else None
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def touch():
+    block = libc.malloc(64 << 20)
+    libc.memset(block, 1, 64 << 20)
+    libc.free(block)
+
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    touch()
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    """(what keep_freed_memory returned, page faults) of a process of its own."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FAULTS, how],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    told, count = ended.stdout.split()
+    return told, int(count)
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="the settings are glibc's")
+def test_freed_memory_is_kept_and_not_faulted_in_again():
+    told, kept = faults("keep")
+    _, anew = faults("default")
+    assert told == "True"
+    assert kept < anew / 10, f"{kept} page faults with the settings, {anew} without"
+
+
+@pytest.mark.parametrize("platforms, expected", [("cpu", True), ("tpu,cpu", False)])
+def test_the_users_platforms_decide_where_jax_computes(
+    monkeypatch, platforms, expected
+):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert malloc.computes_here() == expected
+
+
+def test_an_installed_accelerator_is_where_jax_computes(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, expected in (("jax_plugins.xla_rocm", False), ("other", True)):
+        monkeypatch.setattr(
+            malloc, "installed", lambda module, name=name: module == name
+        )
+        assert malloc.computes_here() == expected
+
+
+def test_memory_is_left_alone_on_accelerators_and_without_mallopt(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert malloc.keep_freed_memory() is False
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert malloc.keep_freed_memory() is False
+
+
+def test_a_module_of_no_package_is_not_installed():
+    assert malloc.installed("json.decoder")
+    assert not malloc.installed("no_such_package.module")

@@ -1,0 +1,89 @@
+"""Keys and values of past tokens: sizes, writes, and the error of int8."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ladder_jax import config, kv_cache
+
+B, T, K, S, H = 2, 3, 2, 6, 8
+
+
+def keys_and_values(dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.normal(size=(B, T, K, H)), dtype) for _ in range(2)]
+
+
+def read(cache):
+    """Keys and values in float32, [B, S, K, H]."""
+    arrays = []
+    for values, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        values = values.astype(jnp.float32)
+        values = values if scale is None else values * scale
+        arrays.append(np.asarray(values.transpose(0, 2, 1, 3)))
+    return arrays
+
+
+@pytest.mark.parametrize("dtype", kv_cache.DTYPES)
+def test_bytes_per_token_is_what_a_token_takes(dtype):
+    model_config = config.Model(layers=3, kv_heads=K, head_dim=H)
+    one_token = kv_cache.empty((3, 1, K, 1, H), dtype)
+    size = sum(x.nbytes for x in jax.tree.leaves(one_token))
+    assert kv_cache.bytes_per_token(model_config, dtype) == size
+
+
+@pytest.mark.parametrize("dtype", kv_cache.DTYPES)
+def test_an_empty_cache_has_the_dtype_and_is_zero(dtype):
+    cache = kv_cache.empty((B, K, S, H), dtype)
+    assert cache.k.dtype == cache.v.dtype == dtype
+    assert (cache.k_scale is not None) == (dtype == "int8")
+    assert not any(x.any() for x in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize(
+    "dtype, error", [("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)]
+)
+def test_every_row_writes_at_its_own_positions_and_nowhere_else(dtype, error):
+    """`error` is the largest one, as a share of the head's largest value."""
+    new = keys_and_values()
+    positions = np.array([[0, 1, 2], [5, 3, 4]])
+    cache = kv_cache.write(kv_cache.empty((B, K, S, H), dtype), *new, positions)
+    for written, values in zip(read(cache), map(np.asarray, new)):
+        largest = np.abs(values).max(axis=-1, keepdims=True)
+        for row in range(B):
+            got = written[row, positions[row]]
+            assert np.all(np.abs(got - values[row]) <= error * largest[row] * 1.001)
+        assert not written[0, 3:].any() and not written[1, :3].any()
+
+
+def test_a_position_is_written_again():
+    first, second = keys_and_values()
+    positions = np.tile(np.arange(T), (B, 1))
+    cache = kv_cache.empty((B, K, S, H), "float32")
+    cache = kv_cache.write(cache, first, first, positions)
+    cache = kv_cache.write(cache, second, second, positions)
+    np.testing.assert_array_equal(read(cache)[0][:, :T], second)
+
+
+def test_positions_outside_the_cache_are_dropped():
+    k, v = keys_and_values()
+    positions = np.array([[S - 1, S, 1000], [0, S, S + 1]])
+    written, _ = read(
+        kv_cache.write(kv_cache.empty((B, K, S, H), "float32"), k, v, positions)
+    )
+    np.testing.assert_array_equal(written[0, S - 1], k[0, 0])
+    np.testing.assert_array_equal(written[1, 0], k[1, 0])
+    assert not written[0, : S - 1].any() and not written[1, 1:].any()
+
+
+def test_int8_of_zeros_is_zeros():
+    low, scale = kv_cache.quantise(jnp.zeros((2, H)))
+    assert low.dtype == jnp.int8 and scale.shape == (2, 1)
+    assert not (low * scale).any() and jnp.isfinite(scale).all()
+
+
+def test_int8_reaches_its_whole_range():
+    low, scale = kv_cache.quantise(jnp.array([[-3.0, 0.0, 1.5, 3.0]]))
+    np.testing.assert_array_equal(low, [[-127, 0, 64, 127]])
+    np.testing.assert_allclose(scale, 3 / 127)
