@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
+from ladder_jax.arguments import parse
 from ladder_jax.bench import contest, machine
 from ladder_jax.bench.sizes import TRAIN_SIZES
 from ladder_jax.config import (
@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["contend"]:
         return contend(*arguments[1:])
     try:
-        run(tyro.cli(Arguments, args=arguments, prog="ladder-jax bench train"))
+        run(parse(Arguments, arguments, "bench train"))
     except (ConfigError, ArithmeticError) as error:
         sys.exit(f"ladder-jax bench train: {error}")
     return None

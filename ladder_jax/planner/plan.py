@@ -23,7 +23,7 @@ from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo
 from ladder_jax.planner.stack import Stack, shorten
 from ladder_jax.residual import choose
-from ladder_jax.residual.layers import narrowing
+from ladder_jax.residual.layers import narrow_blocks
 from ladder_jax.residual.reductions import LANES
 
 
@@ -115,7 +115,7 @@ def short_stack(request: Request) -> Stack:
     if request.workload == "prefill":
         # The last layers compute less: only the last position's output is needed.
         blocks = schedule.parse(notation, layers)
-        first_narrow = narrowing(blocks)[0] // len(blocks.layers[0])
+        first_narrow = narrow_blocks(blocks)[0] // len(blocks.layers[0])
         ends = layers - first_narrow
     return shorten(notation, layers, request.most + ends - 1, ends)
 

@@ -15,7 +15,8 @@ from ladder_jax.planner.scopes import Place, place_of
 from ladder_jax.planner.stack import LayerCounter
 from ladder_jax.planner.timeline import Collective, Timeline
 from ladder_jax.residual import choose
-from ladder_jax.residual.layers import narrowing
+from ladder_jax.residual.layers import narrow_blocks
+from ladder_jax.residual.reductions import name_for
 
 US = 1e6  # microseconds in a second
 
@@ -137,12 +138,11 @@ def reduction_of(compiled: Compiled) -> str:
     request, mesh = compiled.request, compiled.mesh
     model_config = request.config.model
     reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
-    if not callable(reduction):
-        return reduction
     rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
     tokens = 1 if request.workload == "decode" else request.context
     shape = rows, tokens, model_config.dim
-    return reduction(jax.ShapeDtypeStruct(shape, jnp.dtype(model_config.dtype)))
+    message = jax.ShapeDtypeStruct(shape, jnp.dtype(model_config.dtype))
+    return name_for(reduction, message)
 
 
 def mesh_axes(groups: hlo.Groups, mesh: jax.sharding.Mesh) -> str:
@@ -234,7 +234,7 @@ def forward_flops(
     )
     parsed = schedule.parse(model_config.residual, model_config.layers)
     blocks = [block for layer in parsed.layers for block in layer]
-    first_narrow = narrowing(parsed)[0]
+    first_narrow = narrow_blocks(parsed)[0]
     flops: float = tokens * model_config.layers * 2 * model_config.dim * keys_and_values
     flops += read * 2 * model_config.dim * model_config.vocab_size
     for number, block in enumerate(blocks):
