@@ -1,15 +1,20 @@
-"""BLOOM-176B's shape in this architecture, trained from scratch with ladder residual, tensor-parallel in each node.
+r"""BLOOM-176B's shape, trained from scratch with ladder residual on 256 GPUs.
 
-Command:   sbatch --nodes 32 launch/slurm.sh configs/bloom_176b.py --data.source 'PATH/*.parquet'
-               --data.tokenizer PATH/tokenizer.json
-Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of parameters and AdamW state
-Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+Command:   sbatch --nodes 32 launch/slurm.sh configs/bloom_176b.py \
+               --data.source 'PATH/*.parquet' --data.tokenizer PATH/tokenizer.json
+Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of parameters and
+           AdamW state
+Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
+           this shape's inference speed only
 
-Layers, dimension, heads and vocabulary are BLOOM's; SwiGLU (of 50176, as the paper measures it), RMSNorm and rotary
-embedding stand where BLOOM has GELU (of 57344), LayerNorm, biases and ALiBi. So this model has 212,202,346,496
-parameters, where BLOOM has 176,247,271,424. Learning rate and batch are BLOOM's (arXiv 2211.05100); the
-tokens are those of the paper's from-scratch runs, 104.9B, where BLOOM had 366B.
+Tensor parallelism is within a node. Layers, dimension, heads and vocabulary are
+BLOOM's. This model has SwiGLU (of 50176, as the paper measures it), RMSNorm and rotary
+embedding; BLOOM has GELU (of 57344), LayerNorm, biases and ALiBi. So this model has
+212,202,346,496 parameters; BLOOM has 176,247,271,424. Learning rate and batch are
+BLOOM's (arXiv 2211.05100). The run takes 104.9B tokens, as the paper's runs from
+scratch do; BLOOM's took 366B.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -31,8 +36,9 @@ config = Config(
         source="data/text/**/*.parquet",
         tokenizer="data/bloom/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all nodes see.
         token_cache="data/tokens",
-    ),  # on a disk that all nodes see
+    ),
     mesh=Mesh(data=1, fsdp=32, tensor=8),
     optimizer=Optimizer(learning_rate=6e-5, warmup_steps=2000),
     train=Train(

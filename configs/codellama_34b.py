@@ -1,14 +1,20 @@
-"""CodeLlama-34B's shape, trained from scratch with ladder residual and tensor parallelism in each node.
+r"""CodeLlama-34B's shape, trained from scratch with ladder residual on 64 GPUs.
 
-Command:   sbatch --nodes 8 launch/slurm.sh configs/codellama_34b.py --data.source 'PATH/*.parquet'
-               --data.text-field content --data.tokenizer PATH/tokenizer.json
-Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 6.3 GB of parameters and AdamW state
-Time:      10.6 days = 2.31e22 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+Command:   sbatch --nodes 8 launch/slurm.sh configs/codellama_34b.py \
+               --data.source 'PATH/*.parquet' --data.text-field content \
+               --data.tokenizer PATH/tokenizer.json
+Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 6.3 GB of parameters and
+           AdamW state
+Time:      10.6 days = 2.31e22 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
+           this shape's inference speed only
 
-Learning rate, warm-up, decay and tokens a step are CodeLlama's (arXiv 2308.12950, section 2), which began with the
-weights of Llama 2 and took 500B tokens; here the run begins with fresh weights and takes 104.9B, as the paper's
-from-scratch runs do. Rotary base and longest context are those of its long-context fine-tuning.
+Tensor parallelism is within a node. Learning rate, warm-up, decay and tokens a step are
+CodeLlama's (arXiv 2308.12950, section 2). CodeLlama began with the weights of Llama 2
+and took 500B tokens; this run begins with fresh weights and takes 104.9B, as the
+paper's runs from scratch do. Rotary base and longest context are those of CodeLlama's
+long-context fine-tuning.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -30,8 +36,9 @@ config = Config(
         source="data/code/**/*.parquet",
         tokenizer="data/codellama/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all nodes see.
         token_cache="data/tokens",
-    ),  # on a disk that all nodes see
+    ),
     mesh=Mesh(data=1, fsdp=8, tensor=8),
     optimizer=Optimizer(
         learning_rate=1.5e-4, warmup_steps=1000, final_lr_fraction=1 / 30

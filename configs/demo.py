@@ -1,10 +1,11 @@
-"""A small ladder transformer on Python's own documentation, on an emulated mesh of eight devices.
+"""A small ladder transformer on Python's documentation, on 8 emulated devices.
 
 Command:   make demo
            (or: ladder-jax train configs/demo.py --devices 8)
 Hardware:  any machine with 2 CPU cores; 2 GB of memory
 Time:      5.5 minutes on 2 idle cores, environment included (AMD EPYC)
-Result:    2.39 bits per byte on held-out documents, and text with the shape of documentation
+Result:    2.39 bits per byte on held-out documents, and text with the shape of
+           documentation
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train

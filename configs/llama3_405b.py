@@ -1,15 +1,21 @@
-"""Llama-3.1-405B's shape, trained from scratch with ladder residual on a TPU pod slice.
+r"""Llama-3.1-405B's shape, trained from scratch with ladder residual on a TPU slice.
 
-Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_405b.py --data.tokenizer PATH/tokenizer.json
-Hardware:  1024 TPU v5p of 95 GB (a slice v5p-2048); a device holds 4.9 GB of parameters and AdamW state
-Time:      16.4 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_405b.py \
+               --data.tokenizer PATH/tokenizer.json
+Hardware:  1024 TPU v5p of 95 GB (a slice v5p-2048); a device holds 4.9 GB of parameters
+           and AdamW state
+Time:      16.4 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
+           this shape's inference speed only
 
-16 key-value heads, as the paper measures it, so that they divide by a tensor axis of 16; Llama 3.1 has 8. So this
-model has 410,081,247,232 parameters, where Llama 3.1 has 405,853,388,800 (which `--model.kv-heads 8 --mesh.fsdp 128
---mesh.tensor 8 --train.grad-accum-steps 8` trains). Learning rate, and tokens and length of a step, are those that Llama 3
-began with (arXiv 2407.21783, section 3.4); the tokens in all are those of the paper's from-scratch runs, 104.9B, where
-Llama 3 had 15T. Rotary embedding is Llama 3.1's, scaled for its long contexts from the start.
+The model has 16 key-value heads, as in the paper's measurements, so that they divide by
+a tensor axis of 16; Llama 3.1 has 8. So this model has 410,081,247,232 parameters;
+Llama 3.1 has 405,853,388,800, and these options train exactly it: `--model.kv-heads 8
+--mesh.fsdp 128 --mesh.tensor 8 --train.grad-accum-steps 8`. Learning rate, tokens of a
+step and sequence length are those that Llama 3 began with (arXiv 2407.21783, section
+3.4). The run takes 104.9B tokens, as the paper's runs from scratch do; Llama 3's took
+15T. Rotary embedding is Llama 3.1's, scaled for long contexts from the start.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, RopeScaling, Train
@@ -32,8 +38,9 @@ config = Config(
         source="data/fineweb-edu/**/*.parquet",
         tokenizer="data/llama3/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all hosts see.
         token_cache="data/tokens",
-    ),  # on a disk that all hosts see
+    ),
     mesh=Mesh(data=1, fsdp=64, tensor=16),
     optimizer=Optimizer(learning_rate=8e-5, warmup_steps=2000, final_lr_fraction=0.01),
     train=Train(

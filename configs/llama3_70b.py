@@ -1,13 +1,18 @@
-"""Llama-3-70B's shape, trained from scratch with ladder residual on a TPU pod slice.
+r"""Llama-3-70B's shape, trained from scratch with ladder residual on a TPU slice.
 
-Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_70b.py --data.tokenizer PATH/tokenizer.json
-Hardware:  256 TPU v5p of 95 GB (a slice v5p-512); a device holds 3.3 GB of parameters and AdamW state
-Time:      12.4 days = 5.05e22 FLOPs / (256 x 459 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures this shape's inference speed only
+Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_70b.py \
+               --data.tokenizer PATH/tokenizer.json
+Hardware:  256 TPU v5p of 95 GB (a slice v5p-512); a device holds 3.3 GB of parameters
+           and AdamW state
+Time:      12.4 days = 5.05e22 FLOPs / (256 x 459 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
+Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
+           this shape's inference speed only
 
-The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's from-scratch runs,
-104.9B, where Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
-`--model.rope-scaling.factor 8 --model.max-length 131072`.
+The learning rate is Llama 3's (arXiv 2407.21783, table 3). The run takes 104.9B tokens,
+as the paper's runs from scratch do; Llama 3's took 15T. Rotary embedding is Llama 3's,
+for 8192 tokens. For Llama 3.1's, add `--model.rope-scaling.factor 8 --model.max-length
+131072`.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -29,8 +34,9 @@ config = Config(
         source="data/fineweb-edu/**/*.parquet",
         tokenizer="data/llama3/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all hosts see.
         token_cache="data/tokens",
-    ),  # on a disk that all hosts see
+    ),
     mesh=Mesh(data=1, fsdp=32, tensor=8),
     optimizer=Optimizer(learning_rate=1.5e-4, warmup_steps=2000),
     train=Train(

@@ -1,15 +1,21 @@
-"""Llama-3-8B's shape, trained from scratch with ladder residual and tensor parallelism in each node.
+r"""Llama-3-8B's shape, trained from scratch with ladder residual on 64 GPUs.
 
-Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py --data.tokenizer PATH/tokenizer.json
-           compare:  --model.residual standard --train.out runs/llama3_8b_standard   (or hybrid:last16, desync:2, ...)
-Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and AdamW state
-Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
-Result:    not run yet, and none is published for this run. The paper (arXiv 2501.06589) says that ladder trains an 8B
-           model 5 to 7% faster than standard on 64 H100; its 8B results in quality are of Llama-3.1-8B-Instruct
-           converted to hybrid:last16 and trained on 3B tokens.
+Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py \
+               --data.tokenizer PATH/tokenizer.json
+           compare:  --model.residual standard --train.out runs/llama3_8b_standard
+                     (or hybrid:last16, desync:2, ...)
+Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and
+           AdamW state
+Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
+Result:    not run yet, and none is published for this run. The paper (arXiv 2501.06589)
+           says that ladder trains an 8B model 5 to 7% faster than standard on 64
+           H100; its 8B results in quality are of Llama-3.1-8B-Instruct converted to
+           hybrid:last16 and trained on 3B tokens.
 
-The learning rate is Llama 3's (arXiv 2407.21783, table 3); the tokens are those of the paper's own runs, 104.9B, where
-Llama 3 had 15T. Rotary embedding is Llama 3's, for 8192 tokens; for Llama 3.1's, add
+Tensor parallelism is within a node. The learning rate is Llama 3's (arXiv 2407.21783,
+table 3). The run takes 104.9B tokens, as the paper's own runs do; Llama 3's took 15T.
+Rotary embedding is Llama 3's, for 8192 tokens. For Llama 3.1's, add
 `--model.rope-scaling.factor 8 --model.max-length 131072`.
 """
 
@@ -32,8 +38,9 @@ config = Config(
         source="data/fineweb-edu/**/*.parquet",
         tokenizer="data/llama3/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all nodes see.
         token_cache="data/tokens",
-    ),  # on a disk that all nodes see
+    ),
     mesh=Mesh(data=8, fsdp=1, tensor=8),
     optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
     train=Train(

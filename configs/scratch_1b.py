@@ -1,22 +1,27 @@
-"""The 1.2B model that the Ladder Residual paper (arXiv 2501.06589) trains from scratch.
+r"""The 1.2B model that the ladder paper (arXiv 2501.06589) trains from scratch.
 
 Command:   sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py
-           data:     hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include "sample/100BT/*"
-                     --local-dir data/fineweb-edu
-                     hf download bigcode/starcoder tokenizer.json --local-dir data/starcoder
-           compare:  --model.residual standard --train.out runs/scratch_1b_standard   (or parallel, desync:2, ...)
+           data:     hf download HuggingFaceFW/fineweb-edu --repo-type dataset \
+                         --include "sample/100BT/*" --local-dir data/fineweb-edu
+                     hf download bigcode/starcoder tokenizer.json \
+                         --local-dir data/starcoder
+           compare:  --model.residual standard --train.out runs/scratch_1b_standard
+                     (or parallel, desync:2, ...)
            smaller:  8 devices: --mesh.data 1 --train.grad-accum-steps 32
-Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 1.9 GB of parameters and AdamW state
-Time:      10.1 hours = 9.18e20 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 1.9 GB of parameters and
+           AdamW state
+Time:      10.1 hours = 9.18e20 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
              residual   Wikitext perplexity   mean of six tasks
              standard   18.54                 59.98
              parallel   18.95                 58.75
              ladder     18.42                 58.92
 
-1.208B parameters as the paper counts, with one embedding; input and output embeddings are two here, as in the
-authors' training configuration. No tensor parallelism, which this size does not need: ladder is trained here for its
-quality. `--mesh.fsdp 1 --mesh.tensor 8` trains the same model with it.
+The paper counts 1.208B parameters, with one embedding. This model has an input and an
+output embedding, as in the authors' training configuration. It needs no tensor
+parallelism at this size: the run measures ladder's quality, not its speed. `--mesh.fsdp
+1 --mesh.tensor 8` trains the same model with tensor parallelism.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -37,8 +42,9 @@ config = Config(
         source="data/fineweb-edu/**/*.parquet",
         tokenizer="data/starcoder/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all nodes see.
         token_cache="data/tokens",
-    ),  # on a disk that all nodes see
+    ),
     mesh=Mesh(data=8, fsdp=8, tensor=1),
     optimizer=Optimizer(
         learning_rate=3e-4,

@@ -1,19 +1,23 @@
-"""The 3.5B model that the Ladder Residual paper (arXiv 2501.06589) trains from scratch.
+"""The 3.5B model that the ladder paper (arXiv 2501.06589) trains from scratch.
 
 Command:   sbatch --nodes 16 launch/slurm.sh configs/scratch_3b.py
            (data, and other residual schedules to compare with: see scratch_1b.py)
-Hardware:  128 NVIDIA H100 of 80 GB, 8 a node; a device holds 5.4 GB of parameters and AdamW state
-Time:      13.4 hours = 2.45e21 FLOPs / (128 x 989 TFLOP/s x 40% MFU): derived with an assumed MFU, not measured
+Hardware:  128 NVIDIA H100 of 80 GB, 8 a node; a device holds 5.4 GB of parameters and
+           AdamW state
+Time:      13.4 hours = 2.45e21 FLOPs / (128 x 989 TFLOP/s x 40% MFU): derived with an
+           assumed MFU, not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
              residual   Wikitext perplexity   mean of six tasks
              standard   14.48                 64.11
              parallel   14.96                 63.03
              ladder     14.90                 62.91
 
-3.511B parameters as the paper counts, with one embedding; input and output embeddings are two here, as in the
-authors' training configuration. It has 36 heads of 64, as in their training; their speed measurements took 32 of 72,
-since 36 heads do not divide by 8. The mesh is theirs: shards within a node, replicas across. A tensor axis
-of 2, 3, 4, 6 or 12 divides this model; for 8 it must be `--model.heads 32 --model.kv-heads 32 --model.head-dim 72`.
+The paper counts 3.511B parameters, with one embedding. This model has an input and an
+output embedding, as in the authors' training configuration. It has 36 heads of 64, as
+in their training; their speed measurements have 32 heads of 72, since 36 does not
+divide by 8. The mesh is theirs: shards within a node, replicas across nodes. A tensor
+axis of 2, 3, 4, 6 or 12 divides this model; a tensor axis of 8 needs `--model.heads 32
+--model.kv-heads 32 --model.head-dim 72`.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -34,8 +38,9 @@ config = Config(
         source="data/fineweb-edu/**/*.parquet",
         tokenizer="data/starcoder/tokenizer.json",
         held_out_fraction=0.001,
+        # On a disk that all nodes see.
         token_cache="data/tokens",
-    ),  # on a disk that all nodes see
+    ),
     mesh=Mesh(data=16, fsdp=8, tensor=1),
     optimizer=Optimizer(
         learning_rate=3e-4,

@@ -1,86 +1,103 @@
-"""The command `ladder-jax`: reads arguments, calls a job, and says what came of it in one line.
+"""The command `ladder-jax`: reads arguments, calls a job, and prints its outcome.
 
-A user's mistake ends in one line on stderr and status 2; what else fails, in one line and status 1. For the traceback
-behind such a line, set LADDER_JAX_TRACEBACK=1.
+Exit statuses, for shells and schedulers:
+  0    done
+  1    failed: no memory, a full disk, loss that is not finite, ...; one line says why
+  2    a mistake in the arguments, the recipe or the data; one line says which
+  128+N  stopped by signal N (130: Ctrl-C, 143: SIGTERM, 129: the terminal closed).
+       `train` has saved then, unless its last line says that there was nothing to save;
+       the same command with --resume continues it
+  141  the reader of the output went away (`| head`); `train` does not stop for that
+
+LADDER_JAX_TRACEBACK=1 shows the traceback behind a line about a failure.
 """
 
-import contextlib
+import importlib
 import importlib.metadata
-import io
 import os
-import re
+import shlex
+import signal
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import tyro
-
-from ladder_jax import config as configuration
-from ladder_jax.config import ConfigError
+from ladder_jax.arguments import FLAT, POSITIONAL, parse
+from ladder_jax.config import (
+    Config,
+    ConfigError,
+    Data,
+    Decode,
+    Mesh,
+    from_recipe,
+    near_matches,
+    require,
+)
 from ladder_jax.hardware import distributed, malloc
 
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Trains the model of a recipe, a Python file that makes a `config`. Any of its fields can be overridden."""
+    """Trains the model of a recipe, a Python file that defines a `config`. Options
+    change its fields."""
 
-    config: Annotated[
-        configuration.Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
-    ]
+    config: Config = field(default_factory=Config, metadata=FLAT)
     resume: bool = False
-    """Continue the run in train.out from its newest checkpoint; where there is none yet, start it."""
+    """Continue the run in train.out from its newest checkpoint. Without a checkpoint,
+    start the run."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     distributed: bool = False
-    """One process of several, started alike on every machine. TPU pods, Slurm and MPI tell each process its place;
-    elsewhere the next three do."""
+    """This is one process of several. Start the same command on every machine. A TPU
+    pod, Slurm or MPI tells each process its number; elsewhere the next three options
+    do."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where the others find it."""
+    """HOST:PORT of process 0, which the other processes connect to."""
     processes: int | None = None
-    """How many there are."""
+    """The number of processes."""
     process: int | None = None
-    """Which one this is, from 0 on."""
+    """The number of this process, from 0."""
 
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """Writes the text that a model makes of a prompt, as it is made; or of a file of prompts, many at a time."""
+    """Writes the text with which a model continues a prompt, token by token. With
+    --prompts-file, decodes many prompts at a time."""
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, its checkpoints folder, or one step's."""
+    checkpoint: str = field(metadata=POSITIONAL)
+    """A run's folder, its checkpoints folder, or the folder of one step."""
     prompt: str = ""
-    """The text to continue. If it is empty, the model starts a new document: from the tokenizer's begin token, or
+    """The text to continue. Empty: a new document, from the tokenizer's begin token, or
     from its end token if it has no begin token."""
     prompts_file: str | None = None
-    """JSONL: a prompt a line, with options of its own if it wants; those here are the defaults."""
+    """A JSONL file with one prompt a line. A line may set options of its own; the
+    options of the command line are its defaults."""
     out: str = "out.jsonl"
-    """Where the outputs of prompts_file go. What it holds already is not generated again."""
+    """The file for the outputs of --prompts-file. Outputs that it already holds are not
+    generated again."""
     max_tokens: int | None = None
-    """200, or as many as the model has room for, by default."""
+    """The most tokens to generate. None: 200, or as many as the model has room for."""
     temperature: float = 0.0
-    """0: the likeliest token at every step."""
+    """0: the most probable token at every step."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0: all."""
+    """Draw from this many most probable tokens. 0: from all tokens."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Draw from the most probable tokens that together have this probability."""
     seed: int = 0
     step: int | None = None
-    """Of the checkpoint; the newest by default."""
+    """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
-    """Devices to spread the model over."""
+    """Devices to shard the model over."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
-    decode: Annotated[configuration.Decode, tyro.conf.arg(name="")] = (
-        configuration.Decode(slots=16)
-    )
-    """How a file of prompts is decoded."""
+    decode: Decode = field(default_factory=lambda: Decode(slots=16), metadata=FLAT)
 
 
 @dataclass(frozen=True)
 class TokenizerArguments:
-    """Trains a byte-level BPE tokenizer on a corpus (its training documents alone)."""
+    """Trains a byte-level BPE tokenizer on the training documents of a corpus."""
 
-    source: tyro.conf.Positional[str]
+    source: str = field(metadata=POSITIONAL)
     """A folder, file or glob of text, or builtin."""
     vocab_size: int = 4096
     out: str = "tokenizer.json"
@@ -90,165 +107,178 @@ class TokenizerArguments:
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Compiles the program of a recipe for chips that are not here, and shows what its communication hides behind."""
+    """Compiles the program of a recipe for chips that this machine does not have, and
+    shows which communication compute hides."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: str = field(metadata=POSITIONAL)
+    """A Python file that defines a `config`."""
     target: str
-    """v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1 (TPU slices), h100:1x8 (nodes x GPUs), ..."""
+    """TPU slices: v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, ...; GPUs, nodes x GPUs of
+    a node: h100:1x8."""
     workload: Literal["decode", "prefill", "train"] = "decode"
     batch: int = 1
     """Rows, over all devices."""
     context: int | None = None
-    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train). 2048 by default."""
+    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train).
+    None: 2048."""
     schedule: str | None = None
-    """Residual schedule; the recipe's by default."""
+    """The residual schedule. None: the recipe's."""
     reduction: str = "auto"
     """See mesh.reduction."""
     tensor: int | None = None
-    """Devices that share a block's work; the recipe's by default."""
+    """Devices that share a block's work. None: the recipe's mesh.tensor."""
     compare: bool = False
-    """Sets standard, parallel, ladder, hybrid, desync and no communication side by side."""
+    """Compare standard, parallel, ladder, hybrid, desync and no communication."""
     plot: str | None = None
-    """A PNG to draw the timeline to."""
+    """A PNG file for the timeline."""
     hlo: str | None = None
-    """A file to write the scheduled program to."""
+    """A file for the scheduled program."""
     json: bool = False
-    """Prints one JSON object."""
+    """Print one JSON object."""
 
 
-def _join(chosen):
-    """Joins the other processes where --distributed says so."""
-    place = dict(
-        coordinator=chosen.coordinator,
-        processes=chosen.processes,
-        process=chosen.process,
-    )
-    given = [name for name, value in place.items() if value is not None]
-    if chosen.distributed:
-        distributed.join(**place)
-    elif given:
+# ---------------------------------------------------------------- commands
+
+
+def train(words: list[str]) -> int:
+    """`ladder-jax train RECIPE ...`"""
+    if words[:1] in (["-h"], ["--help"]):
+        parse(TrainArguments, words, "train", first="RECIPE")
+    if not words or words[0].startswith("-"):
         raise ConfigError(
-            f"{given[0]}={place[given[0]]!r} is not accepted without --distributed"
+            "missing argument: RECIPE, such as in ladder-jax train configs/demo.py"
         )
-
-
-def train(arguments):
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            _parse(
-                TrainArguments,
-                arguments,
-                "train RECIPE",
-                TrainArguments(configuration.Config()),
-            )
-        raise ConfigError(
-            "train takes a recipe first, such as: ladder-jax train configs/demo.py"
-        )
-    default = TrainArguments(configuration.from_recipe(arguments[0]))
-    chosen = _parse(TrainArguments, arguments[1:], f"train {arguments[0]}", default)
-    distributed.emulate(chosen.devices)
+    recipe = words[0]
+    default = TrainArguments(from_recipe(recipe))
+    arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
+    emulate(arguments.devices)
     malloc.keep_freed_memory()
-    _join(chosen)
+    join(arguments)
+    require_devices()
     import jax
 
     from ladder_jax.train import train as run
 
-    done = run(chosen.config, chosen.resume)
-    if jax.process_index():
-        return None
-    if done["stopped"]:
-        again = " ".join(
-            ["ladder-jax train", *(a for a in arguments if a != "--resume"), "--resume"]
+    summary = run(arguments.config, arguments.resume)
+    if jax.process_index() == 0:
+        print_safely(outcome(summary, words))
+    return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
+
+
+def outcome(summary: dict[str, Any], words: list[str]) -> str:
+    """The last line of a training run: what it did, and the command to continue it."""
+    step, out = summary["step"], summary["out"]
+    if summary["stopped"]:
+        again = [word for word in words if word not in ("--resume", "--no-resume")]
+        command = shlex.join(["ladder-jax", "train", *again, "--resume"])
+        if not summary["saved"]:
+            return (
+                f"stopped by {summary['stopped']} before step 1, nothing to save: "
+                f"start again with {command}"
+            )
+        return (
+            f"stopped by {summary['stopped']} at step {step}, saved in {out}: "
+            f"continue with {command}"
         )
-        return f"stopped by {done['stopped']} at step {done['step']}, saved in {done['out']}: continue with {again}"
-    plotted = f", loss curve {done['plot']}" if done["plot"] else ""
-    held_out = (
-        f"held-out {done['held_out_bits_per_byte']:.3f} bits per byte, "
-        if "held_out_loss" in done
-        else ""
-    )
-    return f"done: {done['step']} steps, {held_out}checkpoints in {done['out']}/checkpoints{plotted}"
+    parts = [f"{step} steps"]
+    if "held_out_bits_per_byte" in summary:
+        parts.append(f"held-out {summary['held_out_bits_per_byte']:.3f} bits per byte")
+    parts.append(f"checkpoints in {out}/checkpoints")
+    if summary["plot"]:
+        parts.append(f"loss curve {summary['plot']}")
+    return f"done: {', '.join(parts)}"
 
 
-def generate(arguments):
-    chosen = _parse(GenerateArguments, arguments, "generate")
-    distributed.emulate(chosen.devices)
+def generate(words: list[str]) -> int:
+    """`ladder-jax generate CHECKPOINT ...`"""
+    arguments = parse(GenerateArguments, words, "generate")
+    emulate(arguments.devices)
+    require_devices()
     from ladder_jax.loading import load
 
-    mesh = (
-        configuration.Mesh(data=1, tensor=chosen.tensor)
-        if chosen.tensor is not None
-        else None
-    )
-    loaded = load(chosen.checkpoint, step=chosen.step, mesh=mesh)
-    options = dict(
-        max_tokens=chosen.max_tokens,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
-        seed=chosen.seed,
-    )
-    if chosen.prompts_file is not None:
-        from ladder_jax.serve import offline
-        from ladder_jax.serve.engine import Engine
-
-        engine = Engine(
-            loaded.model,
-            loaded.config.model,
-            loaded.mesh,
-            chosen.decode,
-            loaded.tokenizer,
-        )
-        print(engine.report(), file=sys.stderr)
-        made, before, failed = offline.run(
-            engine, chosen.prompts_file, chosen.out, options
-        )
-        already = f", {before} were there already" if before else ""
-        return f"done: {made} outputs in {chosen.out}{already}" + (
-            f", {failed} of them errors" if failed else ""
-        )
-    for text in loaded.generate(chosen.prompt, **options):
+    tensor = arguments.tensor
+    mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
+    loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh_config)
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.prompts_file is not None:
+        path = arguments.prompts_file
+        print(generate_file(path, arguments, loaded, options), flush=True)
+        return 0
+    for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
-    print()
+    print(flush=True)
+    return 0
 
 
-def tokenizer(arguments):
-    chosen = _parse(TokenizerArguments, arguments, "tokenizer")
-    from ladder_jax.data.corpus import documents
+def generate_file(
+    path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
+) -> str:
+    """Decodes the prompts of a file with the engine, and returns a summary."""
+    from ladder_jax.serve import offline
+    from ladder_jax.serve.engine import Engine
+
+    engine = Engine(
+        loaded.model,
+        loaded.config.model,
+        loaded.mesh,
+        arguments.decode,
+        loaded.tokenizer,
+    )
+    print(engine.report(), file=sys.stderr)
+    count, before, failed = offline.run(engine, path, arguments.out, options)
+    text = f"done: {count} outputs in {arguments.out}"
+    text += f", {before} were there already" if before else ""
+    return text + (f", {failed} of them errors" if failed else "")
+
+
+def tokenizer(words: list[str]) -> int:
+    """`ladder-jax tokenizer SOURCE ...`"""
+    arguments = parse(TokenizerArguments, words, "tokenizer")
     from ladder_jax.data import tokenizer as tokenizers
+    from ladder_jax.data.corpus import documents
 
-    if chosen.vocab_size < 260:
-        raise ConfigError(
-            f"vocab_size={chosen.vocab_size} is not accepted: it must be 260 or more"
-        )
-    source = configuration.Data(source=chosen.source, text_field=chosen.text_field)
-    made = tokenizers.train(documents(source), chosen.vocab_size)
-    made.save(chosen.out)
-    return f"done: {made.size} tokens in {chosen.out}: use it with --data.tokenizer {chosen.out}"
+    size, out = arguments.vocab_size, arguments.out
+    require(size >= 260, "vocab_size", size, "260 or more")
+    data_config = Data(source=arguments.source, text_field=arguments.text_field)
+    trained = tokenizers.train(documents(data_config), size)
+    trained.save(out)
+    print(f"done: {trained.size} tokens in {out}: use it with --data.tokenizer {out}")
+    return 0
 
 
-def plan(arguments):
-    chosen = _parse(PlanArguments, arguments, "plan")
+def plan(words: list[str]) -> int:
+    """`ladder-jax plan RECIPE ...`"""
+    arguments = parse(PlanArguments, words, "plan")
     from ladder_jax.hardware import aot
 
     aot.prepare()
     with aot.silence():
-        from ladder_jax.planner import plan as planner
+        from ladder_jax.planner import command
 
-        return planner.run(configuration.from_recipe(chosen.recipe), chosen)
+        text = command.run(from_recipe(arguments.recipe), arguments)
+    if text:
+        print(text, flush=True)
+    return 0
 
 
-def bench(arguments):
+def bench(words: list[str]) -> int:
+    """`ladder-jax bench train|decode|peers ...`"""
     names = ("train", "decode", "peers")
-    if not arguments or arguments[0] not in names:
-        raise ConfigError(f"bench takes what to measure first: {', '.join(names)}")
-    import importlib
+    if words[:1] in (["-h"], ["--help"]):
+        print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
+        print("Measures this project beside others. Each takes --help.")
+        return 0
+    if not words:
+        raise ConfigError(f"missing argument: one of {', '.join(names)}")
+    if words[0] not in names:
+        raise ConfigError(unknown("benchmark", words[0], names))
+    job = importlib.import_module(f"ladder_jax.bench.{words[0]}")
+    job.run(parse(job.Arguments, words[1:], f"bench {words[0]}"))
+    return 0
 
-    job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
-    job.run(_parse(job.Arguments, arguments[1:], f"bench {arguments[0]}"))
 
-
-COMMANDS = {
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
     "tokenizer": tokenizer,
@@ -258,104 +288,161 @@ COMMANDS = {
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
-  generate CHECKPOINT    writes the text that a model makes of a prompt, or of a file of prompts
+  generate CHECKPOINT    continues a prompt, or each prompt of a file
   tokenizer SOURCE       trains a tokenizer on a corpus
-  plan RECIPE            shows what a program will do on chips that are not here
+  plan RECIPE            predicts a program's speed on chips that are not here
   bench WHAT             measures this project beside others: train, decode, peers
 
-Each takes --help."""
+Each takes --help.
 
-SAYS = {  # how tyro says what is wrong, and how it reads here
-    r"Missing value for argument '(\S+)'.*": r"\1 takes a value",
-    r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)": r"\1 \2: it must be a whole number",
-    r"Error parsing (\S+): could not convert string to float: (.*)": r"\1 \2: it must be a number",
-    r"Error parsing (\S+): no type .* {None}\|(\w+) could be .*? from \[(.*?)\]\..*": r"\1 \3: it must be \2 or None",
-    r"[Ii]nvalid choice (\S+) for argument '(\S+)'\. Expected one of \((.*)\)\.": r"\2 \1: it must be one of \3",
-    r"Missing from [\w -]+: STR (.*) \(required\)": r"what comes first is missing: \1",
-    r"Unrecognized options: (\S+?),? .*": r"\1 is not an option",
-    r"Unrecognized options: (\S+)": r"\1 is not an option",
-}
+Exit status: 0 done; 1 failed; 2 a mistake in the arguments, the recipe or the data;
+128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` has saved then, and the
+same command with --resume continues the run."""
 
 
-def _parse(kind, arguments, name, default=None):
-    """`arguments` as a `kind`; what tyro says of a mistake, in a frame of several lines, becomes one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            defaults = {} if default is None else dict(default=default)
-            return tyro.cli(kind, prog=f"ladder-jax {name}", args=arguments, **defaults)
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-    parts = re.split(
-        r"\n *│? *─+ *│? *\n", said.getvalue().partition("\n")[2]
-    )  # the frame's title is left out
-    message, *more = (
-        " ".join(line.strip("│╰╯─ ") for line in part.splitlines()).strip()
-        for part in parts
-    )
-    for pattern, reads in SAYS.items():
-        if found := re.fullmatch(pattern, message):
-            message = found.expand(reads)
-            break
-    if (
-        close := re.findall(r"--[\w.-]+", more[0])
-        if more and more[0].startswith("Perhaps")
-        else []
-    ):
-        message += f": perhaps {' or '.join(close)}"
-    checked = re.fullmatch(
-        r"Error parsing config[.\w-]*: (.*)", message
-    )  # a ConfigError, from inside tyro
-    raise ConfigError(
-        checked[1] if checked else f"{message} (see ladder-jax {name} --help)"
-    )
+# ---------------------------------------------------------------- devices
+
+# The flag of XLA that --devices sets (hardware/distributed.py).
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
-def main():
-    """Entry point of the command."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        print(f"ladder-jax {importlib.metadata.version('ladder_jax')}")
+def emulate(devices: int | None) -> None:
+    """Emulates `devices` devices, and says which variables of the user it overrides."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    distributed.emulate(devices)
+    if devices is None:
         return
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal that cannot show a character ends no run
+    if platforms not in ("", "cpu"):
+        text = f"--devices {devices} replaces JAX_PLATFORMS={platforms} by cpu"
+        print_safely(text, sys.stderr)
+    for flag in flags:
+        name, _, count = flag.partition("=")
+        if name == DEVICE_COUNT and count != str(devices):
+            text = f"--devices {devices} replaces {flag} in XLA_FLAGS"
+            print_safely(text, sys.stderr)
+
+
+def join(arguments: TrainArguments) -> None:
+    """Joins the other processes of the run where --distributed is given."""
+    names = ("coordinator", "processes", "process")
+    given = {name: getattr(arguments, name) for name in names}
+    if arguments.distributed:
+        distributed.join(**given)
+        return
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value!r} is not accepted without --distributed")
+
+
+def require_devices() -> None:
+    """Raises ConfigError where JAX has no device of the kind JAX_PLATFORMS names."""
+    import jax
+
     try:
-        if arguments[0] not in COMMANDS:
-            raise ConfigError(f"it is not a command: {', '.join(COMMANDS)} are")
-        if said := COMMANDS[arguments[0]](arguments[1:]):
-            print(said, flush=True)
-    except BrokenPipeError:  # who reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (
-        ValueError,
-        OSError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-        KeyboardInterrupt,
-    ) as error:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms:
+            raise
+        reason = f": {' '.join(str(error).split())}" if str(error) else ""
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms!r} is not accepted: it must name devices that "
+            f"JAX finds on this machine, such as cpu{reason}"
+        ) from error
+
+
+# ---------------------------------------------------------------- the process
+
+
+def main() -> None:
+    """Entry point of the command: exits with one of the statuses above."""
+    open_standard_streams()
+    try:
+        status = run(sys.argv[1:])
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
+    finally:
+        discard_unwritten()
+    sys.exit(status)
+
+
+def run(words: list[str]) -> int:
+    """Runs the command that `words` give, and returns its exit status."""
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"ladder-jax {importlib.metadata.version('ladder_jax')}")
+        return 0
+    name = f"ladder-jax {words[0]}" if words[0] in COMMANDS else "ladder-jax"
+    try:
+        if words[0] not in COMMANDS:
+            raise ConfigError(unknown("command", words[0], COMMANDS))
+        return COMMANDS[words[0]](words[1:])
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
         if os.environ.get("LADDER_JAX_TRACEBACK"):
             raise
-        said = (
-            "interrupted"
-            if isinstance(error, KeyboardInterrupt)
-            else " ".join(str(error).split())
-        )
-        print(
-            f"ladder-jax {arguments[0]}: {said or type(error).__name__}",
-            file=sys.stderr,
-        )
-        sys.exit(
-            2
-            if isinstance(error, ConfigError)
-            else 130
-            if isinstance(error, KeyboardInterrupt)
-            else 1
-        )
+        print_safely(f"{name}: interrupted", sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        if os.environ.get("LADDER_JAX_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print_safely(f"{name}: {text}", sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def unknown(kind: str, word: str, known: Any) -> str:
+    """The message about a `word` that is none of the `known` ones of this kind."""
+    near = near_matches(word, known)
+    hint = f" (perhaps {' or '.join(near)})" if near else ""
+    return f"unknown {kind} {word!r}; choose from {', '.join(known)}{hint}"
+
+
+def open_standard_streams() -> None:
+    """Gives the process the standard streams that it was started without (`>&-`).
+
+    Otherwise the first files that it opens would take their numbers, and what XLA
+    writes to number 2 would end up in a checkpoint.
+    """
+    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    for number, (name, mode) in enumerate(modes.items()):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:  # another file has taken it already
+                os.close(descriptor)
+                setattr(sys, name, open(os.devnull, mode))
+            else:
+                setattr(sys, name, open(descriptor, mode))
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_safely(text: str, stream: Any = None) -> None:
+    """Prints a line. A line that cannot be written does not change the exit status."""
+    try:
+        print(text, file=stream or sys.stdout, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def discard_unwritten() -> None:
+    """Points streams that cannot be written to nothing.
+
+    Python flushes them at exit, and would exit with status 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, stream.fileno())
+            except (OSError, ValueError):
+                pass
+            os.close(nothing)

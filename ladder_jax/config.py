@@ -1,98 +1,81 @@
-"""Typed configuration of a run: frozen dataclasses, checked when they are made.
+"""Typed configuration of a run: frozen dataclasses that check their values when built.
 
-A recipe in `configs/` builds one `Config`; any field can be overridden on the command line
-(`--train.steps 50`); every checkpoint carries the `Config` it was made with as JSON.
+A recipe in `configs/` builds one `Config`. Any field can be overridden on the command
+line (`--train.steps 50`). Every checkpoint stores the `Config` of its run as JSON.
+
+The sections come first. Below them: JSON, recipes, and the checks of types and names.
 """
 
 import dataclasses
+import difflib
 import math
 import runpy
 import traceback
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ladder_jax import schedule
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration: the message names the field, its value and what is accepted."""
+    """A user's mistake, in one line: the field, its value and what is accepted."""
 
 
 def require(ok: object, name: str, value: object, accepted: str) -> None:
-    """Raises ConfigError, which names the field, its value and what is accepted, unless `ok`."""
+    """Raises ConfigError with the field, its value and `accepted`, unless `ok`."""
     if not ok:
         raise ConfigError(f"{name}={value!r} is not accepted: it must be {accepted}")
 
 
-def _fits(value, hint):
-    """Whether `value` is of type `hint` (int, finite float, str, bool, None, Literal, Union, dataclass)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is Literal:
-        return value in args and type(value) in {type(a) for a in args}
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-        )
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+class Section:
+    """Base of every section: checks the types of fields, then calls `check`."""
 
+    section: typing.ClassVar[str] = ""  # its name in paths such as model.dim
 
-def _describe(hint):
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, args))
-    return str(hint) if origin else {type(None): "None"}.get(hint, hint.__name__)
+    def __new__(cls, *_: Any, **values: Any) -> Any:
+        for name in values:
+            require_field(cls, name)
+        return super().__new__(cls)
 
-
-class _Section:
-    """A group of fields: checks their types, then calls `check` for what types cannot say."""
-
-    section: typing.ClassVar[str] = ""
-
-    def __post_init__(self):
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is not typing.ClassVar:
-                value = getattr(self, name)
-                require(_fits(value, hint), self._path(name), value, _describe(hint))
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            require(fits(value, hint), self.path(name), value, describe(hint))
         self.check()
 
-    def check(self):
-        pass
+    def check(self) -> None:
+        """Raises ConfigError where a value of the right type is not accepted."""
 
-    def _path(self, name):
-        return f"{self.section}.{name}" if self.section else name
+    @classmethod
+    def path(cls, name: str) -> str:
+        """The full name of a field, such as model.dim."""
+        return f"{cls.section}.{name}" if cls.section else name
 
-    def need(self, name, ok, accepted):
-        require(ok, self._path(name), getattr(self, name), accepted)
+    def need(self, name: str, ok: object, accepted: str) -> None:
+        """Raises ConfigError about the field `name` unless `ok`."""
+        require(ok, self.path(name), getattr(self, name), accepted)
 
-    def positive(self, *names):
+    def positive(self, *names: str) -> None:
         for name in names:
             self.need(name, getattr(self, name) > 0, "greater than 0")
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Section):
-    """Llama-3.1's rescaling of rotary frequencies for contexts longer than those trained on."""
+class RopeScaling(Section):
+    """Llama-3.1's rescaling of rotary frequencies, for longer contexts."""
 
     section = "model.rope_scaling"
-    factor: float = 1.0  # 1: none
+    # 1 means no rescaling.
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
 
-    def check(self):
+    def check(self) -> None:
         self.positive("factor", "low_freq_factor", "original_length")
         self.need(
             "high_freq_factor",
@@ -102,7 +85,7 @@ class RopeScaling(_Section):
 
 
 @dataclass(frozen=True)
-class Model(_Section):
+class Model(Section):
     """A Llama-family decoder and the residual schedule that its blocks follow."""
 
     section = "model"
@@ -113,33 +96,25 @@ class Model(_Section):
     kv_heads: int = 8
     head_dim: int = 32
     ffn_dim: int = 768
-    max_length: int = 2048  # longest context, tokens
-    residual: str = "ladder"  # residual schedule, see schedule.py
+    # The longest context, in tokens.
+    max_length: int = 2048
+    # The residual schedule: standard, ladder, hybrid:last16, ... (see schedule.py).
+    residual: str = "ladder"
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    qk_norm: bool = False  # RMSNorm on every head's query and key (Qwen3)
-    qkv_bias: bool = False  # biases on query, key and value (Qwen2)
+    # RMSNorm on the query and key of every head (as in Qwen3).
+    qk_norm: bool = False
+    # Biases on query, key and value (as in Qwen2).
+    qkv_bias: bool = False
     init_std: float = 0.02
-    dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  # of compute; parameters are float32
-    )
+    # The dtype of compute; parameters are float32.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
-    def check(self):
-        self.positive(
-            "vocab_size",
-            "dim",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "ffn_dim",
-            "max_length",
-            "rope_theta",
-            "norm_eps",
-            "init_std",
-        )
+    def check(self) -> None:
+        self.positive("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim")
+        self.positive("ffn_dim", "max_length", "rope_theta", "norm_eps", "init_std")
         self.need(
             "kv_heads",
             self.heads % self.kv_heads == 0,
@@ -155,13 +130,18 @@ class Model(_Section):
 
 
 @dataclass(frozen=True)
-class Mesh(_Section):
-    """Devices along each mesh axis; one of them may be -1: as many as are left."""
+class Mesh(Section):
+    """Devices along each mesh axis; one axis may be -1: all devices that are left."""
 
     section = "mesh"
-    data: int = -1  # replicas of the parameters
-    fsdp: int = 1  # shards of every parameter and of the optimizer state, gathered layer by layer
-    tensor: int = 1  # shards of every block's work (tensor parallelism)
+    # Replicas of the parameters.
+    data: int = -1
+    # Shards of every parameter and of the optimizer state, gathered layer by layer.
+    fsdp: int = 1
+    # Shards of every block's work (tensor parallelism).
+    tensor: int = 1
+    # How partials are summed. auto: chosen for the machine and each message's size;
+    # psum on machines that residual/choose.py does not know.
     reduction: Literal[
         "auto",
         "psum",
@@ -170,38 +150,37 @@ class Mesh(_Section):
         "halving-doubling",
         "direct",
         "ring",
-    ] = "auto"  # by choice.py, for the machine and each message; psum where it is not known
+    ] = "auto"
 
-    def check(self):
-        for name in ("data", "fsdp", "tensor"):
+    def check(self) -> None:
+        axes = ("data", "fsdp", "tensor")
+        for name in axes:
+            size = getattr(self, name)
             self.need(
-                name,
-                getattr(self, name) > 0 or getattr(self, name) == -1,
-                "greater than 0, or -1 for the rest",
+                name, size > 0 or size == -1, "greater than 0, or -1 for the rest"
             )
-        rest = [
-            name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1
-        ]
+        rest = [name for name in axes if getattr(self, name) == -1]
         for name in rest[1:]:
             self.need(name, False, f"given, where mesh.{rest[0]} is -1")
 
 
 @dataclass(frozen=True)
-class Data(_Section):
+class Data(Section):
     """Where text comes from and how it becomes tokens."""
 
     section = "data"
-    source: str = (
-        "builtin"  # "builtin" (Python's own documentation), or a folder, file or glob
-    )
-    text_field: str = (
-        "text"  # the field of JSONL rows and Parquet columns that holds the text
-    )
-    tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
-    held_out_fraction: float = 0.02  # share of the documents kept for evaluation
-    token_cache: str = "~/.cache/ladder_jax"  # tokens are kept here, so that a corpus is tokenised once
+    # "builtin" (Python's own documentation), or a folder, file or glob.
+    source: str = "builtin"
+    # The field of JSONL rows and Parquet columns that holds the text.
+    text_field: str = "text"
+    # "bytes", or the path of a Hugging Face tokenizer.json.
+    tokenizer: str = "bytes"
+    # The share of the documents that is reserved for evaluation.
+    held_out_fraction: float = 0.02
+    # The folder that stores tokens, so that a corpus is tokenised once.
+    token_cache: str = "~/.cache/ladder_jax"
 
-    def check(self):
+    def check(self) -> None:
         self.need(
             "held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1"
         )
@@ -210,24 +189,27 @@ class Data(_Section):
 
 
 @dataclass(frozen=True)
-class Optimizer(_Section):
+class Optimizer(Section):
     """AdamW, a learning-rate schedule in steps, and global-norm clipping."""
 
     section = "optimizer"
     learning_rate: float = 3e-4
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 100
-    decay_steps: int | None = (
-        None  # of the final decay; None: all after warm-up (cosine), a fifth of the run (wsd)
-    )
-    final_lr_fraction: float = 0.1  # of the learning rate, where the decay ends
+    # Length of the final decay. None: all steps after warm-up (cosine), a fifth of
+    # the run (wsd).
+    decay_steps: int | None = None
+    # The learning rate after the decay, as a fraction of learning_rate.
+    final_lr_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices alone: not on norms, biases
+    # Applied to matrices alone, not to norms and biases.
+    weight_decay: float = 0.1
+    # The largest global gradient norm. None: no clipping.
     clip_norm: float | None = 1.0
 
-    def check(self):
+    def check(self) -> None:
         self.positive("learning_rate", "eps")
         for name in ("warmup_steps", "weight_decay"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
@@ -247,44 +229,42 @@ class Optimizer(_Section):
 
 
 @dataclass(frozen=True)
-class Train(_Section):
-    """How long and on how much at a time, and what is kept."""
+class Train(Section):
+    """Length of the run, size of a step, and what the run reports and saves."""
 
     section = "train"
-    out: str = "runs/default"  # metrics, checkpoints and plots go here
+    # The folder of metrics, checkpoints and plots.
+    out: str = "runs/default"
     steps: int = 1000
-    global_batch: int = 8  # sequences a step, over all devices
-    seq_len: int = 256  # tokens a sequence
-    grad_accum_steps: int = (
-        1  # parts that a step's batch is computed in, one after another
-    )
-    remat: Literal["none", "dots", "reductions", "full"] = "none"  # see model.REMAT
-    loss_chunk: int = 0  # tokens whose logits exist at once on a device; 0: all of them
+    # Sequences in a step, over all devices.
+    global_batch: int = 8
+    # Tokens in a sequence.
+    seq_len: int = 256
+    # A step computes its batch in this many parts, one after another.
+    grad_accum_steps: int = 1
+    # Activations that the backward pass recomputes (see model.REMAT).
+    remat: Literal["none", "dots", "reductions", "full"] = "none"
+    # Tokens whose logits exist at one time on a device. 0: all of them.
+    loss_chunk: int = 0
     seed: int = 0
     log_every: int = 10
     eval_every: int = 200
     eval_batches: int = 8
     save_every: int = 200
-    keep_checkpoints: int = 3  # newest checkpoints kept
-    profile_steps: int = 0  # steps to trace, after the first two
-    sample_tokens: int = 0  # tokens of text that the model writes at the end
+    # Newest checkpoints that stay on disk.
+    keep_checkpoints: int = 3
+    # Steps in the profiler's trace, after the first two. 0: no trace.
+    profile_steps: int = 0
+    # Tokens of text that the model writes after the last step. 0: none.
+    sample_tokens: int = 0
     tensorboard: bool = False
-    peak_tflops: float | None = (
-        None  # of one device, for MFU; None: from the table in chips.py
-    )
+    # Peak TFLOP/s of one device, for MFU. None: from the table in hardware/chips.py.
+    peak_tflops: float | None = None
 
-    def check(self):
-        self.positive(
-            "steps",
-            "global_batch",
-            "seq_len",
-            "grad_accum_steps",
-            "log_every",
-            "eval_every",
-            "eval_batches",
-            "save_every",
-            "keep_checkpoints",
-        )
+    def check(self) -> None:
+        self.positive("steps", "global_batch", "seq_len", "grad_accum_steps")
+        self.positive("log_every", "eval_every", "eval_batches", "save_every")
+        self.positive("keep_checkpoints")
         for name in ("loss_chunk", "profile_steps", "sample_tokens"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         self.need("seed", 0 <= self.seed < 2**32, "from 0 to 2 ** 32 - 1")
@@ -306,50 +286,53 @@ class Train(_Section):
 
 
 @dataclass(frozen=True)
-class Decode(_Section):
-    """The decode engine: what is kept on the device, and how long one call of it runs."""
+class Decode(Section):
+    """The decode engine: the memory that it takes, and how long one call of it runs."""
 
     section = "decode"
-    slots: int | None = (
-        8  # requests that decode together, at most; None: as many as kv_memory holds
-    )
-    staging: int | None = (
-        None  # prefilled requests that wait on the device; None: half of slots, 2 or more
-    )
-    max_length: int | None = (
-        None  # longest request, prompt and output, tokens; None: model.max_length
-    )
-    steps_per_call: int = 16  # iterations of one jitted call, at most
-    queue_size: int = 1024  # requests that wait on the host
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = (
-        "auto"  # of cached keys and values; auto: the model's,
-    )
-    # float32 on CPUs, where writing into a bfloat16 cache costs copies of it
-    kv_memory: str | None = (
-        None  # budget of one device for them, such as 512MiB; None: what slots and staging take
-    )
-    prefill_budget: int = 256  # prompt tokens computed in one call, and at most so many between two chunks
-    prefix_memory: str = "0"  # of kv_memory, for prefixes that prompts share
-    prefix_block: int = (
-        32  # tokens of a shared prefix that are kept, and found again, together
-    )
-    max_logprobs: int = 0  # most alternatives a request may ask for
-    max_stop_ids: int = 4  # most ids a request may stop at
-    max_logit_bias: int = 16  # most ids a request may bias
-    fit_shapes: bool = (
-        True  # shrink and grow the compiled width and length to what is live
-    )
-    unroll_layers: bool = True  # one array a layer, so that decoding copies no slices of a stack (compiles longer)
-    loop: Literal["auto", "while", "fixed"] = (
-        "auto"  # ends early, or K iterations with masks; auto: fixed on GPU
-    )
+    # Requests that decode together, at most. None: as many as kv_memory holds.
+    slots: int | None = 8
+    # Prefilled requests that wait on the device. None: half of slots, 2 or more.
+    staging: int | None = None
+    # The longest request, prompt and output, in tokens. None: model.max_length.
+    max_length: int | None = None
+    # Iterations of one jitted call, at most.
+    steps_per_call: int = 16
+    # Requests that wait on the host, at most.
+    queue_size: int = 1024
+    # The dtype of cached keys and values. auto: the model's; float32 on CPUs, where
+    # a write into a bfloat16 cache copies the cache.
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    # Memory of one device for keys and values, such as 512MiB. None: as much as slots
+    # and staging take.
+    kv_memory: str | None = None
+    # Prompt tokens of one prefill call, and of all prefill calls between two decode
+    # calls, at most.
+    prefill_budget: int = 256
+    # The part of kv_memory that stores prefixes shared by prompts.
+    prefix_memory: str = "0"
+    # Tokens of a shared prefix that are stored and looked up together.
+    prefix_block: int = 32
+    # Alternatives that a request may ask for, at most.
+    max_logprobs: int = 0
+    # Ids that a request may stop at, at most.
+    max_stop_ids: int = 4
+    # Ids that a request may bias, at most.
+    max_logit_bias: int = 16
+    # Shrinks and grows the compiled width and length with the live requests.
+    fit_shapes: bool = True
+    # One array a layer, so that decoding copies no slice of a stack (compiles longer).
+    unroll_layers: bool = True
+    # while: a call ends early. fixed: a call runs all its iterations, with masks.
+    # auto: fixed on GPUs.
+    loop: Literal["auto", "while", "fixed"] = "auto"
 
-    def check(self):
+    def check(self) -> None:
         self.positive("steps_per_call", "queue_size", "prefill_budget", "prefix_block")
         self.need(
             "slots",
             self.slots is not None or self.kv_memory is not None,
-            "a number, unless decode.kv_memory says how much there is for them",
+            "a number, unless decode.kv_memory gives the memory for them",
         )
         self.need(
             "slots", self.slots is None or self.slots > 0, "greater than 0, or None"
@@ -357,39 +340,15 @@ class Decode(_Section):
         for name in ("max_logprobs", "max_stop_ids", "max_logit_bias"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         for name in ("staging", "max_length"):
-            self.need(
-                name,
-                getattr(self, name) is None or getattr(self, name) > 0,
-                "greater than 0, or None",
-            )
+            value = getattr(self, name)
+            self.need(name, value is None or value > 0, "greater than 0, or None")
         for name in ("kv_memory", "prefix_memory"):
             if getattr(self, name) is not None:
-                to_bytes(getattr(self, name), self._path(name))
-
-
-def to_bytes(text, name):
-    """The bytes that "512MiB", "2GiB", "1.5GB" or "1000" mean; ConfigError names the field `name` if it is none."""
-    units = {
-        "": 1,
-        "b": 1,
-        **{
-            f"{letter}{suffix}": base**power
-            for power, letter in enumerate("kmgt", 1)
-            for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
-        },
-    }
-    number = text.strip().lower().rstrip("bkmgti")
-    unit = text.strip().lower()[len(number) :]
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        value = -1
-    require(value >= 0, name, text, "a size such as 512MiB or 2GiB")
-    return int(value)
+                to_bytes(getattr(self, name), self.path(name))
 
 
 @dataclass(frozen=True)
-class Config(_Section):
+class Config(Section):
     """Everything that defines a run."""
 
     model: Model = field(default_factory=Model)
@@ -398,20 +357,25 @@ class Config(_Section):
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
 
-    def check(self):
-        if self.train.seq_len > self.model.max_length:
-            raise ConfigError(
-                f"train.seq_len={self.train.seq_len} is not accepted: it must be at most "
-                f"model.max_length={self.model.max_length}"
-            )
+    def check(self) -> None:
+        longest = self.model.max_length
+        require(
+            self.train.seq_len <= longest,
+            "train.seq_len",
+            self.train.seq_len,
+            f"at most model.max_length={longest}",
+        )
+        require(
+            self.train.sample_tokens < longest,
+            "train.sample_tokens",
+            self.train.sample_tokens,
+            f"less than model.max_length={longest}",
+        )
 
 
-def to_dict(config):
-    """`config` as plain values, ready for JSON."""
-    return dataclasses.asdict(config)
+# ---------------------------------------------------------------- old names
 
-
-# Fields as checkpoints of ladder_jax 0.1.0 name them, and values of theirs, as they are named now.
+# Fields as ladder_jax 0.1.0 named them, and their names now.
 RENAMED_FIELDS = {
     "train.batch": "global_batch",
     "train.length": "seq_len",
@@ -435,65 +399,177 @@ RENAMED_FIELDS = {
 RENAMED_VALUES = {("train.remat", "products"): "dots"}
 
 
-def from_dict(values, cls=Config):
-    """The inverse of `to_dict`; accepts the names of older checkpoints. Raises ConfigError on an unknown field."""
-    values = {
-        RENAMED_FIELDS.get(f"{cls.section}.{name}", name): RENAMED_VALUES.get(
-            (f"{cls.section}.{name}", value) if isinstance(value, str) else None, value
-        )
-        for name, value in values.items()
-    }
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            path = f"{cls.section}.{name}" if cls.section else name
-            raise ConfigError(f"{path} is not a field: {', '.join(sorted(known))} are")
-    made = {}
+# ---------------------------------------------------------------- JSON
+
+
+def to_dict(section: Section) -> dict[str, Any]:
+    """`section` as a dict of plain values, ready for JSON."""
+    return dataclasses.asdict(section)  # type: ignore[call-overload]  # all are
+
+
+def from_dict(values: Mapping[str, Any], cls: type = Config) -> Any:
+    """The section that `to_dict` gave `values` for; the inverse of `to_dict`.
+
+    Fields that `values` does not name have their defaults. Names and values of
+    ladder_jax 0.1.0 are accepted. Raises ConfigError on an unknown field.
+    """
+    types_of = field_types(cls)
+    fields = {}
     for name, value in values.items():
-        section = next(
-            (
-                h
-                for h in (hints[name], *typing.get_args(hints[name]))
-                if dataclasses.is_dataclass(h)
-            ),
-            None,
-        )
-        made[name] = (
-            from_dict(value, section) if section and isinstance(value, dict) else value
-        )
-    return cls(**made)
+        path = cls.path(name)  # type: ignore[attr-defined]  # cls is a Section
+        name = RENAMED_FIELDS.get(path, name)
+        if isinstance(value, str):
+            value = RENAMED_VALUES.get((path, value), value)
+        require_field(cls, name)
+        if isinstance(value, dict):
+            options: tuple[Any, ...] = typing.get_args(types_of[name])
+            for option in (types_of[name], *options):
+                if dataclasses.is_dataclass(option):
+                    value = from_dict(value, option)  # type: ignore[arg-type]  # a type
+                    break
+        fields[name] = value
+    return cls(**fields)
 
 
-def from_recipe(path):
-    """The `config` that a recipe, a Python file, defines. Raises ConfigError that names the file and the line."""
+def from_meta(meta: Mapping[str, Any], where: object) -> Config:
+    """The Config in a checkpoint's `meta` (checkpoint.read_meta).
+
+    Args:
+      meta: has "config", and "ladder_jax": the version that wrote it.
+      where: names the checkpoint in a message.
+    Raises ConfigError that names the checkpoint and the version that wrote it where
+    this version cannot read its configuration.
+    """
+    try:
+        return from_dict(meta["config"])
+    except ConfigError as error:
+        writer = meta.get("ladder_jax", "of an unknown version")
+        raise ConfigError(
+            f"{where} was written by ladder_jax {writer}, and this version cannot read "
+            f"its configuration: {error}"
+        ) from None
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def from_recipe(path: str | Path) -> Config:
+    """The `config` that a recipe (a Python file) defines.
+
+    Raises ConfigError that names the file and the line.
+    """
+    path = str(path)
     if not Path(path).is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise ConfigError(
-            f"recipe {path!r} does not exist"
-            + (f": there are {known}" if known else "")
-        )
+        hint = f": there are {known}" if known else ""
+        raise ConfigError(f"recipe {path!r} does not exist{hint}")
     try:
-        made = runpy.run_path(path).get("config")
+        config = runpy.run_path(path).get("config")
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        line = (
-            error.lineno
-            if isinstance(error, SyntaxError)
-            else lines[-1]
-            if lines
-            else None
-        )
+        line = _line_of(error, path)
+        where = f"recipe {path!r}" + (f", line {line}" if line else "")
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(
-            f"recipe {path!r}{f', line {line}' if line else ''}: {kind}{error}"
-        ) from error
-    if not isinstance(made, Config):
+        raise ConfigError(f"{where}: {kind}{error}") from error
+    if not isinstance(config, Config):
         raise ConfigError(
             f"recipe {path!r} defines no `config` of type ladder_jax.config.Config"
         )
-    return made
+    return config
+
+
+def _line_of(error: Exception, path: str) -> int | None:
+    """The line of the file `path` that raised `error`, or None."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return lines[-1] if lines else None
+
+
+# ---------------------------------------------------------------- types and names
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of every field of a dataclass, by name."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether `value` is of type `hint`.
+
+    `hint`: int, float (finite), str, bool, None, a Literal, a Union or a dataclass. A
+    bool is no number, and an int is a float.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in args)
+    if origin is Literal:
+        return value in args and type(value) in {type(option) for option in args}
+    if hint is type(None):
+        return value is None
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """What a message calls the type `hint`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(describe, args))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    names = {
+        type(None): "None",
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "True or False",
+    }
+    return names.get(hint) or (str(hint) if origin else hint.__name__)
+
+
+def require_field(cls: Any, name: str) -> None:
+    """Raises ConfigError unless the section `cls` has a field `name`.
+
+    The message gives the new name of a renamed field, or the nearest name.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    if name in known:
+        return
+    path = cls.path(name)
+    if path in RENAMED_FIELDS:
+        raise ConfigError(f"{path} is now {cls.path(RENAMED_FIELDS[path])}")
+    near = [cls.path(other) for other in near_matches(name, known)]
+    hint = f" (perhaps {' or '.join(near)})" if near else ""
+    raise ConfigError(
+        f"{path} is not a field: it must be one of {', '.join(sorted(known))}{hint}"
+    )
+
+
+def near_matches(name: str, known: Iterable[str]) -> list[str]:
+    """At most two of the `known` names that a user may have meant by `name`."""
+    return difflib.get_close_matches(name, sorted(known), 2, 0.75)
+
+
+def to_bytes(text: str, name: str) -> int:
+    """The number of bytes that "512MiB", "2GiB", "1.5GB" or "1000" mean.
+
+    Raises ConfigError about the field `name` where `text` is no size.
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", 1):
+        units |= {letter: 1024**power, f"{letter}ib": 1024**power}
+        units[f"{letter}b"] = 1000**power
+    text_lower = text.strip().lower()
+    number = text_lower.rstrip("bkmgti")
+    unit = text_lower[len(number) :]
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        size = -1
+    require(0 <= size < math.inf, name, text, "a size such as 512MiB or 2GiB")
+    return int(size)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ladder_jax import checkpoint, schedule, sharding
-from ladder_jax.config import Config, ConfigError, Mesh, from_dict
+from ladder_jax.config import Config, ConfigError, Mesh, from_meta
 from ladder_jax.data.tokenizer import Tokenizer, from_json
 from ladder_jax.generate import empty_cache, generate, make_forward
 from ladder_jax.model import Transformer, abstract
@@ -105,7 +105,7 @@ def load(
     fit the mesh.
     """
     meta = checkpoint.read_meta(path, step)
-    config = from_dict(meta["config"])
+    config = from_meta(meta, path)
     device_mesh = _make_mesh(config, meta.get("tensor", 1), mesh, devices)
     sharding.check_fits(config.model, device_mesh)
     shapes = sharding.abstract(abstract(config.model), device_mesh)

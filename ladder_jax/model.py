@@ -1,10 +1,16 @@
-"""A Llama-family decoder: the math on local shards. What flows between the blocks is residual.py's concern.
+"""A Llama-family decoder: its math on local shards, and nothing about communication.
 
-B batch, T tokens, S cache length, L layers, D model, N query heads, K key-value heads, H head, F feed-forward,
-V vocabulary. Inside `shard_map` N, K, F, V and B are this shard's share; shapes are read off the arrays.
+A block returns a partial; residual/ reduces it. Between two matrix products a block
+calls `progress` on what the first one gave: there a reduction beside the block may go
+on (overlap.Overlap.progress). It returns its argument.
+
+B batch, T tokens, R positions that are read, S cache length, L layers, D model, N query
+heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside `shard_map` N, K,
+F, V and B are this shard's share; shapes are read off the arrays.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +18,29 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ladder_jax import attention as attention_door
-from ladder_jax import kv_cache, schedule, sharding
+from ladder_jax import config, kv_cache, schedule, sharding
+from ladder_jax.attention import attend, attend_cache, rotary, rotate
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
-from ladder_jax.residual.reductions import reduce
+from ladder_jax.residual.reductions import Policy, reduce
+from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names
-REMAT = {  # what the backward pass does not recompute of a layer
-    "none": None,  # everything is kept
-    "dots": _save(
-        "product", "reduced"
-    ),  # the blocks' matrix products and the reductions' sums
-    "reductions": _save("reduced"),  # no communication is repeated
+# By train.remat: what the backward pass reads of a layer instead of recomputing it.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # everything
+    "dots": _save("product", "reduced"),  # the blocks' matrix products and all sums
+    "reductions": _save("reduced"),  # the sums: no communication is repeated
     "full": _save(),  # the stream at the layer's start alone
 }
+Progress = Callable[..., Any]
 
 
-def rms_norm(x, scale, eps):
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467), computed in float32, in x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467), in x's dtype.
+
+    It is computed in float32.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype)
@@ -40,140 +50,127 @@ class Context(NamedTuple):
     """What all layers share in one forward pass."""
 
     rotation: tuple[jax.Array, jax.Array]
-    segments_BT: jax.Array | None  # of a whole sequence, or
-    positions_BT: jax.Array  # with a cache: where in it each token stands
+    segments_BT: jax.Array | None  # the document of each token; None with a cache
+    positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
-
-
-def _alone(product, *operands, name=None):
-    """In the place of residual.Stream.behind, where nothing is to run behind a product."""
-    return product(*operands)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embedding (arXiv 2305.13245)."""
 
-    def __init__(self, config, rngs):
-        D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_dim
-        self.eps = config.norm_eps
+    def __init__(self, model_config: config.Model, rngs: nnx.Rngs) -> None:
+        D, H = model_config.dim, model_config.head_dim
+        N, K = model_config.heads, model_config.kv_heads
+        std = model_config.init_std
+        self.eps = model_config.norm_eps
         self.norm = nnx.Param(jnp.ones(D))
-        self.wq = _normal(rngs, (D, N, H), config.init_std)
-        self.wk = _normal(rngs, (D, K, H), config.init_std)
-        self.wv = _normal(rngs, (D, K, H), config.init_std)
-        self.wo = _normal(rngs, (N, H, D), _depth_scaled(config))
-        self.bq, self.bk, self.bv = (
-            nnx.Param(jnp.zeros((heads, H))) if config.qkv_bias else None
-            for heads in (N, K, K)
-        )
-        self.q_norm, self.k_norm = (
-            nnx.Param(jnp.ones(H)) if config.qk_norm else None for _ in range(2)
-        )
+        self.wq = _normal(rngs, (D, N, H), std)
+        self.wk = _normal(rngs, (D, K, H), std)
+        self.wv = _normal(rngs, (D, K, H), std)
+        self.wo = _normal(rngs, (N, H, D), _depth_scaled(model_config))
+        bias, norm = model_config.qkv_bias, model_config.qk_norm
+        self.bq = nnx.Param(jnp.zeros((N, H))) if bias else None
+        self.bk = nnx.Param(jnp.zeros((K, H))) if bias else None
+        self.bv = nnx.Param(jnp.zeros((K, H))) if bias else None
+        self.q_norm = nnx.Param(jnp.ones(H)) if norm else None
+        self.k_norm = nnx.Param(jnp.ones(H)) if norm else None
 
-    def __call__(self, u_BTD, context, cache=None, behind=_alone, read_BR=None):
-        """The partial [B, T, D] of this block, and the cache with this call's keys and values written. With `read_BR`,
-        which takes a cache, the partial is of those positions along T alone (see residual.take).
+    def __call__(
+        self,
+        u_BTD: jax.Array,
+        context: Context,
+        cache: kv_cache.KV | None,
+        progress: Progress,
+        read_BR: jax.Array | None,
+    ) -> tuple[jax.Array, kv_cache.KV | None]:
+        """This block's partial [B, T, D], and the cache with u's keys and values.
 
-        Matrix products are called through `behind`, so that communication can run behind them (see residual.py): three
-        times here as in MLP, behind much the same work each time.
+        With `read_BR`, which takes a cache, the partial is of those positions alone.
         """
-        asked = lambda x_BT: residual.take(x_BT, read_BR)
-        q_BTNH, k_BTKH, v_BTKH = behind(
-            lambda u_BTD: (
-                self._project(asked(u_BTD), self.wq, self.bq),
-                self._project(u_BTD, self.wk, self.bk),
-                self._project(u_BTD, self.wv, self.bv),
-            ),
-            u_BTD,
-        )
-        if self.q_norm is not None:
+        read_u_BTD = residual.take(u_BTD, read_BR)
+        q_BTNH = _project(read_u_BTD, self.wq, self.bq)
+        k_BTKH = _project(u_BTD, self.wk, self.bk)
+        v_BTKH = _project(u_BTD, self.wv, self.bv)
+        q_BTNH, k_BTKH, v_BTKH = progress((q_BTNH, k_BTKH, v_BTKH))
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        q_BTNH = attention_door.rotate(q_BTNH, map(asked, context.rotation))
-        k_BTKH = attention_door.rotate(k_BTKH, context.rotation)
+        read_rotation = [residual.take(x, read_BR) for x in context.rotation]
+        q_BTNH = rotate(q_BTNH, read_rotation)
+        k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
-            attend = lambda *qkv: attention_door.attend(
-                *qkv, context.segments_BT, context.kernel
-            )
-            out_BTNH = behind(attend, q_BTNH, k_BTKH, v_BTKH)
+            segments_BT = context.segments_BT
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
-            positions_BT = asked(context.positions_BT)
-            out_BTNH = behind(
-                lambda q_BTNH: attention_door.attend_cache(q_BTNH, cache, positions_BT),
-                q_BTNH,
-            )
-        out_BTE = out_BTNH.reshape(
-            *out_BTNH.shape[:2], -1
-        )  # E = N H: as one, or XLA:CPU turns `wo` around
+            positions_BT = residual.take(context.positions_BT, read_BR)
+            out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
+        out_BTNH = progress(out_BTNH)
+        # E = N H. XLA:CPU transposes `wo` for a product over two dimensions.
+        out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
         wo_ED = self.wo[...].reshape(-1, u_BTD.shape[2])
-        return behind(
-            lambda out_BTE: einsum("bte,ed->btd", out_BTE, wo_ED), out_BTE
-        ), cache
+        return einsum("bte,ed->btd", out_BTE, wo_ED), cache
 
-    def _project(self, u_BTD, weight, bias):
-        x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight[...])
-        return x_BTNH if bias is None else x_BTNH + bias[...].astype(x_BTNH.dtype)
+
+def _project(
+    u_BTD: jax.Array, weight_DNH: nnx.Param, bias_NH: nnx.Param | None
+) -> jax.Array:
+    x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight_DNH[...])
+    return x_BTNH if bias_NH is None else x_BTNH + bias_NH[...].astype(x_BTNH.dtype)
 
 
 class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config, rngs, norm=True):
-        D, F = config.dim, config.ffn_dim
+    def __init__(
+        self, model_config: config.Model, rngs: nnx.Rngs, norm: bool = True
+    ) -> None:
+        D, F, std = model_config.dim, model_config.ffn_dim, model_config.init_std
         self.norm = nnx.Param(jnp.ones(D)) if norm else None
-        self.gate = _normal(rngs, (D, F), config.init_std)
-        self.up = _normal(rngs, (D, F), config.init_std)
-        self.down = _normal(rngs, (F, D), _depth_scaled(config))
+        self.gate = _normal(rngs, (D, F), std)
+        self.up = _normal(rngs, (D, F), std)
+        self.down = _normal(rngs, (F, D), _depth_scaled(model_config))
 
-    def __call__(self, u_BTD, behind=_alone):
-        """The partial [B, T, D] of this block; `behind` as in Attention."""
-        gate_BTF = behind(
-            lambda u_BTD: einsum("btd,df->btf", u_BTD, self.gate[...]), u_BTD
-        )
-
-        def activate(u_BTD):
-            up_BTF = checkpoint_name(
-                einsum("btd,df->btf", u_BTD, self.up[...]), "product"
-            )
-            return (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF).astype(
-                u_BTD.dtype
-            )  # rounded once
-
-        gated_BTF = behind(
-            activate, u_BTD, name="activation"
-        )  # which remat computes again from the two products
-        return behind(
-            lambda gated_BTF: einsum("btf,fd->btd", gated_BTF, self.down[...]),
-            gated_BTF,
-        )
+    def __call__(self, u_BTD: jax.Array, progress: Progress) -> jax.Array:
+        """This block's partial [B, T, D]."""
+        gate_BTF = progress(einsum("btd,df->btf", u_BTD, self.gate[...]))
+        up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
+        up_BTF = checkpoint_name(up_BTF, "product")
+        gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
+        gated_BTF = gated_BTF.astype(u_BTD.dtype)  # the activation is rounded once
+        # Remat "dots" computes the activation again, from the two products.
+        gated_BTF = progress(gated_BTF, saved=False)
+        return einsum("btf,fd->btd", gated_BTF, self.down[...])
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each with its norm, or with one norm for both (parallel)."""
 
-    def __init__(self, config, rngs):
-        shared = len(schedule.parse(config.residual, config.layers).layers[0]) == 1
-        self.attention = Attention(config, rngs)
-        self.mlp = MLP(config, rngs, norm=not shared)
+    def __init__(self, model_config: config.Model, rngs: nnx.Rngs) -> None:
+        residual_schedule = schedule.parse(model_config.residual, model_config.layers)
+        one_block = len(residual_schedule.layers[0]) == 1
+        self.attention = Attention(model_config, rngs)
+        self.mlp = MLP(model_config, rngs, norm=not one_block)
 
 
 class Transformer(nnx.Module):
-    """The decoder's parameters, float32. `layers` is one Layer whose arrays lead with a layer dimension."""
+    """The decoder's parameters, float32.
 
-    def __init__(self, config, rngs):
-        V, D = config.vocab_size, config.dim
-        self.embedding = _normal(rngs, (V, D), config.init_std)
-        self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(key)))(
-            jax.random.split(rngs(), config.layers)
-        )
+    `layers` is one Layer whose arrays lead with a layer dimension.
+    """
+
+    def __init__(self, model_config: config.Model, rngs: nnx.Rngs) -> None:
+        V, D, std = model_config.vocab_size, model_config.dim, model_config.init_std
+        self.embedding = _normal(rngs, (V, D), std)
+        keys = jax.random.split(rngs(), model_config.layers)
+        self.layers = jax.vmap(lambda key: Layer(model_config, nnx.Rngs(key)))(keys)
         self.norm = nnx.Param(jnp.ones(D))
-        self.unembedding = (
-            None if config.tie_embeddings else _normal(rngs, (D, V), config.init_std)
-        )
+        tied = model_config.tie_embeddings
+        self.unembedding = None if tied else _normal(rngs, (D, V), std)
 
 
 class Unstacked(NamedTuple):
-    """A Transformer whose layers are a list, so that compiled decoding copies no slices of a stack."""
+    """A Transformer whose layers are a list: compiled decoding copies no slices."""
 
     embedding: nnx.Param
     layers: list[Layer]
@@ -181,219 +178,242 @@ class Unstacked(NamedTuple):
     unembedding: nnx.Param | None
 
 
-def unstack(model):
-    """`model` (a Transformer) as an `Unstacked`, with arrays of its own for every layer."""
+def unstack(model: Transformer) -> Unstacked:
+    """`model` as an `Unstacked`, with arrays of its own for every layer."""
     count = model.layers.attention.norm.shape[0]
     layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count)]
     return Unstacked(model.embedding, layers, model.norm, model.unembedding)
 
 
-def init(config, key):
-    """A Transformer with fresh parameters. Under `jax.eval_shape` or `jax.jit`, of any size."""
-    return Transformer(config, nnx.Rngs(key))
+def init(model_config: config.Model, key: jax.Array) -> Transformer:
+    """A Transformer with fresh parameters."""
+    return Transformer(model_config, nnx.Rngs(key))
 
 
-def abstract(config):
+def abstract(model_config: config.Model) -> Transformer:
     """The shapes and dtypes of a Transformer's parameters; nothing is allocated."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init(model_config, jax.random.key(0)))
 
 
-def _normal(rngs, shape, std):
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs(), shape))
 
 
-def _depth_scaled(config):
-    return (
-        config.init_std * (2 * config.layers) ** -0.5
-    )  # so that the stream's variance does not grow with depth
+def _depth_scaled(model_config: config.Model) -> float:
+    """A standard deviation that keeps the stream's variance equal at any depth."""
+    return model_config.init_std * (2 * model_config.layers) ** -0.5
 
 
 # The forward pass and the loss, inside `shard_map`.
 
 
 def hidden(
-    model,
-    config,
-    tokens_BT,
-    positions_BT,
-    segments_BT=None,
-    cache=None,
-    read_BR=None,
+    model: Transformer | Unstacked,
+    model_config: config.Model,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    cache: Any = None,
+    read_BR: jax.Array | None = None,
     *,
-    kernel="xla",
-    reduction="psum",
-    remat="none",
-    unroll=False,
-):
-    """The final residual stream [B, T, D], and the cache with these tokens written.
+    kernel: str = "xla",
+    reduction: str | Policy = "psum",
+    remat: str = "none",
+    unroll: bool = False,
+) -> tuple[jax.Array, Any]:
+    """The final residual stream, and the cache with these tokens written.
 
-    Whole sequences: `segments_BT` numbers the documents packed into a row, `positions_BT` restarts in each. Generation:
-    `cache` is a cache.KV [L, B, K, S, H] of past keys and values, `positions_BT` says where in it the tokens stand.
-    Where `model.layers` is a list of layers (see `unstack`), `cache` is one of KVs [B, K, S, H], and so is the result.
-    With a cache, `read_BR` names the positions along T whose stream [B, R, D] is wanted, where not all are: of the last
-    layer hardly more than keys and values is computed for the others (see residual.run).
+    Args:
+      model: the parameters' shards.
+      model_config: the model's shape and residual schedule.
+      tokens_BT: token ids.
+      positions_BT: each token's position: without a cache in its document, with one
+        its index in the cache.
+      segments_BT: without a cache, the number of the document that a token belongs to;
+        several documents are packed into a row.
+      cache: None for whole sequences. For generation a kv_cache.KV [L, B, K, S, H] of
+        past keys and values; if `model.layers` is a list, a list of KV [B, K, S, H].
+      read_BR: with a cache, the positions along T of which the result is read; None for
+        all. The other positions of the last layers then cost little more than their
+        keys and values (residual/layers.run).
+      kernel: see attention.kernel_for.
+      reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
+      remat: a name in REMAT.
+      unroll: whether the compiled program repeats the layer scan's body.
+
+    Returns:
+      The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
     """
-    dtype = jnp.dtype(config.dtype)
-    rotation = (
-        lax.optimization_barrier(  # or XLA:CPU computes sines again for every head
-            attention_door.rotary(
-                positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
-            )
-        )
+    dtype = jnp.dtype(model_config.dtype)
+    rotation = rotary(
+        positions_BT,
+        model_config.head_dim,
+        model_config.rope_theta,
+        model_config.rope_scaling,
     )
+    # Without the barrier XLA:CPU computes the sines again for every head.
+    rotation = lax.optimization_barrier(rotation)
     context = Context(rotation, segments_BT, positions_BT, kernel)
 
-    def apply(layer_and_cache, block, x_BTD, behind, read_BR):
+    def compute(
+        layer_and_cache: tuple[Layer, Any],
+        block: Block,
+        x_BTD: jax.Array,
+        progress: Progress,
+        read_BR: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
         layer, cache = layer_and_cache
         parts = {
             name: sharding.gather_parameters(getattr(layer, name), dtype, name)
             for name in block.parts
         }
-        u_BTD = rms_norm(x_BTD, parts[block.parts[0]].norm[...], config.norm_eps)
+        scale_D = parts[block.parts[0]].norm[...]
+        u_BTD = rms_norm(x_BTD, scale_D, model_config.norm_eps)
         partials_BTD, new_cache = [], None
         if "attention" in parts:
-            partial_BTD, new_cache = parts["attention"](
-                u_BTD, context, cache, behind, read_BR
-            )
+            attention = parts["attention"]
+            partial_BTD, new_cache = attention(u_BTD, context, cache, progress, read_BR)
             partials_BTD.append(partial_BTD)
         if "mlp" in parts:
-            partials_BTD.append(parts["mlp"](residual.take(u_BTD, read_BR), behind))
+            read_u_BTD = residual.take(u_BTD, read_BR)
+            partials_BTD.append(parts["mlp"](read_u_BTD, progress))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
-    embedded_BTD = embed(model, dtype, tokens_BT)
-    plan = schedule.parse(config.residual, config.layers)
-    unstacked = isinstance(model.layers, list)
-    layers = (
-        list(zip(model.layers, cache or [None] * len(model.layers)))
-        if unstacked
-        else (model.layers, cache)
-    )
+    layers: Any = (model.layers, cache)
+    if isinstance(model.layers, list):
+        layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
-        plan,
-        embedded_BTD,
+        schedule.parse(model_config.residual, model_config.layers),
+        embed(model, dtype, tokens_BT),
         layers,
-        apply,
+        compute,
         reduction=reduction,
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
     )
-    # a layer's first block is the one with attention
-    return x_BTD, [blocks[0] for blocks in outputs] if unstacked else outputs[0]
+    # The first block of every layer is the one with attention.
+    if isinstance(model.layers, list):
+        return x_BTD, [blocks[0] for blocks in outputs]
+    return x_BTD, outputs[0]
 
 
-def embed(model, dtype, tokens_BT):
-    """The embedding's partial [B, T, D]: rows of the tokens that this tensor shard holds, zeros for the others."""
+def embed(
+    model: Transformer | Unstacked, dtype: jnp.dtype, tokens_BT: jax.Array
+) -> jax.Array:
+    """The embedding's partial [B, T, D]: zeros for tokens of other tensor shards."""
     table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
     rows_BT = tokens_BT - sharding.vocabulary_offset(table_VD.shape[0])
     held_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
-    return jnp.where(
-        held_BT[..., None], table_VD[jnp.where(held_BT, rows_BT, 0)], 0
-    ).astype(dtype)
+    x_BTD = table_VD[jnp.where(held_BT, rows_BT, 0)]
+    return jnp.where(held_BT[..., None], x_BTD, 0).astype(dtype)
 
 
-def logits(model, config, x_BTD):
+def logits(
+    model: Transformer | Unstacked, model_config: config.Model, x_BTD: jax.Array
+) -> jax.Array:
     """This tensor shard's logits [B, T, V], float32, from the final residual stream."""
-    u_BTD = rms_norm(x_BTD, model.norm[...], config.norm_eps)
+    u_BTD = rms_norm(x_BTD, model.norm[...], model_config.norm_eps)
+    dtype = u_BTD.dtype
     if model.unembedding is None:
-        table_VD = sharding.gather_parameters(
-            model.embedding, u_BTD.dtype, "embedding"
-        )[...]
+        table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
         return einsum("btd,vd->btv", u_BTD, table_VD, jnp.float32)
-    table_DV = sharding.gather_parameters(
-        model.unembedding, u_BTD.dtype, "unembedding"
-    )[...]
+    table_DV = sharding.gather_parameters(model.unembedding, dtype, "unembedding")[...]
     return einsum("btd,dv->btv", u_BTD, table_DV, jnp.float32)
 
 
-def cross_entropy(logits_BTV, targets_BT):
-    """-log p(target) of every token [B, T], nats, from vocabulary shards; the full logits are never gathered."""
-    top_BT = sharding.largest(logits_BTV.max(axis=-1))
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log p(target) of every token [B, T], nats.
+
+    Every tensor shard has its share of the vocabulary; the logits are not gathered.
+    """
+    largest_BT = sharding.largest(logits_BTV.max(axis=-1))
     rows_BT = targets_BT - sharding.vocabulary_offset(logits_BTV.shape[-1])
-    total_BT, target_BT = _softmax_terms(logits_BTV, top_BT, rows_BT)
-    return jnp.log(reduce(total_BT)) + top_BT - reduce(target_BT)
+    total_BT, target_BT = _softmax_terms(logits_BTV, largest_BT, rows_BT)
+    log_total_BT = jnp.log(reduce(total_BT, "psum")) + largest_BT
+    return log_total_BT - reduce(target_BT, "psum")
 
 
 @jax.custom_vjp
-def _softmax_terms(logits_BTV, top_BT, rows_BT):
-    """The sum of exp(logit - top), and the logit of row `rows_BT`, 0 where another shard has it: [B, T] each.
+def _softmax_terms(
+    logits_BTV: jax.Array, largest_BT: jax.Array, rows_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of exp(logit - largest), and the logit of row `rows_BT`: [B, T] each.
 
-    The backward pass computes the exponentials again: the logits are kept, and nothing else of their size.
+    The logit is 0 if another shard has the row. The backward pass computes the
+    exponentials again, so that nothing of the logits' size is stored beside them.
     """
-    total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(axis=-1)
+    total_BT = jnp.exp(logits_BTV - largest_BT[..., None]).sum(axis=-1)
     V = logits_BTV.shape[-1]
     held_BT = (rows_BT >= 0) & (rows_BT < V)
-    target_BT = jnp.take_along_axis(
-        logits_BTV, jnp.where(held_BT, rows_BT, 0)[..., None], axis=-1
-    )[..., 0]
+    index_BT1 = jnp.where(held_BT, rows_BT, 0)[..., None]
+    target_BT = jnp.take_along_axis(logits_BTV, index_BT1, axis=-1)[..., 0]
     return total_BT, jnp.where(held_BT, target_BT, 0)
 
 
-def _softmax_terms_backward(kept, cotangents):
-    logits_BTV, top_BT, rows_BT = kept
+def _softmax_terms_forward(*args: jax.Array) -> tuple[Any, Any]:
+    return _softmax_terms(*args), args
+
+
+def _softmax_terms_backward(
+    saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, None, None]:
+    logits_BTV, largest_BT, rows_BT = saved
     dtotal_BT1, dtarget_BT1 = (cotangent[..., None] for cotangent in cotangents)
-    chosen_BTV = rows_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
-    return (
-        dtotal_BT1 * jnp.exp(logits_BTV - top_BT[..., None])
-        + jnp.where(chosen_BTV, dtarget_BT1, 0),
-        None,
-        None,
-    )
+    is_target_BTV = rows_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    exp_BTV = jnp.exp(logits_BTV - largest_BT[..., None])
+    dlogits_BTV = dtotal_BT1 * exp_BTV + jnp.where(is_target_BTV, dtarget_BT1, 0)
+    return dlogits_BTV, None, None
 
 
-_softmax_terms.defvjp(
-    lambda *arguments: (_softmax_terms(*arguments), arguments), _softmax_terms_backward
-)
+_softmax_terms.defvjp(_softmax_terms_forward, _softmax_terms_backward)
 
 
 def loss(
-    model,
-    config,
-    batch,
+    model: Transformer | Unstacked,
+    model_config: config.Model,
+    batch: dict[str, jax.Array],
     *,
-    kernel="xla",
-    reduction="psum",
-    remat="none",
-    unroll=False,
-    chunk=0,
-):
-    """The weighted sum of this data shard's cross-entropies, nats: a scalar that all its tensor shards share.
+    chunk: int = 0,
+    **options: Any,
+) -> jax.Array:
+    """The weighted sum of this data shard's cross-entropies, nats.
 
-    `batch`: tokens, targets, segments, positions, weights, each [B, T] (see data.py). With `chunk`, the logits of that
-    many tokens exist at a time, and are computed again in the backward pass.
+    Args:
+      model: the parameters' shards.
+      model_config: the model's shape and residual schedule.
+      batch: tokens, targets, segments, positions, weights, each [B, T] (data/corpus).
+      chunk: if not 0, the logits of so many tokens exist at a time; the backward pass
+        computes them again.
+      options: of `hidden`: kernel, reduction, remat, unroll.
+
+    Returns:
+      A scalar, the same on all tensor shards.
     """
+    tokens_BT, positions_BT = batch["tokens"], batch["positions"]
     x_BTD, _ = hidden(
-        model,
-        config,
-        batch["tokens"],
-        batch["positions"],
-        batch["segments"],
-        kernel=kernel,
-        reduction=reduction,
-        remat=remat,
-        unroll=unroll,
+        model, model_config, tokens_BT, positions_BT, batch["segments"], **options
     )
 
-    def part(x_BTD, targets_BT, weights_BT):
-        return jnp.sum(
-            cross_entropy(logits(model, config, x_BTD), targets_BT) * weights_BT
-        )
+    def weighted_sum(
+        x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> jax.Array:
+        logits_BTV = logits(model, model_config, x_BTD)
+        return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
+    arrays = x_BTD, batch["targets"], batch["weights"]
     if not chunk:
-        return part(x_BTD, batch["targets"], batch["weights"])
-    flat = [
-        x.reshape(-1, *x.shape[2:]) for x in (x_BTD, batch["targets"], batch["weights"])
-    ]
-    chunk = min(chunk, flat[0].shape[0])
-    pad = -flat[0].shape[0] % chunk
-    flat = [
-        jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
-            -1, 1, chunk, *x.shape[1:]
-        )
-        for x in flat
-    ]
-    return jax.lax.scan(
-        lambda total, xs: (total + jax.checkpoint(part)(*xs), None),
-        jnp.float32(0),
-        tuple(flat),
-    )[0]
+        return weighted_sum(*arrays)
+
+    def add_chunk(total: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
+        return total + jax.checkpoint(weighted_sum)(*arrays), None
+
+    chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
+    return lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+
+
+def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] as [chunks, 1, chunk, ...]; zeros fill the last chunk."""
+    x = x_BT.reshape(-1, *x_BT.shape[2:])
+    padding = [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(-1, 1, chunk, *x.shape[1:])

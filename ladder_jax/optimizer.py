@@ -1,70 +1,97 @@
 """AdamW, its learning-rate schedules and gradient clipping."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from ladder_jax import sharding
+from ladder_jax.config import Optimizer
+
+# Optax counts steps in int32 and stays at the largest one.
+LAST_STEP = jnp.iinfo(jnp.int32).max
 
 
-def learning_rate(config, steps):
-    """The learning rate as a function of the step (config: config.Optimizer; steps: of the whole run)."""
-    peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
-    decay = {"cosine": steps - warmup, "wsd": steps // 5, "constant": 0}[
-        config.lr_schedule
-    ]
-    if config.decay_steps is not None and config.lr_schedule != "constant":
-        decay = config.decay_steps
+def learning_rate(optimizer_config: Optimizer, steps: int) -> Callable[..., jax.Array]:
+    """The learning rate as a function of the step, an int32 from 0.
+
+    Args:
+      optimizer_config: its schedule.
+      steps: of the whole run. Any number: a run that ends when it is stopped has more
+        than it will ever take.
+    """
+    steps = min(steps, LAST_STEP)
+    peak, kind = optimizer_config.learning_rate, optimizer_config.lr_schedule
+    final = optimizer_config.final_lr_fraction
+    warmup = min(optimizer_config.warmup_steps, steps)
+    decay = {"cosine": steps - warmup, "wsd": steps // 5, "constant": 0}[kind]
+    if optimizer_config.decay_steps is not None and kind != "constant":
+        decay = optimizer_config.decay_steps
     decay = max(min(decay, steps - warmup), 0)
-    if config.lr_schedule == "cosine":
-        tail = optax.cosine_decay_schedule(
-            peak, max(decay, 1), config.final_lr_fraction
-        )
-        parts, bounds = [tail], [warmup]
-    else:
-        tail = optax.linear_schedule(
-            peak, peak * (config.final_lr_fraction if decay else 1), max(decay, 1)
-        )
-        parts, bounds = [optax.constant_schedule(peak), tail], [warmup, steps - decay]
-    # the first step already learns: warm-up takes values 1/w, 2/w, ... 1
-    return optax.join_schedules(
-        [lambda step: peak * (step + 1) / max(warmup, 1), *parts], bounds
-    )
+
+    def rise(step: jax.Array) -> jax.Array:
+        # The first step learns already: warm-up takes the values 1/w, 2/w, ... 1.
+        return peak * (step + 1) / max(warmup, 1)
+
+    if kind == "cosine":
+        fall = optax.cosine_decay_schedule(peak, max(decay, 1), final)
+        return optax.join_schedules([rise, fall], [warmup])
+    end = peak * (final if decay else 1)
+    fall = optax.linear_schedule(peak, end, max(decay, 1))
+    flat = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, flat, fall], [warmup, steps - decay])
 
 
-def make_optimizer(config, steps):
-    """AdamW (arXiv 1711.05101) with decay of matrices alone, after clipping by the global norm."""
+def make_optimizer(
+    optimizer_config: Optimizer, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (arXiv 1711.05101) with decay of matrices alone, after clipping by norm.
 
-    def decayed(parameters):
+    Args:
+      optimizer_config: its hyperparameters.
+      steps: of the whole run, for the learning-rate schedule.
+    Returns an optimizer whose state is the same with and without clipping. Its
+    `update` takes `norm`, the gradients' global norm, where the caller knows it.
+    """
+
+    def decayed(parameters: Any) -> Any:
         roles = sharding.parameter_roles(parameters)
         return jax.tree.map(lambda role: role in ("matrix", "embedding"), roles)
 
     adamw = optax.adamw(
-        learning_rate(config, steps),
-        config.beta1,
-        config.beta2,
-        config.eps,
-        weight_decay=config.weight_decay,
+        learning_rate(optimizer_config, steps),
+        optimizer_config.beta1,
+        optimizer_config.beta2,
+        optimizer_config.eps,
+        weight_decay=optimizer_config.weight_decay,
         mask=decayed,
     )
-    clip = (
-        optax.identity() if config.clip_norm is None else clip_by_norm(config.clip_norm)
-    )
-    return optax.with_extra_args_support(
-        optax.chain(clip, adamw)
-    )  # the same state with and without clipping
+    limit = optimizer_config.clip_norm
+    clip = optax.identity() if limit is None else clip_by_norm(limit)
+    return optax.with_extra_args_support(optax.chain(clip, adamw))
 
 
-def clip_by_norm(limit):
-    """`optax.clip_by_global_norm` that takes the norm from who knows it already: update(..., norm=norm)."""
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, with an `update` that takes a known norm=..."""
 
-    def update(gradients, state, parameters=None, *, norm=None, **_):
+    def init(parameters: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(
+        gradients: Any,
+        state: optax.EmptyState,
+        parameters: Any = None,
+        *,
+        norm: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Any, optax.EmptyState]:
         norm = optax.tree.norm(gradients) if norm is None else norm
-        return jax.tree.map(
+        clipped = jax.tree.map(
             lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit),
             gradients,
-        ), state
+        )
+        return clipped, state
 
-    return optax.GradientTransformationExtraArgs(
-        lambda parameters: optax.EmptyState(), update
-    )
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,17 +1,15 @@
 """The training job, from start to end: mesh, data, model, optimizer, step, loop.
 
-A run lives in `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and tensorboard/ and profile/ where asked for.
+A run lives in the folder `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and
+where the configuration asks for them tensorboard/ and profile/.
 """
 
 import contextlib
-import functools
 import itertools
 import math
 import os
-import signal
-import sys
-import threading
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,34 +19,46 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from ladder_jax import attention, model, schedule, sharding
-from ladder_jax import config as configuration
 from ladder_jax.checkpoint import (
     Checkpoints,
     read_meta,
     require_plain_name,
     saved_steps,
 )
-from ladder_jax.config import ConfigError
-from ladder_jax.data import tokenizer
+from ladder_jax.config import (
+    Config,
+    ConfigError,
+    Data,
+    Model,
+    from_meta,
+    to_dict,
+)
+from ladder_jax.data import corpus as corpora
+from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.batches import held_out_batches, train_iterator
-from ladder_jax.data.corpus import prepare
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips, xla_options
+from ladder_jax.interrupts import StopSignal
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
 from ladder_jax.optimizer import learning_rate, make_optimizer
+from ladder_jax.progress import (
+    Measured,
+    Output,
+    Pace,
+    Reports,
+    Speed,
+)
 from ladder_jax.residual import choose
 from ladder_jax.run_folder import Lease
 
-BATCH_FIELDS = (
-    "tokens",
-    "targets",
-    "segments",
-    "positions",
-    "weights",
-)  # what data.py gives, each [B, T]
+# The arrays of a batch, each [B, T] (see data/corpus.py).
+BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
+BATCH_SPECS = dict.fromkeys(BATCH_FIELDS, sharding.TOKENS)
+
+Batch = Mapping[str, Any]  # of jax or NumPy arrays, by BATCH_FIELDS
+Say = Callable[[str], None]
 
 
 # ---------------------------------------------------------------- state and step
@@ -61,45 +71,67 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def abstract_state(config, mesh, optimizer):
-    """The state's shapes, dtypes and shardings on `mesh`; nothing is allocated."""
+def abstract_state(
+    config: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> State:
+    """The state's shapes, dtypes and shardings on `mesh`; allocates nothing."""
     parameters = model.abstract(config.model)
     shapes = State(parameters, jax.eval_shape(optimizer.init, parameters))
-    specs = sharding.parameter_specs(parameters)
-    is_model = lambda x: isinstance(x, model.Transformer)
+    parameter_specs = sharding.parameter_specs(parameters)
+
+    def is_model(node: object) -> bool:
+        return isinstance(node, model.Transformer)
+
+    # The optimizer's moments are shaped, and sharded, as the parameters.
     specs = jax.tree.map(
-        lambda x: specs if is_model(x) else sharding.REPLICATED,
+        lambda node: parameter_specs if is_model(node) else sharding.REPLICATED,
         shapes,
         is_leaf=is_model,
     )
     return sharding.abstract(shapes, mesh, specs)
 
 
-def init_state(config, mesh, optimizer):
-    """A fresh state, made where it will live: no device holds more than its shards. The same on every mesh, but for
-    the last bits."""
+def state_shardings(
+    config: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> Any:
+    """The state's tree of shardings on `mesh`."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh, optimizer))
 
-    def make():
+
+def init_state(
+    config: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> State:
+    """A fresh state, computed where it lives: no device holds more than its shards.
+
+    It is the same on every mesh, except for the last bits.
+    """
+
+    def init() -> State:
         parameters = model.init(config.model, jax.random.key(config.train.seed))
         return State(parameters, optimizer.init(parameters))
 
-    shardings = jax.tree.map(
-        lambda x: x.sharding, abstract_state(config, mesh, optimizer)
-    )
-    return jax.jit(make, out_shardings=shardings)()
+    shardings = state_shardings(config, mesh, optimizer)
+    return jax.jit(init, out_shardings=shardings)()
 
 
-def loss_and_gradients(config, mesh, kernel=None):
-    """(model, batch) -> (mean loss in nats a token, gradients): both over the whole batch, global arrays.
+def loss_and_gradients(
+    config: Config, mesh: jax.sharding.Mesh, kernel: str | None = None
+) -> Callable[..., Any]:
+    """(model, batch) -> (mean loss in nats a token, gradients), over the whole batch.
 
-    `kernel` of attention: by default, what suits the platform.
+    Args:
+      config: the run's.
+      mesh: of the global arrays that the function takes and returns.
+      kernel: of attention. None: the one that suits the platform.
     """
+    platform = chips.platform(mesh)
     kernel = kernel or attention.kernel_for(
-        chips.platform(mesh), config.model, config.train.seq_len
+        platform, config.model, config.train.seq_len
     )
-    # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer; unrolled, there is no stack.
-    # On an emulated mesh, which is for trying things out, time to compile counts for more.
-    unroll = chips.platform(mesh) == "cpu" and mesh.size == 1
+    # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer;
+    # unrolled layers have no stack. On an emulated mesh, which is for trying things
+    # out, time to compile counts for more.
+    unroll = platform == "cpu" and mesh.size == 1
     reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
     options = dict(
         kernel=kernel,
@@ -108,42 +140,53 @@ def loss_and_gradients(config, mesh, kernel=None):
         unroll=unroll,
         chunk=config.train.loss_chunk,
     )
+    parts = config.train.grad_accum_steps
 
-    def local(parameters, batch):
+    def local(parameters: model.Transformer, batch: Batch) -> Any:
         weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH_AXES), 1)
         objective = jax.value_and_grad(
             lambda m, part: model.loss(m, config.model, part, **options) / weight
         )
-        count = config.train.grad_accum_steps
-        if count == 1:
+        if parts == 1:
             loss, gradients = objective(parameters, batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-            add = lambda total, part: (
-                jax.tree.map(jnp.add, total, objective(parameters, part)),
-                None,
-            )
-            zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters)
-            (loss, gradients), _ = lax.scan(add, zeros, parts)
-        return lax.psum(loss, sharding.BATCH_AXES), sharding.sum_gradients(
-            gradients, specs
-        )
+            loss, gradients = accumulate(objective, parameters, batch, parts)
+        loss = lax.psum(loss, sharding.BATCH_AXES)
+        return loss, sharding.sum_gradients(gradients, specs)
 
-    parameters = model.abstract(config.model)
-    specs = sharding.parameter_specs(parameters)
+    specs = sharding.parameter_specs(model.abstract(config.model))
     return sharding.shard_map(
-        local,
-        mesh,
-        (specs, dict.fromkeys(BATCH_FIELDS, sharding.TOKENS)),
-        (sharding.REPLICATED, specs),
+        local, mesh, (specs, BATCH_SPECS), (sharding.REPLICATED, specs)
     )
 
 
-def make_step(config, mesh, optimizer, kernel=None):
-    """The compiled training step: (state, batch) -> (state, results). The state is donated.
+def accumulate(
+    objective: Callable[..., Any],
+    parameters: model.Transformer,
+    batch: Batch,
+    parts: int,
+) -> Any:
+    """The sum of `objective` (loss, gradients) over `parts` of a batch, one by one."""
 
-    results: loss (before the step), gradient_norm (before clipping), parameter_norm (after the step; it says whether
-    what would be saved is finite).
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, objective(parameters, part)), None
+
+    batches = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters)
+    return lax.scan(add, zeros, batches)[0]
+
+
+def make_step(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    optimizer: optax.GradientTransformationExtraArgs,
+    kernel: str | None = None,
+) -> Callable[..., Any]:
+    """The compiled training step: (state, batch) -> (state, results).
+
+    It donates the state. results, scalars: loss (before the step), gradient_norm
+    (before clipping), parameter_norm (after the step: it says whether a checkpoint of
+    the new state would be finite).
     """
     gradients_of = loss_and_gradients(config, mesh, kernel)
     specs = sharding.parameter_specs(model.abstract(config.model))
@@ -151,7 +194,7 @@ def make_step(config, mesh, optimizer, kernel=None):
         lambda tree: sharding.norm(tree, specs), mesh, (specs,), sharding.REPLICATED
     )
 
-    def step(state, batch):
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         loss, gradients = gradients_of(state.model, batch)
         norm = norm_of(gradients)
         updates, optimizer_state = optimizer.update(
@@ -163,148 +206,224 @@ def make_step(config, mesh, optimizer, kernel=None):
         )
         return State(parameters, optimizer_state), results
 
-    shardings = jax.tree.map(
-        lambda x: x.sharding, abstract_state(config, mesh, optimizer)
-    )
-    tokens = sharding.named_shardings(
-        mesh, dict.fromkeys(BATCH_FIELDS, sharding.TOKENS)
-    )
-    replicated = sharding.named_shardings(mesh, sharding.REPLICATED)
+    shardings = state_shardings(config, mesh, optimizer)
     return jax.jit(
         step,
-        in_shardings=(shardings, tokens),
-        out_shardings=(shardings, replicated),
+        in_shardings=(shardings, sharding.named_shardings(mesh, BATCH_SPECS)),
+        out_shardings=(
+            shardings,
+            sharding.named_shardings(mesh, sharding.REPLICATED),
+        ),
         donate_argnums=0,
         compiler_options=xla_options.options(mesh),
     )
 
 
-def make_evaluation(config, mesh):
-    """(model, batch) -> (sum of losses in nats, sum of weights) over the batch, compiled."""
-    kernel = attention.kernel_for(
-        chips.platform(mesh), config.model, config.train.seq_len
+def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """(model, batch) -> (sum of losses in nats, sum of weights), compiled."""
+    platform = chips.platform(mesh)
+    options = dict(
+        kernel=attention.kernel_for(platform, config.model, config.train.seq_len),
+        chunk=config.train.loss_chunk,
     )
 
-    def local(parameters, batch):
-        loss = model.loss(
-            parameters,
-            config.model,
-            batch,
-            kernel=kernel,
-            chunk=config.train.loss_chunk,
-        )
+    def local(parameters: model.Transformer, batch: Batch) -> Any:
+        loss = model.loss(parameters, config.model, batch, **options)
         return lax.psum((loss, batch["weights"].sum()), sharding.BATCH_AXES)
 
-    parameters = model.abstract(config.model)
-    specs = sharding.parameter_specs(parameters)
+    specs = sharding.parameter_specs(model.abstract(config.model))
+    results = (sharding.REPLICATED, sharding.REPLICATED)
     return jax.jit(
-        sharding.shard_map(
-            local,
-            mesh,
-            (specs, dict.fromkeys(BATCH_FIELDS, sharding.TOKENS)),
-            (sharding.REPLICATED, sharding.REPLICATED),
-        ),
+        sharding.shard_map(local, mesh, (specs, BATCH_SPECS), results),
         compiler_options=xla_options.options(mesh),
     )
 
 
-def flops_per_token(config, length):
-    """Model FLOPs of training on one token, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L heads H T.
+def flops_per_token(model_config: Model, length: int) -> int:
+    """Model FLOPs of training on one token: 6 N + 12 L heads H T.
 
-    N is the number of parameters without the input embedding, which is looked up, not multiplied (a tied one is, as
-    the output's). Attention is counted in full, not halved for causality; recomputation is not counted. The model's
-    FLOPs utilisation, MFU, is this times tokens a second, over the devices' peak (chips.py).
+    N is the number of parameters without the input embedding, which is looked up, not
+    multiplied (a tied one is multiplied, as the output's). Attention counts in full,
+    not halved for causality; recomputation does not count. MFU is this times tokens a
+    second, over the devices' peak. Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    sizes = jax.tree.map(lambda x: x.size, model.abstract(config))
-    count = sum(jax.tree.leaves(sizes)) - (
-        0 if config.tie_embeddings else config.vocab_size * config.dim
-    )
-    return 6 * count + 12 * config.layers * config.heads * config.head_dim * length
+    count = parameter_count(model.abstract(model_config))
+    if not model_config.tie_embeddings:
+        count -= model_config.vocab_size * model_config.dim
+    width = model_config.heads * model_config.head_dim
+    return 6 * count + 12 * model_config.layers * width * length
+
+
+def parameter_count(tree: Any) -> int:
+    """The number of elements of all arrays in `tree`."""
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 # ---------------------------------------------------------------- the job
 
-FROZEN = {
-    "model": None,
-    "data": ("text_field", "held_out_fraction"),
-    "train": ("global_batch", "seq_len", "seed"),
-}  # what a resumed run may not change
+
+class Job(NamedTuple):
+    """A run whose configuration, data and folder are checked."""
+
+    mesh: jax.sharding.Mesh
+    tokenizer: tokenizers.Tokenizer
+    corpus: corpora.Corpus
+    out: Path
+    meta: dict[str, Any]  # JSON that goes into every checkpoint
+    saved: bool  # whether there is a checkpoint to resume from
 
 
-def check_resumed(saved, now):
-    """Raises ConfigError where going on with `now` would not continue the run that saved `saved` (both: meta)."""
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains until the last step, or until SIGTERM, Ctrl-C or SIGHUP, and then saves.
 
-    def same(
-        name, before, after, advice="keep it, or start a new run in another train.out"
-    ):
-        if before != after:
-            raise ConfigError(
-                f"{name} was {before!r} in the run to resume and is {after!r} now: {advice}"
-            )
-
-    before, after = (configuration.from_dict(meta["config"]) for meta in (saved, now))
-    for section, names in FROZEN.items():
-        old, new = getattr(before, section), getattr(after, section)
-        for name in names or configuration.to_dict(new):
-            same(f"{section}.{name}", getattr(old, name), getattr(new, name))
-    if schedule.parse(after.model.residual, after.model.layers).local:
-        same(
-            "mesh.tensor",
-            saved["tensor"],
-            now["tensor"],
-            f"a {after.model.residual} model keeps it for life",
-        )
-    # The files may have moved. An old checkpoint has no digest of the documents.
-    for field, contents in (
-        ("tokenizer", "tokenizer"),
-        ("source", "corpus"),
-        ("source", "documents"),
-    ):
-        comparable = contents in saved and contents in now
-        if comparable and saved[contents] != now[contents]:
-            raise ConfigError(
-                f"data.{field}={getattr(after.data, field)!r} has other contents now than in the run to "
-                "resume: restore them, or start a new run in another train.out"
-            )
-
-
-def train(config, resume=False):
-    """Runs the job of `config` (config.Config) to its end, or until SIGTERM or Ctrl-C, and returns a summary (dict).
-
-    Without `resume` the run must be new. With it, the run in train.out goes on from its newest checkpoint, bit for bit
-    as if it had not stopped; where there is none yet, it starts.
-
-    Raises ConfigError where the configuration, data or checkpoint does not fit, before anything is written;
-    FloatingPointError on a step that is not finite (the last checkpoint stays good); OSError where a write fails.
+    Args:
+      config: the run's.
+      resume: whether to continue the run in train.out from its newest checkpoint, bit
+        for bit as if it had not stopped. Without a checkpoint the run starts.
+    Returns step, out, parameters, plot (a path or None), stopped (the signal's name or
+      None), saved (whether there is a checkpoint); held_out_loss and
+      held_out_bits_per_byte of the last evaluation; sample, where one was asked for.
+    Raises ConfigError where the configuration, data or checkpoint does not fit, before
+      it writes anything; FloatingPointError where a step is not finite (the last
+      checkpoint stays good); OSError where a file cannot be written.
     """
     leader = jax.process_index() == 0
+    steps, out = config.train.steps, Path(config.train.out).expanduser()
+    summary: dict[str, Any] = {}
+    # Everything that this stack holds is closed in the opposite order.
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(Output(leader))
+        say = output.say
 
-    def say(text):
-        if leader:
-            tqdm.write(text, file=sys.stdout)  # above the progress bar
-            sys.stdout.flush()  # line by line, also into a pipe
-
-    # ---- everything that can be wrong, before anything is written
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_fits(
-        config.model, mesh, config.train.global_batch // config.train.grad_accum_steps
-    )
-    shard, shards = sharding.data_shard(mesh)
-    tokens = tokenizer.load(config.data.tokenizer)
-    if tokens.size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokens.size} tokens of "
-            f"data.tokenizer={config.data.tokenizer!r}: it must be at least that"
+        # ---- checks and data
+        job = prepare(config, resume, say)
+        mesh, corpus = job.mesh, job.corpus
+        shard, shards = sharding.data_shard(mesh)
+        split = dict(
+            batch=config.train.global_batch // shards,
+            length=config.train.seq_len,
+            process_index=shard,
+            process_count=shards,
         )
+        batches = train_iterator(corpus, seed=config.train.seed, **split)
+        held_out = held_out_batches(corpus, **split)
+
+        # ---- state, new or resumed
+        stop = stack.enter_context(StopSignal(config.train.log_every))
+        lease = stack.enter_context(Lease(out)) if leader else None
+        checkpoints = stack.enter_context(
+            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
+        )
+        if checkpoints.steps() and not job.saved:
+            raise ConfigError(
+                f"another job wrote checkpoints to train.out={str(out)!r} while this "
+                "one started: continue it with --resume, or choose another folder"
+            )
+        optimizer = make_optimizer(config.optimizer, steps)
+        if job.saved:
+            first, state = restore(config, job, optimizer, checkpoints, batches)
+            say(f"resumed at step {first} of {steps} from {checkpoints.folder}")
+        else:
+            first, state = 0, init_state(config, mesh, optimizer)
+            if resume:
+                say(f"nothing to resume in {out}: starting at step 0")
+        count = parameter_count(state.model)
+        say(describe(config, mesh, count))
+
+        # ---- programs and reports
+        train_step = make_step(config, mesh, optimizer)
+        evaluation = make_evaluation(config, mesh)
+        rate = jax.jit(learning_rate(config.optimizer, steps))
+        pace = stack.enter_context(Pace(first))
+        metrics = None
+        if leader:
+            metrics = stack.enter_context(Metrics(out, config.train.tensorboard, first))
+        reports = Reports(output, metrics, pace, speed_of(config, mesh))
+
+        def report(measured: Measured) -> None:
+            reports.step(measured, finite(measured, checkpoints))
+
+        # ---- loop
+        def due(step: int, every: int) -> bool:
+            return step % every == 0 or step == steps
+
+        profile = stack.enter_context(
+            Profile(out / "profile", first + 2, config.train.profile_steps, say)
+        )
+        output.show_steps(first, steps)
+        step, stopped, unread = first, None, None
+        while step < steps and not (stopped := stop.requested(step)):
+            profile.before_step(step, state)
+            state, results = train_step(state, to_devices(mesh, next(batches)))
+            # A small program of its own. Queued before the next step, it does not
+            # wait for that one.
+            results["learning_rate"] = rate(np.int32(step))
+            step += 1
+            output.advance()
+            if unread:  # the device works on this step while the host reports that one
+                report(unread)
+                unread = None
+            if step == first + 1:  # this step's time is mostly XLA's, to compile it
+                jax.block_until_ready(results)
+                pace.restart(step)
+            evaluating = due(step, config.train.eval_every)
+            saving = due(step, config.train.save_every)
+            if evaluating or saving:
+                report(pace.measure(step, results))
+                if evaluating:
+                    first_ones = itertools.islice(held_out, config.train.eval_batches)
+                    values = evaluate(evaluation, state, first_ones, job)
+                    reports.evaluation(step, values)
+                    summary |= values
+                if saving:
+                    start = time.perf_counter()
+                    checkpoints.save(step, state._asdict(), batches, job.meta)
+                    reports.save_s = time.perf_counter() - start
+                pace.restart(step)
+            elif due(step, config.train.log_every):
+                unread = pace.measure(step, results)
+        if stopped and step > first:
+            if unread:
+                report(unread)
+            else:
+                finite(Measured(step, results), checkpoints)
+            checkpoints.save(step, state._asdict(), batches, job.meta)
+
+    summary |= dict(
+        step=step,
+        out=str(out),
+        parameters=count,
+        plot=None,
+        stopped=stopped.name if stopped else None,
+        saved=job.saved or step > 0,
+    )
+    if leader:
+        picture = plot(out, f"{config.model.residual}, {count:,} parameters")
+        summary["plot"] = picture and str(picture)
+    if not stopped and config.train.sample_tokens:
+        summary["sample"] = sample(config, job, state.model)
+        say(f"---- the model writes:\n{summary['sample']}\n----")
+    return summary
+
+
+# ---------------------------------------------------------------- stages of the job
+
+
+def prepare(config: Config, resume: bool, say: Say) -> Job:
+    """Checks everything that can be wrong before the job writes anything but tokens.
+
+    Raises ConfigError on what it finds.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    check_vocabulary(config, mesh, tokenizer)
+    rows = config.train.global_batch // config.train.grad_accum_steps
+    sharding.check_fits(config.model, mesh, rows)
+    sharding.data_shard(mesh)
     if config.train.tensorboard:
         require_tensorboard()
     out = Path(config.train.out).expanduser()
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ConfigError(
-            f"train.out={config.train.out!r} is not accepted: {parent} is not a folder that can be "
-            "written to"
-        )
+    check_writable(out, config.train.out)
     require_plain_name(out, "train.out")
     saved = saved_steps(out / "checkpoints")
     if saved and not resume:
@@ -313,320 +432,237 @@ def train(config, resume=False):
             "continue it with --resume, or choose another --train.out"
         )
     meta = dict(
-        config=configuration.to_dict(config),
+        config=to_dict(config),
         tensor=mesh.shape[sharding.TENSOR],
-        tokenizer=tokens.to_json(),
+        tokenizer=tokenizer.to_json(),
     )
     before = read_meta(out) if saved else meta
-    check_resumed(before, meta)
-    corpus = _prepare(config.data, tokens)
+    check_resumed(before, meta, out)
+    corpus = prepare_corpus(config.data, tokenizer)
     say(corpus.report)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
     meta["documents"] = corpus.digest
-    check_resumed(meta | before, meta)
+    check_resumed(meta | before, meta, out)
+    return Job(mesh, tokenizer, corpus, out, meta, bool(saved))
 
-    # ---- data
-    split = dict(
-        batch=config.train.global_batch // shards,
-        length=config.train.seq_len,
-        process_index=shard,
-        process_count=shards,
-    )
-    batches = train_iterator(corpus, seed=config.train.seed, **split)
-    held_out = held_out_batches(corpus, **split)
-    placed = functools.partial(_place, sharding.named_shardings(mesh, sharding.TOKENS))
 
-    with (
-        contextlib.ExitStack() as opened
-    ):  # closed in the opposite order, whatever happens
-        stop = opened.enter_context(_Stop(config.train.log_every))
-        lease = opened.enter_context(Lease(out)) if leader else None
-        checkpoints = opened.enter_context(
-            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
+def check_vocabulary(
+    config: Config, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer
+) -> None:
+    """Raises ConfigError where model.vocab_size does not fit tokenizer or mesh."""
+    size, tensor = config.model.vocab_size, mesh.shape[sharding.TENSOR]
+    if size < tokenizer.size:
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the {tokenizer.size} tokens of "
+            f"data.tokenizer={config.data.tokenizer!r}: it must be at least that"
         )
-        if checkpoints.steps() and not saved:
+    if size % tensor:
+        # Ids from the tokenizer's size on are in no text: the model learns not to
+        # predict them, and sampling never draws them.
+        raise ConfigError(
+            f"model.vocab_size={size} does not divide by mesh.tensor={tensor}: use "
+            f"--model.vocab-size {size + -size % tensor}, which pads the embedding "
+            "with ids that the tokenizer does not use"
+        )
+
+
+def check_writable(out: Path, value: str) -> None:
+    """Raises ConfigError where train.out=`value`, the folder `out`, cannot be made."""
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(
+            f"train.out={value!r} is not accepted: {parent} is not a folder that can "
+            "be written to"
+        )
+
+
+# What a resumed run may not change. None: every field of the section.
+FROZEN: dict[str, tuple[str, ...] | None] = {
+    "model": None,
+    "data": ("text_field", "held_out_fraction"),
+    "train": ("global_batch", "seq_len", "seed"),
+}
+
+
+def check_resumed(
+    saved: Mapping[str, Any], now: Mapping[str, Any], where: object = "the run"
+) -> None:
+    """Raises ConfigError where a resumed run would not be the run that was saved.
+
+    Args:
+      saved: a checkpoint's meta (checkpoint.read_meta).
+      now: the meta that this run would save.
+      where: names the checkpoint.
+    """
+
+    def same(name: str, old: object, new: object, advice: str) -> None:
+        if old != new:
             raise ConfigError(
-                f"another job wrote checkpoints to train.out={str(out)!r} while this "
-                "one started: go on from them with --resume, or choose another folder"
+                f"{name} was {old!r} in the run to resume and is {new!r} now: {advice}"
             )
 
-        # ---- state, new or resumed
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        if saved:
-            wanted = abstract_state(config, mesh, optimizer)._asdict()
-            first, restored, _ = checkpoints.restore(
-                wanted, batches, config=meta["config"]
+    before, after = from_meta(saved, where), from_meta(now, where)
+    advice = "keep it, or start a new run in another train.out"
+    for section, names in FROZEN.items():
+        old, new = getattr(before, section), getattr(after, section)
+        for name in names or to_dict(new):
+            same(f"{section}.{name}", getattr(old, name), getattr(new, name), advice)
+    residual = after.model.residual
+    if schedule.parse(residual, after.model.layers).local:
+        advice = f"a {residual} model keeps it for life"
+        same("mesh.tensor", saved["tensor"], now["tensor"], advice)
+    # The files may have moved. An old checkpoint has no digest of the documents.
+    for field, contents in (
+        ("tokenizer", "tokenizer"),
+        ("source", "corpus"),
+        ("source", "documents"),
+    ):
+        comparable = contents in saved and contents in now
+        if comparable and saved[contents] != now[contents]:
+            value = getattr(after.data, field)
+            raise ConfigError(
+                f"data.{field}={value!r} has other contents now than in the run to "
+                "resume: restore them, or start a new run in another train.out"
             )
-            state = State(**restored)
-            say(
-                f"resumed at step {first} of {config.train.steps} from {checkpoints.folder}"
-            )
-        else:
-            first, state = 0, init_state(config, mesh, optimizer)
-            if resume:
-                say(f"nothing to resume in {out}: starting at step 0")
-        count = sum(x.size for x in jax.tree.leaves(state.model))
-        say(
-            f"{count:,} parameters, {config.model.residual} residual, {config.model.dtype}, mesh "
-            + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-            + f" of {mesh.devices.flat[0].device_kind}"
-        )
-
-        # ---- programs, and what is known of their speed
-        step_function = make_step(config, mesh, optimizer)
-        evaluation = make_evaluation(config, mesh)
-        rate = learning_rate(config.optimizer, config.train.steps)
-        rates = jax.device_get(jax.jit(jax.vmap(rate))(jnp.arange(config.train.steps)))
-        flops = flops_per_token(config.model, config.train.seq_len)
-        peak = (
-            config.train.peak_tflops * 1e12
-            if config.train.peak_tflops
-            else chips.peak_flops(mesh.devices.flat[0], config.model.dtype)
-        )
-        pace = _Pace(first)
-
-        # ---- reports
-        metrics = (
-            opened.enter_context(Metrics(out, config.train.tensorboard, first))
-            if leader
-            else None
-        )
-
-        def record(step, text, values):
-            say(f"step {step}/{config.train.steps}  {text}")
-            if leader:
-                metrics.write(step, **values)
-
-        def checked(step, results):
-            """A step's results as numbers, once they are there. Stops the run where one is not finite."""
-            values = {name: float(value) for name, value in results.items()}
-            if not all(map(math.isfinite, values.values())):
-                checkpoints.wait()
-                good = checkpoints.steps()
-                raise FloatingPointError(
-                    f"step {step} is not finite ({', '.join(f'{name} {value}' for name, value in values.items())}): "
-                    + (
-                        f"stopped; the checkpoint of step {good[-1]} is good"
-                        if good
-                        else "stopped, before any checkpoint"
-                    )
-                    + ". Try a lower optimizer.learning_rate or more optimizer.warmup_steps"
-                )
-            return values
-
-        def report(step, results):
-            values = checked(step, results) | dict(learning_rate=float(rates[step - 1]))
-            text = (
-                f"loss {values['loss']:.4f}  grad norm {values['gradient_norm']:.3f}  "
-                f"lr {values['learning_rate']:.2e}"
-            )
-            if seconds := pace.lap(step):
-                values["tokens_per_s"] = (
-                    config.train.global_batch * config.train.seq_len / seconds
-                )
-                text += f"  {values['tokens_per_s']:,.0f} tok/s"
-                if peak:
-                    values["mfu"] = values["tokens_per_s"] * flops / (peak * mesh.size)
-                    text += f"  MFU {values['mfu']:.1%}"
-                text += f"  {_duration(seconds * (config.train.steps - step))} left"
-            record(step, text, values)
-
-        def evaluate(step):
-            first_ones = itertools.islice(held_out, config.train.eval_batches)
-            totals = [evaluation(state.model, placed(batch)) for batch in first_ones]
-            loss, weight = np.sum(jax.device_get(totals), axis=0)
-            values = dict(
-                held_out_loss=float(loss / weight),
-                held_out_bits_per_byte=float(
-                    corpus.held_out.bits_per_byte(loss / weight)
-                ),
-            )
-            record(
-                step,
-                f"held-out loss {values['held_out_loss']:.4f}, "
-                f"{values['held_out_bits_per_byte']:.3f} bits per byte",
-                values,
-            )
-            return values
-
-        # ---- loop
-        due = lambda step, every: step % every == 0 or step == config.train.steps
-        profile = opened.enter_context(
-            _Profile(out / "profile", first + 2, config.train.profile_steps, say)
-        )
-        progress = opened.enter_context(
-            tqdm(
-                total=config.train.steps,
-                initial=first,
-                unit="step",
-                disable=not (leader and sys.stderr.isatty()),
-            )
-        )
-        step, stopped, unread, summary = first, None, None, {}
-        while step < config.train.steps and not (stopped := stop.asked(step)):
-            profile.at(step, state)
-            state, results = step_function(state, placed(next(batches)))
-            step += 1
-            progress.update()
-            if unread:  # the device works on this step while the last one is reported
-                unread = report(*unread)
-            if (
-                step == first + 1
-            ):  # the first step compiles: its time says nothing of the others'
-                jax.block_until_ready(results)
-                pace.reset(step)
-            evaluating, saving = (
-                due(step, config.train.eval_every),
-                due(step, config.train.save_every),
-            )
-            if evaluating or saving:
-                report(step, results)
-                if evaluating:
-                    summary = evaluate(step)
-                if saving:
-                    checkpoints.save(step, state._asdict(), batches, meta)
-                pace.reset(step)
-            elif due(step, config.train.log_every):
-                unread = step, results
-        if stopped and step > first:
-            report(*unread) if unread else checked(step, results)
-            checkpoints.save(step, state._asdict(), batches, meta)  # unless it just was
-
-    # ---- what came of it
-    picture = (
-        plot(out, f"{config.model.residual}, {count:,} parameters") if leader else None
-    )
-    summary |= dict(
-        step=step,
-        out=str(out),
-        parameters=count,
-        plot=picture and str(picture),
-        stopped=stopped and stopped.name,
-    )
-    if not stopped and config.train.sample_tokens:
-        prompt = tokens.prompt("")
-        ids = generate(
-            state.model,
-            config.model,
-            mesh,
-            prompt,
-            max_tokens=config.train.sample_tokens,
-            temperature=0.8,
-            seed=config.train.seed,
-            stop_token_ids=(tokens.eos,),
-            vocabulary=tokens.size,
-        )
-        summary["sample"] = tokens.decode(list(ids))
-        say(f"---- the model writes:\n{summary['sample']}\n----")
-    return summary
 
 
-def _prepare(config, tokens):
-    """The corpus. One process tokenises it, the others open what it wrote."""
-    together = jax.process_count() > 1
-    if together and jax.process_index():
+def prepare_corpus(
+    data_config: Data, tokenizer: tokenizers.Tokenizer
+) -> corpora.Corpus:
+    """The corpus. One process tokenises it, then the others open its token cache."""
+    several = jax.process_count() > 1
+    if several and jax.process_index():
         multihost_utils.sync_global_devices("corpus")
-    corpus = prepare(config, tokens)
-    if together and not jax.process_index():
+    corpus = corpora.prepare(data_config, tokenizer)
+    if several and not jax.process_index():
         multihost_utils.sync_global_devices("corpus")
     return corpus
 
 
-def _place(shardings, batch):
+def restore(
+    config: Config,
+    job: Job,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    batches: Any,
+) -> tuple[int, State]:
+    """(step, state) of the newest checkpoint; moves `batches` to its position."""
+    abstract = abstract_state(config, job.mesh, optimizer)._asdict()
+    saved = job.meta["config"]
+    step, arrays, _ = checkpoints.restore(abstract, batches, config=saved)
+    return step, State(**arrays)
+
+
+def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
+    """The line about a run's model and mesh."""
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"{count:,} parameters, {config.model.residual} residual, "
+        f"{config.model.dtype}, mesh {sizes} of {kind}"
+    )
+
+
+def speed_of(config: Config, mesh: jax.sharding.Mesh) -> Speed:
+    """The numbers behind a run's tokens a second and MFU."""
+    options = config.train
+    if options.peak_tflops:
+        peak: float | None = options.peak_tflops * 1e12
+    else:
+        peak = chips.peak_flops(mesh.devices.flat[0], config.model.dtype)
+    return Speed(
+        tokens=options.global_batch * options.seq_len,
+        steps=options.steps,
+        flops=flops_per_token(config.model, options.seq_len),
+        peak=peak and peak * mesh.size,
+    )
+
+
+def to_devices(mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, jax.Array]:
     """A batch of this process's rows as global arrays."""
+    shardings = sharding.named_shardings(mesh, sharding.TOKENS)
     return {
         name: jax.make_array_from_process_local_data(shardings, batch[name])
         for name in BATCH_FIELDS
     }
 
 
-def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}h{minutes % 60:02}m"
-        if minutes >= 60
-        else f"{minutes}m{seconds:02}s"
+def finite(measured: Measured, checkpoints: Checkpoints) -> dict[str, float]:
+    """The results of a step as numbers, once the device has them.
+
+    Raises FloatingPointError where one is not finite.
+    """
+    values = {name: float(value) for name, value in measured.results.items()}
+    if all(map(math.isfinite, values.values())):
+        return values
+    checkpoints.wait()
+    saved = checkpoints.steps()
+    state = "stopped, before any checkpoint"
+    if saved:
+        state = f"stopped; the checkpoint of step {saved[-1]} is good"
+    values.pop("learning_rate")
+    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
+    raise FloatingPointError(
+        f"step {measured.step} is not finite ({numbers}): {state}. Try a lower "
+        "optimizer.learning_rate or more optimizer.warmup_steps"
     )
 
 
-class _Pace:
-    """Seconds a step, between reports."""
-
-    def __init__(self, step):
-        self.reset(step)
-
-    def reset(self, step):
-        self.step, self.time = step, time.perf_counter()
-
-    def lap(self, step):
-        """Seconds a step since the last lap or reset, or None if no step was taken since."""
-        steps, seconds = step - self.step, time.perf_counter() - self.time
-        self.reset(step)
-        return seconds / steps if steps else None
+def evaluate(
+    evaluation: Callable[..., Any], state: State, batches: Iterable[Batch], job: Job
+) -> dict[str, float]:
+    """The mean loss over held-out `batches`, in nats a token and in bits per byte."""
+    start = time.perf_counter()
+    totals = [evaluation(state.model, to_devices(job.mesh, batch)) for batch in batches]
+    loss, weight = np.sum(jax.device_get(totals), axis=0)
+    return dict(
+        held_out_loss=float(loss / weight),
+        held_out_bits_per_byte=float(job.corpus.held_out.bits_per_byte(loss / weight)),
+        evaluation_s=time.perf_counter() - start,
+    )
 
 
-class _Profile(contextlib.AbstractContextManager):
-    """A trace of `count` steps after the step `first`, or of as many as there are; none for 0."""
+def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
+    """Text that the trained model writes, from the beginning of a document."""
+    tokenizer = job.tokenizer
+    ids = generate(
+        parameters,
+        config.model,
+        job.mesh,
+        tokenizer.prompt(""),
+        max_tokens=config.train.sample_tokens,
+        temperature=0.8,
+        seed=config.train.seed,
+        stop_token_ids=(tokenizer.eos,),
+        vocabulary=tokenizer.size,
+    )
+    return tokenizer.decode(list(ids))
 
-    def __init__(self, folder, first, count, say):
-        self.folder, self.steps, self.say, self.running = (
-            folder,
-            range(first, first + count),
-            say,
-            False,
-        )
 
-    def at(self, step, state):
-        """Call before each step."""
-        if self.running != (step in self.steps):
-            jax.block_until_ready(state)
-            self._stop() if self.running else jax.profiler.start_trace(str(self.folder))
-            self.running = not self.running
+class Profile(contextlib.AbstractContextManager):
+    """A profiler's trace of `count` steps after step `first`; none where count is 0."""
 
-    def _stop(self):
-        jax.profiler.stop_trace()
-        self.say(f"profile from step {self.steps.start + 1} on: {self.folder}")
+    def __init__(self, folder: Path, first: int, count: int, say: Say) -> None:
+        self.folder, self.say = folder, say
+        self.steps = range(first, first + count)
+        self.running = False
 
-    def __exit__(self, *_):
+    def before_step(self, step: int, state: State) -> None:
+        """Starts or ends the trace where the next step is the first in or after it."""
+        if self.running == (step in self.steps):
+            return
+        jax.block_until_ready(state)
         if self.running:
             self._stop()
+        else:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
 
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self.running = False
+        self.say(f"profile from step {self.steps.start + 1} on: {self.folder}")
 
-class _Stop(contextlib.AbstractContextManager):
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step under way; a second one acts at once."""
-
-    def __init__(self, every):
-        self.every, self.signal, self._before = every, None, {}
-
-    def __enter__(self):
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # elsewhere signals cannot be caught
-            self._before = {
-                number: signal.signal(number, self._ask)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, _):
-        self.signal = signal.Signals(number)
-        self.__exit__()
-        text = (
-            f"\n{self.signal.name}: saving after this step; once more to stop at once\n"
-        )
-        os.write(
-            2, text.encode()
-        )  # print may be what was interrupted, and cannot be entered twice
-
-    def asked(self, step):
-        """The signal to stop for, or None. Several processes agree on it, every so many steps."""
-        if jax.process_count() == 1:
-            return self.signal
-        if step % self.every:
-            return None
-        sent = multihost_utils.process_allgather(np.array(self.signal or 0)).max()
-        return signal.Signals(sent) if sent else None
+    def __exit__(self, *_: object) -> None:
+        if self.running:
+            self._stop()

@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Trains a recipe on a GPU cluster under Slurm. From the repository, with an environment that all nodes see:
+# Trains a recipe on a GPU cluster under Slurm. Run it from the repository, with an
+# environment that all nodes see:
 #
 #     sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py [--train.steps 100 ...]
 #
-# Submitted again, it continues from the newest checkpoint. Nodes times GPUs must be the product of the recipe's mesh;
-# train.out, data.token_cache and data.source must be on a disk that all nodes see.
+# Submitted again, the job continues from the newest checkpoint. It exits with status 0
+# after the last step, with 143 where Slurm stopped it and it has saved: submit it again.
+# Nodes times GPUs must be the product of the recipe's mesh. train.out, data.token_cache
+# and data.source must be on a disk that all nodes see.
 #
-# Change here or on sbatch's command line: GPUs of a node (both lines), time, and what the cluster asks for besides
-# (--partition, --account). Environment: LADDER_JAX, the command (default .venv/bin/ladder-jax).
+# Change here or on sbatch's command line: the GPUs of a node (both lines), the time, and
+# what the cluster asks for besides (--partition, --account). Environment: LADDER_JAX is
+# the command (default: .venv/bin/ladder-jax). XLA's options for GPUs are set by the
+# program: see ladder_jax/hardware/xla_options.py.
 #
 #SBATCH --job-name=ladder-jax
-# One process a GPU, as JAX expects under Slurm. Five minutes before the time is over, ladder-jax saves and exits.
+# One process a GPU, as JAX expects under Slurm. Five minutes before the end of the time
+# limit, Slurm sends SIGTERM, and ladder-jax saves and exits.
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
@@ -19,10 +25,6 @@
 set -euo pipefail
 : "${1:?a recipe, such as configs/scratch_1b.py}"
 
-# Without the first of these XLA runs next to nothing behind an all-reduce, without the second it merges a layer's two.
-XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
-export XLA_FLAGS="--xla_gpu_all_reduce_combine_threshold_bytes=0 $XLA_FLAGS"
-
-# Every process sees all GPUs of its node and takes the one of its own number, so none may be bound to it.
+# Each process must see all GPUs of its node: JAX gives it the one of its local number.
 exec srun --gpu-bind=none --kill-on-bad-exit=1 \
     "${LADDER_JAX:-.venv/bin/ladder-jax}" train "$@" --distributed --resume

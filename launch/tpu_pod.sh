@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# Trains a recipe on all workers of a TPU pod slice. From the repository, with gcloud logged in:
+# Trains a recipe on all workers of a TPU pod slice. Run it from the repository, with
+# gcloud logged in:
 #
 #     export TPU=my-slice ZONE=us-east5-a SHARED=/mnt/shared
-#     launch/tpu_pod.sh setup                                           # once, and after every change: copies HEAD
-#     launch/tpu_pod.sh configs/llama3_70b.py [--train.steps 100 ...]   # starts it, or continues it, in the background
-#     launch/tpu_pod.sh log                                             # follows worker 0 (Ctrl-C stops looking only)
-#     launch/tpu_pod.sh stop                                            # saves a checkpoint and exits
+#     # once, and after every change: copies HEAD to the workers
+#     launch/tpu_pod.sh setup
+#     # starts the run in the background, or continues it
+#     launch/tpu_pod.sh configs/llama3_70b.py [--train.steps 100 ...]
+#     # follows the output of worker 0; Ctrl-C ends this command, not the run
+#     launch/tpu_pod.sh log
+#     # saves a checkpoint and ends the run
+#     launch/tpu_pod.sh stop
 #
-# TPU, ZONE: the slice's name and zone; the product of the recipe's mesh must be its number of chips.
-# SHARED: a folder that every worker has mounted (Filestore, say). `data` and `runs`, which the recipes name, are in it.
+# TPU, ZONE: the slice's name and zone. The product of the recipe's mesh must be its
+# number of chips.
+# SHARED: a folder that every worker has mounted, such as a Filestore. It holds the
+# folders `data` and `runs`, which the recipes name.
 set -euo pipefail
-: "${TPU:?the name of the slice}" "${ZONE:?its zone}" "${SHARED:?a folder that every worker has mounted}"
+: "${TPU:?the name of the slice}" "${ZONE:?its zone}"
+: "${SHARED:?a folder that every worker has mounted}"
 
 on() {  # WORKER COMMAND
     gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker "$1" --command "$2"
@@ -21,7 +29,7 @@ setup)
     archive=$(mktemp -d)/ladder_jax.tgz
     git archive --format tar.gz --output "$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone "$ZONE" --worker all
-    # uv brings a Python of its own, since that of the TPU images may be older than 3.11
+    # uv installs a Python: that of the TPU images may be older than 3.11.
     on all "mkdir -p ladder_jax $SHARED/data $SHARED/runs && cd ladder_jax && tar xzf ../ladder_jax.tgz &&
         ln -sfn $SHARED/data data && ln -sfn $SHARED/runs runs &&
         python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 .venv &&

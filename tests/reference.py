@@ -1,7 +1,8 @@
-"""The models as their papers write them, on one device, for reading: loops over layers and tensor ranks, no sharding.
+"""The models as their papers write them, on one device, with loops and no sharding.
 
-Written against the equations (Ladder Residual, arXiv 2501.06589: eq. 1, eq. 2; GPT-J/PaLM parallel blocks; desync
-residual with the mean rule), not against ladder_jax: only the parameter tree is shared.
+It is written from the equations (Ladder Residual, arXiv 2501.06589: eq. 1, eq. 2;
+GPT-J/PaLM parallel blocks; desync residual with the mean rule), not from ladder_jax:
+only the parameter tree is shared.
 """
 
 import jax
@@ -38,7 +39,7 @@ def rope(x_TNH, positions_T, config):
 
 
 def share(size, ranks, rank):
-    """1 for what rank `rank` of `ranks` holds of `size` heads or hidden units, 0 for what the others hold."""
+    """1 for the heads or units, of `size`, that a rank holds; 0 for the others."""
     return jnp.float32(jnp.arange(size) * ranks // size == rank)
 
 
@@ -98,9 +99,8 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
             x = x + attend(layer.attention, u) + mlp(layer.mlp, u, config)
         return x
 
-    if (
-        kind == "hybrid"
-    ):  # the two accumulated streams of the published conversion code, facts as in the paper
+    if kind == "hybrid":
+        # The two accumulated streams of the published conversion code.
         attention_stream = mlp_stream = x
         for i, layer in enumerate(layers):
             if i in parse_layers(argument, config.layers):

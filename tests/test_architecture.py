@@ -15,7 +15,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
 # Top to bottom. A name is a module of `ladder_jax`, or a room: a folder of modules.
 ROWS = {
     "doors": ["cli", "serve.server"],
-    "jobs": ["train", "evaluate", "bench", "planner", "loading", "generate"],
+    "jobs": [
+        "train",
+        "progress",
+        "interrupts",
+        "evaluate",
+        "bench",
+        "planner",
+        "loading",
+        "generate",
+    ],
     "serving": ["serve"],
     "conversion": ["convert"],
     "device programs": ["decode", "sampling", "optimizer"],
@@ -29,6 +38,7 @@ ROWS = {
         "run_folder",
         "metrics",
         "config",
+        "arguments",
         "schedule",
     ],
 }

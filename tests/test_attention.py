@@ -111,7 +111,7 @@ def test_splash_does_not_repeat_keys_and_values():
         q, k, v, segments
     )
     calls = [
-        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
+        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
     ]
     shapes = [var.aval.shape for eqn in calls for var in eqn.invars]
     assert (

@@ -1,12 +1,14 @@
-"""The own code of the benchmarks beside other libraries, at a tiny size and without those."""
+"""The benchmarks beside other libraries: their own code, at a tiny size, no peers."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from ladder_jax.bench import contest, peers
+from ladder_jax.bench import contest, machine, peers, sizes
 from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
 
@@ -37,7 +39,12 @@ def test_alone_it_writes_a_row_of_its_own_measurements(tmp_path, capsys):
     assert len(row["losses"]) == bench.CHECKED and row["losses"][-1] < row["losses"][0]
     assert row["best"] >= max(row["turns"]) > 0 and row["best_per_core"] > 0
     assert row["peak_bytes"] > 50e6 and row["losses_apart"] == 0
-    assert capsys.readouterr().out.splitlines()[0] == bench.HEADER
+    rate = written["machine"]["gflops"]["float32"] * 1e9
+    flops = row["best"] * row["flops_per_token"]
+    assert row["of_matmul"] == pytest.approx(flops / rate)
+    cpu, header, line = capsys.readouterr().out.splitlines()
+    assert cpu.startswith(written["machine"]["cpu"]) and "GFLOP/s: float32 " in cpu
+    assert header == bench.HEADER and line.startswith("tiny  float32   ladder_jax")
 
 
 def test_without_the_peer_installed_it_says_what_to_install(monkeypatch):
@@ -83,12 +90,9 @@ def test_the_engine_alone_is_a_row(tmp_path, capsys):
         )
     )
     (row,) = json.loads(out.read_text())["rows"]
-    assert (row["name"], row["batch"], len(row["turns"]), row["ratio"]) == (
-        "ladder_jax",
-        2,
-        1,
-        1,
-    )
+    assert (row["name"], row["batch"]) == ("ladder_jax", 2)
+    assert len(row["turns"]) == row["ratio"] == 1
+    assert row["of_matmul"] > 0
     assert "batch   2: ladder_jax" in capsys.readouterr().out
 
 
@@ -96,7 +100,9 @@ def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    found = peers.find(peers.Arguments(engines=("vllm",), pythons=(f"vllm={python}",)))
+    found = peers.find_contenders(
+        peers.Arguments(engines=("vllm",), pythons=(f"vllm={python}",))
+    )
     assert found == {"ladder_jax": sys.executable}
     assert (
         f"vllm is left out: {python} does not have all of ladder_jax, vllm, trans"
@@ -112,8 +118,9 @@ def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
             "size='huge' is not accepted: it must be one of tiny, small, m125",
         ),
         (dict(rounds=0), "rounds=0 is not accepted: it must be 1 or more"),
-        (dict(tokens=1), "tokens must be 2 or more"),
-        (dict(batches=(0,)), "every one of batches 1 or more"),
+        (dict(tokens=1), "tokens=1 is not accepted: it must be 2 or more"),
+        (dict(batches=(0,)), "batches=0 is not accepted: it must be 1 or more"),
+        (dict(dtypes=("int8",)), "dtypes='int8' is not accepted"),
         (
             dict(engines=("tgi",)),
             "engines='tgi' is not accepted: it must be among ladder_jax, trans",
@@ -131,3 +138,41 @@ def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
 def test_what_the_comparison_does_not_accept(arguments, message):
     with pytest.raises(ConfigError, match=message):
         peers.run(peers.Arguments(**arguments))
+
+
+def test_the_machine_has_a_name_and_a_rate_for_every_dtype():
+    cpu = machine.Machine("Model 1", 4, {"float32": 50.0, "bfloat16": 100.0})
+    assert cpu.share("bfloat16", 25e9) == 0.25
+    assert str(cpu) == (
+        "Model 1, 4 cores; matrix products, GFLOP/s: float32 50, bfloat16 100"
+    )
+    assert machine.cpu_name() and "\n" not in machine.cpu_name()
+    assert machine.matmul_gflops("float32", size=64, repeats=2) > 0
+
+
+def test_a_token_is_multiplied_by_all_parameters_but_the_embedding():
+    model_config = sizes.TRAIN_SIZES["tiny"]
+    attention = 64 * (64 + 2 * 32) + 64 * 64
+    layer = attention + 3 * 64 * 128 + 2 * 64
+    expected = 2 * layer + 64 + 64 * 256
+    assert sizes.multiplied_parameters(model_config) == expected
+    tied = dataclasses.replace(model_config, tie_embeddings=True)
+    assert sizes.multiplied_parameters(tied) == expected
+
+
+def test_other_losses_are_other_work():
+    ours = dict(size="tiny", dtype="float32", name="ladder_jax", parameters=10)
+    ours["losses"] = [2.0, 1.0]
+    peer = ours | dict(name="transformers", losses=[2.0, 1.0005])
+    bench.check_same_work(peer, ours)
+    assert peer["losses_apart"] == pytest.approx(5e-4)
+    with pytest.raises(ArithmeticError, match="transformers does other work"):
+        bench.check_same_work(peer | dict(losses=[2.0, 1.1]), ours)
+    with pytest.raises(ArithmeticError, match="11 parameters against 10"):
+        bench.check_same_work(peer | dict(parameters=11), ours)
+
+
+def test_halves_become_neighbours_for_llama_cpp():
+    matrix = np.arange(8)[:, None]  # two heads of four rows
+    rows = peers.interleave_halves(matrix, head_dim=4)[:, 0]
+    assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,4 +1,6 @@
-"""Recipes: each is built full-size and one step of it is traced on its own mesh, at the cost of shapes alone."""
+"""Recipes: a test builds each at full size and traces one step of it on its own mesh,
+at the cost of shapes alone.
+"""
 
 import ast
 import functools
@@ -31,12 +33,13 @@ PARAMETERS = {
     "llama3_8b": 8_030_261_248,
     "codellama_34b": 33_743_970_304,
     "llama3_70b": 70_553_706_496,
-    # BLOOM has 176,247,271,424. Here: 70 layers of four square matrices, three of the MLP's and two norms; a norm; one
-    # embedding for both ends.
+    # BLOOM has 176,247,271,424. Here: 70 layers of four square matrices, three matrices
+    # of the MLP and two norms; a norm; one embedding for both ends.
     "bloom_176b": 70 * (4 * 14336**2 + 3 * 14336 * 50176 + 2 * 14336)
     + 14336
     + 250880 * 14336,
-    # Published with 8 key-value heads: 8 more have a key and a value matrix each in 126 layers.
+    # Published with 8 key-value heads. 8 more have a key and a value matrix each in 126
+    # layers.
     "llama3_405b": 405_853_388_800 + 126 * 2 * 16384 * 8 * 128,
 }
 
@@ -45,12 +48,13 @@ PARAMETERS = {
 def recipe(name, *overrides):
     """A recipe's config, as the command line makes it."""
     path = str(ROOT / "configs" / f"{name}.py")
-    return cli._parse(
+    return cli.parse(
         cli.TrainArguments, list(overrides), name, cli.TrainArguments(from_recipe(path))
     ).config
 
 
 def documentation(name):
+    """A recipe's docstring."""
     return ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
 
 
@@ -99,7 +103,8 @@ def batch_of(config, rows):
 
 
 def kept_for_backward(config, mesh):
-    """What one device's forward pass of one accumulated part leaves for its backward pass; parameters may be in it."""
+    """What one device's forward pass of one accumulated part leaves for its backward
+    pass. Parameters may be among it."""
 
     def forward(parameters, batch):
         return jax.tree.leaves(
@@ -158,19 +163,22 @@ def test_full_size(name, planned):
     )
     assert [x.shape for x in evaluated] == [(), ()]
 
-    # A device's memory: less than what it has, and as the recipe says. Gradients are there twice while accumulated.
+    # A device's memory: as the recipe says, and less than the device has. A step that
+    # accumulates holds gradients twice.
     held, gradients = (
         bytes_of(shards(state)),
         bytes_of(shards(state.model)) * (1 + (config.train.grad_accum_steps > 1)),
     )
     activations = bytes_of(kept_for_backward(config, mesh))
     print(
-        f"{name}: {held / 1e9:.1f} GB of parameters and AdamW state, {gradients / 1e9:.1f} GB of gradients, "
+        f"{name}: {held / 1e9:.1f} GB of parameters and AdamW state, "
+        f"{gradients / 1e9:.1f} GB of gradients, "
         f"{activations / 1e9:.1f} GB kept for the backward pass"
     )
     hardware = re.search(
-        r"Hardware: +(\d+) .* of (\d+) GB.*; a device holds (\S+) GB of parameters and AdamW state",
-        documentation(name),
+        r"Hardware: +(\d+) .* of (\d+) GB.*; a device holds (\S+) GB of parameters and "
+        r"AdamW state",
+        " ".join(documentation(name).split()),
     )
     if name == "demo":
         return
@@ -181,7 +189,7 @@ def test_full_size(name, planned):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_documentation(name):
-    """The command, hardware, time and result, in this order; the time is what its formula gives."""
+    """Command, hardware, time and result are in order; the formula gives the time."""
     text = documentation(name)
     places = [
         re.search(rf"^{word}: +\S", text, re.MULTILINE).start()
@@ -193,8 +201,9 @@ def test_documentation(name):
         return
     config = recipe(name)
     said, unit, flops, devices, peak, mfu = re.search(
-        r"Time: +(\S+) (hours|days) = (\S+) FLOPs / \((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
-        text,
+        r"Time: +(\S+) (hours|days) = (\S+) FLOPs / "
+        r"\((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
+        " ".join(text.split()),
     ).groups()
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     assert float(flops) == pytest.approx(
@@ -209,28 +218,31 @@ def test_documentation(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])
 def test_a_step_is_4_million_tokens_and_a_run_105_billion(name):
-    """As in the paper's runs from scratch: runs of different models then differ in the model alone."""
+    """As in the paper's runs from scratch, so that runs differ in the model alone."""
     config = recipe(name).train
     assert (
         config.global_batch * config.seq_len == 2048 * 2048 and config.steps == 25_000
     )
 
 
-VARIANTS = {  # what the docstrings say can be changed: arguments -> parameters
-    "scratch_1b --model.residual standard --train.out runs/scratch_1b_standard": PARAMETERS[
-        "scratch_1b"
-    ],
-    "scratch_1b --model.residual parallel": PARAMETERS["scratch_1b"]
-    - 40 * 1536,  # one norm a layer less
-    "scratch_1b --mesh.data 1 --train.grad-accum-steps 32": PARAMETERS["scratch_1b"],
-    "scratch_1b --mesh.fsdp 1 --mesh.tensor 8": PARAMETERS["scratch_1b"],
-    "scratch_3b --mesh.fsdp 2 --mesh.tensor 4": PARAMETERS["scratch_3b"],
-    "scratch_3b --model.heads 32 --model.kv-heads 32 --model.head-dim 72 --mesh.fsdp 1 --mesh.tensor 8": PARAMETERS[
-        "scratch_3b"
-    ],
+# What the docstrings say can be changed: a recipe with options -> its parameters.
+ONE_B, THREE_B = PARAMETERS["scratch_1b"], PARAMETERS["scratch_3b"]
+HEADS_32 = "--model.heads 32 --model.kv-heads 32 --model.head-dim 72"
+PUBLISHED_405B = (
+    "llama3_405b --model.kv-heads 8 --mesh.fsdp 128 --mesh.tensor 8 "
+    "--train.grad-accum-steps 8"
+)
+VARIANTS = {
+    "scratch_1b --model.residual standard --train.out runs/scratch_1b_standard": ONE_B,
+    # One norm a layer less.
+    "scratch_1b --model.residual parallel": ONE_B - 40 * 1536,
+    "scratch_1b --mesh.data 1 --train.grad-accum-steps 32": ONE_B,
+    "scratch_1b --mesh.fsdp 1 --mesh.tensor 8": ONE_B,
+    "scratch_3b --mesh.fsdp 2 --mesh.tensor 4": THREE_B,
+    f"scratch_3b {HEADS_32} --mesh.fsdp 1 --mesh.tensor 8": THREE_B,
     "llama3_8b --model.residual hybrid:last16": PARAMETERS["llama3_8b"],
     "llama3_70b --model.residual desync:2": PARAMETERS["llama3_70b"],
-    "llama3_405b --model.kv-heads 8 --mesh.fsdp 128 --mesh.tensor 8 --train.grad-accum-steps 8": 405_853_388_800,
+    PUBLISHED_405B: 405_853_388_800,
 }
 
 

@@ -61,7 +61,7 @@ def test_einsum_is_jnps_in_float32_gradients_too(spec):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     precisions = [
         eqn.params["precision"]
-        for eqn in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
+        for eqn, _ in equations(jax.make_jaxpr(our_back)(expected).jaxpr)
         if eqn.primitive.name == "dot_general"
     ]
     assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2, (
@@ -93,7 +93,7 @@ def test_einsum_multiplies_bfloat16_and_sums_in_float32(spec, out_dtype):
 
 def assert_bfloat16_products(made, count):
     products = [
-        eqn for eqn in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
+        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
     ]
     assert len(products) == count, (
         f"{count} matrix products were expected, there are {len(products)}"

@@ -1,4 +1,6 @@
-"""A run that ladder_jax 0.1.0 saved, before fields of the configuration were renamed, still loads and goes on."""
+"""A run that ladder_jax 0.1.0 saved, before fields of the configuration were renamed,
+still loads and continues.
+"""
 
 import json
 import tarfile
@@ -13,7 +15,8 @@ from ladder_jax import config, train
 from ladder_jax.checkpoint import read_meta
 
 RUN = Path(__file__).parent / "data" / "run_0.1.0.tar.gz"
-# What ladder_jax 0.1.0 computed from its own checkpoint of step 4, and in the two steps after it.
+# Numbers that ladder_jax 0.1.0 computed from its own checkpoint of step 4, and in the
+# two steps after it.
 LOGITS = [
     -0.28788578510284424,
     -0.2710646688938141,
@@ -30,7 +33,8 @@ def run(tmp_path, monkeypatch):
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "corpus").mkdir()
     for i in range(10, 50):
-        text = f"Document {i} says that ladders have {i} rungs, and that every rung holds.\n"
+        text = f"Document {i} says that ladders have {i} rungs, "
+        text += "and that every rung holds.\n"
         (tmp_path / "corpus" / f"{i}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"

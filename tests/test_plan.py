@@ -14,7 +14,9 @@ import pytest
 from ladder_jax import cli
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Train, from_recipe
 from ladder_jax.hardware import aot, chips, cost
-from ladder_jax.planner import calibrate, hlo, plan, timeline
+from ladder_jax.planner import calibrate, hlo, plan, report, timeline
+from ladder_jax.planner.scopes import place_of
+from ladder_jax.planner.stack import shorten
 from ladder_jax.residual import choose, reductions
 
 OVERLAPPED = """HloModule step, is_scheduled=true, num_partitions=4
@@ -53,8 +55,8 @@ def test_the_reader_sees_arrays_operands_groups_and_scopes():
     )
     assert hlo.groups(body["start"]) == [(0, 1), (1, 0), (2, 3), (3, 2)]
     assert hlo.groups(body["total"]) == [[0, 1, 2, 3]]
-    assert plan.block_of(body["dot"].scope) == ("forward", "layer1", "mlp")
-    assert plan.block_of(body["total"].scope) == ("forward", "", "last")
+    assert place_of(body["dot"].scope) == ("forward", "layer1", "mlp")
+    assert place_of(body["total"].scope) == ("forward", "", "last")
     with pytest.raises(ValueError, match="HloModule"):
         hlo.parse("{}")
 
@@ -99,7 +101,7 @@ def test_the_clock_hides_what_is_sent_while_it_computes():
     )
     clock = played(cost.Transfer(0.0, 2.0, frozenset("a")))
     assert [c.hidden for c in clock.collectives] == [2.0, 0.0]
-    assert (clock.compute, clock.stalled) == (4.0, 2.0)
+    assert (clock.compute, clock.exposed) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +130,8 @@ def test_what_a_prefetch_would_be_waited_for_anyway_is_not_exposed(fetch, expose
             ),
         )
 
-    made, free = clock(5.0), clock(0.0)
-    exchange, total = made.collectives
+    real, free = clock(5.0), clock(0.0)
+    exchange, total = real.collectives
     assert (exchange.exposed, exchange.hidden, total.exposed) == (
         exposed,
         5.0 - exposed,
@@ -137,14 +139,14 @@ def test_what_a_prefetch_would_be_waited_for_anyway_is_not_exposed(fetch, expose
     )
     assert exchange.window == exchange.hidden
     assert (
-        made.compute + made.stalled - exposed == free.compute + free.stalled
+        real.compute + real.exposed - exposed == free.compute + free.exposed
     )  # if it took no time
     assert (
-        made.compute == free.compute == 4.0 + made.prefetch
-        and made.stalled == exposed + 5.0
+        real.compute == free.compute == 4.0 + real.prefetch
+        and real.exposed == exposed + 5.0
     )
-    ends = [span.end for span in made.spans]
-    assert all(span.start >= end for span, end in zip(made.spans[1:], ends))
+    ends = [span.end for span in real.spans]
+    assert all(span.start >= end for span, end in zip(real.spans[1:], ends))
 
 
 def test_the_reader_sees_what_sparse_cores_reduce():
@@ -179,7 +181,7 @@ ENTRY %main""",
         [[0, 1, 2, 3]],
         True,
     )
-    assert (first.hidden, clock.stalled) == (2.0, 2.0)
+    assert (first.hidden, clock.exposed) == (2.0, 2.0)
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -198,7 +200,7 @@ ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
         lambda size: 0.0,
         lambda *_: cost.Transfer(0.0, 2.0),
     )
-    assert (clock.compute, clock.stalled) == (20.0, 10.0)
+    assert (clock.compute, clock.exposed) == (20.0, 10.0)
     assert [c.count for c in clock.collectives] == [5, 5]
 
 
@@ -318,25 +320,25 @@ def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
     config = Config(
         model=Model(residual="ladder"), mesh=Mesh(data=1, tensor=8, reduction="auto")
     )
-    chosen = choose.auto_reduction.__wrapped__(config.model, mesh)
+    reduction = choose.auto_reduction.__wrapped__(config.model, mesh)
     message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
-    assert chosen(message(16, 1, 256)) == "recursive-doubling"
-    assert chosen(message(8192, 4, 1024)) != "recursive-doubling"
-    assert chosen(message()) in reductions.REDUCTIONS and not chosen.in_order
+    assert reduction.name_for(message(16, 1, 256)) == "recursive-doubling"
+    assert reduction.name_for(message(8192, 4, 1024)) != "recursive-doubling"
+    assert reduction.name_for(message()) in reductions.REDUCTIONS and not reduction.in_order
     monkeypatch.setattr(choose, "network_of", lambda devices: grid("v6e", 2, 4, 1))
     assert choose.auto_reduction.__wrapped__(config.model, mesh).in_order
 
 
 def test_a_short_stack_stands_for_a_deep_one():
-    stack = plan.shorten("ladder", 80, 4)
+    stack = shorten("ladder", 80, 4)
     assert stack.notation == "ladder" and stack.counts == (1, 39, 39, 1)
-    stack = plan.shorten("hybrid:last40", 80, 4)
+    stack = shorten("hybrid:last40", 80, 4)
     assert (
         sum(stack.counts) == 80
         and stack.notation == "delays:0,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1"
     )
-    assert plan.shorten("standard", 3, 4).counts == (1, 1, 1)
-    assert plan.shorten("ladder", 80, 5, ends=2).counts == (1, 38.5, 38.5, 1, 1)
+    assert shorten("standard", 3, 4).counts == (1, 1, 1)
+    assert shorten("ladder", 80, 5, ends=2).counts == (1, 38.5, 38.5, 1, 1)
 
 
 # ---------------------------------------------------------------- the command
@@ -421,14 +423,14 @@ def planned(
     compiled = plan.build(
         plan.Request("small", config, aot.parse(target), workload, batch, context)
     )
-    return plan.report(compiled, plan.read(compiled))
+    return report.make_report(compiled, report.make_timeline(compiled))
 
 
-def of_layers(made):
+def of_layers(result):
     """The tensor-axis collectives between the stack's ends."""
     return [
         row
-        for row in made["collectives"]
+        for row in result["collectives"]
         if row["axis"] == "tensor" and "layer" in row["block"]
     ]
 
@@ -439,8 +441,8 @@ def of_layers(made):
     [("v5e:2x4", 1), ("v6e:2x4", 1), ("v5p:2x2x2", 1), ("v5e:16x16", 32)],
 )
 def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target, groups):
-    made = planned(target, "ladder", "recursive-doubling", batch=16 * groups)
-    rows = of_layers(made)
+    result = planned(target, "ladder", "recursive-doubling", batch=16 * groups)
+    rows = of_layers(result)
     assert (
         len(rows) == 3 * 7
     )  # three exchanges for every block but the last, whose sum is the stack's
@@ -454,14 +456,14 @@ def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target, groups):
         assert row["window_compute_us"] > 0, (
             f"{target}: nothing is computed while {row['name']} ({row['block']}) runs"
         )
-    assert sum(row["last_of_stack"] for row in made["collectives"]) == 3
+    assert sum(row["last_of_stack"] for row in result["collectives"]) == 3
 
 
 @needs_tpu
 def test_tpu_multiplies_a_lone_row_as_fast_as_two():
     """One row of a batch; one query for each head of the cache."""
-    compute = lambda **asked: planned(
-        "v5p:2x2x2", "ladder", "recursive-doubling", **asked
+    compute = lambda **changes: planned(
+        "v5p:2x2x2", "ladder", "recursive-doubling", **changes
     )["totals"]["compute_us"]
     assert compute(batch=1) < 1.1 * compute(batch=2)
     assert compute(batch=4, context=2048, kv_heads=16) < 1.1 * compute(
@@ -510,12 +512,12 @@ def test_gpu_reads_weights_where_they_are(schedule):
     compiled = plan.build(
         plan.Request("small", config, aot.parse("h100:1x8"), "decode", 16, 256)
     )
-    assert not plan.copies(hlo.parse(compiled.text))
+    assert not report.copies_of_weights(hlo.parse(compiled.text))
 
 
-def hides(made):
+def hides(result):
     """Whether what is waited for is near what no order of instructions hides: the bar of docs/overlap.md."""
-    totals = made["totals"]
+    totals = result["totals"]
     return (
         totals["exposed_us"]
         <= 1.1 * totals["unavoidable_us"] + 0.05 * totals["communication_us"]
@@ -525,8 +527,8 @@ def hides(made):
 @needs_gpu
 @pytest.mark.parametrize("reduction", ["psum", "one-shot"])
 def test_gpu_runs_a_ladders_reductions_behind_its_blocks(reduction):
-    made = planned("h100:1x8", "ladder", reduction)
-    rows = of_layers(made)
+    result = planned("h100:1x8", "ladder", reduction)
+    rows = of_layers(result)
     assert len(rows) == 7 and all(
         row["asynchronous"] and row["merged"] == 1 for row in rows
     )
@@ -534,7 +536,7 @@ def test_gpu_runs_a_ladders_reductions_behind_its_blocks(reduction):
         assert row["window_compute_us"] > 9, (
             f"{row['name']} ({row['block']}) starts late"
         )
-    assert hides(made), made["totals"]
+    assert hides(result), result["totals"]
 
 
 @needs_gpu
@@ -553,8 +555,8 @@ def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_bac
 )
 def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
     """Inside products (v5e) or on SparseCores. The stack's end sends what is read alone."""
-    made = planned(target, "ladder", "auto", "prefill", batch=1, context=1024)
-    rows = of_layers(made)
+    result = planned(target, "ladder", "auto", "prefill", batch=1, context=1024)
+    rows = of_layers(result)
     long = [row for row in rows if row["kind"] == "all-reduce"]
     assert len(long) == 5 and all(
         row["bytes"] == 2048 * 2 for row in rows if row not in long
@@ -564,7 +566,7 @@ def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
         assert row["hidden_us"] > 0, (
             f"{target}: nothing is computed while {row['name']} ({row['block']}) runs"
         )
-    assert hides(made), made["totals"]
+    assert hides(result), result["totals"]
 
 
 @needs_tpu
@@ -587,7 +589,7 @@ def test_the_command_prints_one_json_object_and_no_noise():
         timeout=300,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    made = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert {
         "target",
         "recipe",
@@ -597,7 +599,7 @@ def test_the_command_prints_one_json_object_and_no_noise():
         "collectives",
         "totals",
         "memory",
-    } <= set(made)
+    } <= set(result)
     assert {
         "name",
         "kind",
@@ -609,7 +611,7 @@ def test_the_command_prints_one_json_object_and_no_noise():
         "hidden_us",
         "exposed_us",
         "last_of_stack",
-    } <= set(made["collectives"][0])
+    } <= set(result["collectives"][0])
     assert {
         "step_us",
         "compute_us",
@@ -617,14 +619,14 @@ def test_the_command_prints_one_json_object_and_no_noise():
         "hidden_us",
         "exposed_us",
         "unavoidable_us",
-    } <= set(made["totals"])
+    } <= set(result["totals"])
     assert {
         "weights_bytes",
         "kv_bytes",
         "temporary_bytes",
         "capacity_bytes",
         "fits",
-    } == set(made["memory"])
+    } == set(result["memory"])
     again = subprocess.run(
         [
             sys.executable,
@@ -694,21 +696,21 @@ def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, con
     compiled = plan.build(
         plan.Request(recipe, config, aot.parse(target), workload, batch, context)
     )
-    made = plan.report(compiled, plan.read(compiled))
-    assert hides(made), made["totals"]
+    result = report.make_report(compiled, report.make_timeline(compiled))
+    assert hides(result), result["totals"]
 
 
 def test_the_h100_model_is_near_what_was_published():
     errors = {}
-    for table, _, _, published, modelled in calibrate.rows():
-        errors.setdefault(table, []).append(abs(modelled / published - 1))
+    for row in calibrate.rows():
+        errors.setdefault(row.table, []).append(abs(row.error))
     for table, values in errors.items():
         assert sum(values) / len(values) < 0.07, (
             f"{table}: run python -m ladder_jax.planner.calibrate"
         )
     ladder = [
-        abs(row[4] / row[3] - 1)
+        abs(row.error)
         for row in calibrate.rows()
-        if row[0].startswith("cal") and row[2] == "ladder"
+        if row.table.startswith("cal") and row.schedule == "ladder"
     ]
     assert max(ladder) < 0.1

@@ -36,13 +36,13 @@ def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
     command, arguments = words[1], words[2:]
     if command == "train":
         default = cli.TrainArguments(from_recipe(arguments[0]))
-        parsed = cli._parse(KINDS[command], arguments[1:], command, default)
+        parsed = cli.parse(KINDS[command], arguments[1:], command, default)
         assert parsed.config.train.out.startswith("runs/")
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
-        assert cli._parse(job.Arguments, arguments[1:], command)
+        assert cli.parse(job.Arguments, arguments[1:], command)
     else:
-        assert cli._parse(KINDS[command], arguments, command)
+        assert cli.parse(KINDS[command], arguments, command)
 
 
 EXAMPLES = [

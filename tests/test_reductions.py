@@ -1,4 +1,4 @@
-"""Every reduction is psum: its sum, on every shard the same bits, and its derivatives, for all sizes and shapes."""
+"""Every reduction gives psum's sum and derivatives, and equal bits on all shards."""
 
 import functools
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, sharding
+from ladder_jax.residual.overlap import AsyncReduction, BackwardReduction
 from ladder_jax.residual.reductions import (
     REDUCTIONS,
-    AsyncReduction,
-    BackwardReduction,
+    Policy,
     copy_to_tensor_axis,
     reduce,
     with_gradient_of,
@@ -23,7 +23,10 @@ SIZES = [2, 3, 6, 8]
 
 
 def over(size, function):
-    """`function` of a shard's own value, run by `size` tensor shards; values and results lead with the shard."""
+    """`function` of each of `size` tensor shards' own values.
+
+    Values and results lead with the shard.
+    """
     mesh = sharding.make_mesh(config.Mesh(1, 1, size), jax.devices()[:size])
     spec = sharding.P("tensor")
     return jax.jit(
@@ -57,7 +60,7 @@ def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
-    """Three roundings of 8 bits for eight shards; psum on CPUs and one-shot sum in float32."""
+    """Eight shards round three times; psum on CPUs and one-shot sum in float32."""
     given = partials(8, (4, 384), jnp.bfloat16)
     total = np.asarray(over(8, lambda x: reduce(x, name))(given).astype(jnp.float32))[0]
     exact = np.asarray(given.astype(jnp.float32)).sum(axis=0)
@@ -70,7 +73,7 @@ def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_the_rules_of_derivatives(name, size):
-    """A sum passes its cotangent on; a shared value sums the cotangents of its shards."""
+    """A sum passes its cotangent on; a shared value sums its shards' cotangents."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
 
     def grads(x):
@@ -84,30 +87,25 @@ def test_the_rules_of_derivatives(name, size):
     np.testing.assert_allclose(np.asarray(summed), scale.sum(), rtol=1e-6)
 
 
-def in_order(value):
-    return "psum"
-
-
-in_order.in_order = True  # as choice.auto makes one for machines that are in need of it
+IN_ORDER = Policy(lambda message: "psum", in_order=True)
 
 
 @pytest.mark.parametrize("products", [0, 1, 3, 5])
 @pytest.mark.parametrize("size", [2, 3, 8])
-@pytest.mark.parametrize("name", [*REDUCTIONS, in_order])
-def test_rounds_behind_products_change_nothing(name, size, products):
+@pytest.mark.parametrize("name", [*REDUCTIONS, IN_ORDER])
+def test_rounds_that_end_between_products_change_nothing(name, size, products):
     """However many products a block has, forward and backward."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
 
-    def block(
-        x, y
-    ):  # y + 2 x, whose cotangent is reduced behind the products of another block
-        mine, flying = scale[jax.lax.axis_index("tensor")], AsyncReduction(x, name)
-        returning, other = BackwardReduction((x, y), name), y
+    def block(x, y):
+        """The sum of x, and x + y, whose cotangent is reduced beside the products."""
+        mine, forward = scale[jax.lax.axis_index("tensor")], AsyncReduction(x, name)
+        backward, product = BackwardReduction((x, y), name), y
         for _ in range(products):
-            (other,) = returning.behind((other,))
-            other = flying.behind(3 * other)
-        stale = with_gradient_of(x + y, returning.start())
-        return (mine * stale).sum() + 0 * other.sum(), flying.wait()
+            product = backward.progress(product)
+            product = forward.progress(3 * product)
+        stale = with_gradient_of(x + y, backward.next_input())
+        return (mine * stale).sum() + 0 * product.sum(), forward.wait()
 
     def run(x):
         (_, total), (dx, dy) = jax.value_and_grad(block, argnums=(0, 1), has_aux=True)(
@@ -130,21 +128,21 @@ def test_rounds_behind_products_change_nothing(name, size, products):
     "name, waiting",
     [
         ("psum", [False]),
-        (in_order, [True]),
+        (IN_ORDER, [True]),
         ("recursive-doubling", [False, True, True]),
     ],
 )
 def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
-    """By product, in the forward pass's order: whether the backward pass goes on behind the round that the product's
-    cotangent ends. Behind an only or last round, that is where blocks are to keep their order (chips.Chip)."""
+    """By product, in the order of the forward pass: whether the backward pass goes on
+    only after the round that the product's cotangent ends. After the last round it does
+    if blocks must keep their order (Policy.in_order)."""
 
     def cotangents(x, *operands):
         def block(*operands):
-            returning = BackwardReduction((x,), name)
-            made = [returning.behind((operand,))[0] for operand in operands]
-            return with_gradient_of(x, returning.start()).sum() + sum(
-                jnp.sin(value).sum() for value in made
-            )
+            backward = BackwardReduction((x,), name)
+            marked = [backward.progress(operand) for operand in operands]
+            stale = with_gradient_of(x, backward.next_input())
+            return stale.sum() + sum(jnp.sin(value).sum() for value in marked)
 
         return jax.grad(block, argnums=range(len(operands)))(*operands)
 

@@ -1,4 +1,4 @@
-"""Residual schedules: the notation, and that `residual.run` gives every block the stream that the definition says."""
+"""Residual schedules: the notation, and the stream that every block reads."""
 
 from unittest import mock
 
@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ladder_jax import sharding
 from ladder_jax.residual import layers as residual
+from ladder_jax.residual import stream
 from ladder_jax.schedule import ATTENTION, MLP, Block, parse
 
 
@@ -148,59 +150,56 @@ BLOCKS = 10  # the widest toy model
 
 
 class Doubled:
-    """A reduction that arrives as twice the partial."""
-
-    done = False
+    """A reduction whose sum is twice the partial."""
 
     def __init__(self, partial, reduction):
         self.partial, self.wait = partial, lambda: 2 * partial
 
-    def behind(self, product):
+    def progress(self, product):
         return product
 
 
 class Silent:
-    """A cotangent's reduction, which is nothing to the forward pass."""
+    """A cotangent's reduction, which changes nothing in the forward pass."""
 
     def __init__(self, sources, reduction):
         pass
 
-    def behind(self, operands):
+    def progress(self, operands):
         return operands
 
-    def start(self):
+    def next_input(self):
         return jnp.zeros((1, 1, BLOCKS + 1))
 
 
 def run_toy(made, unrolled):
-    """`residual.run` on a stream that records itself: what each block read, one row a block, and the final stream.
+    """What each block read, one row a block, and the final stream of `layers.run`.
 
-    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP. A reduction doubles, `copy_to_tensor_axis`
-    and `with_gradient_of` triple: an entry is 6 exactly where a partial was reduced once and the stream was replicated once.
+    Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP.
+    A reduction doubles; `copy_to_tensor_axis` and `with_gradient_of` triple. An entry
+    is 6 exactly if the partial was reduced once and the stream was copied once.
     """
     count = len(made.layers)
     rows_LPD = jnp.eye(BLOCKS + 1)[1 : 1 + 2 * count].reshape(count, 2, BLOCKS + 1)
     layers = [rows_LPD[i] for i in range(count)] if unrolled else rows_LPD
     row = dict(attention=0, mlp=1)
-    apply = lambda layer, block, x, behind, _: (
-        behind(lambda: sum(layer[row[part]] for part in block.parts)[None, None]),
-        x,
-    )
-    shared = lambda x, _: 3 * x
+
+    def compute(layer, block, x, progress, _):
+        return progress(sum(layer[row[part]] for part in block.parts)[None, None]), x
+
+    triple = lambda x, _: 3 * x
     with (
+        mock.patch.multiple(stream, AsyncReduction=Doubled, BackwardReduction=Silent),
         mock.patch.multiple(
             residual,
-            AsyncReduction=Doubled,
-            BackwardReduction=Silent,
             reduce=lambda x, _: 2 * x,
-            copy_to_tensor_axis=shared,
-            meet=shared,
+            copy_to_tensor_axis=triple,
+            with_gradient_of=triple,
         ),
-        mock.patch.object(residual.sharding, "axis_size", lambda axis: 8),
+        mock.patch.object(sharding, "axis_size", lambda axis: 8),
     ):
-        final, read = residual.run(
-            made, jnp.eye(BLOCKS + 1)[None, None, 0], layers, apply
-        )
+        embedded = jnp.eye(BLOCKS + 1)[None, None, 0]
+        final, read = residual.run(made, embedded, layers, compute, reduction="psum")
     if unrolled:
         read = [x for layer in read for x in layer]
     else:
@@ -209,7 +208,7 @@ def run_toy(made, unrolled):
 
 
 def assert_definition(made):
-    """Block b reads embedding + sum(y_j, j < b - delay_b); the model ends with the sum of all."""
+    """Block b reads embedding + sum(y_j, j < b - delay_b); the result is the sum."""
     blocks = [block for layer in made.layers for block in layer]
     width = 2 // len(made.layers[0])  # channels that a block's output fills
     known = [1 + width * max(b - block.delay, 0) for b, block in enumerate(blocks)]
@@ -221,18 +220,20 @@ def assert_definition(made):
                 read[b],
                 expected[b],
                 f"block {b} of {[b.delay for b in blocks]} (unrolled={unrolled}, delay "
-                f"{block.delay}) read another stream; channel 0 is the embedding, then the blocks; 6 is read once",
+                f"{block.delay}) read another stream; channel 0 is the embedding, then "
+                "the blocks; 6 is read once",
             )
         np.testing.assert_array_equal(
             final,
             6 * (np.arange(BLOCKS + 1) <= width * len(blocks)),
-            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, or one that was not reduced",
+            f"the final stream (unrolled={unrolled}) lacks a partial, has one twice, "
+            "or one that was not reduced",
         )
 
 
 @st.composite
 def delay_lists(draw):
-    """Delays of up to 5 layers: stretches that repeat a pattern of one or two layers, as the scans take them."""
+    """Delays of up to 5 layers, in stretches that repeat one or two layers."""
     wanted = []
     while len(wanted) < BLOCKS and (not wanted or draw(st.booleans())):
         period = 2 * draw(st.integers(1, 2))

@@ -1,4 +1,6 @@
-"""The training job: however it is stopped, it goes on bit for bit as if it had not been; its parts do what they say."""
+"""The training job: a stopped run continues bit for bit as if it had not stopped; every
+part does what its docstring says.
+"""
 
 import contextlib
 import dataclasses
@@ -16,15 +18,19 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from orbax.checkpoint import v1 as ocp
+from tokenizers import decoders, models, pre_tokenizers
 
-from ladder_jax import config, model, sharding, train
+import ladder_jax
+from ladder_jax import config, loading, model, progress, sharding, train
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
@@ -94,7 +100,9 @@ class Watch:
                 self.kept += not self.saving and not all(
                     x.is_deleted() for x in jax.tree.leaves(state)
                 )
-                self.saving = False  # a save reads the state on a CPU where it lies: the next step leaves it there
+                # A save on a CPU reads the state where it lies: the next step does not
+                # overwrite it.
+                self.saving = False
                 return made
 
             return call
@@ -182,7 +190,10 @@ def copy(whole, out, last):
 
 @contextlib.contextmanager
 def at_step(number, act):
-    """Calls `act(batch)` before the step after `number` steps; if it returns a batch, the step takes that one."""
+    """Calls `act(batch)` before the step after `number` steps.
+
+    Where `act` returns a batch, the step takes that one.
+    """
     make_step = train.make_step
 
     def make(*arguments):
@@ -210,13 +221,163 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
         done = train.train(cfg)
     assert done["stopped"] == name and done["step"] == step
     assert saved_steps(tmp_path / "run/checkpoints")[-1] == step
-    assert f"{name}: saving after this step" in capfd.readouterr().err
+    assert f"{name}: stopping after this step" in capfd.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     with watched():
         done = train.train(cfg, resume=True)
     assert done["step"] == 20 and done["stopped"] is None
     assert f"resumed at step {step} of 20" in capfd.readouterr().out
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    folder, tmp_path, monkeypatch
+):
+    make_evaluation = train.make_evaluation
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_evaluation(*arguments)
+
+    monkeypatch.setattr(train, "make_evaluation", interrupted)
+    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")))
+    assert (done["step"], done["stopped"], done["saved"]) == (0, "SIGTERM", False)
+    assert saved_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_a_signal_right_after_resuming_keeps_what_was_saved(
+    whole, folder, tmp_path, monkeypatch
+):
+    copy(whole, tmp_path / "run", 9)
+    make_evaluation = train.make_evaluation
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return make_evaluation(*arguments)
+
+    monkeypatch.setattr(train, "make_evaluation", interrupted)
+    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    assert (done["step"], done["stopped"], done["saved"]) == (9, "SIGHUP", True)
+    assert saved_steps(tmp_path / "run/checkpoints") == [3, 6, 9]
+
+
+def test_a_run_of_3_billion_steps_ends_when_it_is_stopped(folder, tmp_path):
+    """No schedule or order is an array over the steps of the run."""
+    cfg = tiny.make(
+        folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=3_000_000_000,
+        train_save_every=2**40,
+        train_eval_every=2**40,
+    )
+    with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+        done = train.train(cfg)
+    assert (done["step"], done["stopped"], done["saved"]) == (2, "SIGTERM", True)
+    rates = [row["learning_rate"] for row in tiny.rows(tmp_path / "run")]
+    assert rates == pytest.approx([3e-3 / 5, 2 * 3e-3 / 5])
+
+
+def test_no_step_is_reported_faster_than_it_is(folder, tmp_path, monkeypatch):
+    """Steps that take 50 ms at least, around evaluations and saves that count apart."""
+    make_step = train.make_step
+
+    def slow(*arguments):
+        step = make_step(*arguments)
+
+        def call(state, batch):
+            time.sleep(0.05)
+            return jax.block_until_ready(step(state, batch))
+
+        return call
+
+    monkeypatch.setattr(train, "make_step", slow)
+    for log_every in (1, 3):
+        out = tmp_path / f"run{log_every}"
+        cfg = tiny.make(folder, train_out=str(out), train_log_every=log_every)
+        train.train(cfg)
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rates = [json.loads(line).get("tokens_per_s") for line in lines]
+        rates = [rate for rate in rates if rate is not None]
+        assert len(rates) >= 5 and max(rates) <= 8 * 32 / 0.05, rates
+
+
+def test_pace_counts_steps_between_the_times_of_their_ends(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.Pace(0) as pace:
+
+        def lap(step, time):
+            now[0] = time
+            measured = pace.measure(step, {"loss": jnp.float32(1)})
+            measured.ready_at.result()
+            now[0] = time + 100  # when the host reads the results does not matter
+            return pace.lap(measured)
+
+        assert lap(10, 20.0) == 2.0
+        assert lap(20, 30.0) == 1.0
+        assert lap(20, 31.0) is None  # no step since
+        now[0] = 50.0
+        pace.restart(20)  # after an evaluation
+        assert lap(24, 52.0) == 0.5
+
+
+def test_durations():
+    assert [progress.duration(s) for s in (75, 7500, 360_000, 3e12)] == [
+        "1m15s",
+        "2h05m",
+        "4d04h",
+        "34,722,222d05h",
+    ]
+
+
+def test_without_a_begin_token_a_document_starts_at_the_eos(
+    folder, tmp_path, monkeypatch
+):
+    """A tokenizer as GPT-2's, without a template and with one special token."""
+    letters = [bytes([byte]).decode("latin1") for byte in range(33, 127)]
+    bpe = tokenizers.Tokenizer(
+        models.BPE({letter: n for n, letter in enumerate([*letters, "Ġ", "Ċ"])}, [])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    cfg = tiny.make(
+        folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=1,
+        train_sample_tokens=5,
+        data_tokenizer=str(tmp_path / "tokenizer.json"),
+    )
+    prompts = []
+
+    def generate(model, model_config, mesh, prompt, **options):
+        prompts.append(list(prompt))
+        return iter([0, 1])
+
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(loading, "generate", generate)
+    assert train.train(cfg)["sample"] == '!"'
+    loaded = ladder_jax.load(tmp_path / "run")
+    assert "".join(loaded.generate("")) == '!"'
+    assert prompts == [[loaded.tokenizer.eos]] * 2
+
+
+def test_a_checkpoint_of_a_newer_version_names_itself(whole, folder, tmp_path):
+    copy(whole, tmp_path / "run", 3)
+    path = tmp_path / "run/checkpoints/3/meta/data.json"
+    meta = json.loads(path.read_text())
+    meta["ladder_jax"] = "9.1.0"
+    meta["config"]["model"]["experts"] = 8
+    path.write_text(json.dumps(meta))
+    message = (
+        f"{tmp_path}/run was written by ladder_jax 9.1.0, and this version cannot read "
+        "its configuration: model.experts is not a field"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    with pytest.raises(ConfigError, match=message):
+        ladder_jax.load(tmp_path / "run")
 
 
 def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
@@ -250,10 +411,12 @@ import jax
 from ladder_jax import config, train
 
 recipe, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-place, choose = train._place, random.Random(0)
-train._place = lambda *arguments: time.sleep(0.05) or place(*arguments)        # so that saves do not follow at once
+place, choose = train.to_devices, random.Random(0)
+# Slow steps, so that there is time between two saves.
+train.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)
 saving = lambda: list((out / "checkpoints").glob("*tmp*"))
-newest = lambda: max((int(f.name) for f in (out / "checkpoints").glob("[0-9]*") if f.name.isdigit()), default=0)
+folders = lambda: (out / "checkpoints").glob("[0-9]*")
+newest = lambda: max((int(f.name) for f in folders() if f.name.isdigit()), default=0)
 where = {"during a save": 0, "between saves": 0}
 while True:
     if not (child := os.fork()):
@@ -265,11 +428,15 @@ while True:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
     start, rarest = newest(), min(where, key=where.get)
-    due = lambda: saving() if rarest == "during a save" else newest() > start and not saving()
-    while not (ended := os.waitpid(child, os.WNOHANG))[0] and not (sum(where.values()) < kills and due()):
+    between = lambda: newest() > start and not saving()
+    due = saving if rarest == "during a save" else between
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if sum(where.values()) < kills and due():
+            break
         time.sleep(0.001)
     if ended[0]:
-        sys.exit(os.waitstatus_to_exitcode(ended[1]) or (min(where.values()) < 1 and f"killed only {where}"))
+        missing = min(where.values()) < 1 and f"killed only {where}"
+        sys.exit(os.waitstatus_to_exitcode(ended[1]) or missing)
     if rarest == "during a save":
         time.sleep(choose.uniform(0, 0.02))
     where["during a save" if saving() else "between saves"] += 1
@@ -311,7 +478,7 @@ def test_a_step_that_is_not_finite_stops_the_run(whole, folder, tmp_path, capfd)
         with pytest.raises(
             FloatingPointError,
             match=r"^step 9 is not finite \(gradient_norm nan, loss nan, "
-            r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a lower",
+            r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a ",
         ):
             train.train(cfg)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6]
@@ -397,7 +564,7 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
     now = {**meta, "corpus": [1, 2]}
     with pytest.raises(
         ConfigError,
-        match="data.source=.* has other contents now than in the run to resume: restore",
+        match="data.source=.* has other contents now than in the run to resume: rest",
     ):
         train.check_resumed(meta, now)
     with pytest.raises(
@@ -473,9 +640,10 @@ def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch):
 def test_the_first_20_losses(whole):
     losses = [row["loss"] for row in tiny.rows(whole) if "loss" in row]
     assert losses == pytest.approx(GOLDEN, rel=3e-5), (
-        "The first 20 losses of a small run are not what they were. If the change was meant to alter the numbers "
-        "(initialisation, the model's math, the optimizer, the order of the data), say so in its commit and replace "
-        "GOLDEN; if it was not, it has a bug: look at the first step that differs. The values now:\n"
+        "The first 20 losses of a small run have changed. If the change was meant to "
+        "alter the numbers (initialisation, the model's math, the optimizer, the order "
+        "of the data), say so in its commit and replace GOLDEN. If it was not, it has "
+        "a bug: look at the first step that differs. The values now:\n"
         + ", ".join(f"{loss:.6f}" for loss in losses)
     )
 
@@ -504,7 +672,14 @@ def test_rows_trace_plot_and_events(whole):
             * train.flops_per_token(tiny.make(whole.parent).model, 32)
             / (8 * 1e12)
         )
-    assert set(evaluations[0]) == {"step", "held_out_loss", "held_out_bits_per_byte"}
+    assert set(evaluations[0]) == {
+        "step",
+        "held_out_loss",
+        "held_out_bits_per_byte",
+        "evaluation_s",
+    }
+    # A row after a save has the time that the save took, which tokens_per_s leaves out.
+    assert [row["step"] for row in reports if "save_s" in row] == [4, 7, 10, 13, 16, 19]
     assert evaluations[-1]["held_out_bits_per_byte"] == pytest.approx(
         evaluations[-1]["held_out_loss"] / math.log(2) * 1.003, rel=3e-3
     )  # and what ends a document
@@ -570,8 +745,8 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
 
 
 def steps_of(cfg, shape, state, batches):
-    """(results of every step, parameters at the end) of `cfg` from `state` on a mesh of this shape."""
-    mesh = sharding.make_mesh(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
+    """(results of every step, parameters at the end) of `cfg` from `state`."""
+    mesh = helpers.make_mesh(*shape)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
     place = lambda tree, like: jax.tree.map(
         lambda x, y: jax.device_put(x, y.sharding), tree, like
@@ -606,7 +781,7 @@ def state(folder, whole):
 
 @pytest.fixture(scope="module")
 def batches(folder):
-    """Three batches of 16 rows, some of whose weights are zero, a different number in each row."""
+    """Three batches of 16 rows with a different number of zero weights in each row."""
     cfg = tiny.make(folder)
     iterator = train_iterator(
         prepare(cfg.data, tokenizer.load("bytes")), batch=16, length=32, seed=0
@@ -636,7 +811,7 @@ def clipped(folder, **fields):
 def test_a_step_is_the_same_on_every_mesh_and_in_parts(
     folder, state, batches, one_device, shape, accumulate
 ):
-    """Losses, norms and clipped updates; a batch in parts whose weights differ is still one mean."""
+    """Losses, norms and clipped updates; parts of different weights give one mean."""
     results, parameters = steps_of(
         clipped(folder, train_grad_accum_steps=accumulate), shape, state, batches
     )
@@ -670,7 +845,7 @@ def test_a_step_updates_in_place(folder):
 
 def test_the_first_state_is_the_same_on_every_mesh(folder, state):
     cfg = tiny.make(folder)
-    mesh = sharding.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
+    mesh = helpers.make_mesh()
     made = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
     for left, right in zip(jax.tree.leaves(made), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
@@ -734,6 +909,16 @@ def test_parameters_that_overflow_are_seen_before_they_are_saved(
             {0: 1, 1: 1, 3: 1},
         ),  # too short to decay
         (dict(lr_schedule="constant", warmup_steps=4), 100, {0: 0.25, 3: 1, 99: 1}),
+        (
+            dict(warmup_steps=10),
+            3_000_000_000,
+            {0: 0.1, 9: 1, 2**30: 0.55, 2**31 - 1: 0.1},
+        ),
+        (
+            dict(lr_schedule="wsd", warmup_steps=10, decay_steps=4_000_000_000),
+            3_000_000_000,
+            {0: 0.1, 9: 1, 2**30: 0.55},
+        ),
         (
             dict(lr_schedule="constant", warmup_steps=0, decay_steps=50),
             100,

@@ -1,4 +1,6 @@
-"""A corpus, a model and a run small enough for tests; the same on every Python, jax and machine."""
+"""A corpus, a model and a run that are small enough for tests, the same on every
+Python, jax and machine.
+"""
 
 import contextlib
 import dataclasses
@@ -22,7 +24,7 @@ SAME = (
 
 
 def write_corpus(folder):
-    """40 documents of 50 made-up words (`random.random` is the same on every Python)."""
+    """40 documents of 50 invented words. Every Python has the same `random.random`."""
     numbers = random.Random(0)
     pick = lambda n: int(numbers.random() * n)
     words = [
@@ -37,7 +39,7 @@ def write_corpus(folder):
 
 
 def make(folder, **fields):
-    """A config.Config whose corpus is folder/corpus; `fields` are such as train_steps=3."""
+    """A config.Config with the corpus folder/corpus. `fields`: as train_steps=3."""
     made = config.Config(
         model=config.Model(
             vocab_size=264,
@@ -80,9 +82,10 @@ def make(folder, **fields):
 def recipe(folder, **fields):
     """The path of a recipe file that makes the same."""
     path = Path(folder) / "recipe.py"
+    values = json.dumps(config.to_dict(make(folder, **fields)))
     path.write_text(
         "import json\nfrom ladder_jax.config import from_dict\n"
-        f"config = from_dict(json.loads({json.dumps(config.to_dict(make(folder, **fields)))!r}))\n"
+        f"config = from_dict(json.loads({values!r}))\n"
     )
     return path
 
@@ -98,7 +101,8 @@ def rows(out):
 
 @contextlib.contextmanager
 def compiled_once(folder):
-    """Programs are compiled once for all runs inside, also those of other processes that get these settings."""
+    """Inside, runs share compiled programs, also with processes that get these
+    settings."""
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,

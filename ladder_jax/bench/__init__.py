@@ -1,1 +1,1 @@
-"""Benchmarks: each runs this project and its peers side by side, on the same work, in one run."""
+"""Benchmarks: this project and its peers on the same work, in one run."""

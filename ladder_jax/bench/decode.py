@@ -1,27 +1,31 @@
-"""Decoding under load, temporal fusion beside the ways it replaces: `ladder-jax bench decode`.
+"""Compares temporal fusion with the ways of batching that it replaces, under load:
+`ladder-jax bench decode`.
 
-One run, one model, one set of requests with one schedule of arrivals; every engine decodes them with the same compiled
-forward pass, so that they differ in scheduling alone:
+One run has one model and one set of requests with one schedule of arrivals
+(workloads.py). Every policy decodes them with the same compiled forward pass, so that
+they differ in scheduling alone:
 
     sequential     one request at a time
-    concurrent     every request for itself, taking turns (the baseline of Flover's figures: concurrent model instances)
-    static         a batch of what waits, to the end of its longest request
+    concurrent     every request has a decode state of its own, and they take turns (the
+                   baseline of Flover's figures: concurrent model instances)
+    static         a batch of the waiting requests, to the end of its longest request
     dynamic        the same, but a batch that is not full first waits a window for more
-    per-token      continuous batching by the host: one jitted call, one synchronisation and one decision a token
-    no-shuffle     ours, always at full width and length
-    ours           temporal fusion: refill inside the chunk, shape fitted to what is live
+    per-token      continuous batching by the host: one jitted call, one synchronization
+                   and one decision a token
+    no-shuffle     temporal fusion, always at full width and length
+    ours           temporal fusion: refill inside the chunk, a shape that fits the load
 
-and, as the limit, the bare step: forward pass and argmax at full width and length in a loop, no scheduling at all,
-measured before and after every engine. Under saturated load "of bare" counts the tokens until no request waits.
+The limit is the bare step: forward pass and argmax at full width and length in a loop,
+with no scheduling at all. It is measured before and after every policy, and "of bare"
+is a policy's rate over it; under saturated load, its rate until no request waits. "of
+matmul" is 2 FLOPs a token and parameter over the CPU's own rate of matrix products
+(machine.py).
 
-Workloads: `saturated` (all at once, short prompts, so that scheduling is measured and not prefill), `constant` and
-`poisson` (gaps between arrivals; Flover, arXiv 2305.13484: 20 to 5000 ms for a model whose step
-takes 11.3 ms; here gaps are scaled by this model's step, unless --unscaled), `sharegpt` (log-normal lengths with
-means 161 in and 338 out, from memory and not checked, scaled to fit). Output lengths are Uniform(least, most)
-elsewhere.
+Gaps between arrivals are scaled by this model's step over that of the model for which
+Flover gives them, unless `--unscaled`.
 
-Latencies count from the scheduled arrival. Tokens of a chunk reach the host together, so inter-token latency has a
-median near 0 and the chunk's length in its tail; time per output token averages it out.
+Tokens of a chunk reach the host together, so that inter-token latency has a median near
+0 and the chunk's length in its tail. Time per output token averages it out.
 """
 
 import dataclasses
@@ -30,73 +34,42 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, sampling, sharding
-from ladder_jax import model as transformer
-from ladder_jax.config import ConfigError, Decode, Mesh, Model
+from ladder_jax import decode, model, sampling, sharding
+from ladder_jax.bench import machine, plots
+from ladder_jax.bench.latency import (
+    HEAD,
+    History,
+    Objective,
+    measure,
+    result_table,
+    saturated_occupancy,
+)
+from ladder_jax.bench.policies import StaticBatches, make_policies
+from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
+from ladder_jax.bench.workloads import WITH_GAPS, WORKLOADS, Arrival, make_workload
+from ladder_jax.config import Decode, Mesh, Model, require
 from ladder_jax.hardware import xla_options
-from ladder_jax.serve.buckets import round_up
-from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.engine import Engine
-from ladder_jax.serve.programs import slot_state
-from ladder_jax.serve.scheduler import Limits, Load, Step, plan_step
+from ladder_jax.serve.request import Request
 
-SIZES = {
-    "tiny": Model(
-        vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_dim=384
-    ),
-    "small": Model(
-        vocab_size=4096,
-        dim=512,
-        layers=8,
-        heads=8,
-        kv_heads=4,
-        head_dim=64,
-        ffn_dim=1536,
-    ),
-    "m125": Model(
-        vocab_size=32000,
-        dim=768,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        head_dim=64,
-        ffn_dim=2048,
-    ),
-    "1b": Model(
-        vocab_size=128256,
-        dim=2048,
-        layers=16,
-        heads=32,
-        kv_heads=8,
-        head_dim=64,
-        ffn_dim=8192,
-    ),
-    "8b": Model(
-        vocab_size=128256,
-        dim=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        ffn_dim=14336,
-    ),
-}
 PAPER_STEP = 5.8 / 512  # seconds of one iteration of GPT-J 6B in Flover's figures
-PERCENTILES = (50, 90, 99)
-BARE_ROUNDS = 6  # measurements of the bare step before and after every engine; their median counts
+# Measurements of the bare step before and after every policy; their median counts.
+BARE_ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Decoding under load: temporal fusion beside sequential, concurrent, static, dynamic and per-token batching."""
+    """Compares temporal fusion with other ways of batching, under load."""
 
     size: str = "tiny"
     """tiny, small, m125, 1b or 8b: a model with random weights."""
@@ -105,29 +78,29 @@ class Arguments:
     workload: str = "saturated"
     """saturated, constant, poisson, sharegpt, or several joined by commas."""
     gaps: tuple[float, ...] = (500.0,)
-    """Milliseconds between arrivals, of the constant and poisson workloads (the paper: 20 to 5000)."""
+    """Milliseconds between arrivals (constant, poisson; the paper: 20 to 5000)."""
     unscaled: bool = False
-    """Take gaps as they are."""
+    """Takes gaps and windows as they are."""
     requests: int = 64
     prompt: int = 4
-    """Tokens of a prompt (sharegpt: most of them)."""
+    """Tokens of a prompt (sharegpt: room for a prompt)."""
     least: int = 128
     most: int = 256
     """Output tokens are Uniform(least, most)."""
     slots: int = 8
     chunk: int = 16
     tensor: int = 1
-    engines: tuple[str, ...] = ()
-    """Of those compared (default: all)."""
+    policies: tuple[str, ...] = ()
+    """The batching policies to compare (default: all)."""
     windows: tuple[float, ...] = (500.0,)
     """Milliseconds that dynamic batching waits for more (scaled as gaps are)."""
     goodput_ttft: float = 20.0
+    """Goodput limit: time to first token, in decode steps of one request alone."""
     goodput_tpot: float = 3.0
-    """A request is good whose first token comes within so many steps of one request alone, and the others, on average,
-    at so many steps each."""
+    """Goodput limit: mean time per output token, in the same steps."""
     rounds: int = 1
-    """Times that every engine runs the workload, the bare step before and after each; the round whose share of the bare
-    step is the median is shown."""
+    """Times that every policy runs the workload, the bare step before and after each.
+    The round with the median share of the bare step is shown."""
     seed: int = 0
     json: str | None = None
     """A file for the results."""
@@ -135,231 +108,50 @@ class Arguments:
     """A folder for PNGs: every slot's occupancy over time, latency curves."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request of a workload."""
-
-    arrival: float  # seconds after the start
-    prompt: tuple[int, ...]
-    max_tokens: int
-
-
-def workload(kind, gap, arguments, vocabulary, length):
-    """The requests [Asked], by arrival. `gap`: seconds between arrivals, on average."""
-    rng, n = np.random.default_rng(arguments.seed), arguments.requests
-    if (
-        kind == "sharegpt"
-    ):  # log-normal with these means and long tails, cut to what fits
-        scale = min(1.0, length / 1024)
-        prompts = np.clip(
-            rng.lognormal(np.log(161 * scale) - 0.5, 1.0, n), 1, length // 2
-        ).astype(int)
-        outputs = np.clip(
-            rng.lognormal(np.log(338 * scale) - 0.32, 0.8, n), 1, length // 2
-        ).astype(int)
-    else:
-        prompts = np.full(n, arguments.prompt)
-        outputs = rng.integers(arguments.least, arguments.most + 1, n)
-    gaps = {"constant": np.full(n, gap), "poisson": rng.exponential(gap, n)}.get(
-        kind, np.zeros(n)
-    )
-    gaps[0] = 0
-    return [
-        Asked(float(at), tuple(rng.integers(0, vocabulary, p).tolist()), int(o))
-        for at, p, o in zip(np.cumsum(gaps), prompts, outputs)
-    ]
-
-
-# ---------------------------------------------------------------- the engines that are compared
-
-
-class StaticBatches:
-    """A scheduler of static batching: the next batch starts when this one has ended.
-
-    A batch that is not full first waits `window` seconds, counted from the submission
-    of its oldest request; after it has started, it still takes requests until it is
-    full. expected: requests that are still to come in this run.
-    """
-
-    def __init__(self, window: float) -> None:
-        self.window, self.expected = window, 0
-        self._room = 0  # requests that may still join the batch
-
-    def __call__(self, load: Load, limits: Limits) -> Step:
-        busy = bool(load.on_device)
-        if not busy and not load.unread_chunks and load.candidates:
-            waited = time.perf_counter() - min(w.submitted for w in load.candidates)
-            is_full = load.queued >= min(limits.slots, self.expected)
-            opens = is_full or waited >= self.window
-            self._room = limits.slots if opens else 0
-        candidates = load.candidates[: self._room]
-        load = dataclasses.replace(
-            load, candidates=candidates, queued=min(load.queued, self._room)
-        )
-        # The batch keeps the width that it began with.
-        limits = dataclasses.replace(limits, patience=10**9 if busy else 0)
-        step = plan_step(load, limits)
-        self._room -= step.admit
-        self.expected -= step.admit
-        if step.steps and not self._room:
-            step = step._replace(steps=limits.steps_per_call)
-        return step
-
-
-class Concurrent:
-    """Every request has a state of its own, one slot wide; their chunks take turns on the device."""
-
-    def __init__(self, engine):
-        self.like, self.waiting, self.running = engine, deque(), deque()
-        self.counters = Counters()
-
-    def submit(self, prompt, max_tokens):
-        # Its handle alone: the engine never takes a step with it.
-        request = self.like.submit(prompt, max_tokens=max_tokens)
-        self.like.stepper.queue.remove(request)
-        length = round_up(self.like.capacity.lengths, len(prompt) + max_tokens)
-        self.running.append(
-            (request, decode.empty(self.like.spec, 1, 1, length), False)
-        )
-        return request
-
-    def warm_up(self):
-        self.like.warm_up()
-
-    def step(self):
-        if not self.running:
-            return False
-        engine = self.like
-        request, state, started = self.running.popleft()
-        prefills = []
-        if not started:
-            n = len(request.prompt)
-            width = round_up(engine.capacity.lengths, n)
-            one = lambda value, kind=np.int32: np.asarray([value], kind)
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, :n] = request.prompt
-            staging, events = engine.programs.prefill(
-                engine.programs.weights,
-                state.staging,
-                decode.Prompts(
-                    tokens,
-                    one(0),
-                    one(n),
-                    one(0),
-                    one(True, bool),
-                    tokens,
-                    slot_state(
-                        request.number,
-                        request.submission,
-                        admission_order=0,
-                        max_stop_ids=engine.options.max_stop_ids,
-                    ),
-                ),
-            )
-            state = state._replace(staging=staging)
-            prefills.append(jax.tree.map(lambda x: x[None], events))
-        nobody = np.full(engine.programs.most_cancelled, decode.NO_REQUEST, np.int32)
-        chunk = engine.options.steps_per_call
-        state, events, _ = engine.programs.chunks[chunk](
-            engine.programs.weights, state, nobody, np.int32(chunk)
-        )
-        self.counters.syncs += 1
-        for made in jax.device_get([*prefills, events]):
-            for k in np.flatnonzero(made.flag):
-                request.tokens.append(int(made.token.flat[k]))
-                request.times.append(time.perf_counter())
-                self.counters.tokens += 1
-                if made.flag.flat[k] != decode.TOKEN:
-                    request.finish = "length"
-        if not request.finish:
-            self.running.append((request, state, True))
-        return True
-
-
-def make_engines(arguments, model, config, mesh, length, windows, prompt):
-    """{name: a function that makes the engine}; `prompt`: tokens of the longest."""
-    options = Decode(
-        slots=arguments.slots,
-        steps_per_call=arguments.chunk,
-        max_length=length,
-        queue_size=10**6,
-        staging=arguments.slots,
-        prefill_budget=64 if prompt <= 16 else 256,
-    )
-    placed = {}
-
-    def make(scheduler=plan_step, pipelined=True, trace=False, **changes):
-        engine = Engine(
-            model,
-            config,
-            mesh,
-            dataclasses.replace(options, **changes),
-            scheduler=scheduler,
-            trace=trace,
-            pipelined=pipelined,
-        )
-        # All engines exist at the same time: they share one copy of the weights.
-        programs = engine.programs
-        programs.weights = placed.setdefault(engine.spec, programs.weights)
-        return engine
-
-    def batched(window):
-        return make(StaticBatches(window))
-
-    engines = {
-        "sequential": lambda: make(slots=1, staging=1),
-        "concurrent": lambda: Concurrent(make(slots=1, staging=1, steps_per_call=4)),
-        "static": lambda: batched(0.0),
-        **{f"dynamic {w * 1e3:.0f} ms": functools.partial(batched, w) for w in windows},
-        "per-token": lambda: make(steps_per_call=1, pipelined=False, fit_shapes=True),
-        "no-shuffle": lambda: make(fit_shapes=False, trace=True),
-        "ours": lambda: make(trace=True),
-    }
-    wanted = arguments.engines or tuple(engines)
-    for name in wanted:
-        if not any(known.split()[0] == name.split()[0] for known in engines):
-            raise ConfigError(
-                f"engines={name!r} is not accepted: it must be among {', '.join(engines)}"
-            )
-    return {
-        name: made
-        for name, made in engines.items()
-        if any(name.split()[0] == w.split()[0] for w in wanted)
-    }
-
-
 # ---------------------------------------------------------------- measuring
 
 
-def bare_step(engine, width, length, iterations):
-    """A function (rounds) -> seconds of one iteration, median, of forward pass and argmax alone, at half the length."""
-    program, S = engine.spec, length
-    state = decode.empty(program, width, 1, S)
+def bare_step(
+    engine: Engine, width: int, length: int, iterations: int
+) -> Callable[[int], float]:
+    """Compiles forward pass and argmax alone, at half the length.
 
-    def local(weights, token_W, position_W, kv):
-        def step(_, carry):
+    Returns a function: number of measurements -> seconds of an iteration, their median.
+    """
+    spec = engine.spec
+    state = decode.empty(spec, width, 1, length)
+
+    def local(weights: Any, token_W: jax.Array, position_W: jax.Array, kv: Any) -> Any:
+        def step(_: jax.Array, carry: Any) -> Any:
             token_W, position_W, kv = carry
-            x, kv = transformer.hidden(
-                weights, program.model_config, token_W[:, None], position_W[:, None], cache=kv
+            x_W1D, kv = model.hidden(
+                weights,
+                spec.model_config,
+                token_W[:, None],
+                position_W[:, None],
+                cache=kv,
             )
-            logits = sharding.gather_vocabulary(
-                transformer.logits(weights, program.model_config, x)
-            )[:, 0]
-            return sampling.argmax(logits), (position_W + 1) % S, kv
+            logits_W1V = sharding.gather_vocabulary(
+                model.logits(weights, spec.model_config, x_W1D)
+            )
+            token_W = sampling.argmax(logits_W1V[:, 0])
+            return token_W, (position_W + 1) % length, kv
 
         return lax.fori_loop(0, iterations, step, (token_W, position_W, kv))
 
-    specs = P(), P(), decode.kv_specs(program)
+    specs = P(), P(), decode.kv_specs(spec)
     step = jax.jit(
         sharding.shard_map(
-            local, program.mesh, (decode.weights_specs(program), *specs), specs
+            local, spec.mesh, (decode.weights_specs(spec), *specs), specs
         ),
         donate_argnums=3,
-        compiler_options=xla_options.options(program.mesh, "decode"),
+        compiler_options=xla_options.options(spec.mesh, "decode"),
     )
-    carry = np.zeros(width, np.int32), np.full(width, S // 2, np.int32), state.slots.kv
+    tokens = np.zeros(width, np.int32)
+    positions = np.full(width, length // 2, np.int32)
+    carry: Any = tokens, positions, state.slots.kv
 
-    def measure(rounds):
+    def measure_step(rounds: int) -> float:
         nonlocal carry
         seconds = []
         for _ in range(rounds + 1):
@@ -368,335 +160,270 @@ def bare_step(engine, width, length, iterations):
             seconds.append((time.perf_counter() - start) / iterations)
         return float(np.median(seconds[1:]))
 
-    return measure
+    return measure_step
 
 
-def serve(engine, asked):
-    """Submits every request at its arrival and steps the engine until all are done: (requests, seconds it took)."""
+def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
+    """Submits every request at its arrival, and steps the engine until all are done.
+
+    Returns the requests, and the seconds that it took.
+    """
     scheduler = getattr(engine, "scheduler", None)
     if isinstance(scheduler, StaticBatches):
-        scheduler.expected = len(asked)
-    start, requests, coming = time.perf_counter(), [], deque(asked)
-    open_requests = deque()
-    while coming or open_requests:
+        scheduler.expected = len(arrivals)
+    start, coming = time.perf_counter(), deque(arrivals)
+    requests: list[Request] = []
+    unfinished: deque[Request] = deque()
+    while coming or unfinished:
         now = time.perf_counter() - start
-        while coming and coming[0].arrival <= now:
-            one = coming.popleft()
-            request = engine.submit(list(one.prompt), max_tokens=one.max_tokens)
-            request.submitted = start + one.arrival
+        while coming and coming[0].seconds <= now:
+            arrival = coming.popleft()
+            request = engine.submit(list(arrival.prompt), max_tokens=arrival.max_tokens)
+            request.submitted = start + arrival.seconds
             requests.append(request)
-            open_requests.append(request)
+            unfinished.append(request)
         if not engine.step() and coming:
-            time.sleep(
-                max(0.0, min(coming[0].arrival - (time.perf_counter() - start), 0.01))
-            )
-        while open_requests and open_requests[0].finish:
-            open_requests.popleft()
+            until_next = coming[0].seconds - (time.perf_counter() - start)
+            time.sleep(max(0.0, min(until_next, 0.01)))
+        while unfinished and unfinished[0].finish:
+            unfinished.popleft()
     return requests, time.perf_counter() - start
 
 
-def percentiles(values):
-    """{p50, p90, p99} in milliseconds, of seconds."""
-    return {
-        f"p{p}": float(np.percentile(values, p)) * 1e3 if len(values) else None
-        for p in PERCENTILES
-    }
+class Turn(NamedTuple):
+    """One run of a policy."""
+
+    figures: dict[str, Any]  # see latency.measure
+    requests: list[Request]
+    history: History  # empty where the engine does not trace
 
 
-def measure(requests, seconds, counters, asked, objective):
-    """The metrics of one engine on one workload."""
-    for request, one in zip(requests, asked):
-        if len(request.tokens) != one.max_tokens:
-            raise ArithmeticError(
-                f"a request has {len(request.tokens)} tokens, not {one.max_tokens}"
-            )
-    ttft = [r.times[0] - r.submitted for r in requests]
-    tpot = [(r.times[-1] - r.times[0]) / max(len(r.times) - 1, 1) for r in requests]
-    itl = np.concatenate([np.diff(r.times) for r in requests])
-    good = np.mean(
-        [a <= objective[0] and b <= objective[1] for a, b in zip(ttft, tpot)]
+class Bench(NamedTuple):
+    """What all workloads of a benchmark share."""
+
+    arguments: Arguments
+    parameters: model.Transformer
+    model_config: Model
+    mesh: jax.sharding.Mesh
+    length: int  # tokens of a row of the decode state
+    alone: float  # seconds of the bare step at width 1
+    bare: Callable[[int], float]  # see bare_step; at full width
+    cpu: machine.Machine | None  # None on an accelerator
+
+    @property
+    def scale(self) -> float:
+        """Seconds of this model for a second of the paper's."""
+        return 1.0 if self.arguments.unscaled else self.alone / PAPER_STEP
+
+
+def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
+    """Runs all policies on one workload: {policy: its median turn}.
+
+    Args:
+      bench: the model and its devices.
+      kind: of WORKLOADS.
+      gap: milliseconds between arrivals, on average.
+    """
+    arguments = bench.arguments
+    arrivals = make_workload(
+        kind,
+        requests=arguments.requests,
+        prompt=arguments.prompt,
+        outputs=(arguments.least, arguments.most),
+        length=bench.length,
+        vocabulary=bench.model_config.vocab_size,
+        gap=gap * 1e-3 * bench.scale,
+        seed=arguments.seed,
     )
-    tokens = sum(len(r.tokens) for r in requests)
-    # while there is work for every slot: until the request that decodes last begins to (a first token is prefill's)
-    until = max(r.times[min(1, len(r.times) - 1)] for r in requests)
-    begun = min(r.submitted - one.arrival for r, one in zip(requests, asked))
-    saturated = sum(time <= until for r in requests for time in r.times) / (
-        until - begun
+    longest_prompt = max(len(arrival.prompt) for arrival in arrivals)
+    policies = make_policies(
+        arguments.policies,
+        Decode(
+            slots=arguments.slots,
+            steps_per_call=arguments.chunk,
+            max_length=bench.length,
+            queue_size=10**6,
+            staging=arguments.slots,
+            prefill_budget=64 if longest_prompt <= 16 else 256,
+        ),
+        bench.parameters,
+        bench.model_config,
+        bench.mesh,
+        [window * 1e-3 * bench.scale for window in arguments.windows],
     )
-    return dict(
-        tokens_per_s=tokens / seconds,
-        saturated_tokens_per_s=saturated,
-        makespan_s=seconds,
-        ttft_ms=percentiles(ttft),
-        tpot_ms=percentiles(tpot),
-        itl_ms=percentiles(itl),
-        e2e_ms=percentiles([r.times[-1] - r.submitted for r in requests]),
-        goodput=float(good),
-        syncs_per_token=counters.syncs / tokens,
-        occupancy=counters.occupancy if counters.slot_iterations else None,
-    )
-
-
-def saturated_occupancy(history):
-    """The share of slot iterations that made a token, up to the iteration in which the last request was admitted."""
-    rows = [row for _, chunk in history for row in chunk]
-    seen, last = set(), 0
-    for i, row in enumerate(rows):
-        if new := set(row[row >= 0].tolist()) - seen:
-            seen |= new
-            last = i
-    busy = sum(int((row >= 0).sum()) for row in rows[: last + 1])
-    return busy / max(sum(row.size for row in rows[: last + 1]), 1)
-
-
-def compare(kind, gap, arguments, model, config, mesh, length, alone, bare):
-    """One workload: the results as JSON would have them, and what the plots need. `bare`: see `bare_step`."""
-    scale = 1.0 if arguments.unscaled else alone / PAPER_STEP
-    asked = workload(kind, gap * 1e-3 * scale, arguments, config.vocab_size, length)
-    objective = arguments.goodput_ttft * alone, arguments.goodput_tpot * alone
-    windows = [w * 1e-3 * scale for w in arguments.windows]
-    longest = max(len(one.prompt) for one in asked)
-    engines, turns = {}, {}
-    for name, make in make_engines(
-        arguments, model, config, mesh, length, windows, longest
-    ).items():
-        engines[name], turns[name] = make(), []
-        engines[name].warm_up()
-        serve(
-            engines[name],
-            [
-                dataclasses.replace(
-                    one,
-                    arrival=0.0,
-                    max_tokens=min(one.max_tokens, 3 * arguments.chunk),
-                )
-                for one in asked[: 2 * arguments.slots]
-            ],
-        )
-    for _ in range(arguments.rounds):  # all in turns, as the machine's pace changes
+    engines = {name: make() for name, make in policies.items()}
+    for engine in engines.values():
+        engine.warm_up()
+        serve(engine, _short(arrivals, arguments))
+    turns: dict[str, list[Turn]] = {name: [] for name in engines}
+    # The policies take turns, since the machine's speed changes.
+    for _ in range(arguments.rounds):
         for name, engine in engines.items():
-            engine.counters.reset()
-            getattr(engine, "history", []).clear()
-            before = bare(BARE_ROUNDS)
-            requests, seconds = serve(engine, asked)
-            step = (
-                before + bare(BARE_ROUNDS)
-            ) / 2  # the machine's pace while this engine was measured
-            made = measure(requests, seconds, engine.counters, asked, objective)
-            made["bare_step_tokens_per_s"] = arguments.slots / step
-            rate = made[
-                "saturated_tokens_per_s" if kind == "saturated" else "tokens_per_s"
-            ]
-            made["of_bare"] = rate / made["bare_step_tokens_per_s"]
-            history = list(getattr(engine, "history", []))
-            if history and kind == "saturated":
-                made["occupancy_while_saturated"] = saturated_occupancy(history)
-            turns[name].append((made, (requests, history)))
-            print(
-                f"  {name}: {made['tokens_per_s']:.0f} tokens/s",
-                file=sys.stderr,
-                flush=True,
-            )
-    results, kept = {}, {}
+            turn = run_policy(bench, engine, arrivals, kind)
+            turns[name].append(turn)
+            rate = turn.figures["tokens_per_s"]
+            print(f"  {name}: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
+    medians = {}
     for name, rounds in turns.items():
-        results[name], kept[name] = sorted(rounds, key=lambda turn: turn[0]["of_bare"])[
-            len(rounds) // 2
+        ordered = sorted(rounds, key=lambda turn: turn.figures["of_bare"])
+        medians[name] = ordered[len(ordered) // 2]
+        medians[name].figures["of_bare_of_rounds"] = [
+            turn.figures["of_bare"] for turn in rounds
         ]
-        results[name]["of_bare_of_rounds"] = [made["of_bare"] for made, _ in rounds]
-    return results, kept
+    return medians
 
 
-def table(title, results):
-    """Results as text."""
-    lines = [
-        title,
-        f"{'engine':16}{'tokens/s':>9}{'of bare':>8}{'makespan':>9} {'TTFT ms p50/p99':>17}"
-        f"{'TPOT ms p50/p99':>17}{'e2e ms p50/p99':>19}{'goodput':>8}{'occup.':>7}{'syncs/tok':>10}",
+def _short(arrivals: list[Arrival], arguments: Arguments) -> list[Arrival]:
+    """A short run of a workload, after which everything is compiled."""
+    return [
+        dataclasses.replace(
+            arrival,
+            seconds=0.0,
+            max_tokens=min(arrival.max_tokens, 3 * arguments.chunk),
+        )
+        for arrival in arrivals[: 2 * arguments.slots]
     ]
-    pair = lambda r, name, form: f"{r[name]['p50']:{form}}/{r[name]['p99']:{form}}"
-    for name, r in results.items():
-        occupancy = r.get("occupancy_while_saturated") or r["occupancy"]
-        lines.append(
-            f"{name:16}{r['tokens_per_s']:9.0f}{r['of_bare']:8.1%}{r['makespan_s']:8.2f}s "
-            f"{pair(r, 'ttft_ms', '.0f'):>17}{pair(r, 'tpot_ms', '.2f'):>17}{pair(r, 'e2e_ms', '.0f'):>19}"
-            f"{r['goodput']:8.0%}{'' if occupancy is None else f'{occupancy:.1%}':>7}"
-            f"{r['syncs_per_token']:10.4f}"
-        )
-    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def plot(folder, title, results, kept):
-    """Writes PNGs: who holds every slot over time, and latency curves. Returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, paths = title.replace(" ", "_").replace(",", ""), []
-    for name in ("ours", "no-shuffle"):
-        history = kept.get(name, (None, []))[1]
-        if not history:
-            continue
-        W = max(chunk.shape[1] for _, chunk in history)
-        rows = np.concatenate(
-            [
-                np.pad(chunk, [(0, 0), (0, W - chunk.shape[1])], constant_values=-2)
-                for _, chunk in history
-            ]
-        )
-        first = rows[rows >= 0].min()
-        shown = np.where(
-            rows == -2, np.nan, np.where(rows < 0, -1, (rows - first) % 19)
-        )
-        figure, axes = plt.subplots(
-            figsize=(11, 1.2 + 0.22 * W), constrained_layout=True
-        )
-        colours = plt.get_cmap("tab20").copy()
-        colours.set_under("white")
-        colours.set_bad("0.85")
-        axes.imshow(
-            shown.T,
-            aspect="auto",
-            interpolation="nearest",
-            cmap=colours,
-            vmin=0,
-            vmax=19,
-        )
-        axes.set(
-            xlabel="iteration",
-            ylabel="slot",
-            title=f"{title}, {name}: a colour a request; white: idle, "
-            "grey: not compiled in",
-        )
-        paths.append(folder / f"occupancy_{stem}_{name}.png")
-        figure.savefig(paths[-1], dpi=110)
-        plt.close(figure)
-    figure, axes = plt.subplots(
-        1, 3, figsize=(13, 4), constrained_layout=True, sharey=True
+def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) -> Turn:
+    """Runs a workload of this kind once, between two measurements of the bare step."""
+    arguments = bench.arguments
+    engine.counters.reset()
+    getattr(engine, "history", []).clear()
+    before = bench.bare(BARE_ROUNDS)
+    requests, seconds = serve(engine, arrivals)
+    step = (before + bench.bare(BARE_ROUNDS)) / 2
+    objective = Objective(
+        ttft=arguments.goodput_ttft * bench.alone,
+        tpot=arguments.goodput_tpot * bench.alone,
     )
-    for name, (requests, _) in kept.items():
-        curves = (
-            [r.times[0] - r.submitted for r in requests],
-            [r.times[-1] - r.submitted for r in requests],
-            [(r.times[-1] - r.times[0]) / max(len(r.times) - 1, 1) for r in requests],
-        )
-        for axis, values in zip(axes, curves):
-            axis.plot(
-                np.sort(values) * 1e3,
-                (np.arange(len(values)) + 1) / len(values),
-                label=name,
-                linewidth=2.5 if name == "ours" else 1.2,
-            )
-    for axis, label in zip(
-        axes, ("time to first token, ms", "end to end, ms", "time per output token, ms")
-    ):
-        axis.set(xlabel=label, xscale="log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share of requests")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(title)
-    paths.append(folder / f"latency_{stem}.png")
-    figure.savefig(paths[-1], dpi=110)
-    plt.close(figure)
-    return paths
+    figures = measure(requests, arrivals, seconds, engine.counters, objective)
+    saturated = kind == "saturated"
+    rate = figures["saturated_tokens_per_s" if saturated else "tokens_per_s"]
+    figures["bare_step_tokens_per_s"] = arguments.slots / step
+    figures["of_bare"] = rate / figures["bare_step_tokens_per_s"]
+    if bench.cpu is not None:
+        flops = 2 * multiplied_parameters(bench.model_config) * rate
+        figures["of_matmul"] = bench.cpu.share(arguments.dtype, flops)
+    history = list(getattr(engine, "history", []))
+    if history and saturated:
+        figures["occupancy_while_saturated"] = saturated_occupancy(history)
+    return Turn(figures, requests, history)
 
 
 # ---------------------------------------------------------------- the benchmark
 
 
-def run(arguments):
-    """The whole benchmark; prints tables, writes what `json` and `plots` name, returns the results."""
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Runs the benchmark. Prints tables, writes what `json` and `plots` name, and
+    returns the results. Raises ConfigError for arguments that are not accepted."""
     kinds = arguments.workload.split(",")
-    for name, value, known in (
-        ("size", arguments.size, SIZES),
-        *(
-            ("workload", kind, ("saturated", "constant", "poisson", "sharegpt"))
-            for kind in kinds
-        ),
-    ):
-        if value not in known:
-            raise ConfigError(
-                f"{name}={value!r} is not accepted: it must be one of {', '.join(known)}"
-            )
-    for name in ("requests", "prompt", "least", "slots", "chunk", "tensor", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(
-                f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more"
-            )
-    if arguments.most < arguments.least:
-        raise ConfigError(
-            f"most={arguments.most} is not accepted: it must be at least least={arguments.least}"
-        )
-    length = -(-(arguments.prompt + arguments.most) // 64) * 64
-    config = dataclasses.replace(
-        SIZES[arguments.size],
-        residual=arguments.residual,
-        dtype=arguments.dtype,
-        max_length=length,
-    )
-    mesh = sharding.make_mesh(
-        Mesh(data=1, tensor=arguments.tensor), jax.devices()[: arguments.tensor]
-    )
-    sharding.check_fits(config, mesh)
-    init = functools.partial(transformer.init, config)
-    specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
-    model = jax.jit(init, out_shardings=sharding.named_shardings(mesh, specs))(
-        jax.random.key(0)
-    )
-    probe = Engine(
-        model,
-        config,
-        mesh,
-        Decode(
-            slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length
-        ),
-    )
-    alone = bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS)
-    bare = bare_step(probe, arguments.slots, length, arguments.chunk)
-    full = bare(BARE_ROUNDS)
+    _check(arguments, kinds)
+    bench = set_up(arguments)
+    full = bench.bare(BARE_ROUNDS)
     rate = arguments.slots / full
-    gain = rate * alone
-    del probe
+    gain = rate * bench.alone
+    device = jax.devices()[0].device_kind
     print(
-        f"{arguments.size}, {config.dtype}, {config.residual}, tensor {arguments.tensor}, {arguments.slots} slots, "
-        f"chunks of {arguments.chunk}, {jax.devices()[0].device_kind}\nbare step: {alone * 1e3:.2f} ms at width 1, "
-        f"{full * 1e3:.2f} ms at width {arguments.slots} = {rate:.0f} tokens/s, so batching can gain {gain:.1f}x"
+        f"{arguments.size}, {arguments.dtype}, {arguments.residual}, "
+        f"tensor {arguments.tensor}, {arguments.slots} slots, "
+        f"chunks of {arguments.chunk}, {bench.cpu or device}\n"
+        f"bare step: {bench.alone * 1e3:.2f} ms at width 1, {full * 1e3:.2f} ms at "
+        f"width {arguments.slots} = {rate:.0f} tokens/s, "
+        f"so batching can gain {gain:.1f}x"
     )
     if not arguments.unscaled:
         print(
-            f"gaps and windows are scaled by {alone / PAPER_STEP:.3f}: this model's step over the paper's"
+            f"gaps and windows are scaled by {bench.scale:.3f}: this model's step over "
+            "the paper's"
         )
+    print(HEAD)
     results = {}
     for kind in kinds:
-        for gap in arguments.gaps if kind in ("constant", "poisson") else (0.0,):
+        for gap in arguments.gaps if kind in WITH_GAPS else (0.0,):
             title = f"{kind} {gap:g} ms" if gap else kind
-            made, kept = compare(
-                kind, gap, arguments, model, config, mesh, length, alone, bare
-            )
-            results[title] = made
-            print(table(f"\n{title}, {arguments.requests} requests", made))
+            turns = compare(bench, kind, gap)
+            results[title] = {name: turn.figures for name, turn in turns.items()}
+            heading = f"\n{title}, {arguments.requests} requests"
+            print(result_table(heading, results[title]))
             if arguments.plots:
-                for path in plot(arguments.plots, title, made, kept):
+                for path in _plot(arguments.plots, title, turns):
                     print(f"wrote {path}")
-    first = next(iter(results.values()))
     output = dict(
         arguments=dataclasses.asdict(arguments),
-        device=jax.devices()[0].device_kind,
+        device=device,
+        machine=bench.cpu._asdict() if bench.cpu else None,
         batch_gain=gain,
-        step_ms={"1": alone * 1e3, str(arguments.slots): full * 1e3},
+        step_ms={"1": bench.alone * 1e3, str(arguments.slots): full * 1e3},
         bare_step_tokens_per_s=rate,
-        engines=first,
         workloads=results,
     )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(output, indent=1))
     return output
+
+
+def _check(arguments: Arguments, kinds: list[str]) -> None:
+    sizes, workloads = ", ".join(DECODE_SIZES), ", ".join(WORKLOADS)
+    dtypes = ", ".join(machine.DTYPES)
+    require(arguments.size in DECODE_SIZES, "size", arguments.size, f"one of {sizes}")
+    require(
+        arguments.dtype in machine.DTYPES, "dtype", arguments.dtype, f"one of {dtypes}"
+    )
+    for kind in kinds:
+        require(kind in WORKLOADS, "workload", kind, f"one of {workloads}")
+    for name in ("requests", "prompt", "least", "slots", "chunk", "tensor", "rounds"):
+        value = getattr(arguments, name)
+        require(value >= 1, name, value, "1 or more")
+    require(
+        arguments.most >= arguments.least,
+        "most",
+        arguments.most,
+        f"at least least={arguments.least}",
+    )
+
+
+def set_up(arguments: Arguments) -> Bench:
+    """Makes the model, and measures the bare step of one request alone."""
+    length = -(-(arguments.prompt + arguments.most) // 64) * 64
+    changes: Any = dict(
+        residual=arguments.residual, dtype=arguments.dtype, max_length=length
+    )
+    model_config = dataclasses.replace(DECODE_SIZES[arguments.size], **changes)
+    mesh = sharding.make_mesh(
+        Mesh(data=1, tensor=arguments.tensor), jax.devices()[: arguments.tensor]
+    )
+    sharding.check_fits(model_config, mesh)
+    specs = sharding.parameter_specs(model.abstract(model_config))
+    init = jax.jit(
+        functools.partial(model.init, model_config),
+        out_shardings=sharding.named_shardings(mesh, specs),
+    )
+    parameters = init(jax.random.key(0))
+    options = Decode(
+        slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length
+    )
+    probe = Engine(parameters, model_config, mesh, options)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Bench(
+        arguments,
+        parameters,
+        model_config,
+        mesh,
+        length,
+        alone=bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS),
+        bare=bare_step(probe, arguments.slots, length, arguments.chunk),
+        cpu=machine.measure() if on_cpu else None,
+    )
+
+
+def _plot(folder: str, title: str, turns: dict[str, Turn]) -> list[Path]:
+    traced = {name: turn.history for name, turn in turns.items() if turn.history}
+    requests = {name: turn.requests for name, turn in turns.items()}
+    return [
+        *(
+            plots.draw_occupancy(folder, title, name, history)
+            for name, history in traced.items()
+        ),
+        plots.draw_latencies(folder, title, requests),
+    ]

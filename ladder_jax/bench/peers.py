@@ -1,20 +1,27 @@
-"""Batch decoding beside other engines, on the same weights: `ladder-jax bench peers`.
+"""Compares batch decoding with other engines on the same weights:
+`ladder-jax bench peers`.
 
-A batch of prompts decodes greedily, all of one length, the end of a sequence ignored: what every engine can do, so that
-forward passes are compared and not scheduling. Tokens a second are batch x (N - 1) over the time of N new tokens less
-that of one, so that prefill does not count. Contenders take turns, each in its own process with all the cores that the
-process may use:
+A batch of prompts of one length decodes greedily, and no token ends a sequence: every
+engine can do this, so that forward passes are compared and not scheduling. Tokens a
+second are batch x (N - 1) over the time of N new tokens less that of one, so that
+prefill does not count. Contenders take turns, each in its own process with all the
+cores that the process may use:
 
     ladder_jax     the decode engine
     transformers   `generate`, sdpa, dynamic cache
     vllm           offline `LLM.generate` (there are builds for CPUs)
-    llama_cpp      `llama_decode` of all sequences at once, by llama-cpp-python; float32 alone
+    llama_cpp      `llama_decode` of all sequences at once, by llama-cpp-python; float32
 
-The peers load what this project writes, a Llama with the standard residual schedule. The tokens are compared: a batch's
-first request must begin alike everywhere. `pip install ladder_jax[peers]` brings transformers. The others are measured
-where they are installed, here or in an environment of their own, which needs ladder_jax[peers] too:
+The peers load the weights that this project writes, a Llama with the standard residual
+schedule. The first tokens of a batch's first request must be the same everywhere.
+"of matmul" is 2 FLOPs a token and parameter, over the machine's own rate of matrix
+products in that dtype (machine.py); a batch of one is bound by memory instead.
 
-    ladder-jax bench peers --pythons vllm=../vllm/bin/python llama_cpp=../llama/bin/python
+`pip install ladder_jax[peers]` brings transformers. The others are measured where they
+are installed: here, or in an environment of their own, which needs ladder_jax[peers]:
+
+    ladder-jax bench peers \\
+        --pythons vllm=../vllm/bin/python llama_cpp=../llama/bin/python
 """
 
 import dataclasses
@@ -25,86 +32,93 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ladder_jax.bench import contest
-from ladder_jax.bench.decode import SIZES
-from ladder_jax.config import ConfigError, Decode, Mesh
+from ladder_jax.bench import contest, machine
+from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
+from ladder_jax.config import ConfigError, Decode, Mesh, Model, require
 
-ALIKE = (
-    8  # first tokens of the first request that all contenders must agree in (float32)
-)
+# First tokens of the first request that all contenders must agree in (float32).
+COMPARED = 8
+Prompts = list[list[int]]
+# Decodes prompts, so many new tokens each; returns the new tokens of the first.
+Run = Callable[[Prompts, int], list[int]]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Tokens a second of batch decoding, beside transformers and vLLM on the same weights."""
+    """Compares tokens a second of batch decoding with other engines."""
 
     size: str = "m125"
     """tiny, small or m125: a model with random weights."""
     dtypes: tuple[str, ...] = ("float32",)
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 64
+    """Tokens of a prompt."""
     tokens: int = 128
     """New tokens of a request."""
     rounds: int = 3
     """Turns that each contender takes."""
     engines: tuple[str, ...] = ("transformers", "vllm", "llama_cpp")
-    """The peers. One that is not installed is left out, and said so."""
+    """The peers. One that is not installed is left out, with a message."""
     pythons: tuple[str, ...] = ()
     """NAME=PATH: the Python that runs a contender, where it is not this one."""
     json: str | None = None
     """A file for the results."""
 
 
-def prompts_of(config, batch, length):
+def random_prompts(model_config: Model, batch: int, length: int) -> Prompts:
     """The prompts [batch, length], ids."""
-    return (
-        np.random.default_rng(0)
-        .integers(0, config.vocab_size, (batch, length))
-        .tolist()
-    )
+    rng = np.random.default_rng(0)
+    return rng.integers(0, model_config.vocab_size, (batch, length)).tolist()
 
 
-# ---------------------------------------------------------------- the contenders, each in its own process
-# Each makes a function (prompts, new tokens) -> the first request's tokens.
+# ---------------------------------------------------------------- the contenders
+# Each sets itself up in a process of its own.
+#   model_config   the model
+#   weights        a folder: ladder_jax, which comes first, writes its weights there
+#   batch, length  how many requests, and how many tokens of each there is room for
 
 
-def ladder_jax(config, weights, batch, length):
-    """This project's engine, with as many slots as the batch has requests."""
+def ladder_jax(model_config: Model, weights: str, batch: int, length: int) -> Run:
+    """This project's engine, with a slot for every request of the batch."""
     import jax
 
     from ladder_jax import model, sharding
-    from ladder_jax.bench.train import save
+    from ladder_jax.bench.train import save_weights
     from ladder_jax.serve.engine import Engine
 
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    parameters = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
-    save(parameters, weights)
-    engine = Engine(
-        parameters,
-        config,
-        mesh,
-        Decode(slots=batch, staging=batch, max_length=length, prefill_budget=2048),
-    )
-    return lambda prompts, count: (
-        engine.generate(prompts, max_tokens=count, stop_token_ids=())[0].tokens
-    )
+    init = jax.jit(functools.partial(model.init, model_config))
+    parameters = init(jax.random.key(0))
+    save_weights(parameters, weights)
+    options = Decode(slots=batch, staging=batch, max_length=length, prefill_budget=2048)
+    engine = Engine(parameters, model_config, mesh, options)
+
+    def run(prompts: Prompts, count: int) -> list[int]:
+        requests = engine.generate(prompts, max_tokens=count, stop_token_ids=())
+        return requests[0].tokens
+
+    return run
 
 
-def transformers(config, weights, batch, length):
+def transformers(model_config: Model, weights: str, batch: int, length: int) -> Run:
+    """transformers' `generate`."""
     import torch
 
-    from ladder_jax.bench.train import load
+    from ladder_jax.bench.train import load_llama
 
-    model = load(config, weights).to(getattr(torch, config.dtype)).eval()
+    dtype = getattr(torch, model_config.dtype)
+    model = load_llama(model_config, weights).to(dtype).eval()
 
-    def run(prompts, count):
+    def run(prompts: Prompts, count: int) -> list[int]:
         with torch.inference_mode():
-            made = model.generate(
+            output = model.generate(
                 torch.tensor(prompts),
                 attention_mask=torch.ones(len(prompts), len(prompts[0])),
                 max_new_tokens=count,
@@ -112,12 +126,13 @@ def transformers(config, weights, batch, length):
                 do_sample=False,
                 pad_token_id=0,
             )
-        return made[0, len(prompts[0]) :].tolist()
+        return output[0, len(prompts[0]) :].tolist()
 
     return run
 
 
-def vllm(config, weights, batch, length):
+def vllm(model_config: Model, weights: str, batch: int, length: int) -> Run:
+    """vLLM's offline engine, without prefix caching."""
     os.environ |= dict(
         VLLM_CPU_KVCACHE_SPACE="2",
         HF_HUB_OFFLINE="1",
@@ -125,112 +140,103 @@ def vllm(config, weights, batch, length):
     )
     from vllm import LLM, SamplingParams
 
-    from ladder_jax.bench.train import load
+    from ladder_jax.bench.train import load_llama
 
     folder = Path(weights) / "hugging_face"
-    load(config, weights).save_pretrained(folder)
+    load_llama(model_config, weights).save_pretrained(folder)
     engine = LLM(
         str(folder),
-        dtype=config.dtype,
+        dtype=model_config.dtype,
         max_model_len=length,
         max_num_seqs=batch,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
 
-    def run(prompts, count):
-        asked = SamplingParams(
+    def run(prompts: Prompts, count: int) -> list[int]:
+        params = SamplingParams(
             temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
         )
-        made = engine.generate(
-            [dict(prompt_token_ids=prompt) for prompt in prompts], asked, use_tqdm=False
-        )
-        return list(made[0].outputs[0].token_ids)
+        inputs = [dict(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = engine.generate(inputs, params, use_tqdm=False)
+        return list(outputs[0].outputs[0].token_ids)
 
     return run
 
 
-def llama_cpp(config, weights, batch, length):
+def llama_cpp(model_config: Model, weights: str, batch: int, length: int) -> Run:
+    """llama.cpp's `llama_decode`, with as many threads as there are cores."""
     import llama_cpp as llama
 
-    from ladder_jax.bench.train import load
+    from ladder_jax.bench.train import load_llama
 
     path = Path(weights) / "model.gguf"
-    write_gguf(load(config, weights).state_dict(), config, path)
+    state = load_llama(model_config, weights).state_dict()
+    write_gguf(state, model_config, path)
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(
         str(path).encode(), llama.llama_model_default_params()
     )
-    asked = llama.llama_context_default_params()
-    asked.n_ctx, asked.n_seq_max, asked.n_batch, asked.n_ubatch = (
-        batch * length,
-        batch,
-        batch * length,
-        512,
-    )
-    asked.type_k = asked.type_v = llama.GGML_TYPE_F32
-    asked.n_threads = asked.n_threads_batch = len(os.sched_getaffinity(0))
-    context = llama.llama_init_from_model(model, asked)
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = batch * length
+    params.n_seq_max, params.n_ubatch = batch, 512
+    params.type_k = params.type_v = llama.GGML_TYPE_F32
+    params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+    context = llama.llama_init_from_model(model, params)
     tokens = llama.llama_batch_init(batch * length, 0, 1)
 
-    def forward(rows, start):
-        """Greedy choices after every sequence's next tokens, `rows` [batch, T], which stand at `start`."""
-        tokens.n_tokens = rows.size
-        for i, (sequence, offset) in enumerate(np.ndindex(rows.shape)):
-            tokens.token[i], tokens.pos[i] = int(rows[sequence, offset]), start + offset
+    def forward(rows_BT: np.ndarray, start: int) -> np.ndarray:
+        """The likeliest tokens [B, 1] after new tokens, of which the first of each
+        sequence is at position `start`."""
+        tokens.n_tokens, last = rows_BT.size, rows_BT.shape[1] - 1
+        for i, (sequence, offset) in enumerate(np.ndindex(rows_BT.shape)):
+            tokens.token[i] = int(rows_BT[sequence, offset])
+            tokens.pos[i] = start + offset
             tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, sequence
-            tokens.logits[i] = offset == rows.shape[1] - 1
+            tokens.logits[i] = offset == last
         if llama.llama_decode(context, tokens):
             raise RuntimeError("llama_decode failed")
-        last = (
-            sequence * rows.shape[1] + rows.shape[1] - 1 for sequence in range(batch)
-        )
-        logits = [
-            np.ctypeslib.as_array(
-                llama.llama_get_logits_ith(context, i), (config.vocab_size,)
+        likeliest = []
+        for sequence in range(batch):
+            pointer = llama.llama_get_logits_ith(
+                context, sequence * rows_BT.shape[1] + last
             )
-            for i in last
-        ]
-        return np.array([[row.argmax()] for row in logits])
+            logits_V = np.ctypeslib.as_array(pointer, (model_config.vocab_size,))
+            likeliest.append([logits_V.argmax()])
+        return np.array(likeliest)
 
-    def run(prompts, count):
+    def run(prompts: Prompts, count: int) -> list[int]:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
-        rows, start, first = np.array(prompts), 0, []
+        rows_BT, start, first = np.array(prompts), 0, []
         for _ in range(count):
-            rows, start = forward(rows, start), start + rows.shape[1]
-            first.append(int(rows[0, 0]))
+            rows_BT, start = forward(rows_BT, start), start + rows_BT.shape[1]
+            first.append(int(rows_BT[0, 0]))
         return first
 
     return run
 
 
-def write_gguf(state, config, path):
+def write_gguf(state: dict[str, Any], model_config: Model, path: Path) -> None:
     """Writes a LlamaForCausalLM's state dict as float32 GGUF, without a tokenizer."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_length)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(model_config.max_length)
+    writer.add_embedding_length(model_config.dim)
+    writer.add_block_count(model_config.layers)
+    writer.add_feed_forward_length(model_config.ffn_dim)
+    writer.add_head_count(model_config.heads)
+    writer.add_head_count_kv(model_config.kv_heads)
+    writer.add_rope_dimension_count(model_config.head_dim)
+    writer.add_rope_freq_base(model_config.rope_theta)
+    writer.add_layer_norm_rms_eps(model_config.norm_eps)
+    writer.add_vocab_size(model_config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model_config.layers)
     for name, value in state.items():
         array = value.float().numpy()
-        if name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):  # llama.cpp rotates neighbours, not halves
-            array = (
-                array.reshape(-1, 2, config.head_dim // 2, config.dim)
-                .swapaxes(1, 2)
-                .reshape(array.shape)
-            )
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            array = interleave_halves(array, model_config.head_dim)
         writer.add_tensor(
             names.get_name(name, (".weight",)), np.ascontiguousarray(array)
         )
@@ -240,177 +246,219 @@ def write_gguf(state, config, path):
     writer.close()
 
 
+def interleave_halves(matrix: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorders each head's rows: llama.cpp rotates neighbours, transformers halves."""
+    heads = matrix.reshape(-1, 2, head_dim // 2, matrix.shape[1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape)
+
+
 CONTENDERS = {
     "ladder_jax": ladder_jax,
     "transformers": transformers,
     "vllm": vllm,
     "llama_cpp": llama_cpp,
 }
+# Modules that each needs; transformers writes the weights under the peers' names.
 NEEDS = {
     "ladder_jax": ("jax",),
     "transformers": ("torch", "transformers"),
     "vllm": ("vllm", "transformers"),
     "llama_cpp": ("llama_cpp", "gguf", "transformers"),
-}  # transformers makes the weights' names
+}
 
 
-def contend(name, weights, asked):
-    """What a contender's process runs; `asked`: size, dtype, batch, prompt and tokens as JSON."""
+def contend(name: str, weights: str, work_json: str) -> None:
+    """Runs a contender's process; `work_json`: size, dtype, batch, prompt, tokens."""
     contest.quiet()
-    asked = json.loads(asked)
-    length = asked["prompt"] + asked["tokens"]
-    config = dataclasses.replace(
-        SIZES[asked["size"]],
+    work = json.loads(work_json)
+    length = work["prompt"] + work["tokens"]
+    model_config = dataclasses.replace(
+        DECODE_SIZES[work["size"]],
         residual="standard",
-        dtype=asked["dtype"],
+        dtype=work["dtype"],
         max_length=length,
     )
-    prompts = prompts_of(config, asked["batch"], asked["prompt"])
-    run = CONTENDERS[name](config, weights, asked["batch"], length)
-    counts = [1, asked["tokens"]]
-    first = [run(prompts, count) for count in 2 * counts][
-        1
-    ]  # twice: whatever compiles has done so then
+    prompts = random_prompts(model_config, work["batch"], work["prompt"])
+    run = CONTENDERS[name](model_config, weights, work["batch"], length)
+    counts = [1, work["tokens"]]
+    for _ in range(2):  # the second time nothing is left to compile
+        _, tokens = [run(prompts, count) for count in counts]
 
-    def step():
+    def step() -> None:
+        """Decodes one token and all tokens in turn."""
         run(prompts, counts[0])
         counts.reverse()
 
-    contest.serve(step, dict(tokens=first))
+    contest.serve(step, dict(tokens=tokens))
 
 
 # ---------------------------------------------------------------- the comparison
 
 
-def find(arguments):
-    """{contender: the Python that runs it}, of those that are installed. Raises ConfigError for a name or a path."""
+def find_contenders(arguments: Arguments) -> dict[str, str]:
+    """The contenders that are installed: {name: the Python that runs it}.
+
+    Raises ConfigError for an unknown name, or a path without a Python.
+    """
+    known = ", ".join(CONTENDERS)
     pythons = {}
     for entry in arguments.pythons:
         name, _, path = entry.partition("=")
-        if name not in CONTENDERS or not shutil.which(path):
-            raise ConfigError(
-                f"pythons={entry!r} is not accepted: it must be NAME=PATH, a Python's path and one of "
-                f"{', '.join(CONTENDERS)}"
-            )
-        pythons[name] = path
-    unknown = set(arguments.engines) - CONTENDERS.keys()
-    if unknown:
-        raise ConfigError(
-            f"engines={unknown.pop()!r} is not accepted: it must be among {', '.join(CONTENDERS)}"
+        require(
+            name in CONTENDERS and shutil.which(path),
+            "pythons",
+            entry,
+            f"NAME=PATH, a Python's path and one of {known}",
         )
-    found = {}
-    for name in (
-        "ladder_jax",
-        *(name for name in arguments.engines if name != "ladder_jax"),
-    ):
-        python = found[name] = pythons.get(name, sys.executable)
-        wanted = ["ladder_jax", *NEEDS[name]]
-        look = f"import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, {wanted})))"
-        if subprocess.run([python, "-c", look]).returncode:
-            del found[name]
+        pythons[name] = path
+    for name in arguments.engines:
+        require(name in CONTENDERS, "engines", name, f"among {known}")
+    installed = {}
+    for name in dict.fromkeys(("ladder_jax", *arguments.engines)):
+        python = pythons.get(name, sys.executable)
+        modules = ["ladder_jax", *NEEDS[name]]
+        if _has_modules(python, modules):
+            installed[name] = python
+        elif name == "ladder_jax":
+            raise ConfigError(
+                f"pythons=ladder_jax={python} is not accepted: "
+                "ladder_jax is not installed there"
+            )
+        else:
             print(
-                f"{name} is left out: {python} does not have all of {', '.join(wanted)}",
+                f"{name} is left out: {python} does not have all of "
+                f"{', '.join(modules)}",
                 file=sys.stderr,
             )
-    if "ladder_jax" not in found:
-        raise ConfigError(
-            f"pythons=ladder_jax={python} is not accepted: ladder_jax is not installed there"
-        )
-    return found
+    return installed
 
 
-def compare(dtype, batch, found, arguments):
-    """{name: (tokens/s of every turn)} of one batch size; found: `find`'s."""
-    asked = dict(
+def _has_modules(python: str, modules: list[str]) -> bool:
+    """Whether a Python has all of these modules installed."""
+    look = (
+        "import importlib.util as u, sys; "
+        f"sys.exit(not all(map(u.find_spec, {modules})))"
+    )
+    return not subprocess.run([python, "-c", look]).returncode
+
+
+def compare(
+    dtype: str, batch: int, pythons: dict[str, str], arguments: Arguments
+) -> dict[str, list[float]]:
+    """Measures one batch size: {contender: tokens a second of every turn}.
+
+    Args:
+      dtype: of the weights and the computation.
+      batch: requests.
+      pythons: see `find_contenders`.
+      arguments: the benchmark's.
+    Raises ArithmeticError where contenders write other tokens than ladder_jax.
+    """
+    work = dict(
         size=arguments.size,
         dtype=dtype,
         batch=batch,
         prompt=arguments.prompt,
         tokens=arguments.tokens,
     )
+    command = ["-m", "ladder_jax.bench.peers", "contend"]
     with tempfile.TemporaryDirectory() as weights:
-        command = ["-m", "ladder_jax.bench.peers", "contend"]
         contenders = [
-            contest.Contender(
-                name, [python, *command, name, weights, json.dumps(asked)]
-            )
-            for name, python in found.items()
+            contest.Contender(name, [python, *command, name, weights, json.dumps(work)])
+            for name, python in pythons.items()
         ]
         for contender in contenders:
-            wanted, got = contenders[0].said["tokens"], contender.said["tokens"]
-            if len(got) != arguments.tokens or (
-                dtype == "float32" and got[:ALIKE] != wanted[:ALIKE]
-            ):
-                raise ArithmeticError(
-                    f"batch {batch}: {contender.name} does other work than {contenders[0].name}: "
-                    f"tokens {got[:ALIKE]}... against {wanted[:ALIKE]}..."
-                )
-        made = {name: [] for name in found}
+            _check_same_tokens(contender, contenders[0], dtype, batch, arguments.tokens)
+        rates: dict[str, list[float]] = {name: [] for name in pythons}
         for _ in range(arguments.rounds):
             for contender in contenders:
-                (one, _), (all, _) = contender.turn(2)
-                made[contender.name].append(
-                    batch * (arguments.tokens - 1) / (all - one)
-                )
+                (one_token, _), (all_tokens, _) = contender.turn(2)
+                seconds = all_tokens - one_token
+                rates[contender.name].append(batch * (arguments.tokens - 1) / seconds)
         for contender in contenders:
             contender.finish()
-    return made
+    return rates
 
 
-def run(arguments):
-    """The whole benchmark; prints a table, writes what `json` names, returns the rows."""
-    if arguments.size not in SIZES:
-        raise ConfigError(
-            f"size={arguments.size!r} is not accepted: it must be one of {', '.join(SIZES)}"
+def _check_same_tokens(
+    contender: contest.Contender,
+    ours: contest.Contender,
+    dtype: str,
+    batch: int,
+    count: int,
+) -> None:
+    expected, tokens = ours.message["tokens"], contender.message["tokens"]
+    differ = dtype == "float32" and tokens[:COMPARED] != expected[:COMPARED]
+    if len(tokens) != count or differ:
+        raise ArithmeticError(
+            f"batch {batch}: {contender.name} does other work than {ours.name}: "
+            f"tokens {tokens[:COMPARED]}... against {expected[:COMPARED]}..."
         )
-    for name in ("prompt", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(
-                f"{name}={getattr(arguments, name)} is not accepted: it must be 1 or more"
-            )
-    if arguments.tokens < 2 or min(arguments.batches, default=1) < 1:
-        raise ConfigError(
-            "tokens must be 2 or more, and every one of batches 1 or more"
-        )
-    found = find(arguments)
-    rows = []
+
+
+def run(arguments: Arguments) -> list[dict[str, Any]]:
+    """Runs the benchmark. Prints a table, writes what `arguments.json` names, and
+    returns the rows. Raises ConfigError for arguments that are not accepted."""
+    _check(arguments)
+    pythons = find_contenders(arguments)
+    cpu = machine.measure()
+    flops_per_token = 2 * multiplied_parameters(DECODE_SIZES[arguments.size])
     print(
-        f"{arguments.size}, {arguments.prompt} tokens of prompt, {arguments.tokens} new; tokens/s, median of "
-        f"{arguments.rounds} turns (least-most); ratio of ladder_jax to each, turn by turn, median"
+        f"{cpu}\n{arguments.size}, {arguments.prompt} tokens of prompt, "
+        f"{arguments.tokens} new; tokens/s, median of {arguments.rounds} turns "
+        "(least-most), of matmul; ratio of ladder_jax to each, turn by turn, median"
     )
+    rows = []
     for dtype in arguments.dtypes:
         for batch in arguments.batches:
             able = {
-                name: found[name]
-                for name in found
+                name: python
+                for name, python in pythons.items()
                 if (name, dtype) != ("llama_cpp", "bfloat16")
             }
-            made = compare(dtype, batch, able, arguments)
             cells = []
-            for name, rates in made.items():
-                ratio = float(np.median(np.divide(made["ladder_jax"], rates)))
-                rows.append(
-                    dict(
-                        dtype=dtype,
-                        batch=batch,
-                        name=name,
-                        tokens_per_s=float(np.median(rates)),
-                        turns=rates,
-                        ratio=ratio,
-                    )
+            rates = compare(dtype, batch, able, arguments)
+            for name, turns in rates.items():
+                rate = float(np.median(turns))
+                row = dict(
+                    dtype=dtype,
+                    batch=batch,
+                    name=name,
+                    tokens_per_s=rate,
+                    of_matmul=cpu.share(dtype, rate * flops_per_token),
+                    turns=turns,
+                    ratio=float(np.median(np.divide(rates["ladder_jax"], turns))),
                 )
-                cells.append(
-                    f"{name} {np.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
-                    + (f" {ratio:.2f}x" if name != "ladder_jax" else "")
-                )
+                rows.append(row)
+                cells.append(_cell(row))
             print(f"{dtype:9} batch {batch:3}: " + ", ".join(cells), flush=True)
     if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps(
-                dict(arguments=dataclasses.asdict(arguments), rows=rows), indent=1
-            )
+        results = dict(
+            arguments=dataclasses.asdict(arguments), machine=cpu._asdict(), rows=rows
         )
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
     return rows
+
+
+def _check(arguments: Arguments) -> None:
+    sizes = ", ".join(DECODE_SIZES)
+    require(arguments.size in DECODE_SIZES, "size", arguments.size, f"one of {sizes}")
+    require(arguments.prompt >= 1, "prompt", arguments.prompt, "1 or more")
+    require(arguments.rounds >= 1, "rounds", arguments.rounds, "1 or more")
+    require(arguments.tokens >= 2, "tokens", arguments.tokens, "2 or more")
+    for batch in arguments.batches:
+        require(batch >= 1, "batches", batch, "1 or more")
+    for dtype in arguments.dtypes:
+        known = ", ".join(machine.DTYPES)
+        require(dtype in machine.DTYPES, "dtypes", dtype, f"among {known}")
+
+
+def _cell(row: dict[str, Any]) -> str:
+    text = (
+        f"{row['name']} {row['tokens_per_s']:.0f} "
+        f"({min(row['turns']):.0f}-{max(row['turns']):.0f}, {row['of_matmul']:.1%})"
+    )
+    return text if row["name"] == "ladder_jax" else f"{text} {row['ratio']:.2f}x"
 
 
 if __name__ == "__main__":

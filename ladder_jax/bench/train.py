@@ -1,12 +1,18 @@
-"""Training speed beside Hugging Face transformers on PyTorch: `python -m ladder_jax.bench.train`.
+"""Compares training speed with Hugging Face transformers on PyTorch:
+`ladder-jax bench train`.
 
-Both train the same Llama (the standard residual schedule) from the same weights on the same batch, with the same AdamW
-and clipping, on one device, with all the cores that the process may use, taking turns. The first steps' losses are
-compared, so that a ratio is one of the same work. transformers runs as its Trainer would: eager, sdpa attention, fused
-AdamW, bfloat16 by autocast. This project runs `train.make_step`. Needs `pip install ladder_jax[peers]`, or `--alone`.
+Both train the same Llama (the standard residual schedule) from the same weights on the
+same batch, with the same AdamW and clipping, on one device, with all the cores that the
+process may use. They take turns. The losses of the first steps are compared, so that a
+ratio is one of the same work. transformers runs as its Trainer would: eager, sdpa
+attention, fused AdamW, bfloat16 by autocast. This project runs `train.make_step`. The
+peer needs `pip install ladder_jax[peers]`; `--alone` leaves it out.
 
-On a machine with other work the medians say who bears it better. The fastest steps on the clock, "best", and those that
-take the least of the processors' time, "a core", say who is faster; the latter with one core each (`taskset -c 0`).
+On a machine with other work the medians tell which contender bears that work better.
+The fastest steps on the clock ("best") and those that take the least processor time ("a
+core") tell which one is faster; the latter with one core each (`taskset -c 0`). "of
+matmul" is the model's FLOPs at the fastest step over the machine's own rate of matrix
+products in that dtype (machine.py).
 """
 
 import dataclasses
@@ -14,47 +20,40 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
-from ladder_jax import config as configuration
-from ladder_jax.bench import contest
-from ladder_jax.config import Config, ConfigError, Mesh, Model, Optimizer, Train
+from ladder_jax.arguments import parse
+from ladder_jax.bench import contest, machine
+from ladder_jax.bench.sizes import TRAIN_SIZES
+from ladder_jax.config import (
+    Config,
+    ConfigError,
+    Mesh,
+    Model,
+    Optimizer,
+    Train,
+    from_dict,
+    require,
+    to_dict,
+)
 from ladder_jax.hardware import malloc
 
-SIZES = {
-    "tiny": Model(
-        vocab_size=256, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=128
-    ),
-    "m10": Model(
-        vocab_size=4096,
-        dim=320,
-        layers=6,
-        heads=5,
-        kv_heads=5,
-        head_dim=64,
-        ffn_dim=896,
-    ),
-    "m125": Model(
-        vocab_size=32000,
-        dim=768,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        head_dim=64,
-        ffn_dim=2048,
-    ),
-}
+if TYPE_CHECKING:
+    from ladder_jax.model import Transformer
+
 CHECKED = 5  # first steps whose losses are compared
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of those losses, nats
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of those losses, in nats
+Step = Callable[[], float]  # trains one step and returns its loss
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Tokens a second of training, beside Hugging Face transformers on PyTorch, with the peak memory of both."""
+    """Compares tokens a second of training, and peak memory, with transformers."""
 
     sizes: tuple[str, ...] = ("m10", "m125")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -63,25 +62,27 @@ class Arguments:
     rounds: int = 12
     """Turns that each contender takes."""
     seconds: float = 2.0
-    """Length of a turn, about: one step at least."""
+    """Length of a turn, about; it has one step at least."""
     alone: bool = False
-    """Without the peer."""
+    """Measures ladder_jax without the peer."""
     json: str | None = None
     """A file for the results."""
 
 
-def config_of(size, dtype, batch=8, length=256):
-    """The Config that both sides train with."""
+def config_of(size: str, dtype: str, batch: int = 8, length: int = 256) -> Config:
+    """The Config that both contenders train with."""
+    changes: Any = dict(residual="standard", dtype=dtype)
+    model_config = dataclasses.replace(TRAIN_SIZES[size], **changes)
     return Config(
-        model=dataclasses.replace(SIZES[size], residual="standard", dtype=dtype),
+        model=model_config,
         mesh=Mesh(data=1),
         optimizer=Optimizer(lr_schedule="constant", warmup_steps=0, learning_rate=3e-4),
         train=Train(global_batch=batch, seq_len=length),
     )
 
 
-def batch_of(config):
-    """One batch of random tokens, whole sequences: the dict that a training step takes."""
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    """A batch of random tokens in whole sequences, as a training step takes it."""
     shape = config.train.global_batch, config.train.seq_len
     tokens = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32
@@ -96,11 +97,17 @@ def batch_of(config):
     )
 
 
-# ---------------------------------------------------------------- the contenders, each in its own process
+# ---------------------------------------------------------------- the contenders
 
 
-def ladder_jax(config, weights):
-    """This project. Writes its first weights to the folder `weights`, for the other side to load."""
+def ladder_jax(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
+    """Sets up this project.
+
+    Args:
+      config: what to train.
+      weights: a folder, for the initial weights that the peer loads.
+    Returns the step, and a message about the setup.
+    """
     malloc.keep_freed_memory()
     import jax
 
@@ -110,54 +117,58 @@ def ladder_jax(config, weights):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = train.init_state(config, mesh, optimizer)
-    save(state.model, weights)
-    function = train.make_step(config, mesh, optimizer)
+    save_weights(state.model, weights)
+    train_step = train.make_step(config, mesh, optimizer)
     batch = jax.device_put(
         batch_of(config), sharding.named_shardings(mesh, sharding.TOKENS)
     )
 
-    def step():
+    def step() -> float:
         nonlocal state
-        state, report = jax.block_until_ready(function(state, batch))
+        state, report = jax.block_until_ready(train_step(state, batch))
         return float(report["loss"])
 
     return step, dict(
         version=f"jax {jax.__version__}",
         parameters=sum(x.size for x in jax.tree.leaves(state.model)),
+        flops_per_token=train.flops_per_token(config.model, config.train.seq_len),
     )
 
 
-def transformers(config, weights):
-    """transformers' LlamaForCausalLM and PyTorch's AdamW, from the weights in the folder `weights`."""
+def transformers(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
+    """Sets up transformers' LlamaForCausalLM and PyTorch's AdamW; see `ladder_jax`."""
     import torch
     from transformers import __version__ as version
 
-    m, o = config.model, config.optimizer
-    model = load(m, weights)
+    optimizer_config = config.optimizer
+    model = load_llama(config.model, weights)
     model.config.use_cache = False
     model.train()
     norms = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    groups = [
-        dict(params=matrices, weight_decay=o.weight_decay),
-        dict(params=norms, weight_decay=0.0),
-    ]
     adamw = torch.optim.AdamW(
-        groups, o.learning_rate, (o.beta1, o.beta2), o.eps, fused=True
+        [
+            dict(params=matrices, weight_decay=optimizer_config.weight_decay),
+            dict(params=norms, weight_decay=0.0),
+        ],
+        optimizer_config.learning_rate,
+        (optimizer_config.beta1, optimizer_config.beta2),
+        optimizer_config.eps,
+        fused=True,
     )
-    batch = {
-        name: torch.from_numpy(value).long() for name, value in batch_of(config).items()
-    }
+    arrays = batch_of(config).items()
+    batch = {name: torch.from_numpy(array).long() for name, array in arrays}
+    mixed = config.model.dtype == "bfloat16"
 
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=m.dtype == "bfloat16"):
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = model(
                 input_ids=batch["tokens"],
                 labels=batch["targets"],
                 shift_labels=batch["targets"],
             ).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         adamw.step()
         adamw.zero_grad()
         return loss.item()
@@ -168,8 +179,8 @@ def transformers(config, weights):
     )
 
 
-def save(model, folder):
-    """Writes the parameters of a model.Transformer for `load`, one file each."""
+def save_weights(model: "Transformer", folder: str | Path) -> None:
+    """Writes a model's parameters for `load_llama`, a file each."""
     import jax
 
     from ladder_jax import sharding
@@ -182,84 +193,102 @@ def save(model, folder):
     )
 
 
-def load(config, folder):
-    """The LlamaForCausalLM (matrices [out, in]) of what `save` wrote (layers stacked); config: config.Model."""
-    import torch
+# Parameters of a layer and of the whole model -> transformers' modules.
+LAYER_MODULES = {
+    "attention.norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "mlp.norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+MODULES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "unembedding": "lm_head",
+}
+
+
+def load_llama(model_config: Model, folder: str | Path) -> Any:
+    """The LlamaForCausalLM of the parameters that `save_weights` wrote."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            max_position_embeddings=config.max_length,
+            vocab_size=model_config.vocab_size,
+            hidden_size=model_config.dim,
+            intermediate_size=model_config.ffn_dim,
+            num_hidden_layers=model_config.layers,
+            num_attention_heads=model_config.heads,
+            num_key_value_heads=model_config.kv_heads,
+            head_dim=model_config.head_dim,
+            rms_norm_eps=model_config.norm_eps,
+            rope_theta=model_config.rope_theta,
+            max_position_embeddings=model_config.max_length,
             tie_word_embeddings=False,
             attn_implementation="sdpa",
         )
     )
-    rows = {
-        "attention.norm": "input_layernorm",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "mlp.norm": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.up": "mlp.up_proj",
-        "mlp.down": "mlp.down_proj",
-    }
-    places = {
-        "embedding": "model.embed_tokens",
-        "norm": "model.norm",
-        "unembedding": "lm_head",
-    }
-    for name, place in places.items() | rows.items():
-        array = np.load(Path(folder) / f"{name}.npy")
-        for layer in range(config.layers) if name in rows else [None]:
-            path = place if layer is None else f"model.layers.{layer}.{place}"
-            value, parameter = (
-                array if layer is None else array[layer],
-                model.get_submodule(path).weight,
-            )
-            if name != "embedding":
-                value = value.reshape(
-                    parameter.shape[::-1]
-                ).T  # [D, N, H] and [N, H, D] become [in, out]
-            with torch.no_grad():
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+    def array_of(name: str) -> np.ndarray:
+        return np.load(Path(folder) / f"{name}.npy")
+
+    _copy(array_of("embedding"), model, MODULES["embedding"], transpose=False)
+    for name in ("norm", "unembedding"):
+        _copy(array_of(name), model, MODULES[name])
+    for name, module in LAYER_MODULES.items():
+        for layer, array in enumerate(array_of(name)):
+            _copy(array, model, f"model.layers.{layer}.{module}")
     return model
+
+
+def _copy(array: np.ndarray, model: Any, module: str, transpose: bool = True) -> None:
+    """Copies a parameter into a module's weight.
+
+    PyTorch's matrices are [out, in]. Ours are [in, out], and [D, N, H] or [N, H, D] in
+    attention.
+    """
+    import torch
+
+    weight = model.get_submodule(module).weight
+    if transpose:
+        array = array.reshape(weight.shape[::-1]).T
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
 CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}
 
 
-def contend(name, weights, config):
-    """What a contender's process runs; `config` as JSON."""
+def contend(name: str, weights: str, config: str) -> None:
+    """Runs a contender's process; `config` as JSON."""
     contest.quiet()
-    step, said = CONTENDERS[name](configuration.from_dict(json.loads(config)), weights)
-    contest.serve(step, said | dict(losses=[step() for _ in range(CHECKED)]))
+    step, message = CONTENDERS[name](from_dict(json.loads(config)), weights)
+    losses = [step() for _ in range(CHECKED)]
+    contest.serve(step, message | dict(losses=losses))
 
 
 # ---------------------------------------------------------------- the comparison
 
 
-def compare(size, dtype, arguments, names):
-    """The rows of one size and dtype: a dict for each contender."""
+def compare(
+    size: str, dtype: str, arguments: Arguments, names: list[str]
+) -> list[dict[str, Any]]:
+    """Measures one size and dtype. Returns a row for each contender.
+
+    Raises ArithmeticError where the contenders do not compute the same.
+    """
+    config = config_of(size, dtype, arguments.batch, arguments.length)
+    command = [sys.executable, "-m", "ladder_jax.bench.train", "contend"]
     with tempfile.TemporaryDirectory() as weights:
-        config = json.dumps(
-            configuration.to_dict(
-                config_of(size, dtype, arguments.batch, arguments.length)
-            )
-        )
-        command = [sys.executable, "-m", "ladder_jax.bench.train", "contend"]
         contenders = [
-            contest.Contender(name, [*command, name, weights, config]) for name in names
+            contest.Contender(
+                name, [*command, name, weights, json.dumps(to_dict(config))]
+            )
+            for name in names
         ]
     steps = [
         max(1, round(arguments.seconds / contender.turn(1)[0][0]))
@@ -271,55 +300,71 @@ def compare(size, dtype, arguments, names):
     ]
     tokens = arguments.batch * arguments.length
     rows = []
-    for contender, own in zip(contenders, zip(*turns)):
-        best = np.min(np.concatenate(own), axis=0)
+    for contender, own_turns in zip(contenders, zip(*turns)):
+        medians = [np.median(turn, axis=0)[0] for turn in own_turns]
+        clock, processor = np.min(np.concatenate(own_turns), axis=0)
         rows.append(
             dict(
                 size=size,
                 dtype=dtype,
                 name=contender.name,
-                **contender.said,
-                turns=[tokens / float(np.median(turn, axis=0)[0]) for turn in own],
-                best=tokens / best[0],
-                best_per_core=tokens / best[1],
+                **contender.message,
+                turns=[tokens / float(median) for median in medians],
+                tokens_per_s=float(np.median(np.divide(tokens, medians))),
+                best=tokens / float(clock),
+                best_per_core=tokens / float(processor),
                 peak_bytes=contender.finish(),
             )
         )
     for row in rows:
-        row["tokens_per_s"] = float(np.median(row["turns"]))
-        apart = np.abs(np.subtract(row["losses"], rows[0]["losses"])).max()
-        row["losses_apart"] = float(apart)
-        if apart > TOLERANCE[dtype] or row["parameters"] != rows[0]["parameters"]:
-            raise ArithmeticError(
-                f"{size} {dtype}: {row['name']} does other work than {rows[0]['name']}: "
-                f"losses {row['losses']} against {rows[0]['losses']}, "
-                f"{row['parameters']} parameters against {rows[0]['parameters']}"
-            )
+        check_same_work(row, rows[0])
     return rows
 
 
+def check_same_work(row: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Adds `losses_apart` to a row. Raises ArithmeticError where it is too large."""
+    apart = np.abs(np.subtract(row["losses"], ours["losses"])).max()
+    row["losses_apart"] = float(apart)
+    if apart > TOLERANCE[row["dtype"]] or row["parameters"] != ours["parameters"]:
+        raise ArithmeticError(
+            f"{row['size']} {row['dtype']}: {row['name']} does other work than "
+            f"{ours['name']}: losses {row['losses']} against {ours['losses']}, "
+            f"{row['parameters']} parameters against {ours['parameters']}"
+        )
+
+
+def add_shares(rows: list[dict[str, Any]], cpu: machine.Machine) -> None:
+    """Adds to each row its fastest step's share of the machine's own rate."""
+    flops = rows[0]["flops_per_token"]
+    for row in rows:
+        row["of_matmul"] = cpu.share(row["dtype"], row["best"] * flops)
+
+
 HEADER = (
-    f"{'size':6}{'dtype':10}{'contender':14}{'tokens/s':>9}  {'quartiles':13}{'best':>7}{'a core':>8}"
-    f"{'peak MB':>9}  losses apart  ladder_jax's ratios: tokens/s (turn by turn), best, a core; memory"
+    f"{'size':6}{'dtype':10}{'contender':14}{'tokens/s':>9}  {'quartiles':13}"
+    f"{'best':>7}{'of matmul':>11}{'a core':>8}{'peak MB':>9}  losses apart  "
+    "ladder_jax's ratios: tokens/s (turn by turn), best, a core; memory"
 )
 
 
-def table(rows):
-    """`compare`'s rows as text: medians of the turns, their quartiles, the fastest step, and ratios to the peer."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """`compare`'s rows as text: medians and quartiles of the turns, the fastest step,
+    and ratios to the peer."""
     lines, ours = [], rows[0]
     for row in rows:
         low, high = np.quantile(row["turns"], (0.25, 0.75))
         line = (
-            f"{row['size']:6}{row['dtype']:10}{row['name']:14}{row['tokens_per_s']:9.0f}  "
-            f"{f'{low:.0f}-{high:.0f}':13}{row['best']:7.0f}{row['best_per_core']:8.0f}"
+            f"{row['size']:6}{row['dtype']:10}{row['name']:14}"
+            f"{row['tokens_per_s']:9.0f}  {f'{low:.0f}-{high:.0f}':13}"
+            f"{row['best']:7.0f}{row['of_matmul']:11.1%}{row['best_per_core']:8.0f}"
             f"{row['peak_bytes'] / 2**20:9.0f}"
         )
         if row is not ours:
-            low, high = np.quantile(
-                np.divide(ours["turns"], row["turns"]), (0.25, 0.75)
-            )
+            turns = np.divide(ours["turns"], row["turns"])
+            low, high = np.quantile(turns, (0.25, 0.75))
             line += (
-                f"  {row['losses_apart']:<14.1e}{ours['tokens_per_s'] / row['tokens_per_s']:.2f} "
+                f"  {row['losses_apart']:<14.1e}"
+                f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f} "
                 f"({low:.2f}-{high:.2f}), {ours['best'] / row['best']:.2f}, "
                 f"{ours['best_per_core'] / row['best_per_core']:.2f}; "
                 f"{ours['peak_bytes'] / row['peak_bytes']:.2f}"
@@ -328,18 +373,13 @@ def table(rows):
     return "\n".join(lines)
 
 
-def run(arguments):
-    """The whole benchmark; returns the rows, prints them, and writes them where `arguments.json` says."""
+def run(arguments: Arguments) -> list[dict[str, Any]]:
+    """Runs the benchmark. Prints the rows, writes them where `arguments.json` says, and
+    returns them. Raises ConfigError for arguments that are not accepted."""
     for size in arguments.sizes:
-        if size not in SIZES:
-            raise ConfigError(
-                f"sizes={size!r} is not accepted: it must be among {', '.join(SIZES)}"
-            )
+        require(size in TRAIN_SIZES, "sizes", size, f"among {', '.join(TRAIN_SIZES)}")
     for dtype in arguments.dtypes:
-        if dtype not in TOLERANCE:
-            raise ConfigError(
-                f"dtypes={dtype!r} is not accepted: it must be among {', '.join(TOLERANCE)}"
-            )
+        require(dtype in TOLERANCE, "dtypes", dtype, f"among {', '.join(TOLERANCE)}")
     names = list(CONTENDERS)[: 1 if arguments.alone else None]
     missing = [
         name
@@ -351,31 +391,34 @@ def run(arguments):
             f"{' and '.join(missing)} not installed: pip install ladder_jax[peers], "
             "or --alone to measure without the peer"
         )
+    cpu = machine.measure()
+    print(cpu)
     print(HEADER, flush=True)
     rows = []
     for size in arguments.sizes:
         for dtype in arguments.dtypes:
             compared = compare(size, dtype, arguments, names)
+            add_shares(compared, cpu)
             print(table(compared), flush=True)
             rows += compared
     if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps(
-                dict(arguments=dataclasses.asdict(arguments), rows=rows), indent=1
-            )
+        results = dict(
+            arguments=dataclasses.asdict(arguments), machine=cpu._asdict(), rows=rows
         )
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
     return rows
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: a list of command-line arguments, or the process's own."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["contend"]:
         return contend(*arguments[1:])
     try:
-        run(tyro.cli(Arguments, args=arguments, prog="ladder-jax bench train"))
+        run(parse(Arguments, arguments, "bench train"))
     except (ConfigError, ArithmeticError) as error:
         sys.exit(f"ladder-jax bench train: {error}")
+    return None
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Compiles ahead of time for chips that are not here, reads the schedule back, and says what it hides."""
+"""Compiles programs for chips that are not here, and says what they hide and cost."""

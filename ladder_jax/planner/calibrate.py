@@ -1,33 +1,45 @@
-"""The H100 cost model against the published measurements: `python -m ladder_jax.planner.calibrate` prints the tables.
+"""Compares the H100 cost model with the published measurements:
+`python -m ladder_jax.planner.calibrate` prints the tables.
 
-What was measured is the reference implementation of Ladder Residual (arXiv 2501.06589; mayank31398/
-ladder-residual-inference): float16, NCCL, CUDA graphs, 8 H100 with NVLink, prompts of 1024 tokens, 512 made. It is
-modelled block by block; a step's time is
+The measurements are of the reference implementation of Ladder Residual
+(arXiv 2501.06589; mayank31398/ladder-residual-inference): float16, NCCL, CUDA graphs,
+8 H100 with NVLink, prompts of 1024 tokens, 512 new tokens. The model adds up a step
+from its blocks:
 
   block     = weights / (`hbm_efficiency` x HBM bandwidth) + OVERHEAD
-  no comm.  = blocks + the replicated unembedding + batch x ROW x (elements of the repeated keys, relative to 70B's)
+  no comm.  = blocks + the replicated unembedding
+              + batch x ROW x (elements of the repeated keys, relative to 70B's)
   standard  = no comm. + an all-reduce a block
   parallel  = no comm. + an all-reduce a layer
-  ladder    = no comm. + what of a block's all-reduce is longer than the next block + `interference` x what is hidden
+  ladder    = no comm. + the part of a block's all-reduce that the next block does not
+              cover + `interference` x the part that it covers
 
-Six numbers come from 70B on 8 GPUs (the rows called calibration, and the communication derived from them): an
-all-reduce of 16 KiB takes 24.0 us among 8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us (hence
-`collective_launch_s`, `hop_latency_s` and `link_bandwidth` in chips.CHIPS["h100"]); OVERHEAD comes from the step without communication at
-batch 1, ROW from the one at batch 64, `interference` (NCCL takes SMs and HBM bandwidth from the kernels beside it)
-from ladder at all six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and 79.7 us at
-512 KiB (405B). `hbm_efficiency` is assumed. Everything else in the tables follows from these without round_up again.
+Six numbers were fitted to 70B on 8 GPUs (the rows called calibration, and the
+communication derived from them). An all-reduce of 16 KiB takes 24.0 us among 8 GPUs and
+14.5 us among 4, one of 1 MiB 31.4 us: they give `collective_launch_s`,
+`hop_latency_s` and `link_bandwidth` of chips.CHIPS["h100"]. OVERHEAD comes from the
+step without communication at batch 1, ROW from the one at batch 64. `interference`
+(NCCL takes SMs and HBM bandwidth from the kernels beside it) comes from ladder at all
+six batches, by least squares. Between nodes an all-reduce takes 47.2 us at 32 KiB and
+79.7 us at 512 KiB (405B). `hbm_efficiency` is assumed. Nothing else in the tables is
+fitted.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ladder_jax.hardware import chips, cost
+from ladder_jax.planner import tables
 
 CHIP = chips.CHIPS["h100"]
 OVERHEAD = 13.7e-6  # seconds a block: launches, norms, rotary embedding, cache writes
-ROW = 0.155e-3  # seconds a row of the batch: attention over repeated keys and values, with a full mask
+# Seconds a row of the batch: attention over repeated keys and values, with a full mask.
+ROW = 0.155e-3
 
 
 class Model(NamedTuple):
+    """A published model."""
+
     dim: int
     layers: int
     heads: int
@@ -36,7 +48,8 @@ class Model(NamedTuple):
     vocab: int
 
 
-MODELS = {  # facts of the reference implementation's configurations
+# From the reference implementation's configurations.
+MODELS = {
     "1B": Model(1536, 40, 24, 24, 4096, 49152),
     "3B": Model(2304, 40, 32, 32, 9216, 49152),
     "8B": Model(4096, 32, 32, 8, 14336, 128256),
@@ -46,7 +59,8 @@ MODELS = {  # facts of the reference implementation's configurations
     "405B": Model(16384, 126, 128, 16, 53248, 128256),
 }
 
-# Speed-ups over standard, tokens a second. Calibration: 70B on 8 GPUs, by batch: ladder, parallel, no communication.
+# Published speed-ups over standard, in tokens a second: of ladder, parallel and no
+# communication. Calibration: 70B on 8 GPUs, by batch.
 FIT = {
     1: (1.308, 1.217, 1.429),
     4: (1.282, 1.189, 1.376),
@@ -55,7 +69,8 @@ FIT = {
     32: (1.184, 1.136, 1.297),
     64: (1.155, 1.164, 1.275),
 }
-# Check. Ladder at batch 4 on 8 GPUs (405B: 16 in two nodes), NVLink; the logs' number where the table has another.
+# Check: ladder at batch 4 on 8 GPUs (405B: 16 in two nodes) with NVLink. Where the
+# published table and the published logs differ, this is the logs' number.
 SIZES = {
     "1B": 1.557,
     "3B": 1.574,
@@ -65,101 +80,155 @@ SIZES = {
     "176B": 1.35,
     "405B": 1.31,
 }
-# Check. 405B on 16 GPUs in two nodes, by batch: ladder, parallel, no communication.
+# Check: 405B on 16 GPUs in two nodes, by batch.
 NODES = {
     1: (1.364, 1.238, 1.521),
     4: (1.308, 1.242, 1.512),
     8: (1.393, 1.286, 1.659),
     16: (1.349, 1.272, 1.632),
 }
-# All-reduces of 32 KiB among 8 H100 with NVLink, faster than NCCL's: SGLang's, vLLM's (SGLang pull request 2904).
+# Seconds of an all-reduce of 32 KiB among 8 H100 with NVLink, by SGLang's and by vLLM's
+# kernel (SGLang pull request 2904).
 LOSSLESS = (7.8e-6, 11.8e-6)
 
 
 class Step(NamedTuple):
-    """Seconds of a decode step."""
+    """Seconds of a decode step, by schedule."""
 
     standard: float
     ladder: float
     parallel: float
-    bound: float
+    bound: float  # no communication
 
 
-def step(model, gpus, batch, all_reduce=None):
-    """The `Step` of a published model; `all_reduce`: seconds of a short one, where it is not NCCL's."""
-    m = model
-    width = m.dim // m.heads
-    stream = lambda elements: 2 * elements / (CHIP.hbm_efficiency * CHIP.hbm_bandwidth)
-    attention = stream(m.dim * (2 * m.dim + 2 * m.kv_heads * width) / gpus) + OVERHEAD
-    mlp = stream(3 * m.dim * m.ffn / gpus) + OVERHEAD
-    rows = batch * ROW * (m.heads * width * m.layers / gpus) / (64 * 128 * 80 / 8)
-    attention += rows / m.layers
-    bound = m.layers * (attention + mlp) + stream(m.dim * m.vocab)
+class Row(NamedTuple):
+    """A published number beside the modelled one."""
+
+    table: str
+    case: str
+    schedule: str
+    published: float  # speed-ups over standard
+    modelled: float
+
+    @property
+    def error(self) -> float:
+        return self.modelled / self.published - 1
+
+
+def model_step(
+    model: Model, gpus: int, batch: int, all_reduce: float | None = None
+) -> Step:
+    """The modelled `Step` of a published model.
+
+    Args:
+      model: the model.
+      gpus: tensor-parallel GPUs, 8 a node.
+      batch: rows.
+      all_reduce: seconds of a short all-reduce, if it is not NCCL's.
+    """
+    head_dim = model.dim // model.heads
+
+    def read(weights: float) -> float:
+        """Seconds to read float16 weights from HBM."""
+        return 2 * weights / (CHIP.hbm_efficiency * CHIP.hbm_bandwidth)
+
+    projections = model.dim * (2 * model.dim + 2 * model.kv_heads * head_dim)
+    attention = read(projections / gpus) + OVERHEAD
+    mlp = read(3 * model.dim * model.ffn / gpus) + OVERHEAD
+    keys = model.heads * head_dim * model.layers / gpus
+    keys_of_70b = 64 * 128 * 80 / 8
+    attention += batch * ROW * keys / keys_of_70b / model.layers
+    bound = model.layers * (attention + mlp) + read(model.dim * model.vocab)
     network = cost.Network(CHIP, [gpu // 8 for gpu in range(gpus)], all_reduce)
-    reduce = network.collective(
-        "all-reduce", [list(range(gpus))], batch * m.dim * 2
-    ).seconds
+    message = batch * model.dim * 2
+    reduce = network.collective("all-reduce", [list(range(gpus))], message).seconds
     hidden = min(reduce, mlp) + min(reduce, attention)
-    ladder = bound + m.layers * (2 * reduce - hidden + CHIP.interference * hidden)
-    return Step(bound + 2 * m.layers * reduce, ladder, bound + m.layers * reduce, bound)
-
-
-def rows():
-    """(table, case, schedule, published speed-up, modelled speed-up) of every published number."""
-    made = []
-    for name, table, cases in (
-        ("calibration, 70B", FIT, lambda batch: ("70B", 8, batch)),
-        ("check, batch 4", SIZES, lambda size: (size, 16 if size == "405B" else 8, 4)),
-        ("check, 405B in two nodes", NODES, lambda batch: ("405B", 16, batch)),
-    ):
-        for case, published in table.items():
-            size, gpus, batch = cases(case)
-            modelled = step(MODELS[size], gpus, batch)
-            for schedule, value in zip(
-                ("ladder", "parallel", "bound"),
-                published if isinstance(published, tuple) else (published,),
-            ):
-                made.append(
-                    (
-                        name,
-                        f"{size}, batch {batch}",
-                        schedule,
-                        value,
-                        modelled.standard / getattr(modelled, schedule),
-                    )
-                )
-    return made
-
-
-def main():
-    """Prints the tables as Markdown."""
-    print("| | | | published | modelled | error |\n|---|---|---|---|---|---|")
-    made = rows()
-    for table, case, schedule, published, modelled in made:
-        print(
-            f"| {table} | {case} | {schedule} | {published:.3f} | {modelled:.3f} | {modelled / published - 1:+.1%} |"
-        )
-    for table in dict.fromkeys(row[0] for row in made):
-        errors = [
-            abs(modelled / published - 1)
-            for name, _, _, published, modelled in made
-            if name == table
-        ]
-        print(
-            f"\n{table}: mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}"
-        )
-    print(
-        "\n| 70B, 8 GPUs, batch | ladder over standard, NCCL | over standard, 11.8 us | over standard, 7.8 us |"
-        "\n|---|---|---|---|"
+    slowed = CHIP.interference * hidden
+    return Step(
+        standard=bound + 2 * model.layers * reduce,
+        ladder=bound + model.layers * (2 * reduce - hidden + slowed),
+        parallel=bound + model.layers * reduce,
+        bound=bound,
     )
-    for batch in FIT:
-        ladder = step(MODELS["70B"], 8, batch).ladder
-        over = [
-            step(MODELS["70B"], 8, batch, fast).standard / ladder
-            for fast in (None, *reversed(LOSSLESS))
-        ]
-        print(f"| {batch} | " + " | ".join(f"{value:.3f}" for value in over) + " |")
+
+
+def rows() -> list[Row]:
+    """Every published number, with the modelled one."""
+    return [
+        *_rows("calibration, 70B", FIT, lambda batch: ("70B", 8, batch)),
+        *_rows(
+            "check, batch 4", SIZES, lambda size: (size, 16 if size == "405B" else 8, 4)
+        ),
+        *_rows("check, 405B in two nodes", NODES, lambda batch: ("405B", 16, batch)),
+    ]
+
+
+def _rows(
+    table: str,
+    cases: dict[Any, Any],
+    setting: Callable[[Any], tuple[str, int, int]],
+) -> list[Row]:
+    """The rows of one table; `setting`: a case -> model, GPUs, batch."""
+    rows = []
+    for case, published in cases.items():
+        size, gpus, batch = setting(case)
+        step = model_step(MODELS[size], gpus, batch)
+        values = published if isinstance(published, tuple) else (published,)
+        for schedule, value in zip(("ladder", "parallel", "bound"), values):
+            modelled = step.standard / getattr(step, schedule)
+            rows.append(Row(table, f"{size}, batch {batch}", schedule, value, modelled))
+    return rows
+
+
+COLUMNS = [
+    tables.Column("table", lambda row: row.table, left=True),
+    tables.Column("case", lambda row: row.case, left=True),
+    tables.Column("schedule", lambda row: row.schedule, left=True),
+    tables.Column("published", lambda row: f"{row.published:.3f}"),
+    tables.Column("modelled", lambda row: f"{row.modelled:.3f}"),
+    tables.Column("error", lambda row: f"{row.error:+.1%}"),
+]
+
+
+def _against(name: str, all_reduce: float | None) -> tables.Column:
+    """A column: ladder's speed-up over standard with another all-reduce, by batch."""
+
+    def cell(batch: int) -> str:
+        ladder = model_step(MODELS["70B"], 8, batch).ladder
+        standard = model_step(MODELS["70B"], 8, batch, all_reduce).standard
+        return f"{standard / ladder:.3f}"
+
+    return tables.Column(name, cell)
+
+
+def markdown() -> str:
+    """The tables in Markdown."""
+    compared = rows()
+    parts = [tables.markdown_table(COLUMNS, compared)]
+    for table in dict.fromkeys(row.table for row in compared):
+        errors = [abs(row.error) for row in compared if row.table == table]
+        mean = sum(errors) / len(errors)
+        parts.append(f"{table}: mean error {mean:.1%}, largest {max(errors):.1%}")
+    over_fast = [
+        tables.Column("70B, 8 GPUs, batch", str),
+        _against("ladder over standard, NCCL", None),
+        _against("over standard, 11.8 us", LOSSLESS[1]),
+        _against("over standard, 7.8 us", LOSSLESS[0]),
+    ]
+    parts.append(tables.markdown_table(over_fast, FIT))
+    return "\n\n".join(parts)
+
+
+def page() -> str:
+    """docs/overlap/published.md."""
+    return (
+        "# The H100 model beside the published numbers\n\n"
+        "Speed-ups over the standard schedule.\n"
+        "`python -m ladder_jax.planner.calibrate` prints these tables; its docstring\n"
+        "says which numbers are fitted and to what. The model is of the reference\n"
+        "implementation, not of this project.\n\n" + markdown() + "\n"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    print(markdown())

@@ -1,35 +1,23 @@
-"""Reads a program that XLA has compiled and scheduled (`compiled.as_text()`) back into instructions.
+"""Reads the text of a program that XLA has scheduled: `compiled.as_text()`.
 
-A computation of a scheduled module lists its instructions in the order in which a device issues them. That order, and
-where the halves of asynchronous pairs stand in it, is all that timeline.py needs; this file knows XLA's text and
-nothing about time.
+A computation of a scheduled module lists its instructions in the order in which a
+device issues them. This file knows XLA's text and nothing about time; operations.py
+gives the instructions their durations.
 """
 
 import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "c64": 64,
-    "c128": 128,
-    "token": 0,
-    "opaque": 0,
-    "bf16": 16,
-}  # others: by name
+# Bits of an element, where the name of the dtype does not tell them (f32, s8, ...).
+BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 
-# Collectives by opcode. Their asynchronous forms append -start and -done, or wrap them in async-start and -done.
-WRAPPED = {
-    "async-start": "calls",
-    "fusion": "calls",
-    "custom-call-start": "called_computations",
-}  # SparseCores: last
+# Collectives by opcode. An asynchronous one is a pair of opcodes that end on -start and
+# -done, or is wrapped in another instruction.
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -39,6 +27,14 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# Opcodes that can wrap a collective -> the attribute that names the computation inside.
+WRAPPED = {
+    "async-start": "calls",
+    "fusion": "calls",
+    "custom-call-start": "called_computations",  # on SparseCores
+}
+
+Groups: TypeAlias = list[list[int]] | list[tuple[int, ...]]
 
 
 class Buffer(NamedTuple):
@@ -46,18 +42,21 @@ class Buffer(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    space: (
-        int  # XLA's memory space: 0 is the device's main memory (HBM), 1 on TPU is VMEM
-    )
+    space: int  # XLA's memory space: 0 is HBM; on TPU, 1 is VMEM
 
     @property
-    def bytes(self):
-        bits = (
-            BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0])
-            if BITS.get(self.dtype) != 0
-            else 0
-        )
-        return math.prod(self.dims) * bits // 8
+    def bytes(self) -> int:
+        return math.prod(self.dims) * bits_of(self.dtype) // 8
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element of an XLA dtype, such as bf16 or f8e4m3fn."""
+    if dtype in BITS:
+        return BITS[dtype]
+    digits = re.search(r"\d+", dtype)
+    if digits is None:
+        raise ValueError(f"the size of XLA's type {dtype!r} is not known")
+    return int(digits[0])
 
 
 @dataclass(frozen=True)
@@ -70,136 +69,163 @@ class Instruction:
     operands: tuple[str, ...]
     text: str  # everything after the operands
 
-    def named(self, key):
-        """The computation that attribute `key` (calls, body, to_apply, ...) names, or None."""
-        found = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.text)
-        return found and found[1]
+    def named(self, key: str) -> str | None:
+        """The computation that attribute `key` (calls, body, ...) names, or None."""
+        match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.text)
+        return match and match[1]
+
+    def called(self, key: str) -> str:
+        """The computation that attribute `key` names. Raises ValueError without one."""
+        name = self.named(key)
+        if name is None:
+            raise ValueError(f"{self.opcode} {self.name} has no attribute {key}")
+        return name
 
     @property
-    def scope(self):
-        """Where in the program it comes from: jax's name stack, such as jit(step)/layer3/attention/dot_general."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+    def scope(self) -> str:
+        """JAX's name stack, such as jit(step)/layer3/attention/dot_general, or ""."""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match[1] if match else ""
 
     @property
-    def cycles(self):
-        """XLA:TPU's estimate of its duration, or None."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
-        return int(found[1]) if found else None
+    def cycles(self) -> int | None:
+        """XLA:TPU's estimate of the duration."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(match[1]) if match else None
 
     @property
-    def trips(self):
-        """How often a `while` runs, as far as XLA knows, or None."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
-        return int(found[1]) if found else None
+    def trips(self) -> int | None:
+        """How often a `while` runs, if XLA knows."""
+        match = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
+        return int(match[1]) if match else None
 
     @property
-    def dims(self):
+    def dims(self) -> tuple[int, ...]:
         """Contracting dimensions of a dot's left operand."""
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", self.text)
-        return tuple(map(int, filter(None, found[1].split(",")))) if found else ()
+        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", self.text)
+        return _integers(match[1]) if match else ()
+
+
+Body: TypeAlias = dict[str, Instruction]  # a computation's instructions, in order
+
+
+class WrappedCollective(NamedTuple):
+    """A collective, and where it stands."""
+
+    kind: str  # one of COLLECTIVES
+    instruction: Instruction
+    body: Body  # the computation that `instruction` is in
 
 
 @dataclass(frozen=True)
 class Module:
-    """A scheduled program: computations by name, each a dict of instructions by name, in order."""
+    """A scheduled program: computations by name."""
 
-    computations: dict[str, dict[str, Instruction]]
+    computations: dict[str, Body]
     entry: str
     scheduled: bool
     devices: int  # that run it together
 
-    def collective(self, instruction, computation):
-        """The collective that `instruction` is or wraps, as (opcode, its instruction, its computation), or None."""
+    def collective(
+        self, instruction: Instruction, body: Body
+    ) -> WrappedCollective | None:
+        """The collective that an instruction of `body` is or wraps, or None."""
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
-            return opcode, instruction, computation
-        inside = WRAPPED.get(instruction.opcode) and instruction.named(
-            WRAPPED[instruction.opcode]
-        )
+            return WrappedCollective(opcode, instruction, body)
+        if instruction.opcode not in WRAPPED:
+            return None
+        inside = instruction.named(WRAPPED[instruction.opcode])
         return self._first_collective(inside) if inside else None
 
-    @functools.cache  # noqa: B019  a module lives as long as the report that it is read for
-    def _first_collective(self, computation):
-        for instruction in self.computations[computation].values():
-            if found := self.collective(instruction, computation):
-                return found
+    # The cache keeps the module alive: a plan reads few of them, and then ends.
+    @functools.cache  # noqa: B019
+    def _first_collective(self, computation: str) -> WrappedCollective | None:
+        body = self.computations[computation]
+        for instruction in body.values():
+            collective = self.collective(instruction, body)
+            if collective:
+                return collective
         return None
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self)
 
 
-def groups(instruction):
-    """The devices that exchange data in a collective: a list of lists of logical device numbers, or of (source, target)
-    pairs for a collective-permute. Empty: all devices together."""
+# ---------------------------------------------------------------- groups of devices
+
+
+def groups(instruction: Instruction) -> Groups:
+    """The devices that exchange data in a collective.
+
+    Returns lists of logical device numbers; for a collective-permute, (source, target)
+    pairs. An empty list: all devices together.
+    """
     text = instruction.text
-    if found := re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text):
-        return [
-            tuple(map(int, pair.split(",")))
-            for pair in re.findall(r"\{(\d+,\d+)\}", found[1])
-        ]
-    if found := re.search(
-        r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text
-    ):  # axes of a mesh, by name
-        sizes = {
-            name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])
-        }
-        inside = re.findall(r"'(\w+)'", found[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        order = [
-            list(sizes).index(name)
-            for name in [*(n for n in sizes if n not in inside), *inside]
-        ]
-        return (
-            ids.transpose(order)
-            .reshape(-1, math.prod(sizes[name] for name in inside))
-            .tolist()
-        )
-    if found := re.search(
+    if match := re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text):
+        return [_integers(pair) for pair in re.findall(r"\{(\d+,\d+)\}", match[1])]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        return _groups_of_axes(match[1], match[2])
+    if match := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
     ):
-        shape, dims, order = (
-            tuple(map(int, part.split(","))) if part else None
-            for part in found.groups()
-        )
+        shape, dims = _integers(match[1]), _integers(match[2])
         ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids if order is None else ids.transpose(order)).reshape(shape).tolist()
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
+        if match[3]:
+            ids = ids.transpose(_integers(match[3]))
+        return ids.reshape(shape).tolist()
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
         return [
-            list(map(int, group.split(",")))
-            for group in re.findall(r"\{([\d,]+)\}", found[1])
+            list(_integers(group)) for group in re.findall(r"\{([\d,]+)\}", match[1])
         ]
     return []
 
 
-def parse(text):
+def _groups_of_axes(mesh: str, axes: str) -> list[list[int]]:
+    """The groups along some axes of a mesh: ("'data'=2,'tensor'=2", "'tensor'")."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    inside = re.findall(r"'(\w+)'", axes)
+    outside = [name for name in sizes if name not in inside]
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    order = [list(sizes).index(name) for name in [*outside, *inside]]
+    members = math.prod(sizes[name] for name in inside)
+    return ids.transpose(order).reshape(-1, members).tolist()
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+# ---------------------------------------------------------------- the parser
+
+
+def parse(text: str) -> Module:
     """The `Module` of XLA's text. Raises ValueError where it is not one."""
     header = re.match(r"HloModule ([^\n]*)", text)
     if not header:
         raise ValueError(
-            "this is not the text of a compiled program: it does not start with HloModule"
+            "this is not the text of a compiled program: "
+            "it does not start with HloModule"
         )
-    computations, entry, lines = {}, None, None
+    computations: dict[str, Body] = {}
+    entry = name = None
+    lines: list[str] | None = None  # of the computation that is being read
     for line in text.splitlines():
         if lines is None:
-            # `%name (parameters) -> result {`, the parameters being dropped in newer texts
-            if line.endswith("{") and (
-                found := re.match(r"(ENTRY )?%?([\w.\-]+)(?: \(| \{)", line)
-            ):
-                name, lines = found[2], []
-                entry = name if found[1] else entry
-        elif line == "}" or line.startswith(
-            "}, execution_thread="
-        ):  # the latter run on SparseCores
-            body = filter(None, map(_instruction, lines))
-            computations[name], lines = (
-                {instruction.name: instruction for instruction in body},
-                None,
-            )
+            # `%name (parameters) -> result {`; newer texts leave out the parameters.
+            start = re.match(r"(ENTRY )?%?([\w.\-]+)(?: \(| \{)", line)
+            if start and line.endswith("{"):
+                name, lines = start[2], []
+                entry = name if start[1] else entry
+        elif line == "}" or line.startswith("}, execution_thread="):
+            # Computations with a thread of their own run on SparseCores.
+            body = [one for one in map(_instruction, lines) if one]
+            computations[str(name)] = {one.name: one for one in body}
+            lines = None
         elif line.startswith("  "):
             lines.append(line)
-        elif lines:  # texts of Pallas kernels contain line breaks
+        elif lines:
+            # The texts of Pallas kernels contain line breaks.
             lines[-1] += line
     if entry is None:
         raise ValueError("this program has no entry computation")
@@ -212,24 +238,25 @@ def parse(text):
     )
 
 
-def _instruction(line):
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
+def _instruction(line: str) -> Instruction | None:
+    """Reads `%name = outputs opcode(operands), attributes`; None for another line."""
+    name = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not name:
         return None
-    rest = line[found.end() :]
+    rest = line[name.end() :]
     end = _close(rest, 0) if rest[0] == "(" else rest.index(" ") - 1
     outputs, rest = rest[: end + 1], rest[end + 1 :].lstrip()
     opcode = rest[: rest.index("(")]
     end = _close(rest, len(opcode))
-    operands = (
-        ()
-        if opcode in ("constant", "parameter")
-        else tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]))
+    operands: list[str] = []
+    if opcode not in ("constant", "parameter"):
+        operands = re.findall(r"%([\w.\-]+)", rest[len(opcode) : end])
+    return Instruction(
+        name[1], opcode, _buffers(outputs), tuple(operands), rest[end + 1 :]
     )
-    return Instruction(found[1], opcode, _buffers(outputs), operands, rest[end + 1 :])
 
 
-def _close(text, start):
+def _close(text: str, start: int) -> int:
     """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
@@ -239,15 +266,14 @@ def _close(text, start):
     raise ValueError(f"parentheses do not close in {text[:80]!r}")
 
 
-def _buffers(text):
-    found = re.findall(
-        r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?", re.sub(r"/\*.*?\*/", "", text)
+def _buffers(text: str) -> tuple[Buffer, ...]:
+    """The arrays of a result's type, such as (bf16[4,8]{1,0:S(1)}, u32[])."""
+    without_comments = re.sub(r"/\*.*?\*/", "", text)
+    arrays = re.findall(
+        r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?", without_comments
     )
-    return tuple(
-        Buffer(
-            dtype,
-            tuple(map(int, filter(None, dims.split(",")))),
-            int(space[1]) if (space := re.search(r"S\((\d+)\)", layout)) else 0,
-        )
-        for dtype, dims, layout in found
-    )
+    buffers = []
+    for dtype, dims, layout in arrays:
+        space = re.search(r"S\((\d+)\)", layout)
+        buffers.append(Buffer(dtype, _integers(dims), int(space[1]) if space else 0))
+    return tuple(buffers)

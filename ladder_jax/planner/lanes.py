@@ -1,134 +1,145 @@
 """Draws timelines: what a device computes and what it sends, one above the other."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ladder_jax.planner.scopes import place_of
+from ladder_jax.planner.timeline import Timeline
+
 BLOCKS = {"attention": "#4c78a8", "mlp": "#72b7b2", "attention+mlp": "#5f97ad"}
 HIDDEN, EXPOSED, OTHER = "#59a14f", "#e15759", "#bab0ac"
+COMPUTE_LANE, SEND_LANE = (1.05, 0.8), (0.15, 0.8)  # bottom and height
+US = 1e6  # microseconds in a second
 
 
-def draw(path, timelines):
-    """Writes a PNG with a pair of lanes for every timeline: compute above, communication below.
+class Bar(NamedTuple):
+    """A stretch of a lane. Seconds from the lane's start."""
 
-    Two layers from the middle of the stack are shown, for as long as the longest timeline takes for them. Green is sent
-    while the device is at work (prefetching weights included), red is waited for.
+    start: float
+    end: float
+    color: str
+
+
+class Lanes(NamedTuple):
+    """The two lanes of a timeline."""
+
+    seconds: float  # their length
+    compute: list[Bar]
+    send: list[Bar]  # bars of exposed time lie over those of the whole transfer
+
+
+def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
+    """Writes a PNG with two lanes for every timeline: compute above communication.
+
+    Two layers from the middle of the stack are shown, for as long as the slowest
+    timeline takes for them. Green: the device works while it sends (or would wait for
+    prefetched weights in any case). Red: it waits for the transfer.
 
     Args:
       path: of the PNG.
-      timelines: (title, timeline.Timeline, block_of) for each, with plan.block_of.
+      timelines: (title, timeline) of each pair of lanes.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
 
-    pieces = [
-        (title, _middle(played, block_of)) for title, played, block_of in timelines
-    ]
-    longest = max(end - start for _, (start, end, *_) in pieces) * 1e6
+    titled = [(title, lanes_of(timeline)) for title, timeline in timelines]
+    longest = max(lanes.seconds for _, lanes in titled)
     figure, axes = plt.subplots(
-        len(pieces),
+        len(titled),
         1,
-        figsize=(12, 0.5 + 1.1 * len(pieces)),
+        figsize=(12, 0.5 + 1.1 * len(titled)),
         sharex=True,
         squeeze=False,
     )
-    for ax, (title, (first, end, spans, collectives)) in zip(axes[:, 0], pieces):
-        for start, stop, part in spans:
-            ax.broken_barh(
-                [((start - first) * 1e6, (stop - start) * 1e6)],
-                (1.05, 0.8),
-                color=BLOCKS.get(part, OTHER),
-            )
-        for start, stop, waits in collectives:
-            ax.broken_barh(
-                [((start - first) * 1e6, (stop - start) * 1e6)],
-                (0.15, 0.8),
-                color=HIDDEN,
-            )
-            for a, b in waits:
-                if min(b, stop) > max(a, start):
-                    ax.broken_barh(
-                        [
-                            (
-                                (max(a, start) - first) * 1e6,
-                                (min(b, stop) - max(a, start)) * 1e6,
-                            )
-                        ],
-                        (0.15, 0.8),
-                        color=EXPOSED,
-                    )
+    for ax, (title, lanes) in zip(axes[:, 0], titled):
+        _draw_bars(ax, lanes.compute, COMPUTE_LANE)
+        _draw_bars(ax, lanes.send, SEND_LANE)
         ax.set(
             ylim=(0, 2),
-            xlim=(0, longest),
+            xlim=(0, longest * US),
             yticks=[0.55, 1.45],
             yticklabels=["communicates", "computes"],
         )
-        ax.set_title(f"{title}: {(end - first) * 1e6:,.0f} us", loc="left", fontsize=10)
+        ax.set_title(f"{title}: {lanes.seconds * US:,.0f} us", loc="left", fontsize=10)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False, labelsize=8)
     axes[-1, 0].set_xlabel("microseconds, two layers from the middle of the stack")
-    names = {
-        "attention": BLOCKS["attention"],
-        "MLP": BLOCKS["mlp"],
-        "sent while it works": HIDDEN,
-        "waited for": EXPOSED,
-    }
-    figure.legend(
-        handles=[Patch(color=color, label=name) for name, color in names.items()],
-        ncols=4,
-        fontsize=8,
-        loc="upper right",
-        frameon=False,
-    )
+    _draw_legend(figure)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_size_inches()[1]))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _middle(played, block_of):
-    """(start, end, spans, collectives) of two layers from the middle: spans as (start, end, block), collectives as
-    (start, end, the waits)."""
-    blocks = [(span, *block_of(span.scope)[1:]) for span in played.spans]
-    layers = list(dict.fromkeys(layer for _, layer, _ in blocks if layer))
-    if (
-        len(layers) > 3
-    ):  # XLA mixes neighbours: a layer begins here with what its attention computes longest
-        middle = (len(layers) - 1) // 2
-        attention = (
-            [
-                span
-                for span, layer, part in blocks
-                if layer == name
-                and part.startswith("attention")
-                and span.name != "prefetch"
-            ]
-            for name in (layers[middle], layers[middle + 2])
-        )
-        start, end = (
-            max(spans, key=lambda span: span.end - span.start).start
-            for spans in attention
-        )
-    else:
-        inside = [span for span, layer, _ in blocks if layer]
-        start, end = inside[0].start, max(span.end for span in inside)
-    spans = [
-        (max(span.start, start), min(span.end, end), part)
-        for span, _, part in blocks
-        if span.end > start and span.start < end
-    ]
-    waits = [
-        (a, b)
-        for a, b in zip(
-            [s.end for s in played.spans], [s.start for s in played.spans[1:]]
-        )
-        if b - a > 1e-9
-    ]
-    return (
-        start,
-        end,
-        spans,
-        [
-            (max(c.start, start), min(c.end, end), waits)
-            for c in played.collectives
-            if c.end > start and c.start < end
-        ],
+def _draw_bars(ax: Any, bars: list[Bar], lane: tuple[float, float]) -> None:
+    for bar in bars:
+        stretch = (bar.start * US, (bar.end - bar.start) * US)
+        ax.broken_barh([stretch], lane, color=bar.color)
+
+
+def _draw_legend(figure: Any) -> None:
+    from matplotlib.patches import Patch
+
+    names = {
+        "attention": BLOCKS["attention"],
+        "MLP": BLOCKS["mlp"],
+        "sent while the device works": HIDDEN,
+        "the device waits": EXPOSED,
+    }
+    handles = [Patch(color=color, label=name) for name, color in names.items()]
+    figure.legend(
+        handles=handles, ncols=4, fontsize=8, loc="upper right", frameon=False
     )
+
+
+def lanes_of(timeline: Timeline) -> Lanes:
+    """The lanes of two layers from the middle of a timeline's stack."""
+    start, end = _middle(timeline)
+
+    def bars(stretches: list[tuple[float, float, str]]) -> list[Bar]:
+        """Cuts (start, end, color) to the two layers."""
+        cut = [
+            Bar(max(a, start) - start, min(b, end) - start, color)
+            for a, b, color in stretches
+        ]
+        return [bar for bar in cut if bar.end > bar.start]
+
+    compute = [
+        (span.start, span.end, BLOCKS.get(place_of(span.scope).block, OTHER))
+        for span in timeline.spans
+    ]
+    send = []
+    for one in timeline.collectives:
+        send.append((one.start, one.end, HIDDEN))
+        send += [
+            (max(a, one.start), min(b, one.end), EXPOSED) for a, b in timeline.waits
+        ]
+    return Lanes(end - start, bars(compute), bars(send))
+
+
+def _middle(timeline: Timeline) -> tuple[float, float]:
+    """(start, end) of two layers from the middle of the stack; of few layers, of all.
+
+    XLA mixes neighbouring layers. Here a layer begins with the longest instruction of
+    its attention.
+    """
+    spans = [(span, place_of(span.scope)) for span in timeline.spans]
+    layers = list(dict.fromkeys(place.layer for _, place in spans if place.layer))
+    if len(layers) <= 3:
+        inside = [span for span, place in spans if place.layer]
+        return inside[0].start, max(span.end for span in inside)
+
+    def begins(layer: str) -> float:
+        attention = [
+            span
+            for span, place in spans
+            if place.layer == layer
+            and place.block.startswith("attention")
+            and span.name != "prefetch"
+        ]
+        return max(attention, key=lambda span: span.end - span.start).start
+
+    middle = (len(layers) - 1) // 2
+    return begins(layers[middle]), begins(layers[middle + 2])

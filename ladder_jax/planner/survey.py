@@ -1,100 +1,229 @@
-"""The tables of docs/overlap.md: `python -m ladder_jax.planner.survey decode` prints one, a row a plan.
+"""Plans the rows of docs/overlap and writes its tables.
 
-python -m ladder_jax.planner.survey prefill --recipes llama3_8b --targets v5p:2x2x2 --schedules ladder standard
+    python -m ladder_jax.planner.survey decode
+    python -m ladder_jax.planner.survey prefill --recipes llama3_8b --targets v5p:2x2x2
+    python -m ladder_jax.planner.survey compare
+    python -m ladder_jax.planner.survey tables
+
+`decode`, `prefill` and `train` plan a row for every recipe, target, shape and schedule;
+`compare` plans residual schedules side by side; `tables` plans nothing and writes the
+tables of the rows that there are. Each row is written as soon as it is planned. A row
+that the same code has planned with the same jaxlib is left out, unless `--again`.
 """
 
 import argparse
+import ast
 import dataclasses
+import datetime
+import hashlib
+import itertools
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ladder_jax.config import ConfigError, Mesh, from_recipe
 from ladder_jax.hardware import aot
+from ladder_jax.planner import calibrate, records
+from ladder_jax.planner.records import Record
 
-TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")
+if TYPE_CHECKING:
+    from ladder_jax.planner.plan import Request
+
+# Modules that import JAX are imported inside functions: `aot.prepare` must run before.
+
 SHAPES = {
     "decode": ("1x2048", "16x2048", "64x2048"),
     "prefill": ("1x1024", "4x2048"),
     "train": ("1x2048",),
 }
-HEADER = """| | batch x context | schedule, reduction | step | compute | sent | hidden | exposed | at least | \
-of the hideable, hidden |
-|---|---|---|---|---|---|---|---|---|---|"""
+TENSOR = 8
+PACKAGE = Path(__file__).resolve().parent.parent
+# What `compare` plans: recipe, target, batch, reduction.
+COMPARED = [
+    ("llama3_70b", "h100:1x8", 1, "psum"),
+    ("llama3_70b", "h100:1x8", 16, "psum"),
+    ("llama3_70b", "h100:1x8", 64, "psum"),
+    ("llama3_70b", "v5p:2x2x2", 16, "auto"),
+]
+# The files of ladder_jax that decide what a plan says.
+PLANNED_BY = (
+    *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
+    *("optimizer.py", "schedule.py", "sharding.py", "train.py"),
+    *("hardware/*.py", "residual/*.py"),
+    *(f"planner/{name}.py" for name in ("hlo", "operations", "plan", "report")),
+    *(f"planner/{name}.py" for name in ("scopes", "stack", "timeline")),
+)
 
 
-def row(recipe, target, workload, shape, schedule, reduction="auto"):
-    """One line of the table: the plan of a recipe's model, tensor-parallel over 8 devices. Times in microseconds."""
-    from ladder_jax.planner import plan
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; `arguments`: the process's own by default."""
+    args = parse(arguments)
+    aot.prepare()
+    if args.what == "tables":
+        write_tables(args.folder)
+        return
+    for record in survey(args):
+        print(
+            f"{record.recipe} {record.target} {record.workload} "
+            f"{record.batch}x{record.context} {record.schedule} {record.reduction}: "
+            f"{record.error or f'step {record.step_us:,.0f} us'}"
+        )
+        sys.stdout.flush()
+
+
+def write_tables(folder: str | Path) -> None:
+    """Writes the tables of a folder's CSV file, and that of the calibration."""
+    records.write(folder, records.read(folder))
+    (Path(folder) / "published.md").write_text(calibrate.page(), encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[*SHAPES, "compare", "tables"])
+    parser.add_argument("--recipes", nargs="+", default=["llama3_8b", "llama3_70b"])
+    parser.add_argument("--targets", nargs="+", default=records.SLICES)
+    parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
+    parser.add_argument("--schedules", nargs="+", default=["ladder"])
+    parser.add_argument("--reduction", default="auto")
+    parser.add_argument("--again", action="store_true", help="plan all rows anew")
+    parser.add_argument("--folder", default="docs/overlap")
+    return parser.parse_args(arguments)
+
+
+def survey(args: argparse.Namespace) -> Iterator[Record]:
+    """Plans the rows that are missing, and yields each after it has been written."""
+    rows = {record.key: record for record in records.read(args.folder)}
+    jaxlib, code = _jaxlib(), code_version()
+    for request, all_reduce in requests(args):
+        record = dataclasses.replace(
+            request_record(request, all_reduce), jaxlib=jaxlib, code=code
+        )
+        before = rows.get(record.key)
+        up_to_date = before and (before.jaxlib, before.code) == (jaxlib, code)
+        if up_to_date and not args.again:
+            continue
+        rows[record.key] = record = plan_record(record, request, all_reduce)
+        records.write(args.folder, rows.values())
+        yield record
+
+
+def requests(args: argparse.Namespace) -> Iterator[tuple["Request", float | None]]:
+    """The requests of a command line, with the `all_reduce` of cost.Network."""
+    if args.what == "compare":
+        from ladder_jax.planner import compare
+
+        for recipe, target, batch, reduction in COMPARED:
+            request = make_request(
+                recipe, target, "decode", f"{batch}x2048", "standard", reduction
+            )
+            for variant in compare.variants(request):
+                yield variant.request, variant.all_reduce
+        return
+    shapes = args.shapes or SHAPES[args.what]
+    for recipe, target, shape, schedule in itertools.product(
+        args.recipes, args.targets, shapes, args.schedules
+    ):
+        request = make_request(
+            recipe, target, args.what, shape, schedule, args.reduction
+        )
+        yield request, None
+
+
+def make_request(
+    recipe: str, target: str, workload: str, shape: str, schedule: str, reduction: Any
+) -> "Request":
+    """The request to plan a recipe's model, tensor-parallel over eight devices.
+
+    Args:
+      recipe: its name in configs/.
+      target: see aot.parse.
+      workload: "decode", "prefill" or "train".
+      shape: batch x context, such as "4x2048".
+      schedule: the residual schedule.
+      reduction: mesh.reduction.
+    """
+    from ladder_jax.planner.plan import Request
 
     config = from_recipe(f"configs/{recipe}.py")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, residual=schedule),
-        mesh=Mesh(data=-1, tensor=8, reduction=reduction),
+        mesh=Mesh(data=-1, tensor=TENSOR, reduction=reduction),
     )
-    batch, context = map(int, shape.split("x"))
-    request = plan.Request(recipe, config, aot.parse(target), workload, batch, context)
+    batch, _, context = shape.partition("x")
+    if not (batch.isdigit() and context.isdigit()):
+        raise ConfigError(
+            f"shapes={shape!r} is not accepted: it must be batch x context, "
+            "such as 4x2048"
+        )
+    return Request(
+        recipe, config, aot.parse(target), workload, int(batch), int(context)
+    )
+
+
+def request_record(request: "Request", all_reduce: float | None) -> Record:
+    """The row of a request, without its result."""
+    mesh_config = request.config.mesh
+    return Record(
+        recipe=request.recipe,
+        target=request.target.name,
+        workload=request.workload,
+        batch=request.batch,
+        context=request.context,
+        tensor=mesh_config.tensor,
+        schedule=request.config.model.residual,
+        mesh_reduction=mesh_config.reduction,
+        all_reduce_us=round((all_reduce or 0.0) * 1e6, 3),
+    )
+
+
+def plan_record(record: Record, request: "Request", all_reduce: float | None) -> Record:
+    """Plans a request and adds the result to its row."""
+    from ladder_jax.planner import plan, report
+
+    today = datetime.date.today().isoformat()
     try:
         with aot.silence():
             compiled = plan.build(request)
     except ConfigError as error:
-        return f"| {recipe}, {target} | {shape} | {schedule} | {error} | | | | | | |"
-    made = plan.report(compiled, plan.read(compiled))
-    total = made["totals"]
-    sent, exposed, least = (
-        total[f"{name}_us"] for name in ("communication", "exposed", "unavoidable")
-    )
-    share = (
-        f"{min((sent - exposed) / (sent - least), 1):.0%}"
-        if sent - least > 0.01 * sent
-        else "-"
-    )
-    numbers = [
-        f"{total[f'{name}_us']:,.0f}"
-        for name in (
-            "step",
-            "compute",
-            "communication",
-            "hidden",
-            "exposed",
-            "unavoidable",
-        )
-    ]
-    return (
-        f"| {recipe}, {target} | {shape} | {schedule}, {made['reduction']} | "
-        + " | ".join([*numbers, share])
-        + " |"
+        return dataclasses.replace(record, error=str(error), date=today)
+    planned = report.make_report(compiled, report.make_timeline(compiled, all_reduce))
+    totals = planned["totals"] | dict(sent_us=planned["totals"]["communication_us"])
+    return dataclasses.replace(
+        record,
+        reduction=planned["reduction"],
+        date=today,
+        **{name: round(totals[name], 3) for name in records.TIMES},
     )
 
 
-def main():
-    """Prints a table as Markdown, line by line as it is made."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workload", choices=SHAPES)
-    parser.add_argument("--recipes", nargs="+", default=["llama3_8b", "llama3_70b"])
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
-    parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
-    parser.add_argument("--schedules", nargs="+", default=["ladder"])
-    parser.add_argument("--reduction", default="auto")
-    chosen = parser.parse_args()
-    aot.prepare()
-    print(HEADER)
-    for recipe in chosen.recipes:
-        for target in chosen.targets:
-            for shape in chosen.shapes or SHAPES[chosen.workload]:
-                for schedule in chosen.schedules:
-                    print(
-                        row(
-                            recipe,
-                            target,
-                            chosen.workload,
-                            shape,
-                            schedule,
-                            chosen.reduction,
-                        )
-                    )
-                    sys.stdout.flush()
+def code_version(package: Path = PACKAGE) -> str:
+    """A hash of the code that decides what a plan says; comments and docstrings do not
+    count."""
+    digest = hashlib.sha256()
+    for pattern in PLANNED_BY:
+        for path in sorted(package.glob(pattern)):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            digest.update(ast.dump(_without_docstrings(tree)).encode())
+    return digest.hexdigest()[:8]
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return tree
+
+
+def _jaxlib() -> str:
+    import jaxlib
+
+    return jaxlib.__version__
 
 
 if __name__ == "__main__":

@@ -1,362 +1,326 @@
-"""Plays a scheduled program back on a clock, to see what its communication hides behind.
+"""Plays a scheduled program on a clock, to see what its communication hides behind.
 
-A device issues the instructions of its program one after another. A synchronous collective stops it until it has ended;
-an asynchronous one occupies links, in the order in which such collectives are started, while the instructions between
-its start and its done are computed; its done waits for what is left. Two that share a link send one after the other,
-the second's latency behind the first's bytes.
+A device issues its operations one after another. A synchronous collective stops the
+device until the transfer has ended. An asynchronous one uses links while the operations
+between its start and its done are computed; its done waits for the rest:
 
-  window     what is computed, or waited for from HBM, between a collective's start and its done
-  exposed    the part of a collective's transfer during which the device waits for it alone
-  hidden     the rest of its transfer: the device is at work meanwhile
+    device   | start | product ............ | done: wait | next
+    links            | transfer ........................ |
+                       hidden                 exposed
 
-On TPU, weights are prefetched from HBM into VMEM by asynchronous copies: these get the HBM bandwidth that the
-instructions meanwhile leave, and their done waits for what is left in the same way. While a collective is waited for,
-HBM goes on; what a prefetch therefore need not be waited for later, that collective has not cost. So the exposed time
-of asynchronous collectives is what the step would save if they took no time. A synchronous one is exposed in full.
+Two collectives that share a link send one after the other; the latency of the second
+runs while the first still sends.
+
+On TPU, XLA prefetches weights from HBM into VMEM by asynchronous copies. They get the
+HBM bandwidth that the instructions meanwhile leave, the oldest first, and their done
+waits for the rest. HBM goes on while the device waits for a collective, so that such a
+wait may shorten a later wait for a prefetch.
+
+Hence `play` runs the clock twice: once as scheduled, and once with asynchronous
+collectives that take no time.
+
+    exposed   what the step would save if its asynchronous collectives took no time: the
+              difference of the two clocks; and the whole time of synchronous ones
+    compute   the rest of the step: instructions, and waits for prefetched weights
+
+A short stack stands for a deep one, so that operations count differently from layer to
+layer (`Operation.count`), and the difference of two weighted sums would mean nothing.
+`attribute` therefore takes it wait by wait, and a wait counts with its own layer.
 """
 
-import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ladder_jax.hardware.cost import traffic
+from ladder_jax.hardware.cost import Transfer
 from ladder_jax.planner import hlo
-
-FREE = {
-    "parameter",
-    "constant",
-    "bitcast",
-    "get-tuple-element",
-    "tuple",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "opt-barrier",
-    "optimization-barrier",
-}
+from ladder_jax.planner import operations as ops
+from ladder_jax.planner.hlo import Body, Instruction, Module
 
 
 @dataclass
 class Collective:
-    """One collective of the schedule; times in seconds, of one execution."""
+    """One collective of the schedule. Times in seconds, of one execution."""
 
-    name: str
-    kind: str
-    scope: str
-    bytes: int
-    groups: list
-    arrays: (
-        int  # how many results it has: more than one where XLA merged several into it
-    )
-    asynchronous: bool
-    seconds: float
-    count: float = 1.0  # executions that it stands for
-    window: float = 0.0
-    exposed: float = 0.0
-    start: float = 0.0  # on the clock, when its transfer begins
-    end: float = 0.0
-    alone: float = 0.0  # of `seconds`, what is not the time of a transfer that began before it on other links
+    operation: ops.StartCollective
+    start: float  # on the clock, when its transfer begins
+    end: float
+    window: float = 0.0  # the device works so long between its start and its done
+    exposed: float = 0.0  # the device waits so long during its transfer
+    unoverlapped: float = 0.0  # its transfer while no earlier one runs on other links
 
     @property
-    def hidden(self):
+    def name(self) -> str:
+        return self.operation.name
+
+    @property
+    def kind(self) -> str:
+        return self.operation.kind
+
+    @property
+    def scope(self) -> str:
+        return self.operation.scope
+
+    @property
+    def bytes(self) -> int:
+        return self.operation.bytes
+
+    @property
+    def groups(self) -> hlo.Groups:
+        return self.operation.groups
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.operation.asynchronous
+
+    @property
+    def count(self) -> float:
+        return self.operation.count
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+    @property
+    def hidden(self) -> float:
         return max(self.seconds - self.exposed, 0.0)
 
 
-@dataclass
-class Stall:
-    """A wait for asynchronous collectives, as far as it is exposed. Seconds."""
-
-    start: float
-    end: float
-    left: float
-    weight: float
-    scope: str
-    shares: list  # of (collective, its transfer meanwhile)
-
-
 class Span(NamedTuple):
-    """A stretch of the compute lane."""
+    """A stretch of time in which the device works, or waits for prefetched weights."""
 
-    name: str
+    name: str  # of the instruction, or "prefetch"
     scope: str
     start: float
     end: float
-    count: float
+    executions: float  # in a full step
+
+
+@dataclass
+class Event:
+    """A stretch of the device's time: it works or waits. Waits may have length 0."""
+
+    kind: str  # "compute", "prefetch" or "collective": what it works on or waits for
+    operation: ops.Operation
+    start: float
+    end: float
+    exposed: float = 0.0  # of a wait for a collective: what counts, see `attribute`
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
 
 
 @dataclass
 class Timeline:
-    """What the clock saw. Totals weigh every instruction by the executions that it stands for."""
+    """A step of the program. Totals weigh every operation by its count. Seconds."""
 
-    collectives: list[Collective] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    compute: float = 0.0  # seconds
-    stalled: float = 0.0  # seconds waiting for collectives
-    prefetch: float = 0.0  # seconds waiting for prefetched weights
+    collectives: list[Collective]
+    events: list[Event]
+
+    @property
+    def step(self) -> float:
+        return sum(event.seconds * event.operation.count for event in self.events)
+
+    @property
+    def exposed(self) -> float:
+        """What communication adds to the step."""
+        return sum(event.exposed * event.operation.count for event in self.events)
+
+    @property
+    def compute(self) -> float:
+        """Instructions and waits for prefetched weights."""
+        return self.step - self.exposed
+
+    @property
+    def prefetch(self) -> float:
+        """Waits for prefetched weights."""
+        return sum(
+            (span.end - span.start) * span.executions
+            for span in self.spans
+            if span.name == "prefetch"
+        )
+
+    @property
+    def spans(self) -> list[Span]:
+        """When the device works. The part of a wait that is not exposed counts as a
+        prefetch: without communication the device would wait for weights instead."""
+        return list(self._spans())
+
+    def _spans(self) -> Iterator[Span]:
+        for event in self.events:
+            name, start = event.kind, event.start
+            if event.kind == "compute":
+                name = event.operation.name
+            elif event.kind == "collective":
+                name, start = "prefetch", event.start + event.exposed
+            if event.end > start:
+                operation = event.operation
+                yield Span(name, operation.scope, start, event.end, operation.count)
+
+    @property
+    def waits(self) -> list[tuple[float, float]]:
+        """(start, end) of the exposed part of every wait for a collective."""
+        return [
+            (event.start, event.start + event.exposed)
+            for event in self.events
+            if event.exposed > 0
+        ]
 
 
 def play(
-    module,
-    seconds,
-    hbm_seconds,
-    collective,
-    count=lambda scope: 1.0,
-    trips=lambda loop: loop.trips or 1,
-):
-    """The `Timeline` of a scheduled module.
+    module: Module,
+    seconds: Callable[[Instruction, Body], float],
+    hbm_seconds: Callable[[int], float],
+    collective: Callable[[str, hlo.Groups, int], Transfer],
+    count: Callable[[str], float] = lambda scope: 1.0,
+    trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1,
+) -> Timeline:
+    """Plays a scheduled module. Arguments: those of `operations.operations`."""
+    listed = ops.operations(module, seconds, hbm_seconds, collective, count, trips)
+    real, free = _Clock(), _Clock(asynchronous_is_free=True)
+    for operation in listed:
+        real.run(operation)
+        free.run(operation)
+    attribute(real.events, free.events, real.collectives)
+    _find_unoverlapped(real.collectives)
+    return Timeline(real.collectives, real.events)
+
+
+# ---------------------------------------------------------------- the clock
+
+
+@dataclass
+class _Clock:
+    """One play of a list of operations."""
+
+    asynchronous_is_free: bool = False  # asynchronous collectives take no time
+    now: float = 0.0
+    busy: float = 0.0  # `now` without the waits for collectives
+    events: list[Event] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    links: dict[object, float] = field(default_factory=dict)  # when each is free
+    # By the name of the start: a collective and `busy` at its start; HBM's seconds left
+    # for a prefetch, the oldest first.
+    started: dict[str, tuple[Collective, float]] = field(default_factory=dict)
+    prefetches: dict[str, float] = field(default_factory=dict)
+
+    def run(self, operation: ops.Operation) -> None:
+        match operation:
+            case ops.Compute():
+                self.drain(operation.spare_hbm)
+                self.spend("compute", operation, operation.seconds)
+            case ops.StartPrefetch():
+                self.prefetches[operation.name] = operation.seconds
+            case ops.EndPrefetch():
+                left = self.end_prefetch(operation.started)
+                self.spend("prefetch", operation, left)
+            case ops.StartCollective():
+                self.start(operation)
+            case ops.EndCollective():
+                collective, busy = self.started.pop(operation.started)
+                collective.window += self.busy - busy
+                self.wait(operation, collective)
+
+    def spend(self, kind: str, operation: ops.Operation, seconds: float) -> None:
+        """Lets time pass, and records what the device does meanwhile."""
+        end = self.now + seconds
+        self.events.append(Event(kind, operation, self.now, end))
+        self.now = end
+        if kind != "collective":
+            self.busy += seconds
+
+    def drain(self, spare: float) -> None:
+        """Gives `spare` seconds of HBM to the prefetches, the oldest first."""
+        for name, left in self.prefetches.items():
+            used = min(left, spare)
+            self.prefetches[name] -= used
+            spare -= used
+
+    def end_prefetch(self, name: str) -> float:
+        """Ends a prefetch and all older ones. Returns HBM's seconds left for them."""
+        waited = 0.0
+        for other in self.prefetches:
+            waited += self.prefetches[other]
+            self.prefetches[other] = 0.0
+            if other == name:
+                break
+        self.prefetches.pop(name, None)
+        return waited
+
+    def start(self, operation: ops.StartCollective) -> None:
+        transfer = operation.transfer
+        if operation.asynchronous and self.asynchronous_is_free:
+            transfer = Transfer(0.0, 0.0)
+        free = [self.links.get(link, 0.0) for link in transfer.links]
+        start = max([self.now, *free])
+        collective = Collective(operation, start, start + transfer.seconds)
+        self.links |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
+        self.collectives.append(collective)
+        self.started[operation.name] = collective, self.busy
+        if not operation.asynchronous:
+            self.wait(operation, collective)
+
+    def wait(self, operation: ops.Operation, collective: Collective) -> None:
+        """Waits for the end of a collective; HBM goes on with the prefetches."""
+        seconds = max(collective.end - self.now, 0.0)
+        self.drain(seconds)
+        self.spend("collective", operation, seconds)
+
+
+# ---------------------------------------------------------------- attribution
+
+
+def attribute(
+    real: list[Event], free: list[Event], collectives: list[Collective]
+) -> None:
+    """Divides the exposed time among the waits (`Event.exposed`) and the collectives
+    (`Collective.exposed`, `window`).
+
+    The events of both clocks are those of the same operations. A wait in `real` that is
+    longer than in `free` is exposed, unless a later wait for a prefetch is that much
+    shorter: then the device would have waited for HBM in any case. Such a saving counts
+    against the latest waits first.
 
     Args:
-      module: an hlo.Module.
-      seconds: (instruction, computation's instructions) -> how long it computes.
-      hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
-      collective: (kind, groups, bytes) -> cost.Transfer.
-      count: how many executions an instruction stands for, by its scope.
-      trips: a while instruction -> the trips that it stands for.
+      real: the events of the schedule.
+      free: those with asynchronous collectives that take no time.
+      collectives: those of `real`.
     """
-    return _Player(module, seconds, hbm_seconds, collective, count, trips).run()
+    exposed: list[Event] = []
+    for event, other in zip(real, free, strict=True):
+        if event.kind == "collective" and event.seconds > 0:
+            event.exposed = event.seconds
+            # A synchronous collective is exposed in full: nothing is taken off it.
+            if isinstance(event.operation, ops.EndCollective):
+                exposed.append(event)
+        elif event.kind == "prefetch":
+            saved = other.seconds - event.seconds
+            while saved > 0 and exposed:
+                taken = min(saved, exposed[-1].exposed)
+                exposed[-1].exposed -= taken
+                saved -= taken
+                if not exposed[-1].exposed:
+                    exposed.pop()
+    for event in real:
+        if event.kind == "collective" and event.seconds > 0:
+            _share(event, collectives)
 
 
-class _Player:
-    def __init__(self, module, seconds, hbm_seconds, collective, count, trips):
-        self.module, self.seconds, self.hbm_seconds = module, seconds, hbm_seconds
-        self.cost, self.count, self.trips = collective, count, trips
-        self.timeline = Timeline()
-        self.now = self.busy = 0.0
-        self.free = {}  # link -> when it is free
-        self.flying = {}  # name of the start -> (collective, busy time at its start)
-        self.copies = {}  # name of the start -> seconds of HBM that are left, in order
-        self.unaided = {}  # the same, had no asynchronous collective been waited for
-        self.stalls = []
-        self.weight, self.scope = 1.0, ""
-
-    def run(self):
-        self.computation(self.module.entry, 1.0)
-        reached = 0.0
-        for made in sorted(self.timeline.collectives, key=lambda made: made.start):
-            made.alone = max(0.0, made.end - max(made.start, reached))
-            reached = max(reached, made.end)
-        self.timeline.spans.sort(key=lambda span: span.start)
-        return self.timeline
-
-    def computation(self, name, weight):
-        body = self.module.computations[name]
-        for instruction in body.values():
-            self.scope = instruction.scope or self.scope
-            self.weight = weight * self.count(self.scope)
-            self.step(instruction, body)
-
-    def step(self, instruction, body):
-        opcode = instruction.opcode
-        if opcode == "while":
-            self.computation(
-                instruction.named("body"), self.weight * self.trips(instruction)
-            )
-        elif opcode in ("call", "async-start") and not self.module.collective(
-            instruction, None
-        ):
-            self.computation(
-                instruction.named("to_apply") or instruction.named("calls"), self.weight
-            )
-        elif opcode == "conditional":
-            # the branch that computes most
-            names = re.findall(
-                r"%([\w.\-]+)",
-                (
-                    re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-                    or re.match("", "")
-                )[0],
-            ) or [
-                instruction.named("true_computation"),
-                instruction.named("false_computation"),
-            ]
-            longest = max(
-                names,
-                key=lambda n: sum(
-                    self.seconds(i, self.module.computations[n])
-                    for i in self.module.computations[n].values()
-                ),
-            )
-            self.computation(longest, self.weight)
-        elif opcode in ("copy-start", "slice-start"):
-            moved = (
-                instruction.outputs[1]
-                if opcode == "slice-start"
-                else instruction.outputs[0]
-            )
-            self.copies[instruction.name] = self.unaided[instruction.name] = (
-                self.hbm_seconds(moved.bytes)
-            )
-        elif opcode in ("copy-done", "slice-done"):
-            self.finish_copy(instruction.operands[0])
-        elif _is_done(instruction):
-            self.finish(instruction, body)
-        elif (found := self.module.collective(instruction, None)) and (
-            opcode != "fusion" or instruction.name.startswith("async-collective-start")
-        ):
-            kind, inner, where = found
-            self.start(
-                instruction,
-                kind,
-                inner,
-                self.module.computations[where] if where else body,
-            )
-        elif opcode not in FREE:
-            self.compute(instruction, body)
-
-    def compute(self, instruction, body):
-        duration = self.seconds(instruction, body)
-        if not duration:
-            return
-        own = min(duration, self.hbm_seconds(traffic(self.module, instruction, body)))
-        self.drain(duration - own, self.copies, self.unaided)
-        self.timeline.spans.append(
-            Span(
-                instruction.name, self.scope, self.now, self.now + duration, self.weight
-            )
-        )
-        self.now += duration
-        self.busy += duration
-        self.timeline.compute += duration * self.weight
-
-    # prefetches
-
-    def drain(self, spare, *queues):
-        """Gives `spare` seconds of HBM to the copies under way, the oldest first."""
-        for queue in queues:
-            rest = spare
-            for name, left in queue.items():
-                used = min(left, rest)
-                queue[name] -= used
-                rest -= used
-
-    def finish_copy(self, name):
-        waited, unaided = (
-            _finish(queue, name) for queue in (self.copies, self.unaided)
-        )
-        if waited:
-            self.timeline.spans.append(
-                Span("prefetch", self.scope, self.now, self.now + waited, self.weight)
-            )
-            self.now += waited
-            self.busy += waited
-            self.timeline.compute += waited * self.weight
-            self.timeline.prefetch += waited * self.weight
-        self.forgive(unaided - waited)
-
-    def forgive(self, seconds):
-        """So long a prefetch would have been waited for now, had collectives not been: they are not to blame for it."""
-        while seconds > 0 and self.stalls:
-            stall = self.stalls[-1]
-            spent = min(seconds, stall.left)
-            for made, share in stall.shares:
-                made.exposed -= share * spent / (stall.end - stall.start)
-                made.window += share * spent / (stall.end - stall.start)
-            stall.left -= spent
-            seconds -= spent
-            self.timeline.spans.append(
-                Span(
-                    "prefetch",
-                    stall.scope,
-                    stall.start + stall.left,
-                    stall.start + stall.left + spent,
-                    stall.weight,
-                )
-            )
-            self.timeline.stalled -= spent * stall.weight
-            self.timeline.compute += spent * stall.weight
-            self.timeline.prefetch += spent * stall.weight
-            if not stall.left:
-                self.stalls.pop()
-
-    # collectives
-
-    def start(self, instruction, kind, inner, inside):
-        groups = hlo.groups(inner) or [list(range(self.module.devices))]
-        size = sum(
-            buffer.bytes for name in inner.operands for buffer in inside[name].outputs
-        )
-        if kind == "all-gather":
-            size *= len(groups[0])
-        paired = inner.opcode.endswith("-start") or instruction.opcode in hlo.WRAPPED
-        asynchronous = paired and '"is_sync":true' not in instruction.text
-        transfer = self.cost(kind, groups, size)
-        made = Collective(
-            instruction.name,
-            kind,
-            self.scope,
-            size,
-            groups,
-            len(inner.operands),
-            asynchronous,
-            transfer.seconds,
-            self.weight,
-        )
-        made.start = max(
-            [self.now, *(self.free.get(link, 0.0) for link in transfer.links)]
-        )
-        made.end = made.start + transfer.seconds
-        self.free |= dict.fromkeys(transfer.links, made.start + transfer.bandwidth_s)
-        self.timeline.collectives.append(made)
-        self.flying[instruction.name] = made, self.busy
-        if not asynchronous:
-            self.wait(made)
-            if not paired:
-                del self.flying[instruction.name]
-
-    def finish(self, instruction, body):
-        name = self._started_by(instruction, body)
-        made, busy = self.flying.pop(name)
-        made.window += self.busy - busy
-        self.wait(made)
-
-    def wait(self, made):
-        if made.end <= self.now:
-            return
-        length, shares = made.end - self.now, []
-        for other in self.timeline.collectives:
-            if (share := min(other.end, made.end) - max(other.start, self.now)) > 0:
-                other.exposed += share
-                shares.append((other, share))
-        self.drain(length, self.copies)
-        if made.asynchronous:
-            self.stalls.append(
-                Stall(self.now, made.end, length, self.weight, self.scope, shares)
-            )
-        else:
-            self.drain(length, self.unaided)
-        self.timeline.stalled += length * self.weight
-        self.now = made.end
-
-    def _started_by(self, instruction, body):
-        """The name of the start that a done belongs to: its operand, perhaps through tuples and fused continuations."""
-        queue = list(instruction.operands)
-        while queue:
-            name = queue.pop(0)
-            if name in self.flying:
-                return name
-            queue.extend(body[name].operands if name in body else ())
-        raise ValueError(
-            f"the schedule ends a collective that it did not start: {instruction.name}"
-        )
+def _share(wait: Event, collectives: list[Collective]) -> None:
+    """Adds a wait to the collectives that transfer meanwhile."""
+    exposed = wait.exposed / wait.seconds
+    for collective in collectives:
+        end, start = min(collective.end, wait.end), max(collective.start, wait.start)
+        if end > start:
+            collective.exposed += (end - start) * exposed
+            collective.window += (end - start) * (1 - exposed)
 
 
-def _finish(copies, name):
-    """Ends copy `name` and those before it; the seconds that they had left."""
-    waited = 0.0
-    for other in copies:
-        waited += copies[other]
-        copies[other] = 0.0
-        if other == name:
-            break
-    copies.pop(name, None)
-    return waited
-
-
-def _is_done(instruction):
-    return (
-        instruction.opcode.removesuffix("-done") in hlo.COLLECTIVES
-        and instruction.opcode.endswith("-done")
-        or instruction.opcode in ("async-done", "custom-call-done")
-        or instruction.opcode == "fusion"
-        and instruction.name.startswith("async-collective-done")
-    )
+def _find_unoverlapped(collectives: list[Collective]) -> None:
+    """Sets `Collective.unoverlapped`: simultaneous transfers count once."""
+    reached = 0.0
+    for collective in sorted(collectives, key=lambda one: one.start):
+        start = max(collective.start, reached)
+        collective.unoverlapped = max(0.0, collective.end - start)
+        reached = max(reached, collective.end)

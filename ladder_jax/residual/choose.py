@@ -5,7 +5,7 @@ rounds, as JAX traces them, so there is no second list that could go out of date
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model
 from ladder_jax.hardware import chips, cost
-from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS
+from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Like, Policy
 from ladder_jax.sharding import TENSOR
 
 # Seconds that a TPU computes for each message beyond the first, to cut it out and to
@@ -54,7 +54,8 @@ def rounds(name: str, n: int, size: int) -> list[list[Send]]:
     """
 
     def program(value: jax.Array) -> Any:
-        state, steps, _ = REDUCTIONS[name](value)
+        start, steps, _ = REDUCTIONS[name](value)
+        state = start(value)
         for step in steps:
             # names mark where a round starts: one for each array of the state
             state = jax.tree.map(lambda x: checkpoint_name(x, "round"), state)
@@ -262,7 +263,7 @@ def network_of(
     return cost.Network(chip, places, all_reduce)
 
 
-def reduction_for(name: str, model_config: Model, mesh: jax.sharding.Mesh) -> Any:
+def reduction_for(name: str, model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
     """What the model takes for mesh.reduction=`name`: `name`, or "auto"'s choice.
 
     Raises ConfigError where XLA cannot compile the reduction for the mesh.
@@ -289,10 +290,8 @@ def _has_delays(model_config: Model) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
-def auto_reduction(
-    model_config: Model, mesh: jax.sharding.Mesh
-) -> str | Callable[[jax.Array], str]:
-    """The reductions that suit a model on a mesh: a name, or a function of the partial.
+def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
+    """The reductions that suit a model on a mesh: a name, or a Policy by message.
 
     It is psum on machines that the cost model does not know, CPUs among them.
     """
@@ -308,9 +307,8 @@ def auto_reduction(
         blocks = block_seconds(model_config, network.chip, rows, tensor)
         return choose_reduction(network, groups, size, hides, blocks)
 
-    def reduction(value: jax.Array) -> str:
+    def name_for(value: Like) -> str:
         rows = value.size // value.shape[-1] if value.ndim else 1
         return choose(rows, value.size * value.dtype.itemsize)
 
-    reduction.in_order = network.chip.in_order  # type: ignore[attr-defined]
-    return reduction
+    return Policy(name_for, network.chip.in_order)

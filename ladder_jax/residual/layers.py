@@ -1,12 +1,12 @@
 """Runs a model's blocks along the residual stream, as a schedule says.
 
-The stream is kept as three things: the sum of what has been added, the reduced partials that are not yet due, and the
-newest partial, not yet reduced. A partial's reduction starts where the next block starts, so that it can run behind
-that block's compute, and is waited for only by the block that reads it. All of it crosses the layer scan's boundary.
+`run` goes through the layers, in `lax.scan` or one after another; `run_block` is what a
+schedule with delays means, `run_desync_block` what desync means.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,303 +14,313 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import sharding
+from ladder_jax.residual.overlap import Overlap
 from ladder_jax.residual.reductions import (
-    AsyncReduction,
-    BackwardReduction,
+    Policy,
     copy_to_tensor_axis,
     reduce,
     with_gradient_of,
 )
+from ladder_jax.residual.stream import Stream, backward_reduction
+from ladder_jax.schedule import Block, Schedule
+
+Remat = Callable[..., Any] | None  # a policy of jax.checkpoint; None: no remat
+# (x_BTD, progress, read_BR) -> (partial_BTD, output): a block with its parameters.
+ComputeBlock = Callable[..., tuple[jax.Array, Any]]
 
 
-class Stream(NamedTuple):
-    """The residual stream between two blocks; arrays are [B, T, D]."""
+class Rows(NamedTuple):
+    """The positions along T, [B, R], that a block computes; None: all of them."""
 
-    total: jax.Array | None  # all that has been added (None: zero)
-    pending: tuple = ()  # not yet added, oldest first: sums, or AsyncReduction while they are being made
-    partial: jax.Array | None = None  # the newest block's, not yet reduced
-    ahead: jax.Array | None = (
-        None  # zeros; their cotangent is that of the next block's input, not yet reduced
-    )
-
-    def read(self, delay, reduction):
-        """The sum that a block with this delay sees, and the stream afterwards. Starts the newest reduction."""
-        pending = self.pending
-        if self.partial is not None:
-            pending += (AsyncReduction(self.partial, reduction),)
-        due = max(len(pending) - delay, 0)
-        total = _sum(self.total, *map(_arrived, pending[:due]))
-        return total, Stream(total, pending[due:])
-
-    def returning(self, delay, reduction):
-        """The `BackwardReduction` of the next block's cotangent, if its delay is such that this block does without it."""
-        if not delay or sharding.axis_size(sharding.TENSOR) == 1:
-            return None
-        fresh = (
-            self.partial is not None
-        )  # between blocks; inside of one, its own partial is still to come
-        later = (*self.pending, self.partial) if fresh else (*self.pending, None)
-        due = later[: max(len(later) - delay, 0)]
-        return BackwardReduction(
-            (
-                self.total,
-                *(x.partial if isinstance(x, AsyncReduction) else x for x in due),
-            ),
-            reduction,
-        )
-
-    def behind(self, returning, product, *operands, name="product"):
-        """`product(*operands)`, of activations, with a round of a reduction under way behind it: of the oldest partial
-        in the forward pass, of `returning` in the backward pass. `name` is what policies of `remat` know it by."""
-        if returning is not None:
-            operands = returning.behind(operands)
-        made = product(*operands)
-        flying = [
-            x for x in self.pending if isinstance(x, AsyncReduction) and not x.done
-        ]
-        return checkpoint_name(flying[0].behind(made) if flying else made, name)
-
-    def landed(self):
-        """The same stream with nothing under way, fit to cross a scan's boundary."""
-        return self._replace(pending=tuple(map(_arrived, self.pending)))
-
-    def shape(self):
-        """Which of its parts there are, to compare streams by."""
-        return (
-            self.total is not None,
-            len(self.pending),
-            self.partial is not None,
-            self.ahead is not None,
-        )
-
-    def reshape(self, shape, delay, reduction):
-        """The same stream with the parts that `shape` names, for a block with this delay: zeros are put in, what is too
-        old is added."""
-        _, pending, has_partial, has_ahead = shape
-        surplus = max(len(self.pending) - pending, 0)
-        total, kept = _sum(self.total, *self.pending[:surplus]), self.pending[surplus:]
-        zero = jnp.zeros_like(self.partial if total is None else total)
-        made = Stream(
-            zero if total is None else total,
-            (zero,) * (pending - len(kept)) + kept,
-            zero if has_partial and self.partial is None else self.partial,
-        )
-        if not has_ahead:
-            return made
-        returning = made.returning(delay, reduction)
-        return made._replace(
-            ahead=self.ahead
-            if returning is None or self.ahead is not None
-            else returning.start()
-        )
+    partial: jax.Array | None = None  # of its partial
+    stream: jax.Array | None = None  # of the stream after it
 
 
-def take(x, read_BR):
-    """`x` [B, T, ...] at the positions `read_BR` [B, R] along T: [B, R, ...]; all of it where they are None."""
+def take(x: jax.Array, read_BR: jax.Array | None) -> jax.Array:
+    """`x` [B, T, ...] at the positions `read_BR` along T; all of `x` if it is None."""
     if read_BR is None:
         return x
-    return jnp.take_along_axis(
-        x, read_BR.reshape(*read_BR.shape, *(1,) * (x.ndim - 2)), axis=1
-    )
+    index = read_BR.reshape(*read_BR.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
 
 
-def _arrived(pending):
-    return (
-        checkpoint_name(pending.wait(), "reduced")
-        if isinstance(pending, AsyncReduction)
-        else pending
-    )
+def run_block(
+    stream: Stream,
+    block: Block,
+    next_delay: int,
+    compute: ComputeBlock,
+    reduction: str | Policy,
+    rows: Rows,
+) -> tuple[Stream, Any]:
+    """Reads the stream, computes a block beside the reductions in progress, and writes.
+
+    Args:
+      stream: the stream before the block.
+      block: its delay says how much of the stream it reads.
+      next_delay: the delay of the block after it.
+      compute: the block's computation.
+      reduction: a name in REDUCTIONS, or a Policy.
+      rows: the positions that are computed.
+
+    Returns:
+      The stream after the block, with the block's partial not yet reduced, and
+      compute's output.
+    """
+    x_BTD, sums, newest = stream.split(block.delay, reduction)
+    total_BTD = take(x_BTD, rows.stream)
+    if stream.token is None:
+        x_BTD = copy_to_tensor_axis(x_BTD, reduction)
+    else:
+        x_BTD = with_gradient_of(x_BTD, stream.token)
+    newer = sums if newest is None else (*sums, newest.partial)
+    backward = backward_reduction(total_BTD, newer, next_delay, reduction)
+    overlap = Overlap(newest, backward)
+    partial_BTD, output = compute(overlap.enter(x_BTD), overlap.progress, rows.partial)
+    partial_BTD = overlap.leave(partial_BTD)
+    token = None if backward is None else backward.next_input()
+    if newest is not None:
+        sums = (*sums, newest.wait())
+    return Stream(total_BTD, sums, partial_BTD, token), output
 
 
-def _sum(*values):
-    total = None
-    for value in values:
-        if value is not None:
-            total = value if total is None else total + value
-    return total
+def run_desync_block(
+    stream: Stream,
+    block: Block,
+    compute: ComputeBlock,
+    reduction: str | Policy,
+    rows: Rows,
+) -> tuple[Stream, Any]:
+    """Computes a block on this tensor shard's own stream, and adds the shard's partial.
+
+    If the block reduces, the streams of all shards are equal afterwards: the sum of the
+    partials and, by the mean rule, the mean of the streams.
+    """
+    x_BTD = stream.read(reduction)
+    partial_BTD, output = compute(x_BTD, Overlap(None, None).progress, rows.partial)
+    total_BTD = take(x_BTD, rows.stream)
+    if not block.reduce:
+        return Stream(total_BTD + partial_BTD), output
+    mean_share = total_BTD / sharding.axis_size(sharding.TENSOR)
+    mean_BTD = checkpoint_name(reduce(partial_BTD + mean_share, reduction), "reduced")
+    return Stream(copy_to_tensor_axis(mean_BTD, reduction)), output
 
 
 def run(
-    schedule,
-    embedded_BTD,
-    layers,
-    apply,
+    schedule: Schedule,
+    embedded_BTD: jax.Array,
+    layers: Any,
+    compute: Callable[..., tuple[jax.Array, Any]],
     *,
-    reduction="psum",
-    remat=None,
-    unroll=False,
-    read_BR=None,
-):
-    """The final residual stream of a model.
+    reduction: str | Policy,
+    remat: Remat = None,
+    unroll: bool = False,
+    read_BR: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The residual stream after a model's last block.
 
     Args:
-      schedule: a schedule.Schedule.
+      schedule: the residual schedule.
       embedded_BTD: the embedding's partial over the tensor axis.
-      layers: a tree whose leaves lead with a layer dimension (run in `lax.scan` wherever layers repeat), or a list of
-        trees, one a layer (run one after another, for compilers that copy slices of a stack).
-      apply: (layer tree, block, x_BTD, behind, read_BR) -> (partial_BTD, output). It calls its matrix products through
-        `behind`, so that reductions under way run behind them; `output` is collected by layer and block. With `read_BR`
-        its partial is of those positions of x_BTD alone.
-      reduction: of reductions.REDUCTIONS.
+      layers: a tree whose leaves lead with a layer dimension (`lax.scan` runs repeated
+        layers), or a list of trees, one a layer (they run one after another: compilers
+        copy each slice of a stack).
+      compute: (layer tree, block, x_BTD, progress, read_BR) -> (partial_BTD, output).
+        It calls `progress` (overlap.Overlap) between its products. With `read_BR` its
+        partial is of those positions of x_BTD alone.
+      reduction: a name in REDUCTIONS, or a Policy.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
-      unroll: whether the compiled program has a scan's layers written out one after another.
-      read_BR: the positions along T of which the stream after the last block is wanted, or None for all. What the last
-        block with attention does not see is wanted of them alone: its own partial, those after it and, with delays,
-        those just before it. Lists of layers compute and reduce no more. A scan's layers are alike, and to cut off the
-        last ones would copy the rest of the stack: there the last reduction alone is of these positions.
+      unroll: whether the compiled program repeats a scan's body for every layer.
+      read_BR: the positions along T of which the caller reads the result, or None for
+        all. A list's last blocks then compute no others (`narrow_blocks`). A scan's
+        layers are alike: there the last reduction alone is of these positions.
 
     Returns:
-      The stream after the last block [B, T or R, D], ready for column-parallel work, and the outputs: a tuple with an
-      entry for every block of a layer, stacked by layer, or a list of such tuples where `layers` is a list.
+      The stream after the last block [B, T or R, D], ready for column-parallel work,
+      and the outputs: a tuple with an entry for every block of a layer, stacked by
+      layer, or a list of such tuples if `layers` is a list.
     """
-    shared = lambda value: copy_to_tensor_axis(value, reduction)
-    stream = Stream(None, (), embedded_BTD)
+
+    def run_layer(
+        stream: Stream,
+        layer: Any,
+        blocks: Sequence[Block],
+        next_delay: int,
+        rows: Sequence[Rows],
+    ) -> tuple[Stream, tuple[Any, ...]]:
+        outputs = []
+        next_delays = [*(block.delay for block in blocks[1:]), next_delay]
+        for block, following, some in zip(blocks, next_delays, rows):
+            compute_block = partial(compute, layer, block)
+            # Profiles and the planner tell blocks apart by this name.
+            with jax.named_scope("+".join(block.parts)):
+                if schedule.local:
+                    stream, output = run_desync_block(
+                        stream, block, compute_block, reduction, some
+                    )
+                else:
+                    stream, output = run_block(
+                        stream, block, following, compute_block, reduction, some
+                    )
+            outputs.append(output)
+        return stream, tuple(outputs)
+
     with jax.named_scope("embedding"):
-        if schedule.local:
-            stream = Stream(shared(reduce(embedded_BTD, reduction)))
-        elif schedule.layers[0][
-            0
-        ].delay:  # the first block sees the embedding whatever its delay
-            stream = Stream(reduce(embedded_BTD, reduction))
-
-    ends = (
-        narrowing(schedule) if read_BR is not None and isinstance(layers, list) else ()
-    )
-
-    def run_layer(stream, layer, blocks, next_delay, first=0):
-        outputs = []
-        for number, (block, following) in enumerate(
-            zip(blocks, [*(block.delay for block in blocks[1:]), next_delay]), first
-        ):
-            with jax.named_scope(
-                "+".join(block.parts)
-            ):  # profiles and plan.py tell the blocks apart by it
-                ahead = stream.ahead
-                x_BTD, stream = stream.read(block.delay, reduction)
-                asked_BR = read_BR if number in ends else None
-                if number in ends[-1:]:
-                    stream = stream._replace(total=take(stream.total, read_BR))
-                if not schedule.local:
-                    x_BTD = (
-                        shared(x_BTD)
-                        if ahead is None
-                        else with_gradient_of(x_BTD, ahead)
-                    )
-                returning = stream.returning(following, reduction)
-                partial_BTD, output = apply(
-                    layer, block, x_BTD, partial(stream.behind, returning), asked_BR
-                )
-                ahead = None if returning is None else returning.start()
-            if schedule.local:
-                total = _write_local(stream.total, partial_BTD, block.reduce, reduction)
-                stream = Stream(shared(total) if block.reduce else total)
-            else:
-                stream = stream._replace(partial=partial_BTD, ahead=ahead)
-            outputs.append(output)
-        return stream.landed(), tuple(outputs)
-
-    def delay_after(layer):
-        return (
-            schedule.layers[layer + 1][0].delay
-            if layer + 1 < len(schedule.layers)
-            else 0
-        )
-
+        stream = _first_stream(schedule, embedded_BTD, reduction)
     if isinstance(layers, list):
-        outputs = []
-        for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
-            step = lambda stream, layer, i=index, blocks=blocks: run_layer(
-                stream, layer, blocks, delay_after(i), i * len(blocks)
-            )
-            with jax.named_scope(f"layer{index}"):
-                stream, output = _remat(step, remat)(stream, layer)
-            outputs.append(output)
+        stream, outputs = _run_list(schedule, stream, layers, run_layer, remat, read_BR)
     else:
-        pieces = []
-        for start, stop, period in repeats(schedule.layers):
-            pattern = schedule.layers[start : start + period]
-            first_delay = pattern[0][0].delay
-            delays = [delay_after(start + i) for i in range(period)]
-            if stop - start > period:
-                delays[-1] = first_delay
-
-            def step(stream, group, pattern=pattern, delays=delays):
-                outputs = []
-                for i, blocks in enumerate(pattern):
-                    one = lambda stream, group, i=i, blocks=blocks: run_layer(
-                        stream, jax.tree.map(lambda x: x[i], group), blocks, delays[i]
-                    )
-                    stream, output = _remat(one, remat)(stream, group)
-                    outputs.append(output)
-                return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
-
-            group = jax.tree.map(
-                lambda x, a=start, b=stop, p=period: _groups(x, a, b, p), layers
-            )
-            if stop - start == period:
-                stream, output = step(stream, jax.tree.map(lambda x: x[0], group))
-            else:
-                if not schedule.local:
-                    stream = stream.reshape(
-                        _settled(stream.shape(), pattern), first_delay, reduction
-                    )
-                with jax.named_scope(f"layers{start}to{stop - 1}"):
-                    stream, output = lax.scan(step, stream, group, unroll=unroll)
-                output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
-            pieces.append(output)
-        outputs = (
-            pieces[0]
-            if len(pieces) == 1
-            else jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        stream, outputs = _run_scans(
+            schedule, stream, layers, run_layer, reduction, remat, unroll
         )
         stream = jax.tree.map(lambda x: take(x, read_BR), stream)
-
     with jax.named_scope("last"):
-        x_BTD, _ = stream.read(0, reduction)
-        return (x_BTD if schedule.local else shared(x_BTD)), outputs
+        x_BTD = stream.read(reduction)
+        if not schedule.local:
+            x_BTD = copy_to_tensor_axis(x_BTD, reduction)
+        return x_BTD, outputs
 
 
-def narrowing(schedule):
-    """The numbers of the blocks that see all positions, but whose partials are wanted of those that are read alone: the
-    last with attention, which begins the last layer, and those before it that it does not see."""
+def _first_stream(
+    schedule: Schedule, embedded_BTD: jax.Array, reduction: str | Policy
+) -> Stream:
+    """The stream before the first block, which reads the embedding for any delay."""
+    if schedule.local:
+        total_BTD = reduce(embedded_BTD, reduction)
+        return Stream(copy_to_tensor_axis(total_BTD, reduction))
+    if schedule.layers[0][0].delay:
+        return Stream(reduce(embedded_BTD, reduction))
+    return Stream(partial=embedded_BTD)
+
+
+# (stream, layer tree, blocks, delay of the block after them, rows by block) -> (stream
+# after the layer, outputs by block)
+RunLayer = Callable[..., tuple[Stream, tuple[Any, ...]]]
+
+
+def _run_list(
+    schedule: Schedule,
+    stream: Stream,
+    layers: list[Any],
+    run_layer: RunLayer,
+    remat: Remat,
+    read_BR: jax.Array | None,
+) -> tuple[Stream, list[Any]]:
+    """Runs one layer after another; outputs are a list, by layer."""
+    narrow = range(0) if read_BR is None else narrow_blocks(schedule)
+    first, outputs = 0, []
+    for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
+        next_delay = _delay_after(schedule, index)
+        rows = []
+        for number in range(first, first + len(blocks)):
+            partial_BR = read_BR if number in narrow else None
+            stream_BR = read_BR if number in narrow[-1:] else None
+            rows.append(Rows(partial_BR, stream_BR))
+        step = partial(run_layer, blocks=blocks, next_delay=next_delay, rows=rows)
+        with jax.named_scope(f"layer{index}"):
+            stream, output = _remat(step, remat)(stream, layer)
+        outputs.append(output)
+        first += len(blocks)
+    return stream, outputs
+
+
+def _run_scans(
+    schedule: Schedule,
+    stream: Stream,
+    layers: Any,
+    run_layer: RunLayer,
+    reduction: str | Policy,
+    remat: Remat,
+    unroll: bool,
+) -> tuple[Stream, Any]:
+    """Runs each stretch of repeated layers in a `lax.scan`; outputs are stacked."""
+    pieces = []
+    for start, stop, period in repeats(schedule.layers):
+        pattern = schedule.layers[start : start + period]
+        next_delays = [_delay_after(schedule, start + i) for i in range(period)]
+        group = partial(_group, start=start, stop=stop, period=period)
+        groups = jax.tree.map(group, layers)
+        if stop - start == period:
+            step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
+            stream, output = step(stream, jax.tree.map(lambda x: x[0], groups))
+        else:
+            first_delay = next_delays[-1] = pattern[0][0].delay
+            step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
+            if not schedule.local:
+                count = carried_sums(pattern)
+                stream = stream.as_carry(count, first_delay, reduction)
+            with jax.named_scope(f"layers{start}to{stop - 1}"):
+                stream, output = lax.scan(step, stream, groups, unroll=unroll)
+            output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+            if first_delay != _delay_after(schedule, stop - 1):
+                # The token's reduction is for a block with the first delay.
+                stream = stream._replace(token=None)
+        pieces.append(output)
+    if len(pieces) == 1:
+        return stream, pieces[0]
+    return stream, jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+
+
+def _run_pattern(
+    run_layer: RunLayer,
+    remat: Remat,
+    pattern: Sequence[Sequence[Block]],
+    next_delays: Sequence[int],
+    stream: Stream,
+    group: Any,
+) -> tuple[Stream, Any]:
+    """Runs the layers of a pattern, which are the rows of `group`'s leaves."""
+    outputs = []
+    for i, (blocks, next_delay) in enumerate(zip(pattern, next_delays)):
+
+        def step(
+            stream: Stream,
+            group: Any,
+            i: int = i,
+            blocks: Sequence[Block] = blocks,
+            next_delay: int = next_delay,
+        ) -> tuple[Stream, Any]:
+            # Inside remat, which then saves no copy of the layer's slice.
+            layer = jax.tree.map(lambda x: x[i], group)
+            rows = [Rows()] * len(blocks)
+            return run_layer(stream, layer, blocks, next_delay, rows)
+
+        stream, output = _remat(step, remat)(stream, group)
+        outputs.append(output)
+    return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+
+
+def narrow_blocks(schedule: Schedule) -> range:
+    """The numbers of the blocks that read all positions but write only those read last.
+
+    They are the last block with attention, which begins the last layer, and the blocks
+    before it that it does not read. The blocks after it compute nothing else.
+    """
     last = sum(map(len, schedule.layers[:-1]))
     return range(max(last - schedule.layers[-1][0].delay, 0), last + 1)
 
 
-def _write_local(total, partial, reduced, reduction):
-    """Desync: a tensor shard adds its own partial to its own stream, until a reduction makes the streams equal again.
+def carried_sums(pattern: Sequence[Sequence[Block]]) -> int:
+    """How many sums a Stream has wherever a scan repeats `pattern`.
 
-    The mean rule: the new stream is the sum of the partials and the mean of the shards' streams.
+    A block with delay d leaves d of the sums before its partial, or fewer; each block
+    after it adds one.
     """
-    if not reduced:
-        return total + partial
-    mean_share = total / sharding.axis_size(sharding.TENSOR)
-    return checkpoint_name(reduce(partial + mean_share, reduction), "reduced")
+    blocks = [block for layer in pattern for block in layer]
+    return min(block.delay + k for k, block in enumerate(reversed(blocks)))
 
 
-def _groups(x, start, stop, period):
-    rows = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
-    return rows.reshape(-1, period, *x.shape[1:])
+def repeats(layers: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """`layers` cut into runs (start, stop, period) that repeat a pattern of `period`.
 
-
-def _remat(function, policy):
-    return function if policy is None else jax.checkpoint(function, policy=policy)
-
-
-def repeats(layers):
-    """`layers` cut into (start, stop, period): runs that repeat a pattern of `period` layers, as few as can be.
-
-    At every start the pattern that covers the most layers is taken, the shortest among equals.
+    At every start the pattern that covers the most layers is taken, the shortest among
+    equals.
     """
     runs, start = [], 0
     while start < len(layers):
         best = (start + 1, 1)
         for period in range(1, (len(layers) - start) // 2 + 1):
-            stop = start + period
-            while (
-                stop + period <= len(layers)
-                and layers[stop : stop + period] == layers[start : start + period]
-            ):
+            stop, pattern = start + period, layers[start : start + period]
+            while layers[stop : stop + period] == pattern:
                 stop += period
             if stop - start >= 2 * period and stop > best[0]:
                 best = (stop, period)
@@ -319,17 +329,17 @@ def repeats(layers):
     return runs
 
 
-def _settled(shape, pattern):
-    """The parts that a stream has at the start of every repetition of `pattern`, once they no longer change."""
-    while True:
-        after = shape
-        for block in [block for blocks in pattern for block in blocks]:
-            after = (
-                True,
-                min(after[1] + after[2], block.delay),
-                True,
-                pattern[0][0].delay > 0,
-            )
-        if after == shape:
-            return shape
-        shape = after
+def _delay_after(schedule: Schedule, layer: int) -> int:
+    """The delay of the block after a layer; the caller of `run` reads with delay 0."""
+    following = schedule.layers[layer + 1 :]
+    return following[0][0].delay if following else 0
+
+
+def _group(x: jax.Array, start: int, stop: int, period: int) -> jax.Array:
+    """Rows `start` to `stop` of a stack of layers, in groups of `period`."""
+    rows = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
+    return rows.reshape(-1, period, *x.shape[1:])
+
+
+def _remat(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+    return function if policy is None else jax.checkpoint(function, policy=policy)

@@ -1,11 +1,12 @@
-"""Ways to sum a partial over the tensor axis, in rounds that other work can run between.
+"""Ways to sum a partial over the tensor axis, as rounds of messages.
 
-A reduction is a state, a list of rounds and a finish. A round sends something of the state to other shards and merges
-what arrives. XLA starts and ends a send (`ppermute`) apart from each other on TPU, and runs what stands between; the
-program makes sure that something does: `AsyncReduction.behind` ties the merge to a matrix product of the block that runs
-meanwhile, so that the product is computed while the message travels. Shards end with bit-identical sums.
+A reduction is a `Program`: a start, a list of rounds and a finish. A round sends a part
+of the state to other shards and merges the message that arrives. Compute can run while
+a message travels: overlap.py decides where in the program a round ends. All shards end
+with bit-identical sums.
 
-Derivatives do not pass through the rounds: a sum's cotangent is its partials' (see sharding.py), whatever computed it.
+Derivatives do not pass through the rounds. The cotangent of the sum is the cotangent of
+every shard's partial (see sharding.py), whichever reduction computed the sum.
 """
 
 from collections.abc import Callable
@@ -18,166 +19,303 @@ from jax import lax
 
 from ladder_jax.sharding import TENSOR, axis_size, gray
 
-PRODUCTS = 3  # that a block passes through `AsyncReduction.behind` (model.py)
-SUBLANES, LANES = (
-    8,
-    128,
-)  # of a TPU's registers: arrays cut at multiples of them are not moved
+# A round can end after each of the three matrix-product steps of a block (model.py):
+# QKV, attention, output; or gate, activation, down.
+PRODUCTS = 3
+# A TPU's registers hold 8 x 128 values. Pieces cut at multiples of them are not moved.
+SUBLANES, LANES = 8, 128
+
+Like = jax.Array | jax.ShapeDtypeStruct  # only shape and dtype are read
 
 
 class Round(NamedTuple):
-    """One exchange: `merge(state, send(state))` is the next state."""
+    """One exchange of messages: the next state is `merge(state, send(state))`."""
 
     send: Callable[[Any], Any]
     merge: Callable[[Any, Any], Any]
 
 
-def psum(value):
-    """XLA's own all-reduce: one round, in whatever way the compiler thinks best."""
-    return (
-        value,
-        [Round(lambda x: lax.psum(x, TENSOR), lambda _, total: total)],
-        lambda total: total,
-    )
+class Pending(NamedTuple):
+    """A reduction between two rounds."""
+
+    state: Any
+    message: Any  # on its way to this shard; None after the last round
 
 
-def one_shot(value):
-    """Every shard gets all partials and sums them: the lowest latency, n - 1 times the bytes. One rounding."""
-    total = lambda _, parts: jnp.sum(parts, axis=0, dtype=jnp.float32).astype(
-        value.dtype
-    )
-    return (
-        value,
-        [Round(lambda x: lax.all_gather(x, TENSOR), total)],
-        lambda total: total,
-    )
+class Program(NamedTuple):
+    """A reduction of values of one shape and dtype."""
+
+    start: Callable[[jax.Array], Any]  # a partial -> the state before the first round
+    rounds: list[Round]
+    finish: Callable[[Any], jax.Array]  # the state after the last round -> the sum
+
+    def begin(self, value: jax.Array) -> Pending:
+        """Sends the first round's messages."""
+        return self._send(0, self.start(value))
+
+    def end_round(self, number: int, pending: Pending) -> Pending:
+        """Merges the messages of round `number` and sends those of the next round."""
+        state = self.rounds[number].merge(pending.state, pending.message)
+        return self._send(number + 1, state)
+
+    def _send(self, number: int, state: Any) -> Pending:
+        last = number == len(self.rounds)
+        return Pending(state, None if last else self.rounds[number].send(state))
 
 
-def recursive_doubling(value):
-    """log2 n exchanges of the whole message, each with the shard whose Gray code differs in one bit (sharding.gray).
+class Policy(NamedTuple):
+    """Chooses a reduction for each message (choose.auto_reduction makes one)."""
 
-    (Thakur et al. 2005, section 4, whose partners differ in a bit of the index.) The highest bit goes first: its
-    partners are the farthest apart, and a block's first products are the longest to run behind. Where n is no power of
-    two, the shards beyond the largest one first hand over their partials, and get the sum last.
+    name_for: Callable[[Like], str]  # a message -> a name in REDUCTIONS
+    # The backward pass computes a block only after the block before it, so that XLA
+    # cannot swap them and leave a reduction without compute (chips.Chip.in_order).
+    in_order: bool = False
+
+
+def name_for(reduction: str | Policy, value: Like) -> str:
+    """The name in REDUCTIONS that `reduction`, a name or a Policy, gives a message."""
+    return reduction if isinstance(reduction, str) else reduction.name_for(value)
+
+
+def program_for(reduction: str | Policy, like: Like) -> Program:
+    """The `Program` that sums messages like `like`; a single shard needs no rounds."""
+    if axis_size(TENSOR) == 1:
+        return Program(_same, [], _same)
+    return REDUCTIONS[name_for(reduction, like)](like)
+
+
+def reduce(value: jax.Array, reduction: str | Policy) -> jax.Array:
+    """The sum of a partial over the tensor axis, computed at once.
+
+    Args:
+      value: this shard's partial, of any shape.
+      reduction: a name in REDUCTIONS, or a Policy.
+
+    Returns:
+      The sum, the same bits on every shard. Its cotangent passes through unchanged.
+    """
+    program = program_for(reduction, value)
+    pending = program.begin(lax.stop_gradient(value))
+    for number in range(len(program.rounds)):
+        pending = program.end_round(number, pending)
+    return with_gradient_of(program.finish(pending.state), value)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def copy_to_tensor_axis(value: jax.Array, reduction: str | Policy) -> jax.Array:
+    """Identity, for a value that column-parallel products read on every tensor shard.
+
+    Each shard's cotangent is a partial; the backward pass sums them with `reduction`
+    (Megatron's f, arXiv 1909.08053, section 3).
+    """
+    return value
+
+
+def _copy_forward(value: jax.Array, reduction: str | Policy) -> tuple[jax.Array, None]:
+    return value, None
+
+
+def _copy_backward(
+    reduction: str | Policy, _: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    return (reduce(cotangent, reduction),)
+
+
+copy_to_tensor_axis.defvjp(_copy_forward, _copy_backward)
+
+
+@jax.custom_vjp
+def with_gradient_of(value: jax.Array, source: jax.Array) -> jax.Array:
+    """`value`; its cotangent goes to `source`, of the same shape, instead."""
+    return value
+
+
+def _gradient_forward(value: jax.Array, source: jax.Array) -> tuple[jax.Array, None]:
+    return value, None
+
+
+def _gradient_backward(_: None, cotangent: jax.Array) -> tuple[None, jax.Array]:
+    return None, cotangent
+
+
+with_gradient_of.defvjp(_gradient_forward, _gradient_backward)
+
+
+# ---------------------------------------------------------------- the algorithms
+
+
+def psum(like: Like) -> Program:
+    """XLA's own all-reduce, in one round; XLA chooses its algorithm."""
+    return Program(_same, [Round(lambda x: lax.psum(x, TENSOR), _message)], _same)
+
+
+def one_shot(like: Like) -> Program:
+    """Every shard gathers all partials and sums them in float32.
+
+    It has the lowest latency, sends n - 1 times the bytes, and rounds once.
+    """
+    dtype = like.dtype
+
+    def total(_: jax.Array, parts: jax.Array) -> jax.Array:
+        return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
+
+    return Program(_same, [Round(lambda x: lax.all_gather(x, TENSOR), total)], _same)
+
+
+def recursive_doubling(like: Like) -> Program:
+    """log2 n exchanges of the whole message (Thakur et al. 2005, section 4).
+
+    Partners differ in one bit of their Gray codes (sharding.gray); in the paper, in one
+    bit of their indices. The highest bit goes first: its partners are the farthest
+    apart, and the first products of a block give it the most time. If n is no power of
+    two, the shards beyond the largest one first send their partials to other shards,
+    and receive the sum in a last round.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
-    add = lambda x, other: x + other  # what has no sender arrives as zeros
-    rounds = [Round(_permute(exchange(core, bit)), add) for bit in _powers(core)[::-1]]
+
+    def add(x: jax.Array, message: jax.Array) -> jax.Array:
+        return x + message  # a shard without a sender receives zeros
+
+    def replace(x: jax.Array, message: jax.Array) -> jax.Array:
+        return jnp.where(lax.axis_index(TENSOR) < core, x, message)
+
+    rounds = [Round(_permute(exchange(core, bit)), add) for bit in _bits(core)[::-1]]
     if n > core:
         fold = [(i, i - core) for i in range(core, n)]
-        take = lambda x, other: jnp.where(lax.axis_index(TENSOR) < core, x, other)
-        rounds = [
-            Round(_permute(fold), add),
-            *rounds,
-            Round(_permute([(b, a) for a, b in fold]), take),
-        ]
-    return value, rounds, lambda total: total
+        unfold = [(b, a) for a, b in fold]
+        first, last = Round(_permute(fold), add), Round(_permute(unfold), replace)
+        rounds = [first, *rounds, last]
+    return Program(_same, rounds, _same)
 
 
-def halving_doubling(value):
-    """Reduce-scatter by recursive halving, then all-gather by doubling: 2 (n - 1) / n of the bytes in 2 log2 n rounds.
+def halving_doubling(like: Like) -> Program:
+    """Reduce-scatter by recursive halving, then all-gather (Rabenseifner 2004).
 
-    (Rabenseifner 2004.) Halves go to the nearest, eighths to the farthest. For a power of two; other sizes go round
-    the ring.
+    It sends 2 (n - 1) / n of the bytes in 2 log2 n rounds. Halves go to the nearest
+    shard, eighths to the farthest. If n is no power of two, `ring` takes its place.
     """
     n = axis_size(TENSOR)
     if n & (n - 1):
-        return ring(value)
-    bits = _powers(n)
+        return ring(like)
+    bits = _bits(n)
 
-    def halve(k, summing):
-        """Bit k of a shard's Gray code says which half of the pieces that are left is its own: it ends with one piece
-        of the sum and, backwards, with all."""
-        length = n >> (k + 1)
-        mine = lambda k: (gray(lax.axis_index(TENSOR)) & bits[k] != 0) * (n >> (k + 1))
-        start = sum(map(mine, range(k)), 0)
-        keep, give = start + mine(k), start + length - mine(k)
-        part = lambda x, place: lax.dynamic_slice_in_dim(x, place, length, axis=0)
-        to = _permute(exchange(n, bits[k]))
-        if summing:
-            return Round(
-                lambda x: to(part(x, give)),
-                lambda x, other: lax.dynamic_update_slice_in_dim(
-                    x, part(x, keep) + other, keep, axis=0
-                ),
-            )
-        return Round(
-            lambda x: to(part(x, keep)),
-            lambda x, other: lax.dynamic_update_slice_in_dim(x, other, give, axis=0),
-        )
+    def offset(k: int) -> jax.Array:
+        """Where, in pieces, the half begins that bit k of a shard's Gray code names."""
+        half = n >> (k + 1)
+        return (gray(lax.axis_index(TENSOR)) & bits[k] != 0) * half
 
-    there = range(len(bits))
-    rounds = [*(halve(k, True) for k in there), *(halve(k, False) for k in there[::-1])]
-    return _pieces(value, n), rounds, partial(_whole, like=value)
+    def bounds(k: int) -> tuple[int, Any, Any]:
+        """The pieces that a shard keeps and sends in step k: length, start, start."""
+        half = n >> (k + 1)
+        start = sum((offset(j) for j in range(k)), 0)
+        return half, start + offset(k), start + half - offset(k)
+
+    def halve(k: int) -> Round:
+        def send(x: jax.Array) -> jax.Array:
+            half, _, sent = bounds(k)
+            return permute(lax.dynamic_slice_in_dim(x, sent, half, axis=0))
+
+        def merge(x: jax.Array, message: jax.Array) -> jax.Array:
+            half, kept, _ = bounds(k)
+            total = lax.dynamic_slice_in_dim(x, kept, half, axis=0) + message
+            return lax.dynamic_update_slice_in_dim(x, total, kept, axis=0)
+
+        permute = _permute(exchange(n, bits[k]))
+        return Round(send, merge)
+
+    def double(k: int) -> Round:
+        def send(x: jax.Array) -> jax.Array:
+            half, kept, _ = bounds(k)
+            return permute(lax.dynamic_slice_in_dim(x, kept, half, axis=0))
+
+        def merge(x: jax.Array, message: jax.Array) -> jax.Array:
+            _, _, sent = bounds(k)
+            return lax.dynamic_update_slice_in_dim(x, message, sent, axis=0)
+
+        permute = _permute(exchange(n, bits[k]))
+        return Round(send, merge)
+
+    steps = range(len(bits))
+    rounds = [halve(k) for k in steps] + [double(k) for k in reversed(steps)]
+    return Program(partial(_pieces, count=n), rounds, _whole(like))
 
 
-def direct(value):
-    """Reduce-scatter and all-gather in two rounds of n - 1 messages at once, 2 (n - 1) / n of the bytes in all.
+def direct(like: Like) -> Program:
+    """Reduce-scatter and all-gather, each in one round of n - 1 messages.
 
-    The fewest rounds at the fewest bytes; its messages cross each other's links. One rounding: pieces are summed in
-    float32, each on the shard where it ends.
+    It has the fewest rounds at the fewest bytes, 2 (n - 1) / n in all; its messages
+    share links. It rounds once: each shard sums its piece in float32.
+    """
+    n, dtype = axis_size(TENSOR), like.dtype
+    distances = range(1, n)
+    shift = [_permute([(i, (i + s) % n) for i in range(n)]) for s in range(n)]
+
+    def scatter(pieces: jax.Array) -> list[jax.Array]:
+        index = lax.axis_index(TENSOR)
+        return [shift[s](_piece(pieces, (index + s) % n)) for s in distances]
+
+    def total(pieces: jax.Array, messages: list[jax.Array]) -> jax.Array:
+        sum32 = _piece(pieces, lax.axis_index(TENSOR)).astype(jnp.float32)
+        for message in messages:
+            sum32 += message.astype(jnp.float32)
+        return sum32.astype(dtype)
+
+    def gather(piece: jax.Array) -> list[jax.Array]:
+        return [shift[s](piece) for s in distances]
+
+    def join(piece: jax.Array, messages: list[jax.Array]) -> jax.Array:
+        # The message from the shard at distance s is piece (index - s).
+        place = (lax.axis_index(TENSOR) - jnp.arange(n)) % n
+        return jnp.concatenate([piece, *messages])[place]
+
+    rounds = [Round(scatter, total), Round(gather, join)]
+    return Program(partial(_pieces, count=n), rounds, _whole(like))
+
+
+def ring(like: Like) -> Program:
+    """Reduce-scatter and all-gather round a ring, half of the message each way.
+
+    It takes 2 (n - 1) rounds, each of 1 / n of the bytes.
     """
     n = axis_size(TENSOR)
-    away = range(1, n)
-    to = [_permute([(i, (i + s) % n) for i in range(n)]) for s in range(n)]
+    clockwise = _permute([(i, (i + 1) % n) for i in range(n)])
+    counter = _permute([(i, (i - 1) % n) for i in range(n)])
+    ways = [(+1, clockwise), (-1, counter)]
+    States = tuple[jax.Array, ...]
 
-    def scatter(pieces):
-        return [to[s](_piece(pieces, (lax.axis_index(TENSOR) + s) % n)) for s in away]
+    def both(step: int, summing: bool) -> Round:
+        """Passes one piece to each neighbour, to be added or to be stored."""
 
-    def total(pieces, others):
-        parts = [_piece(pieces, lax.axis_index(TENSOR)), *others]
-        return sum(part.astype(jnp.float32) for part in parts).astype(value.dtype)
-
-    def join(piece, others):  # what comes from s shards back is piece i - s
-        place = (lax.axis_index(TENSOR) - jnp.arange(n)) % n
-        return jnp.concatenate([piece, *others])[place]
-
-    rounds = [
-        Round(scatter, total),
-        Round(lambda piece: [to[s](piece) for s in away], join),
-    ]
-    return _pieces(value, n), rounds, partial(_whole, like=value)
-
-
-def ring(value):
-    """Reduce-scatter and all-gather round a ring, both ways at once: 2 (n - 1) rounds of 1 / n of the bytes."""
-    n = axis_size(TENSOR)
-    pieces = _pieces(value, 2 * n)
-    ways = [
-        (+1, [(i, (i + 1) % n) for i in range(n)]),
-        (-1, [(i, (i - 1) % n) for i in range(n)]),
-    ]
-
-    def both(step, summing):
-        def send(states):
+        def send(states: States) -> States:
+            index = lax.axis_index(TENSOR)
             return tuple(
-                _permute(pairs)(_piece(x, (lax.axis_index(TENSOR) - way * step) % n))
-                for x, (way, pairs) in zip(states, ways)
+                permute(_piece(x, (index - way * step) % n))
+                for x, (way, permute) in zip(states, ways)
             )
 
-        def merge(states, others):
-            made = []
-            for x, other, (way, _) in zip(states, others, ways):
+        def merge(states: States, messages: States) -> States:
+            merged = []
+            for x, message, (way, _) in zip(states, messages, ways):
                 place = (lax.axis_index(TENSOR) - way * (step + 1)) % n
-                new = _piece(x, place) + other if summing else other
-                made.append(lax.dynamic_update_slice_in_dim(x, new, place, axis=0))
-            return tuple(made)
+                new = _piece(x, place) + message if summing else message
+                merged.append(lax.dynamic_update_slice_in_dim(x, new, place, axis=0))
+            return tuple(merged)
 
         return Round(send, merge)
 
-    # after n - 1 sums, shard i holds the whole sum of piece i + 1 (or i - 1, the other way round)
-    rounds = [both(step, True) for step in range(n - 1)] + [
-        both(step - 1, False) for step in range(n - 1)
-    ]
-    return (
-        (pieces[:n], pieces[n:]),
-        rounds,
-        lambda states: _whole(jnp.concatenate(states), value),
-    )
+    def start(value: jax.Array) -> States:
+        pieces = _pieces(value, 2 * n)
+        return pieces[:n], pieces[n:]
+
+    # After n - 1 sums, shard i has the sum of piece i + 1 (i - 1 the other way).
+    sums = [both(step, True) for step in range(n - 1)]
+    copies = [both(step - 1, False) for step in range(n - 1)]
+    whole = _whole(like)
+    return Program(start, sums + copies, lambda states: whole(jnp.concatenate(states)))
 
 
-REDUCTIONS = {
+REDUCTIONS: dict[str, Callable[[Like], Program]] = {
     "psum": psum,
     "one-shot": one_shot,
     "recursive-doubling": recursive_doubling,
@@ -187,245 +325,72 @@ REDUCTIONS = {
 }
 
 
-def _permute(pairs):
-    return lambda x: lax.ppermute(x, TENSOR, pairs)
+def exchange(n: int, bit: int) -> list[tuple[int, int]]:
+    """The pairs of shards, of n, whose Gray codes differ in `bit`.
 
-
-def exchange(n, bit):
-    """The pairs of shards, of n, whose Gray codes differ in `bit`: their indices differ in all bits up to it."""
+    Their indices differ in this bit and in all lower ones.
+    """
     return [(i ^ (2 * bit - 1), i) for i in range(n)]
 
 
-def _powers(n):
+def _same(value: Any) -> Any:
+    return value
+
+
+def _message(_: Any, message: Any) -> Any:
+    return message
+
+
+def _permute(pairs: list[tuple[int, int]]) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: lax.ppermute(x, TENSOR, pairs)
+
+
+def _bits(n: int) -> list[int]:
     return [1 << k for k in range(n.bit_length() - 1)]
 
 
-def _piece(pieces, index):
+def _piece(pieces: jax.Array, index: Any) -> jax.Array:
     return lax.dynamic_slice_in_dim(pieces, index, 1, axis=0)
 
 
-def _cut(value, count):
-    """Whether rows or columns are cut into `count` pieces, at multiples of a TPU's tiles if that can be: "rows" are not
-    even moved then. "" where neither divides."""
-    columns = value.shape[-1] if value.ndim else 1
-    rows = value.size // columns
-    for tile in ((SUBLANES, LANES), (1, 1)):
-        for name, length, unit in zip(("rows", "columns"), (rows, columns), tile):
-            if length and length % (count * unit) == 0:
-                return name
+def _columns(like: Like) -> int:
+    return like.shape[-1] if like.ndim else 1
+
+
+def _cut(like: Like, count: int) -> str:
+    """Whether "rows" or "columns" are cut into `count` pieces; "" if neither divides.
+
+    Cuts at multiples of a TPU's tiles come first: such rows are not moved in memory.
+    """
+    columns = _columns(like)
+    rows = like.size // columns
+    for sublanes, lanes in ((SUBLANES, LANES), (1, 1)):
+        if rows and rows % (count * sublanes) == 0:
+            return "rows"
+        if columns and columns % (count * lanes) == 0:
+            return "columns"
     return ""
 
 
-def _pieces(value, count):
-    """[count, rows, columns]: `value` cut into pieces of one size, padded with zeros where it has to be."""
-    columns = value.shape[-1] if value.ndim else 1
+def _pieces(value: jax.Array, count: int) -> jax.Array:
+    """`value` in equal pieces [count, rows, columns], padded with zeros if need be."""
+    columns = _columns(value)
     cut = _cut(value, count)
     if cut == "rows":
         return value.reshape(count, -1, columns)
     if cut == "columns":
         return value.reshape(-1, count, columns // count).swapaxes(0, 1)
-    return jnp.pad(value.reshape(-1), (0, -value.size % count)).reshape(count, 1, -1)
+    padded = jnp.pad(value.reshape(-1), (0, -value.size % count))
+    return padded.reshape(count, 1, -1)
 
 
-def _whole(pieces, like):
-    """What `_pieces` has cut, in the shape of `like`."""
-    if _cut(like, pieces.shape[0]) == "columns":
-        pieces = pieces.swapaxes(0, 1)
-    return pieces.reshape(-1)[: like.size].reshape(like.shape)
+def _whole(like: Like) -> Callable[[jax.Array], jax.Array]:
+    """The inverse of `_pieces` for values like `like`."""
+    like = jax.ShapeDtypeStruct(like.shape, like.dtype)
 
+    def whole(pieces: jax.Array) -> jax.Array:
+        if _cut(like, pieces.shape[0]) == "columns":
+            pieces = pieces.swapaxes(0, 1)
+        return pieces.reshape(-1)[: like.size].reshape(like.shape)
 
-class AsyncReduction:
-    """A partial on its way to becoming a sum, while the program is traced.
-
-    `reduction` is a name in REDUCTIONS, or a function of the partial that gives one (choice.auto).
-    """
-
-    def __init__(self, value, reduction):
-        self.partial = value
-        name = reduction(value) if callable(reduction) else reduction  # see choice.py
-        self._state, self._rounds, self._finish = REDUCTIONS[name](
-            lax.stop_gradient(value)
-        )
-        self._rounds = list(self._rounds) if axis_size(TENSOR) > 1 else []
-        self._untied = int(len(self._rounds) > 1)
-        self._arriving, self._products = None, 0
-        self._send()
-
-    def _send(self):
-        if self._rounds:
-            self._arriving = self._rounds[0].send(self._state)
-
-    def _merge(self):
-        self._state = self._rounds.pop(0).merge(self._state, self._arriving)
-        self._send()
-
-    def behind(self, product):
-        """Lets a round end once `product`, a matrix product's result, is there. Returns the product.
-
-        Where there are fewer rounds than products, the last products end them. XLA ends the last of several rounds best
-        where the sum is read; an only round it would start there, too.
-        """
-        self._products += 1
-        if len(self._rounds) > max(PRODUCTS - self._products, self._untied):
-            tied = (self._state, self._arriving, product)
-            state, arriving, after = lax.optimization_barrier(
-                tied
-            )  # whose rule would differentiate the state
-            self._state, self._arriving = lax.stop_gradient((state, arriving))
-            if self._untied:  # what comes next need not wait for an only round
-                product = after
-            self._merge()
-        return product
-
-    def wait(self):
-        """The sum."""
-        while self._rounds:
-            self._merge()
-        return (
-            _arrived(self.partial, self._finish(self._state))
-            if axis_size(TENSOR) > 1
-            else self.partial
-        )
-
-    @property
-    def done(self):
-        """Whether no round is left."""
-        return not self._rounds
-
-
-class BackwardReduction:
-    """The sum of a stream's cotangent, laid out where the forward pass is traced.
-
-    A block's input is a sum of `sources`. Its cotangents are partials, and their reduction may run behind the backward
-    pass of the block before, which does not need them where the input is stale. The forward pass passes the same places
-    in the opposite order: it ends the reduction where that block starts, passes the block's products, and starts it
-    where the block ends. What stands for the reduction in the forward pass is zeros, of which nothing is computed; the
-    cotangent of these zeros is the reduction's state.
-    """
-
-    def __init__(self, sources, reduction):
-        self.like = jax.ShapeDtypeStruct(sources[0].shape, sources[0].dtype)
-        self.name = reduction(sources[0]) if callable(reduction) else reduction
-        self.in_order = getattr(reduction, "in_order", False)  # see chips.Chip
-        self.stages = jax.eval_shape(self._all, self.like)
-        self.stage = self.tied = min(
-            len(self.stages) - 1, PRODUCTS
-        )  # rounds that are to end behind a product
-        self.products = 0
-
-        def back(stage):
-            for k in range(self.tied, len(self.stages) - 1):
-                stage = self._next(k, stage)
-            total = self._built()[2](stage[0])
-            return ((total,) * len(sources),)
-
-        self.token = _backward(back)(
-            lambda sources: _zeros(self.stages[self.tied]), sources
-        )
-
-    def behind(self, operands):
-        """Lets a round end once the cotangents of `operands`, a product's, are there. Returns the operands."""
-        self.products += 1
-        k = (
-            self.tied - self.products
-        )  # where there are fewer rounds, the last ones of the backward pass end them
-        if k < 0:
-            return operands
-
-        def back(cotangents):
-            stage, products = lax.optimization_barrier(cotangents)
-            # what comes next need not wait for the last round, unless XLA would then put it first
-            return self._next(k, stage), products if self.in_order or k + 2 < len(
-                self.stages
-            ) else cotangents[1]
-
-        self.token, operands = _backward(back)(
-            lambda token, operands: (_zeros(self.stages[k]), operands),
-            self.token,
-            operands,
-        )
-        self.stage = k
-        return operands
-
-    def start(self):
-        """What the next block's input is to be met with (see `with_gradient_of`)."""
-
-        def back(cotangent):
-            stage = self._first(cotangent)
-            for k in range(self.stage):  # behind which no product was
-                stage = self._next(k, stage)
-            return (stage,)
-
-        return _backward(back)(lambda token: _zeros(self.like), self.token)
-
-    def _built(self):
-        return REDUCTIONS[self.name](_zeros(self.like))
-
-    def _first(self, value):
-        state, rounds, _ = REDUCTIONS[self.name](value)
-        return state, rounds[0].send(state)
-
-    def _next(self, k, stage):
-        rounds = self._built()[1]
-        state = rounds[k].merge(*stage)
-        return state, rounds[k + 1].send(state) if k + 1 < len(rounds) else None
-
-    def _all(self, value):
-        stages = [self._first(value)]
-        for k in range(len(self._built()[1])):
-            stages.append(self._next(k, stages[-1]))
-        return stages
-
-
-def with_gradient_of(value, ahead):
-    """`value`, shared by all tensor shards, whose cotangents, partials, go where `ahead` comes from (BackwardReduction)."""
-    return _backward(lambda cotangent: (None, cotangent))(
-        lambda value, ahead: value, value, ahead
-    )
-
-
-def _backward(back):
-    """Makes a call of a function with the derivative rule `back`: cotangents of its result -> of its arguments."""
-
-    def call(function, *arguments):
-        made = jax.custom_vjp(function)
-        made.defvjp(
-            lambda *arguments: (function(*arguments), None),
-            lambda _, cotangents: back(cotangents),
-        )
-        return made(*arguments)
-
-    return call
-
-
-def _zeros(shapes):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-@jax.custom_vjp
-def _arrived(value, total):
-    return total
-
-
-_arrived.defvjp(
-    lambda value, total: (total, None),
-    lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent)),
-)
-
-
-def reduce(value, reduction="psum"):
-    """The sum of a partial over the tensor axis, at once. Any shape; the cotangent passes through."""
-    return AsyncReduction(value, reduction).wait()
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def copy_to_tensor_axis(value, reduction="psum"):
-    """`value`, shared by all tensor shards, made ready for column-parallel work, whose cotangents are partials."""
-    return value
-
-
-def _replicate_backward(reduction, _, cotangent):
-    return (reduce(cotangent, reduction),)
-
-
-copy_to_tensor_axis.defvjp(lambda value, reduction: (value, None), _replicate_backward)
+    return whole

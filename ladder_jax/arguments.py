@@ -1,0 +1,324 @@
+"""Command-line words as a typed dataclass, and the help text of one.
+
+A field `name` is the option `--name`; the fields of a section are `--section.name`. The
+help of a field is the string below it in the source, or the comment above it.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from ladder_jax.config import (
+    RENAMED_FIELDS,
+    ConfigError,
+    describe,
+    field_types,
+    near_matches,
+    require,
+)
+
+# Metadata of a field: its value is a word without an option before it.
+POSITIONAL = {"positional": True}
+# Metadata of a field that is a dataclass: its fields are options without a prefix.
+FLAT = {"flat": True}
+REQUIRED = dataclasses.MISSING
+# Where the help of an option begins, in characters.
+HELP_COLUMN = 30
+
+
+class Option(NamedTuple):
+    """A field that the command line can set."""
+
+    path: tuple[str, ...]  # names of fields, from the outermost dataclass inwards
+    flag: str  # such as --train.global-batch
+    hint: Any  # its type
+    default: Any  # REQUIRED where there is none
+    help: str
+    section: type  # the dataclass that it is a field of
+    positional: bool
+
+
+def parse(
+    kind: type, words: list[str], command: str, default: Any = None, first: str = ""
+) -> Any:
+    """A `kind` (a dataclass) with the values that `words` give.
+
+    Args:
+      kind: the dataclass.
+      words: the command line, after the command.
+      command: its name, such as "bench train", for messages and the usage line.
+      default: an instance, whose values hold where `words` give none.
+      first: words of the usage line that `words` has no longer, such as RECIPE.
+    Prints the help text and raises SystemExit(0) where a word is -h or --help. Raises
+    ConfigError, one line, on a mistake.
+    """
+    options = list(_options(kind, default))
+    try:
+        values = _read(options, words)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (see ladder-jax {command} --help)") from None
+    if values is None:
+        print(help_text(kind, options, command, first))
+        raise SystemExit(0)
+    return _build(kind, options, values)
+
+
+def _options(
+    kind: Any, default: Any, path: tuple[str, ...] = (), prefix: str = ""
+) -> Iterator[Option]:
+    """Every field of `kind` and of the dataclasses in it, as the source orders them."""
+    hints, texts = field_types(kind), field_texts(kind)
+    for field in dataclasses.fields(kind):
+        name, value = field.name, field.default
+        if field.default_factory is not REQUIRED:
+            value = field.default_factory()
+        if default is not None:
+            value = getattr(default, name)
+        if dataclasses.is_dataclass(hints[name]):
+            inner = "" if field.metadata == FLAT else f"{prefix}{name}."
+            value = None if value is REQUIRED else value
+            yield from _options(hints[name], value, (*path, name), inner)
+        else:
+            yield Option(
+                (*path, name),
+                f"--{prefix}{name}".replace("_", "-"),
+                hints[name],
+                value,
+                texts.get(name, ""),
+                kind,
+                field.metadata == POSITIONAL,
+            )
+
+
+def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any] | None:
+    """The value of every option, by its path; None where a word asks for help."""
+    flags = {option.flag: option for option in options if not option.positional}
+    switches = {
+        _negated(flag): option for flag, option in flags.items() if option.hint is bool
+    }
+    places = [option for option in options if option.positional]
+    values = {option.path: option.default for option in options}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if word in ("-h", "--help"):
+            return None
+        if not word.startswith("--"):
+            if not places:
+                raise ConfigError(f"unexpected argument {word!r}")
+            option = places.pop(0)
+            values[option.path] = read_value(word, option.hint, _label(option))
+        elif flag in switches and not equals:
+            values[switches[flag].path] = False
+        elif flag not in flags:
+            raise ConfigError(_unknown(flag, [*flags, *switches]))
+        else:
+            option = flags[flag]
+            given = [value] if equals else _values_of(option, words)
+            values[option.path] = _value(option, given)
+    for option in options:
+        if values[option.path] is REQUIRED:
+            text = f" ({option.help.rstrip('.')})" if option.help else ""
+            raise ConfigError(f"missing argument: {_label(option)}{text}")
+    return values
+
+
+def _values_of(option: Option, words: list[str]) -> list[str]:
+    """Removes from `words` those that are values of `option`, and returns them."""
+    many = typing.get_origin(option.hint) is tuple
+    if option.hint is bool:
+        if words and words[0].lower() in ("true", "false"):
+            return [words.pop(0)]
+        return ["true"]
+    values: list[str] = []
+    while words and not words[0].startswith("--") and (many or not values):
+        values.append(words.pop(0))
+    if not values and not many:
+        raise ConfigError(f"{option.flag} takes a value")
+    return values
+
+
+def _value(option: Option, given: list[str]) -> Any:
+    if typing.get_origin(option.hint) is tuple:
+        inner = typing.get_args(option.hint)[0]
+        return tuple(read_value(text, inner, option.flag) for text in given)
+    return read_value(given[0], option.hint, option.flag)
+
+
+def read_value(text: str, hint: Any, name: str) -> Any:
+    """`text` as a value of type `hint`; ConfigError about `name` where it is none."""
+    for option in _alternatives(hint):
+        if option is type(None) and text.lower() == "none":
+            return None
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if typing.get_origin(option) is Literal and text in typing.get_args(option):
+            return text
+        try:
+            if option is int:
+                # 3e9 is a whole number too
+                return int(float(text)) if _is_whole_float(text) else int(text)
+            if option is float:
+                return float(text)
+        except ValueError:
+            continue
+        if option is str:
+            return text
+    require(False, name, text, describe(hint))
+
+
+def _is_whole_float(text: str) -> bool:
+    return "e" in text.lower() and float(text).is_integer()
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, None first; `hint` alone where it is no union."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return (hint,)
+    return tuple(sorted(typing.get_args(hint), key=lambda t: t is not type(None)))
+
+
+def _unknown(flag: str, known: list[str]) -> str:
+    """What is said of a word that is no option: its new name, or the nearest names."""
+    old = flag.removeprefix("--").replace("-", "_")
+    section = old.partition(".")[0]
+    if old in RENAMED_FIELDS:
+        new = f"--{section}.{RENAMED_FIELDS[old]}".replace("_", "-")
+        return f"{flag} is now {new}"
+    decode = RENAMED_FIELDS.get(f"decode.{old}", "").replace("_", "-")
+    if decode and f"--{decode}" in known:
+        return f"{flag} is now --{decode}"
+    near = near_matches(flag, known)
+    hint = f": perhaps {' or '.join(near)}" if near else ""
+    return f"{flag} is not an option{hint}"
+
+
+def _negated(flag: str) -> str:
+    """--resume -> --no-resume; --train.tensorboard -> --train.no-tensorboard."""
+    prefix, dot, name = flag.removeprefix("--").rpartition(".")
+    return f"--{prefix}{dot}no-{name}"
+
+
+def _label(option: Option) -> str:
+    return option.path[-1].upper() if option.positional else option.flag
+
+
+def _build(
+    kind: Any,
+    options: list[Option],
+    values: dict[tuple[str, ...], Any],
+    path: tuple[str, ...] = (),
+) -> Any:
+    """A `kind` of the values whose paths begin with `path`."""
+    fields = {}
+    for name, hint in field_types(kind).items():
+        here = (*path, name)
+        if dataclasses.is_dataclass(hint):
+            fields[name] = _build(hint, options, values, here)
+        else:
+            fields[name] = values[here]
+    return kind(**fields)
+
+
+# ---------------------------------------------------------------- help
+
+
+def help_text(kind: type, options: list[Option], command: str, first: str = "") -> str:
+    """The help of a command: usage, purpose, and the options section by section."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    places = [_label(option) for option in options if option.positional]
+    usage = " ".join([f"usage: ladder-jax {command}", *filter(None, [first]), *places])
+    lines = [f"{usage} [OPTIONS]", "", *_wrap(_sentence(kind), width)]
+    sections = dict.fromkeys([kind, *(option.section for option in options)])
+    for section in sections:
+        title = "Options" if section is kind else _sentence(section).rstrip(".")
+        lines += ["", *_wrap(f"{title}:", width)]
+        for option in options:
+            if option.section is section:
+                lines += _option_lines(option, width)
+    return "\n".join(lines)
+
+
+def _option_lines(option: Option, width: int) -> list[str]:
+    """An option in a left column, its help and default in a right one."""
+    head = f"  {_label(option)}"
+    if option.hint is bool:
+        head += f" | {_negated(option.flag)}" if option.default else ""
+    elif not option.positional:
+        head += f" {metavar(option.hint)}"
+    text = " ".join(filter(None, [option.help, _default(option)]))
+    lines = _wrap(text, width, " " * HELP_COLUMN) or [""]
+    if len(head) + 2 > HELP_COLUMN:
+        return [head, *filter(None, lines)]
+    return [f"{head:{HELP_COLUMN}}{lines[0].strip()}".rstrip(), *lines[1:]]
+
+
+def _default(option: Option) -> str:
+    """What the help says of an option's default."""
+    value = option.default
+    if value is REQUIRED:
+        return "(required)"
+    if option.hint is bool or value is None or "default" in option.help:
+        return ""
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return f"(default: {value})" if value != "" else "(default: empty)"
+
+
+def metavar(hint: Any) -> str:
+    """What stands for a value in the help: INT, TEXT, {cosine,wsd,constant}, ..."""
+    if typing.get_origin(hint) is tuple:
+        return f"[{metavar(typing.get_args(hint)[0])} ...]"
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    names = {int: "INT", float: "FLOAT", str: "TEXT", type(None): "None"}
+    return "|".join(names.get(t) or metavar(t) for t in reversed(_alternatives(hint)))
+
+
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        " ".join(text.split()),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _sentence(kind: type) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+@functools.cache
+def field_texts(kind: type) -> dict[str, str]:
+    """The help of every field of a dataclass that has one, from the source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except OSError:  # no source is installed
+        return {}
+    lines = source.splitlines()
+    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]  # a class
+    texts = {}
+    for node, after in zip(body, [*body[1:], None]):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            comment = [str(after.value.value)]
+        else:
+            start = node.lineno - 1
+            while lines[start - 1].lstrip().startswith("#"):
+                start -= 1
+            comment = [line.strip(" #") for line in lines[start : node.lineno - 1]]
+        if text := " ".join(" ".join(comment).split()):
+            texts[ast.unparse(node.target)] = text
+    return texts

@@ -1,0 +1,63 @@
+"""Signals that ask a job to save and stop."""
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """Turns SIGTERM, Ctrl-C and SIGHUP into a request to stop after the current step.
+
+    A second SIGTERM or Ctrl-C acts at once. A second SIGHUP does nothing: a terminal
+    that closes may send several. Under `nohup`, SIGHUP stays ignored.
+
+    Args:
+      every: several processes agree on a signal in every so many steps.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        # Python allows signal handlers in its main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for other, handler in self._before.items():
+            hangup = other == signal.SIGHUP
+            signal.signal(other, signal.SIG_IGN if hangup else handler)
+        text = (
+            f"\n{self.signal.name}: stopping after this step; once more to stop now\n"
+        )
+        # `print` may be what the signal interrupted, and cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+
+    def requested(self, step: int) -> signal.Signals | None:
+        """The signal to stop for, or None. Several processes get the same answer."""
+        if jax.process_count() == 1:
+            return self.signal
+        if step % self.every:
+            return None
+        sent = multihost_utils.process_allgather(np.array(self.signal or 0)).max()
+        return signal.Signals(sent) if sent else None

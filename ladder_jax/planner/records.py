@@ -1,0 +1,293 @@
+"""The plans of docs/overlap as rows of a CSV file, and the Markdown tables of them.
+
+`python -m ladder_jax.planner.survey` adds rows and writes the tables anew.
+"""
+
+import csv
+import dataclasses
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ladder_jax.planner import tables
+
+CSV = "plans.csv"
+SLICES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")  # targets of eight devices
+TIMES = (
+    "step_us",
+    "compute_us",
+    "sent_us",
+    "hidden_us",
+    "exposed_us",
+    "unavoidable_us",
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One plan. Times in microseconds a step."""
+
+    # The request: no two rows have the same.
+    recipe: str
+    target: str
+    workload: str
+    batch: int
+    context: int
+    tensor: int
+    schedule: str
+    mesh_reduction: str  # mesh.reduction, such as "auto"
+    all_reduce_us: float = 0.0  # of a short one; 0: as the chip's network has it
+    # The result.
+    reduction: str = ""  # that "auto" takes
+    step_us: float = 0.0
+    compute_us: float = 0.0
+    sent_us: float = 0.0  # simultaneous transfers over different links count once
+    hidden_us: float = 0.0
+    exposed_us: float = 0.0
+    unavoidable_us: float = 0.0
+    error: str = ""  # why there is no plan
+    # The versions that planned it.
+    jaxlib: str = ""
+    date: str = ""
+    code: str = ""  # see survey.code_version; "": not known
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The request."""
+        return dataclasses.astuple(self)[:9]
+
+    @property
+    def of_hideable_hidden(self) -> float | None:
+        """The share of the communication that could be hidden that is hidden; None if
+        hardly anything could be."""
+        hideable = self.sent_us - self.unavoidable_us
+        if hideable <= 0.01 * self.sent_us:
+            return None
+        return min((self.sent_us - self.exposed_us) / hideable, 1.0)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def read(folder: str | Path) -> list[Record]:
+    """The rows of a folder's CSV file; none if there is no file."""
+    path = Path(folder) / CSV
+    if not path.exists():
+        return []
+    types = {field.name: field.type for field in dataclasses.fields(Record)}
+    casts: dict[object, Callable[[str], object]] = {int: int, float: float, str: str}
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Record(**{name: casts[types[name]](text) for name, text in row.items()})  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(folder: str | Path, records: Iterable[Record]) -> None:
+    """Writes the CSV file, sorted, and the tables of it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = sorted(records, key=_order)
+    with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
+        names = [field.name for field in dataclasses.fields(Record)]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for record in records:
+            row = dataclasses.asdict(record)
+            writer.writerow(
+                {
+                    name: f"{value:.10g}" if isinstance(value, float) else value
+                    for name, value in row.items()
+                }
+            )
+    for name, text in markdown_files(records).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _order(record: Record) -> tuple[object, ...]:
+    """Slices of eight chips first, as SLICES lists them; then by size and schedule."""
+    target: tuple[int, str] = (len(SLICES), record.target)
+    if record.target in SLICES:
+        target = SLICES.index(record.target), ""
+    schedules = "standard", "parallel", "ladder", "hybrid", "desync", "upper-bound"
+    kind = record.schedule.partition(":")[0]
+    schedule = schedules.index(kind) if kind in schedules else len(schedules)
+    return (
+        record.workload,
+        record.recipe != "llama3_8b",
+        record.recipe,
+        target,
+        record.batch,
+        record.context,
+        schedule,
+        record.schedule,
+        record.mesh_reduction,
+        record.all_reduce_us,
+    )
+
+
+# ---------------------------------------------------------------- the tables
+
+
+class View(NamedTuple):
+    """One file of tables."""
+
+    title: str
+    text: str
+    command: str  # that plans its rows
+    holds: Callable[[Record], bool]  # whether a row is in it
+
+
+VIEWS = {
+    "decode.md": View(
+        "Ladder, decode",
+        "Tensor parallel over eight devices.",
+        "decode",
+        lambda record: _is(record, "decode", "ladder") and record.target in SLICES,
+    ),
+    "standard.md": View(
+        "Standard, decode",
+        "The same without delays: hardly any communication can be hidden.",
+        "decode --schedules standard",
+        lambda record: _is(record, "decode", "standard") and record.target in SLICES,
+    ),
+    "pods.md": View(
+        "Ladder, decode, on other machines",
+        "Pods, TPU7x and two nodes, tensor parallel over eight devices; the other "
+        "devices decode other rows.",
+        "decode --recipes llama3_8b --shapes 512x2048 "
+        "--targets h100:2x8 tpu7x:2x2x1 v5e:16x16 v5p:8x8x8",
+        lambda record: _is(record, "decode", "ladder") and record.target not in SLICES,
+    ),
+    "prefill.md": View(
+        "Ladder, prefill",
+        "Tensor parallel over eight devices. The stack's end computes the last "
+        "positions alone, as in the engine.",
+        "prefill",
+        lambda record: _is(record, "prefill", "ladder"),
+    ),
+    "train.md": View(
+        "A training step, ladder and standard",
+        "One sequence, forward and backward, rematerialized as in the recipe; tensor "
+        "parallel over eight devices.",
+        "train --schedules ladder standard",
+        lambda record: _is(record, "train", "ladder", "standard"),
+    ),
+}
+SIDE_BY_SIDE = "schedules.md"  # see `_side_by_side`
+
+
+def _is(record: Record, workload: str, *schedules: str) -> bool:
+    return (
+        record.workload == workload
+        and record.schedule in schedules
+        and record.mesh_reduction == "auto"
+    )
+
+
+def markdown_files(records: Iterable[Record]) -> dict[str, str]:
+    """The tables of the rows: {file name: its text}."""
+    records = sorted(records, key=_order)
+    files = {}
+    for name, view in VIEWS.items():
+        rows = [record for record in records if view.holds(record)]
+        table = tables.markdown_table(
+            [PLAN, SHAPE, SCHEDULE, *NUMBERS, SHARE, JAXLIB], rows
+        )
+        files[name] = _page(view.title, view.text, view.command, table)
+    files[SIDE_BY_SIDE] = _side_by_side(records)
+    return files
+
+
+def _page(title: str, text: str, command: str, body: str) -> str:
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            *textwrap.wrap(
+                f"{text} Microseconds a step; [overlap.md](../overlap.md) says how "
+                f"they are modelled. Generated from [{CSV}]({CSV}). To plan the rows "
+                "anew:",
+                width=88,
+            ),
+            "",
+            "```sh",
+            f"python -m ladder_jax.planner.survey {command}",
+            "```",
+            "",
+            body,
+            "",
+        ]
+    )
+
+
+def _side_by_side(records: list[Record]) -> str:
+    """A table for every machine and batch size that decodes with at least four
+    schedules; speed-ups are over the standard schedule with XLA's own all-reduce."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.workload == "decode":
+            group = record.recipe, record.target, record.batch, record.context
+            groups.setdefault(group, []).append(record)
+    parts = []
+    for (recipe, target, batch, context), rows in groups.items():
+        if len({record.schedule for record in rows}) < 4:
+            continue
+        first = next(
+            row
+            for row in rows
+            if (row.schedule, row.mesh_reduction, row.all_reduce_us)
+            == ("standard", "psum", 0.0)
+        )
+        speed_up = tables.Column("speed-up", _speed_up_over(first))
+        heading = f"## {recipe}, {target}, batch {batch}, context {context}"
+        table = tables.markdown_table([SCHEDULE, *NUMBERS, speed_up, JAXLIB], rows)
+        parts += [heading, "", table, ""]
+    return _page(
+        "Residual schedules side by side, decode",
+        "Tensor parallel over eight devices. `upper-bound` communicates nothing. On "
+        'GPUs "an all-reduce of 7.8 us" is the fastest one of other engines, for '
+        "32 KiB.",
+        "compare",
+        "\n".join(parts).rstrip(),
+    )
+
+
+def _speed_up_over(first: Record) -> Callable[[Record], str]:
+    return lambda record: f"{first.step_us / record.step_us:.3f}"
+
+
+def _schedule_cell(record: Record) -> str:
+    if record.error:
+        return f"{record.schedule}: {record.error}"
+    reduction = record.reduction
+    if record.mesh_reduction == "auto":
+        reduction += " (auto)"
+    if record.all_reduce_us:
+        reduction += f", an all-reduce of {record.all_reduce_us:g} us"
+    return f"{record.schedule}, {reduction}"
+
+
+def _number(name: str) -> Callable[[Record], str]:
+    return lambda record: "" if record.error else f"{getattr(record, name):,.0f}"
+
+
+def _share_cell(record: Record) -> str:
+    share = None if record.error else record.of_hideable_hidden
+    return "-" if share is None else f"{share:.0%}"
+
+
+PLAN = tables.Column("", lambda record: f"{record.recipe}, {record.target}", left=True)
+SHAPE = tables.Column(
+    "batch x context", lambda record: f"{record.batch}x{record.context}", left=True
+)
+SCHEDULE = tables.Column("schedule, reduction", _schedule_cell, left=True)
+TITLES = dict(sent_us="sent", unavoidable_us="at least")
+NUMBERS = [
+    tables.Column(TITLES.get(name, name.removesuffix("_us")), _number(name))
+    for name in TIMES
+]
+SHARE = tables.Column("of the hideable, hidden", _share_cell)
+JAXLIB = tables.Column("jaxlib", lambda record: record.jaxlib)

@@ -1,0 +1,267 @@
+"""Says what the communication of a compiled program hides behind, and what it costs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ladder_jax import schedule
+from ladder_jax.config import Model
+from ladder_jax.hardware import cost
+from ladder_jax.planner import hlo, operations, timeline
+from ladder_jax.planner.plan import Compiled
+from ladder_jax.planner.scopes import Place, place_of
+from ladder_jax.planner.stack import LayerCounter
+from ladder_jax.planner.timeline import Collective, Timeline
+from ladder_jax.residual import choose
+from ladder_jax.residual.layers import narrow_blocks
+from ladder_jax.residual.reductions import name_for
+
+US = 1e6  # microseconds in a second
+
+
+def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeline:
+    """Plays a compiled program on a clock.
+
+    Args:
+      compiled: the program.
+      all_reduce: see cost.Network.
+    """
+    module = hlo.parse(compiled.text)
+    stack, chip = compiled.stack, compiled.request.target.chip
+    network = choose.network_of(list(compiled.mesh.devices.flat), all_reduce)
+    assert network is not None, "every aot.Target has a chip of chips.CHIPS"
+
+    def seconds(instruction: hlo.Instruction, body: hlo.Body) -> float:
+        if instruction.opcode in operations.FREE:
+            return 0.0
+        moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
+        if chip.clock_hz:
+            cycles = instruction.cycles
+            return cycles / chip.clock_hz if cycles else moved
+        computed = cost.flops(module, instruction, body) / chip.peak_flops
+        return chip.kernel_launch_s + max(computed, moved / chip.hbm_efficiency)
+
+    return timeline.play(
+        module,
+        seconds,
+        lambda size: size / chip.hbm_bandwidth,
+        network.collective,
+        LayerCounter(stack),
+        stack.trips_of,
+    )
+
+
+def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
+    """The plan as plain values, ready for JSON.
+
+    In the totals, simultaneous transfers over different links count once. A step is
+    compute, exposed communication and, on a GPU, what hidden communication takes from
+    the kernels beside it.
+    """
+    request = compiled.request
+    return dict(
+        target=request.target.name,
+        recipe=request.recipe,
+        workload=request.workload,
+        batch=request.batch,
+        context=request.context,
+        schedule=request.config.model.residual,
+        reduction=reduction_of(compiled),
+        layers=request.config.model.layers,
+        collectives=[
+            _collective_row(collective, compiled.mesh)
+            for collective in exchanges(played)
+        ],
+        totals=_totals(compiled, played),
+        memory=_memory(compiled),
+    )
+
+
+def exchanges(played: Timeline) -> list[Collective]:
+    """The collectives in which more than one device takes part."""
+    return [one for one in played.collectives if len(one.groups[0]) > 1]
+
+
+def _collective_row(collective: Collective, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    place = place_of(collective.scope)
+    return dict(
+        name=collective.name,
+        kind=collective.kind,
+        axis=mesh_axes(collective.groups, mesh),
+        bytes=collective.bytes,
+        asynchronous=collective.asynchronous,
+        communication_us=collective.seconds * US,
+        window_compute_us=collective.window * US,
+        hidden_us=collective.hidden * US,
+        exposed_us=collective.exposed * US,
+        last_of_stack=not place.layer and place.block == "last",
+        count=round(collective.count, 3),  # executions in a step
+        merged=collective.operation.arrays,
+        block=str(place),
+    )
+
+
+def _totals(compiled: Compiled, played: Timeline) -> dict[str, float]:
+    sent = sum(one.unoverlapped * one.count for one in exchanges(played))
+    hidden = max(sent - played.exposed, 0.0)
+    slowed = compiled.request.target.chip.interference * hidden
+    seconds = dict(
+        step=played.step + slowed,
+        compute=played.compute,
+        communication=sent,
+        hidden=hidden,
+        exposed=played.exposed,
+        unavoidable=unavoidable(compiled, played),
+        prefetch=played.prefetch,
+        interference=slowed,
+        roofline=roofline(compiled),
+    )
+    return {f"{name}_us": value * US for name, value in seconds.items()}
+
+
+def _memory(compiled: Compiled) -> dict[str, Any]:
+    capacity = compiled.request.target.chip.hbm_bytes
+    needed = compiled.weights + compiled.kv + compiled.temporary
+    return dict(
+        weights_bytes=compiled.weights,
+        kv_bytes=compiled.kv,
+        temporary_bytes=int(compiled.temporary),
+        capacity_bytes=int(capacity),
+        fits=needed <= capacity,
+    )
+
+
+def reduction_of(compiled: Compiled) -> str:
+    """The name of the reduction of a block's partial; with "auto", of the one taken."""
+    request, mesh = compiled.request, compiled.mesh
+    model_config = request.config.model
+    reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
+    rows = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
+    tokens = 1 if request.workload == "decode" else request.context
+    shape = rows, tokens, model_config.dim
+    message = jax.ShapeDtypeStruct(shape, jnp.dtype(model_config.dtype))
+    return name_for(reduction, message)
+
+
+def mesh_axes(groups: hlo.Groups, mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes ("tensor", "data,fsdp", ...) along which a collective's devices
+    differ; "none" for a group of one."""
+    varying = set()
+    for group in groups:
+        coordinates = np.unravel_index(group, tuple(mesh.shape.values()))
+        for name, along in zip(mesh.shape, coordinates):
+            if len(set(along.tolist())) > 1:
+                varying.add(name)
+    return ",".join(name for name in mesh.shape if name in varying) or "none"
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def unavoidable(compiled: Compiled, played: Timeline) -> float:
+    """Seconds of tensor-axis communication that no order of the instructions hides.
+
+    A reduction can run behind the compute of the block in whose scope it is, if that
+    block has a delay: max(0, communication - compute) stays exposed at least. Without a
+    delay, and outside of the layers, all of it does. Where XLA names a layer and no
+    block, all of the layer's compute counts.
+    """
+    stack = compiled.stack
+    layers = schedule.parse(stack.notation, len(stack.counts)).layers
+    sent: dict[Place, float] = {}
+    computed: dict[Place, float] = {}
+    for one in played.collectives:
+        if "tensor" in mesh_axes(one.groups, compiled.mesh):
+            place = place_of(one.scope)
+            sent[place] = sent.get(place, 0.0) + one.unoverlapped * one.count
+    for span in played.spans:
+        place = place_of(span.scope)
+        seconds = (span.end - span.start) * span.executions
+        computed[place] = computed.get(place, 0.0) + seconds
+    total = 0.0
+    for place, seconds in sent.items():
+        beside = 0.0
+        if _has_delay(place, layers):
+            beside = sum(
+                spent
+                for other, spent in computed.items()
+                if other[:2] == place[:2] and place.block in ("", other.block)
+            )
+        total += max(0.0, seconds - beside)
+    return total
+
+
+def _has_delay(place: Place, layers: tuple[tuple[schedule.Block, ...], ...]) -> bool:
+    """Whether a block that `place` names reads a stale stream."""
+    if place.number is None:
+        return False
+    return any(
+        block.delay
+        for block in layers[place.number]
+        if place.block in ("", "+".join(block.parts))
+    )
+
+
+def roofline(compiled: Compiled) -> float:
+    """Seconds that a step takes at least: the larger of its FLOPs at the chip's peak,
+    and of one pass of the weights and the cache through HBM."""
+    request, chip = compiled.request, compiled.request.target.chip
+    training, decoding = request.workload == "train", request.workload == "decode"
+    flops = (3 if training else 1) * forward_flops(
+        request.config.model, request.workload, request.batch, request.context
+    )
+    bytes_read = compiled.weights + (compiled.kv if decoding else 0)
+    return max(
+        flops / compiled.mesh.size / chip.peak_flops, bytes_read / chip.hbm_bandwidth
+    )
+
+
+def forward_flops(
+    model_config: Model, workload: str, batch: int, context: int
+) -> float:
+    """FLOPs of the matrix products in a forward pass, over all devices."""
+    decoding = workload == "decode"
+    tokens = batch * (1 if decoding else context)
+    read = tokens if workload == "train" else batch  # positions whose logits are needed
+    seen = context if decoding else context / 2  # positions that a query attends to
+    query = model_config.heads * model_config.head_dim
+    keys_and_values = 2 * model_config.kv_heads * model_config.head_dim
+    by_part = dict(
+        attention=4 * query * (model_config.dim + seen),  # without keys and values
+        mlp=6 * model_config.dim * model_config.ffn_dim,
+    )
+    parsed = schedule.parse(model_config.residual, model_config.layers)
+    blocks = [block for layer in parsed.layers for block in layer]
+    first_narrow = narrow_blocks(parsed)[0]
+    flops: float = tokens * model_config.layers * 2 * model_config.dim * keys_and_values
+    flops += read * 2 * model_config.dim * model_config.vocab_size
+    for number, block in enumerate(blocks):
+        rows = tokens if number < first_narrow else read
+        flops += rows * sum(by_part[part] for part in block.parts)
+    return flops
+
+
+# ---------------------------------------------------------------- copies of weights
+
+
+def copies_of_weights(
+    module: hlo.Module, least: int = 1 << 20
+) -> list[hlo.Instruction]:
+    """The instructions that write `least` bytes to HBM from parameters alone."""
+    derived: set[str] = set()  # names of parameters, constants and views of them
+    copies = []
+    for instruction in module.computations[module.entry].values():
+        from_parameters = all(name in derived for name in instruction.operands)
+        if instruction.opcode in ("parameter", "constant"):
+            derived.add(instruction.name)
+        elif not from_parameters:
+            continue
+        elif instruction.opcode in ("bitcast", "get-tuple-element"):
+            derived.add(instruction.name)
+        elif instruction.operands and instruction.opcode not in operations.FREE:
+            in_hbm = [array for array in instruction.outputs if array.space == 0]
+            if sum(array.bytes for array in in_hbm) >= least:
+                copies.append(instruction)
+    return copies

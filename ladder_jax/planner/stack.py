@@ -1,0 +1,87 @@
+"""A model of few layers that stands for one of many: layers repeat, so that a plan need
+not compile all of them."""
+
+from typing import NamedTuple
+
+from ladder_jax import schedule
+from ladder_jax.config import ConfigError
+from ladder_jax.planner.hlo import Instruction
+from ladder_jax.planner.scopes import place_of
+from ladder_jax.residual.layers import repeats
+
+
+class Stack(NamedTuple):
+    """The short model."""
+
+    notation: str  # its residual schedule
+    counts: tuple[float, ...]  # of the deep model's layers, by layer of the short one
+    trips: tuple[tuple[str, int], ...]  # scope of a scan -> its trips in the deep model
+
+    def trips_of(self, loop: Instruction) -> float:
+        """How often a loop runs in the deep model: other loops than scans of layers, as
+        often as XLA knows."""
+        for scope, trips in self.trips:
+            if scope in loop.scope:
+                return trips
+        return loop.trips or 1
+
+
+class LayerCounter:
+    """Says how many executions in the deep model an instruction stands for.
+
+    It is called in the order of issue. An instruction that XLA adds without a layer's
+    scope belongs to the layer of the instructions around it.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.current = 1.0
+
+    def __call__(self, scope: str) -> float:
+        place = place_of(scope)
+        if place.layer and not place.scanned:
+            assert place.number is not None
+            self.current = self.stack.counts[place.number]
+        elif place.layer or place.block:
+            self.current = 1.0
+        return self.current
+
+
+def shorten(notation: str, layers: int, most: int, ends: int = 1) -> Stack:
+    """The `Stack` for a deep model.
+
+    Args:
+      notation: the deep model's residual schedule.
+      layers: its depth.
+      most: repetitions to compile of every pattern of layers that the schedule repeats.
+      ends: the last few repetitions that stand for themselves alone, as the first does.
+    Raises ConfigError where no short model has such a schedule.
+    """
+    deep = schedule.parse(notation, layers)
+    short: list[tuple[schedule.Block, ...]] = []
+    counts: list[float] = []
+    trips: list[tuple[str, int]] = []
+    for start, stop, period in repeats(deep.layers):
+        deep_repeats = (stop - start) // period
+        short_repeats = min(deep_repeats, most)
+        last = len(short) + short_repeats * period - 1
+        trips.append((f"layers{len(short)}to{last}", deep_repeats))
+        short.extend(deep.layers[start : start + short_repeats * period])
+        for count in _counts(deep_repeats, short_repeats, ends):
+            counts += [count] * period
+    delays = ",".join(str(block.delay) for blocks in short for block in blocks)
+    for candidate in (notation, f"delays:{delays}"):
+        try:
+            if schedule.parse(candidate, len(short)).layers == tuple(short):
+                return Stack(candidate, tuple(counts), tuple(trips))
+        except ValueError:
+            pass
+    raise ConfigError(f"schedule={notation!r} has no shorter stack of the same kind")
+
+
+def _counts(deep: int, short: int, ends: int) -> list[float]:
+    """How many of `deep` repetitions each of the `short` ones stands for."""
+    inner = short - 1 - ends
+    if inner < 1:
+        return [deep / short] * short
+    return [1.0, *[(deep - 1 - ends) / inner] * inner, *[1.0] * ends]

@@ -1,0 +1,189 @@
+"""What a training run shows of itself: lines, a progress bar, speed and MFU.
+
+Nothing here ends a run: lines that cannot be written are dropped.
+"""
+
+import contextlib
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from ladder_jax.metrics import Metrics
+
+
+class Output(contextlib.AbstractContextManager):
+    """Lines on stdout and a progress bar on stderr, from the `leader` process alone.
+
+    A reader that goes away, a closed terminal or a full disk does not end the run: its
+    numbers are in metrics.jsonl too.
+    """
+
+    def __init__(self, leader: bool) -> None:
+        self.leader = leader
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """Writes one line above the progress bar, at once, also into a pipe."""
+        if self.leader and sys.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+
+    def show_steps(self, first: int, total: int) -> None:
+        """Shows a progress bar where stderr is a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.leader and sys.stderr is not None and sys.stderr.isatty():
+                self._bar = tqdm(total=total, initial=first, unit="step")
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
+
+
+class Measured(NamedTuple):
+    """Results of a step that the device may still compute, and when it has them."""
+
+    step: int
+    results: dict[str, jax.Array]
+    ready_at: Future | None = None  # of float, seconds of time.perf_counter
+
+
+class Pace(contextlib.AbstractContextManager):
+    """Seconds a step between reports, by the moments at which steps are complete.
+
+    The host reads the results of a step late, while the next one runs. So a thread
+    waits for each reported step and takes the time. Evaluation and saving do not
+    count: call `restart` after them.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._waiter = ThreadPoolExecutor(1, "pace")
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Counts from now on: `step` steps are complete."""
+        self._step, self._time = step, time.perf_counter()
+
+    def measure(self, step: int, results: dict[str, jax.Array]) -> Measured:
+        """`results` of `step`, together with the time when the device has them."""
+        return Measured(step, results, self._waiter.submit(_time_of, results))
+
+    def lap(self, measured: Measured) -> float | None:
+        """Seconds a step since the last lap or restart, or None without a step."""
+        assert measured.ready_at is not None, "measured by Pace.measure"
+        ready_at = measured.ready_at.result()
+        steps, seconds = measured.step - self._step, ready_at - self._time
+        self._step, self._time = measured.step, ready_at
+        return seconds / steps if steps and seconds > 0 else None
+
+    def __exit__(self, *_: object) -> None:
+        self._waiter.shutdown()
+
+
+def _time_of(results: dict[str, jax.Array]) -> float:
+    """Waits for `results`; the time when they are there. A failure shows when read."""
+    with contextlib.suppress(Exception):
+        jax.block_until_ready(results)
+    return time.perf_counter()
+
+
+class Speed(NamedTuple):
+    """Turns seconds a step into tokens a second, MFU and the time that is left."""
+
+    tokens: int  # of a step
+    steps: int  # of the run
+    flops: float  # of the model, for one token
+    peak: float | None  # FLOP/s of all devices; None: not known
+
+    def of(self, seconds: float) -> dict[str, float]:
+        """The values of a row of metrics: tokens_per_s and, where known, mfu."""
+        tokens_per_s = self.tokens / seconds
+        values = {"tokens_per_s": tokens_per_s}
+        if self.peak:
+            values["mfu"] = tokens_per_s * self.flops / self.peak
+        return values
+
+    def left(self, step: int, seconds: float) -> float:
+        """Seconds that the steps after `step` take."""
+        return seconds * (self.steps - step)
+
+
+class Reports:
+    """The rows of a run: each is a line of output and a row of metrics.
+
+    Args:
+      metrics: where rows go; None in all processes but one.
+    """
+
+    def __init__(
+        self, output: Output, metrics: Metrics | None, pace: Pace, speed: Speed
+    ) -> None:
+        self.output, self.metrics = output, metrics
+        self.pace, self.speed = pace, speed
+        self.save_s: float | None = None  # of the last save, for the next row
+
+    def step(self, measured: Measured, values: dict[str, float]) -> None:
+        """Reports the `values` of a training step, and the speed since the last one."""
+        seconds_left = None
+        if seconds := self.pace.lap(measured):
+            values |= self.speed.of(seconds)
+            seconds_left = self.speed.left(measured.step, seconds)
+        if self.save_s is not None:
+            values["save_s"], self.save_s = self.save_s, None
+        self._row(measured.step, step_line(values, seconds_left), values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Reports the `values` of an evaluation after `step`."""
+        self._row(step, evaluation_line(values), values)
+
+    def _row(self, step: int, text: str, values: dict[str, float]) -> None:
+        self.output.say(f"step {step}/{self.speed.steps}  {text}")
+        if self.metrics is not None:
+            self.metrics.write(step, **values)
+
+
+def step_line(values: dict[str, float], seconds_left: float | None) -> str:
+    """The text of a training step's row of metrics."""
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"grad norm {values['gradient_norm']:.3f}",
+        f"lr {values['learning_rate']:.2e}",
+    ]
+    if "tokens_per_s" in values:
+        parts.append(f"{values['tokens_per_s']:,.0f} tok/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} left")
+    if "save_s" in values:
+        parts.append(f"(last save {values['save_s']:.1f}s)")
+    return "  ".join(parts)
+
+
+def evaluation_line(values: dict[str, float]) -> str:
+    """The text of an evaluation's row of metrics."""
+    return (
+        f"held-out loss {values['held_out_loss']:.4f}, "
+        f"{values['held_out_bits_per_byte']:.3f} bits per byte"
+        f"  (evaluated in {values['evaluation_s']:.1f}s)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1m15s, 7500 -> 2h05m, 360000 -> 4d04h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24:,}d{hours % 24:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
