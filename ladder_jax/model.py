@@ -9,7 +9,7 @@ heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside `shard_ma
 F, V and B are this shard's share; shapes are read off the arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,11 +95,12 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        read_rotation = [residual.take(x, read_BR) for x in context.rotation]
-        q_BTNH = rotate(q_BTNH, read_rotation)
+        cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+        q_BTNH = rotate(q_BTNH, (cosine, sine))
         k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
+            assert segments_BT is not None  # a forward pass has them or a cache
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
@@ -372,7 +373,7 @@ _softmax_terms.defvjp(_softmax_terms_forward, _softmax_terms_backward)
 def loss(
     model: Transformer | Unstacked,
     model_config: config.Model,
-    batch: dict[str, jax.Array],
+    batch: Mapping[str, jax.Array],
     *,
     chunk: int = 0,
     **options: Any,

@@ -159,8 +159,8 @@ def _z_order(device: jax.Device) -> tuple[int, int]:
     return getattr(device, "slice_index", 0), index
 
 
-def gray(index: int) -> int:
-    """The Gray code of an index.
+def gray(index: Any) -> Any:
+    """The Gray code of an index, an int or an integer array.
 
     The codes of neighbours, and of the first and the last of 2^k, differ in one bit.
     """

@@ -133,7 +133,7 @@ def loss_and_gradients(
     # out, time to compile counts for more.
     unroll = platform == "cpu" and mesh.size == 1
     reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
-    options = dict(
+    options: dict[str, Any] = dict(
         kernel=kernel,
         reduction=reduction,
         remat=config.train.remat,
@@ -222,7 +222,7 @@ def make_step(
 def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """(model, batch) -> (sum of losses in nats, sum of weights), compiled."""
     platform = chips.platform(mesh)
-    options = dict(
+    options: dict[str, Any] = dict(
         kernel=attention.kernel_for(platform, config.model, config.train.seq_len),
         chunk=config.train.loss_chunk,
     )

@@ -324,7 +324,10 @@ def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
     message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     assert reduction.name_for(message(16, 1, 256)) == "recursive-doubling"
     assert reduction.name_for(message(8192, 4, 1024)) != "recursive-doubling"
-    assert reduction.name_for(message()) in reductions.REDUCTIONS and not reduction.in_order
+    assert (
+        reduction.name_for(message()) in reductions.REDUCTIONS
+        and not reduction.in_order
+    )
     monkeypatch.setattr(choose, "network_of", lambda devices: grid("v6e", 2, 4, 1))
     assert choose.auto_reduction.__wrapped__(config.model, mesh).in_order
 

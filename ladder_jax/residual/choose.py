@@ -263,7 +263,9 @@ def network_of(
     return cost.Network(chip, places, all_reduce)
 
 
-def reduction_for(name: str, model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
+def reduction_for(
+    name: str, model_config: Model, mesh: jax.sharding.Mesh
+) -> str | Policy:
     """What the model takes for mesh.reduction=`name`: `name`, or "auto"'s choice.
 
     Raises ConfigError where XLA cannot compile the reduction for the mesh.
