@@ -351,7 +351,7 @@ WRONG = [
     (["--target", "v5e:2x2x2"], "target='v5e:2x2x2' is not accepted"),
     (
         ["--target", "v5e:2x4", "--workload", "sleep"],
-        "--workload 'sleep': it must be one of",
+        "--workload='sleep' is not accepted: it must be one of",
     ),
     (
         ["--target", "v5e:2x4", "--schedule", "snake"],
