@@ -83,8 +83,8 @@ def attend(
 
 # ---------------------------------------------------------------- blockwise
 # Each slice of queries attends to the keys up to the slice's end, so that most masked
-# scores are never computed. The forward pass saves the logarithm of the sum of a slice's
-# weights, from which the backward pass computes the weights again (FlashAttention, arXiv
+# scores are never computed. The forward pass saves the logarithm of each row's sum of
+# weights. From it the backward pass computes the weights again (FlashAttention, arXiv
 # 2205.14135, algorithm 4): no array of T x S elements is stored between the passes.
 
 
@@ -235,7 +235,7 @@ def attend_cache(q_BTNH: jax.Array, cache: KV, positions_BT: jax.Array) -> jax.A
     B, T, N, H = q_BTNH.shape
     _, K, S, _ = cache.k.shape
     G = N // K
-    # The cache is never cast to a narrower dtype; the queries are cast to its dtype.
+    # At least the cache's dtype, so that the product does not round the cache.
     dtype = jnp.promote_types(q_BTNH.dtype, cache.k.dtype)
     q_BTNH_scaled = q_BTNH.astype(dtype) * jnp.asarray(H**-0.5, dtype)
     q_BKTGH = q_BTNH_scaled.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)

@@ -4,9 +4,10 @@ A block returns a partial; residual/ reduces it. Between two matrix products a b
 calls `progress` on the result of the first: a round of a pending reduction may end
 there (overlap.Overlap.progress). `progress` returns its argument.
 
-B batch, T tokens, R positions whose result is read, S cache length, L layers, D model, N query
-heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside `shard_map` N, K,
-F, V and B are this shard's share; shapes are read off the arrays.
+B batch, T tokens, R positions whose result is read, S cache length, L layers, D model,
+N query heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside
+`shard_map` N, K, F, V and B are this shard's share: the code takes them from the
+arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ class Attention(nnx.Module):
         progress: Progress,
         read_BR: jax.Array | None,
     ) -> tuple[jax.Array, kv_cache.KV | None]:
-        """This block's partial [B, T, D], and the cache with the tokens' keys and values.
+        """This block's partial [B, T, D], and the cache with u's keys and values.
 
         With `read_BR` (only with a cache) the partial has only those positions.
         """
@@ -138,15 +139,16 @@ class MLP(nnx.Module):
         gate_BTF = progress(einsum("btd,df->btf", u_BTD, self.gate[...]))
         up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
         up_BTF = checkpoint_name(up_BTF, "product")
+        # The activation is computed in float32 and rounded once.
         gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
-        gated_BTF = gated_BTF.astype(u_BTD.dtype)  # the only rounding since the products
+        gated_BTF = gated_BTF.astype(u_BTD.dtype)
         # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)
         return einsum("btf,fd->btd", gated_BTF, self.down[...])
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each with its norm; schedule parallel has one norm for both."""
+    """Attention and MLP, each with its norm; in schedule parallel they share one."""
 
     def __init__(self, model_config: config.Model, rngs: nnx.Rngs) -> None:
         residual_schedule = schedule.parse(model_config.residual, model_config.layers)
