@@ -66,7 +66,8 @@ class Stream(NamedTuple):
         """
         older, sums = _split_newest(self.sums, count)
         total = _add(self.total, *older)
-        zeros = jnp.zeros_like(self.partial if total is None else total)
+        like: Any = self.partial if total is None else total  # one of them is set
+        zeros = jnp.zeros_like(like)
         total = zeros if total is None else total
         partial = zeros if self.partial is None else self.partial
         sums = (zeros,) * (count - len(sums)) + sums
