@@ -218,7 +218,7 @@ def generate(words: list[str]) -> int:
 def generate_file(
     path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
 ) -> int:
-    """Decodes the prompts of a file with the engine. Returns 1 if a row failed, or 0."""
+    """Decodes a file of prompts with the engine. Returns 1 if a row failed, or 0."""
     from ladder_jax.serve import offline
     from ladder_jax.serve.engine import Engine
 
