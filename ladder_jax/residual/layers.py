@@ -250,7 +250,7 @@ def _run_scans(
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             stream, output = step(stream, jax.tree.map(lambda x: x[0], groups))
         else:
-            # The pattern's last layer is before its first layer again.
+            # In the scan the pattern's first layer follows its last layer.
             first_delay = next_delays[-1] = pattern[0][0].delay
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             if not schedule.local:

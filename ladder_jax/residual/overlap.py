@@ -37,18 +37,18 @@ class AsyncReduction:
         self.partial = value
         self._program = program_for(reduction, value)
         self._pending = self._program.begin(lax.stop_gradient(value))
-        self._ended = 0  # rounds
-        self._products = 0  # products of the block so far
+        self._rounds_ended = 0
+        self._products_done = 0  # of the block beside which it runs
 
     def progress(self, product: Any) -> Any:
         """Ends a round after `product` (arrays) is computed. Returns `product`.
 
         If there are fewer rounds than products, the block's last products end them.
         """
-        self._products += 1
+        self._products_done += 1
         rounds = len(self._program.rounds)
-        rounds_left = rounds - self._ended
-        products_left = PRODUCTS - self._products
+        rounds_left = rounds - self._rounds_ended
+        products_left = PRODUCTS - self._products_done
         # XLA itself places the end of the last of several rounds well: where the sum is
         # read. It would end a single round right after its start.
         is_only_round = rounds == 1
@@ -63,14 +63,14 @@ class AsyncReduction:
 
     def wait(self) -> jax.Array:
         """Ends the rounds that are left. Returns the sum, named "reduced" for remat."""
-        while self._ended < len(self._program.rounds):
+        while self._rounds_ended < len(self._program.rounds):
             self._end_round(self._pending)
         total = self._program.finish(self._pending.state)
         return checkpoint_name(with_gradient_of(total, self.partial), "reduced")
 
     def _end_round(self, pending: Pending) -> None:
-        self._pending = self._program.end_round(self._ended, pending)
-        self._ended += 1
+        self._pending = self._program.end_round(self._rounds_ended, pending)
+        self._rounds_ended += 1
 
 
 class BackwardReduction:
@@ -80,7 +80,7 @@ class BackwardReduction:
     stream. JAX differentiates the operations of the forward pass in reverse order, so
     the forward pass must call the end of the reduction first and its start last:
 
-        trace of the forward pass, left to right:
+        calls in the forward pass, left to right:
           create      enter     product 1    product 2    next_input
         the backward pass, right to left:
           sum <-- end round 2 <-- end round 1 <-- end round 0 <-- send round 0
@@ -151,7 +151,8 @@ class BackwardReduction:
 
         The next block passes them to `with_gradient_of` beside its input.
         """
-        rounds_left = self._rounds_before  # the block called `progress` too few times
+        # Rounds for which the block did not call `progress`.
+        rounds_left = self._rounds_before
 
         def forward(token: Pending) -> jax.Array:
             return _zeros(self._like)
