@@ -1,4 +1,4 @@
-"""Runs the command `ladder-jax plan`: compiles, then prints the plan or writes files."""
+"""Runs the command `ladder-jax plan`, from its arguments to the text it prints."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def make_request(config: Config, args: Any) -> Request:
 
 
 def _where(row: dict[str, Any]) -> str:
-    """The block that a collective is in, and how many collectives XLA merged into it."""
+    """A collective's block, and how many collectives XLA merged into it."""
     merged = f", {row['merged']} merged" if row["merged"] > 1 else ""
     return row["block"] + merged
 

@@ -1,4 +1,4 @@
-"""Draws timelines: a lane for what a device computes, above a lane for what it sends."""
+"""Draws timelines: what a device computes above what it sends."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -39,7 +39,8 @@ class Operation:
 
 @dataclass(frozen=True)
 class Compute(Operation):
-    """The device computes for `seconds`; HBM is idle for `spare_hbm` seconds of that."""
+    """The device computes for `seconds`. HBM is idle for `spare_hbm` seconds of
+    them."""
 
     seconds: float
     spare_hbm: float

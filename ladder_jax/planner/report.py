@@ -1,5 +1,4 @@
-"""Reports which communication of a compiled program overlaps with compute, and the
-time that the rest costs."""
+"""Reports which communication overlaps with compute, and the cost of the rest."""
 
 from typing import Any
 

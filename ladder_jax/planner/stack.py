@@ -36,8 +36,8 @@ class Stack(NamedTuple):
 class LayerCounter:
     """The number of executions in the deep model that an instruction stands for.
 
-    Call it with the scopes of instructions, in the order of issue. An instruction that XLA adds without a layer's
-    scope belongs to the layer of the instructions around it.
+    Call it with the scopes of instructions, in the order of issue. An instruction that
+    XLA adds without a layer's scope belongs to the layer of the instructions around it.
     """
 
     def __init__(self, stack: Stack) -> None:

@@ -184,7 +184,7 @@ def play(
     count: Callable[[str], float] = lambda scope: 1.0,
     trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1,
 ) -> Timeline:
-    """Simulates a scheduled module. The arguments are those of `operations.operations`."""
+    """Simulates a scheduled module. Arguments: see `operations.operations`."""
     listed = ops.operations(module, seconds, hbm_seconds, collective, count, trips)
     real, free = _Clock(), _Clock(asynchronous_is_free=True)
     for operation in listed:
@@ -247,7 +247,7 @@ class _Clock:
             spare -= used
 
     def end_prefetch(self, name: str) -> float:
-        """Ends a prefetch and all older ones. Returns the seconds that HBM still needed."""
+        """Ends a prefetch and all older ones. Returns the seconds that HBM needed."""
         waited = 0.0
         for other in self.prefetches:
             waited += self.prefetches[other]
@@ -300,7 +300,7 @@ def attribute(
     for event, other in zip(real, free, strict=True):
         if event.kind == "collective" and event.seconds > 0:
             event.exposed = event.seconds
-            # A synchronous collective is exposed in full: nothing is subtracted from it.
+            # A synchronous collective is exposed in full: no saving reduces it.
             if isinstance(event.operation, ops.EndCollective):
                 exposed.append(event)
         elif event.kind == "prefetch":
