@@ -85,7 +85,7 @@ class GenerateArguments:
     top_p: float = 1.0
     """Draw from the most probable tokens that together have this probability."""
     seed: int = 0
-    """Of the random draws. With --prompts-file, each row gets a seed of its own from
+    """Seeds the random draws. With --prompts-file, each row gets a seed of its own from
     this one."""
     stop: tuple[str, ...] = ()
     """Generation stops at the first of these strings, which the output leaves out."""

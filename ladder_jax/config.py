@@ -209,7 +209,8 @@ class Optimizer(Section):
     section = "optimizer"
     # The peak of the learning rate.
     learning_rate: float = 3e-4
-    # After warm-up: cosine falls to the end; wsd is constant, then falls linearly.
+    # After warm-up, cosine falls at once, wsd stays constant and falls linearly at the
+    # end, and constant does not fall.
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     # Steps in which the learning rate rises to its peak.
     warmup_steps: int = 100
@@ -221,7 +222,7 @@ class Optimizer(Section):
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    # Applied to matrices alone, not to norms and biases.
+    # The decay of matrices; norms and biases do not decay.
     weight_decay: float = 0.1
     # The largest global gradient norm. None: no clipping.
     clip_norm: float | None = 1.0
@@ -265,7 +266,7 @@ class Train(Section):
     remat: Literal["none", "dots", "reductions", "full"] = "none"
     # Tokens whose logits exist at one time on a device. 0: all of them.
     loss_chunk: int = 0
-    # Of the initial weights and of the order of the documents.
+    # Seeds the initial weights, the order of the documents and the sample.
     seed: int = 0
     # Steps from one line of output to the next.
     log_every: int = 10
@@ -275,7 +276,7 @@ class Train(Section):
     eval_batches: int = 8
     # Steps from one checkpoint to the next.
     save_every: int = 200
-    # The newest checkpoints stay on disk, up to this number.
+    # How many of the newest checkpoints stay on disk.
     keep_checkpoints: int = 3
     # Steps that the profiler traces, after the first two steps. 0: no trace.
     profile_steps: int = 0
@@ -339,7 +340,7 @@ class Decode(Section):
     prefix_memory: str = "0"
     # Tokens of a shared prefix that are stored and looked up together.
     prefix_block: int = 32
-    # The most alternatives a token whose log-probabilities a request may ask for.
+    # The most alternatives to each token whose log-probabilities a request may ask for.
     max_logprobs: int = 0
     # The most token ids that a request may stop at.
     max_stop_ids: int = 4

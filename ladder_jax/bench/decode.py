@@ -117,7 +117,7 @@ class Arguments:
     """How often every policy runs the workload. The table shows the run with the median
     share of the bare step."""
     seed: int = 0
-    """Of the workload."""
+    """Seeds the random numbers of the workload."""
     json: str | None = None
     """Write the results to this file."""
     plots: str | None = None

@@ -60,7 +60,7 @@ class Arguments:
     dtypes: tuple[str, ...] = ("float32",)
     """float32, bfloat16 or both."""
     batches: tuple[int, ...] = (1, 8, 32)
-    """Requests of a batch, for each batch to measure."""
+    """The batch sizes to measure, in requests."""
     prompt: int = 64
     """Tokens of a prompt."""
     tokens: int = 128
@@ -71,7 +71,8 @@ class Arguments:
     """The engines to compare with. The benchmark leaves out, with a message, those that
     are not installed."""
     pythons: tuple[str, ...] = ()
-    """NAME=PATH, for each engine that another Python has: the path of that Python."""
+    """NAME=PATH: the Python at PATH runs the engine NAME. By default, this Python runs
+    all engines."""
     json: str | None = None
     """Write the results to this file."""
 

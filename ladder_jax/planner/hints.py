@@ -1,4 +1,4 @@
-"""Measures what each of the hints that residual/overlap.py gives to XLA gains.
+"""Shows how much the hints that residual/overlap.py gives to XLA shorten a step.
 
 The command prints a Markdown table. A row is a program; its columns have the modelled
 step with no hint, with some hints, and with all of them.
