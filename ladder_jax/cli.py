@@ -123,8 +123,8 @@ class PlanArguments:
     recipe: str = field(metadata=POSITIONAL)
     """A Python file that defines a `config`."""
     target: str
-    """The chips: a TPU slice, such as v5e:2x4, v6e:2x4, v5p:2x2x2 or tpu7x:2x2x1, or
-    nodes x GPUs of a node, such as h100:1x8."""
+    """TPU slice, such as v5e:2x4, v6e:2x4, v5p:2x2x2 or tpu7x:2x2x1; or nodes x GPUs of
+    a node, such as h100:1x8."""
     workload: Literal["decode", "prefill", "train"] = "decode"
     """The program: one decode step, one prefill, or one training step."""
     batch: int = 1

@@ -9,9 +9,9 @@ so that policies differ in scheduling alone:
     concurrent     gives every request a decode state of its own; the states take turns
                    (the baseline of Flover's figures: concurrent model instances)
     static         starts a batch with the requests that wait, and the next batch when
-                   the longest request of this one has ended. A batch with free slots
-                   takes requests that arrive while it runs, until every slot has had
-                   one request
+                   the longest request of this one has ended. A batch of fewer requests
+                   than slots still takes requests that arrive while it runs, until it
+                   has had as many as there are slots
     dynamic        as static, but a batch that is not full first waits for a window of
                    time
     per-token      continuous batching by the host: one jitted call, one synchronization

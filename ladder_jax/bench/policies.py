@@ -27,13 +27,12 @@ class StaticBatches:
     """A scheduler of static batching: the next batch starts when this one has ended.
 
     A batch that is not full first waits `window` seconds, counted from the submission
-    of its oldest request. After it has started, it still takes requests until it is
-    full.
+    of its oldest request. After it has started, it still takes requests, until it has
+    had as many as there are slots. Before a run, set `expected` to its number of
+    requests, so that the last batch does not wait for more.
 
     Args:
-      window: seconds.
-    Set `expected` to the number of requests of a run before the run starts: the last
-    batch does not wait for more than these.
+      window: seconds. 0: static batching; more: dynamic batching.
     """
 
     def __init__(self, window: float) -> None:
