@@ -179,7 +179,7 @@ def test_long_documents_are_tokenised_in_pieces(tmp_path, open_corpus, monkeypat
     )
     whole = open_corpus(folder)
     monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 16)
-    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 40)
     monkeypatch.setattr(token_cache, "FORMAT", -1)
     pieces = open_corpus(folder)
     np.testing.assert_array_equal(whole.train.ids, pieces.train.ids)

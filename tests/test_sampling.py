@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ladder_jax import sampling
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, short_repr
 
 V = 37
 top_k, top_p = jax.jit(sampling.top_k), jax.jit(sampling.top_p)
@@ -229,12 +229,14 @@ def test_a_value_outside_its_limits_is_refused_by_name(name, value):
     ids=lambda value: f"{type(value).__name__}:{str(value)[:6]}",
 )
 def test_what_is_no_finite_number_is_refused_by_name(name, value):
-    assert refusal(**{name: value}).startswith(f"{name}={value!r} is not accepted: ")
+    message = refusal(**{name: value})
+    assert message.startswith(f"{name}={short_repr(value)} is not accepted: ")
 
 
 @pytest.mark.parametrize("name", [*NUMBER_NAMES, "seed"])
 def test_a_huge_number_is_refused_by_name(name):
-    assert refusal(**{name: 10**400}).startswith(f"{name}=1000")
+    message = refusal(**{name: 10**400})
+    assert message.startswith(f"{name}=1000") and len(message) < 200, message
 
 
 def test_the_limits_that_messages_name_are_accepted():

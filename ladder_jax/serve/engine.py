@@ -230,7 +230,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, see Request.cancel. Its entry in the queue is free at once."""
+        """Ends a request, see Request.cancel. A queued request leaves the queue."""
         self.stepper.cancel(request)
         self._wake.set()
 

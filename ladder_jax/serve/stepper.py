@@ -80,6 +80,10 @@ class Stepper:
         self.history: list[tuple[float, np.ndarray]] = []
         # Requests that clients have cancelled since the last step.
         self._cancelled: deque[Request] = deque()
+        self._tickets = 0  # the last ticket, see TICKETS
+        # Whether a step is changing this object and the device's state: if an interrupt
+        # ends the step, they may disagree.
+        self._changing = False
         self._reset()
 
     def cancel(self, request: Request) -> None:
@@ -167,14 +171,12 @@ class Stepper:
         # Of the prefill calls since the last chunk.
         self._prefill_events: list[decode.Events] = []
         self.tracker = Tracker(self.capacity.staging_size)
-        self._tickets: int = 0  # the last ticket, see TICKETS
+        self._tickets = 0
         self._chunks_started = 0
         self._smaller_steps = 0
         self.prefixes.clear()
         self.programs.reset()
-        # Whether a step is changing the fields above and the device's state: if it is
-        # interrupted, they may disagree.
-        self._changing: bool = False
+        self._changing = False
 
     def _fail(self, error: Exception) -> bool:
         """Ends all requests on the device and resets its state, which may be damaged.
