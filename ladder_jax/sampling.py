@@ -407,8 +407,8 @@ def _bisect(
 ) -> jax.Array:
     """Returns the largest number [B, 1] of `bits` bits for which `holds` is True.
 
-    `holds`: numbers [B, 1] -> bool [B], True up to some number and False above it. It
-    must be True for 0.
+    `holds`: numbers [B, 1] -> bool [B], True up to some number and False above it. The
+    result is 0 if it is False for every number.
     """
 
     def set_bit(i: jax.Array, number_B: jax.Array) -> jax.Array:

@@ -291,7 +291,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", CACHE_FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_again(tmp_path, open_corpus, name, damage):
+def test_a_damaged_cache_is_replaced(tmp_path, open_corpus, name, damage):
     folder = write_files(tmp_path / "in", LETTERS)
     before = open_corpus(folder)
     cache = only((tmp_path / "cache").iterdir())
@@ -299,7 +299,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, open_corpus, name, damage):
     after = open_corpus(folder)
     assert both(after) == sorted(LETTERS.values())
     assert after.digest == before.digest
-    assert "the token cache was damaged and made again: " in after.report
+    assert "the token cache was damaged and has been replaced: " in after.report
     assert name in after.report
     assert only((tmp_path / "cache").iterdir()) == cache
     assert open_corpus(folder, Refusing()).report == before.report

@@ -94,7 +94,7 @@ def documents(data_config: Data) -> Iterator[str]:
 
 
 def _threshold(held_out_fraction: float) -> int:
-    """Returns the number below which the 64-bit hash of a held-out document is."""
+    """Returns the limit: a document is held out if its 64-bit hash is below it."""
     return int(held_out_fraction * 2**64)
 
 

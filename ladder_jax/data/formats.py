@@ -175,7 +175,10 @@ def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
 
 
 def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
-    """Returns UTF-16 or UTF-32 as UTF-8. Raises _NotText if much of it is neither."""
+    """Returns UTF-16 or UTF-32 as UTF-8.
+
+    Raises _NotText if too many characters cannot be decoded.
+    """
     text = content.decode(encoding, "replace")
     broken = text.count("\ufffd")
     if broken > _MAX_BROKEN_FRACTION * len(text):

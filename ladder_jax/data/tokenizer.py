@@ -315,7 +315,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _with_special_tokens(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer; names of special tokens in a text are these tokens."""
+        """The library's tokenizer; it encodes names of special tokens as such."""
         return _parse(self._json)
 
     @functools.cached_property

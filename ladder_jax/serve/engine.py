@@ -63,7 +63,8 @@ class Engine:
       scheduler: decides what a step does, see scheduler.plan_step.
       trace: whether `history` records which request every slot decoded in every
         iteration. It has an entry per chunk: (seconds, request numbers [K, W] or -1).
-      pipelined: whether the host starts a chunk before it reads the one before.
+      pipelined: whether the host starts a chunk before it reads the events of the
+        previous one.
     Raises ConfigError if the options do not fit the model, the mesh or the memory.
 
     On a mesh of several hosts, make an engine on each, and make the same calls in the
@@ -359,7 +360,7 @@ def _spec(
     options: Decode,
     reduction: str,
 ) -> decode.DecodeSpec:
-    """Returns the DecodeSpec of an engine: it resolves what the options leave open."""
+    """Returns the DecodeSpec of an engine, with values instead of "auto"."""
     platform = chips.platform(mesh)
     is_gpu = platform in chips.GPUS
     kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)

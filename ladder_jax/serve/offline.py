@@ -272,7 +272,7 @@ def _generate(
                     continue
                 try:
                     request = engine.submit(**row.options)
-                except QueueFull:  # another client of the engine filled it
+                except QueueFull:  # another client filled the queue
                     break
                 except Exception as error:  # the other rows are still generated
                     yield waiting.popleft(), _error_values(row, error)

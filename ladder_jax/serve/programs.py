@@ -114,7 +114,7 @@ class Programs:
         return self._read_block(self.state.staging, np.int32(index), np.int32(start))
 
     def write_block(self, index: int, start: int, block: Any) -> None:
-        """Copies a block there that `read_block` returned."""
+        """Copies a block of `read_block` to row `index`, from token `start` on."""
         staging = self.state.staging
         self._set_staging(
             self._write_block(staging, np.int32(index), np.int32(start), block)
@@ -143,7 +143,7 @@ class Programs:
         """
         widths, lengths = self.capacity.widths, self.capacity.lengths
         # Each reshape goes through all shapes between its start and its end, so these
-        # compile all reshapes between neighbouring shapes, in both directions.
+        # loops compile all reshapes between neighbouring shapes, in both directions.
         for width in widths:
             self.reshape(width, lengths[-1])
             self.reshape(width, lengths[0])
