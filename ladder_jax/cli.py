@@ -84,6 +84,11 @@ class GenerateArguments:
     top_p: float = 1.0
     """Draw from the most probable tokens that together have this probability."""
     seed: int = 0
+    """With --prompts-file, each row gets a seed of its own from this one."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the text. None given: the tokenizer's end of a document."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
@@ -199,12 +204,11 @@ def generate(words: list[str]) -> int:
     tensor = arguments.tensor
     mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
     loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh_config)
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     options = {name: getattr(arguments, name) for name in names}
+    options["stop_token_ids"] = arguments.stop_token_ids or None
     if arguments.prompts_file is not None:
-        path = arguments.prompts_file
-        print(generate_file(path, arguments, loaded, options), flush=True)
-        return 0
+        return generate_file(arguments.prompts_file, arguments, loaded, options)
     for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
     print(flush=True)
@@ -213,8 +217,8 @@ def generate(words: list[str]) -> int:
 
 def generate_file(
     path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
-) -> str:
-    """Decodes the prompts of a file with the engine, and returns a summary."""
+) -> int:
+    """Decodes a file of prompts with the engine. Returns 1 if a row failed, or 0."""
     from ladder_jax.serve import offline
     from ladder_jax.serve.engine import Engine
 
@@ -229,7 +233,9 @@ def generate_file(
     count, before, failed = offline.run(engine, path, arguments.out, options)
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
-    return text + (f", {failed} of them errors" if failed else "")
+    text += f", {failed} of them errors" if failed else ""
+    print(text, flush=True)
+    return 1 if failed else 0
 
 
 def tokenizer(words: list[str]) -> int:
