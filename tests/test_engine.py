@@ -223,7 +223,9 @@ def shared_engine():
     def chunks_of_drawn_length(load, limits):
         step = plan_step(load, limits)
         return (
-            step._replace(steps=CHUNK_STEPS[0]) if step.steps and CHUNK_STEPS else step
+            step._replace(chunk_steps=CHUNK_STEPS[0])
+            if step.chunk_steps and CHUNK_STEPS
+            else step
         )
 
     engine = make_engine(scheduler=chunks_of_drawn_length)
