@@ -28,7 +28,19 @@ class ConfigError(ValueError):
 def require(ok: object, name: str, value: object, accepted: str) -> None:
     """Raises ConfigError with the field, its value and `accepted`, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name}={value!r} is not accepted: it must be {accepted}")
+        text = short_repr(value)
+        raise ConfigError(f"{name}={text} is not accepted: it must be {accepted}")
+
+
+def short_repr(value: object, most: int = 60) -> str:
+    """Returns a value's repr on one line, cut after `most` characters."""
+    if isinstance(value, (list, tuple)):
+        value = value[:most]  # the repr of more items is longer than `most` anyway
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # __repr__ of a user's class; or an int of more than 4300 digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Section:

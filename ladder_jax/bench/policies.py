@@ -56,8 +56,8 @@ class StaticBatches:
         step = plan_step(load, limits)
         self._room -= step.admit
         self.expected -= step.admit
-        if step.steps and not self._room:
-            step = step._replace(steps=limits.steps_per_call)
+        if step.chunk_steps and not self._room:
+            step = step._replace(chunk_steps=limits.steps_per_call)
         return step
 
 
