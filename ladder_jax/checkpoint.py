@@ -17,6 +17,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -213,8 +214,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if self._unverified is None:
             return
         step, arrays = self._unverified
-        with _silent():
-            _check_arrays(self.folder / str(step), arrays)
+        # In its own thread: in the main thread asyncio, which Orbax uses, would turn
+        # an interrupt into a description that cannot be read.
+        with _silent(), ThreadPoolExecutor(max_workers=1) as reader:
+            reader.submit(_check_arrays, self.folder / str(step), arrays).result()
         self._unverified = None
         own_steps = [s for s in self.steps() if s in self._own_steps]
         for surplus in own_steps[: -self.keep]:
@@ -232,7 +235,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._checkpointer.close()
             self._log_filter.close()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is not None:
+            # Orbax forgets a save whose wait was interrupted, and completes it later:
+            # to read it back now would hide the interrupt behind a false error.
+            self._unverified = None
         self.close()
 
 

@@ -498,7 +498,7 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
     rest, err = child.communicate(timeout=120)
     assert (
         child.returncode == 130
-        and err == "\nSIGINT: stopping after this step; once more to stop now\n"
+        and err == "\nSIGINT: stopping after this step; repeat it to stop at once\n"
     )
     again = re.fullmatch(
         rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: "

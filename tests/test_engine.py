@@ -223,7 +223,9 @@ def shared_engine():
     def chunks_of_drawn_length(load, limits):
         step = plan_step(load, limits)
         return (
-            step._replace(steps=CHUNK_STEPS[0]) if step.steps and CHUNK_STEPS else step
+            step._replace(chunk_steps=CHUNK_STEPS[0])
+            if step.chunk_steps and CHUNK_STEPS
+            else step
         )
 
     engine = make_engine(scheduler=chunks_of_drawn_length)
@@ -476,7 +478,7 @@ def test_mistakes_name_the_field_and_touch_nobody(wrong, name):
 def test_an_error_in_one_request_is_its_own():
     engine = make_engine()
     good, bad = (engine.submit([i], max_tokens=9) for i in (1, 2))
-    bad.stopper = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
+    bad.text_filter = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
     with pytest.raises(RequestFailed, match="its own"):
         list(bad)
     assert bad.finish == "error" and good.result().tokens == alone([1], max_tokens=9)
@@ -486,7 +488,7 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
     engine = make_engine()
     live = [
         engine.submit([i], max_tokens=30) for i in range(2)
-    ]  # as many as there are places
+    ]  # as many as staging has rows
     engine.step()
     waiting = engine.submit([9], max_tokens=5)
     with mock.patch.object(
@@ -575,7 +577,7 @@ def test_memory_is_planned_and_never_overcommitted():
         == sum(x.nbytes for x in jax.tree.leaves((state.slots.kv, state.staging.kv)))
     )
     assert engine.report() == (
-        "3 slots and 2 places in staging, of 64 tokens in float32: 0.2 MiB, prefixes "
+        "3 slots and 2 rows of staging, of 64 tokens in float32: 0.2 MiB, prefixes "
         "0.0 MiB, reshaping 0.0 MiB, together 0.2 MiB a device"
     )
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
@@ -875,7 +877,7 @@ def test_one_mistake_in_a_list_of_prompts_submits_none_of_them():
 
 @pytest.mark.parametrize("staging", [1, 6])
 def test_priorities_order_the_queue_and_staging_alike(staging):
-    """Over all that is accepted; with 6 places in staging, the device orders them."""
+    """Over all that is accepted; with 6 rows of staging, the device orders them."""
     engine = make_engine(slots=1, staging=staging)
     blocker = engine.submit([1], max_tokens=40)
     while not blocker.tokens:

@@ -28,7 +28,7 @@ def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
             budget, SIZES[0]
         )
         assert [piece.staging_index for piece in chosen] == [
-            place for place, _, _ in waiting[: len(chosen)]
+            index for index, _, _ in waiting[: len(chosen)]
         ]
         for piece in chosen:
             assert (
@@ -43,20 +43,22 @@ def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
 
 
 def test_a_call_takes_as_many_prompts_as_fit():
-    waiting = [(place, 0, 4) for place in range(9)]
+    waiting = [(index, 0, 4) for index in range(9)]
     assert [
         len(packing.pick_pieces(waiting, SIZES, budget)[0])
         for budget in (4, 16, 63, 64)
     ] == [1, 4, 4, 9]
 
 
-def test_rows_of_padding_have_no_place():
+def test_rows_of_padding_have_no_staging_index():
     row = decode.SlotState(
         *(np.zeros(1, np.int32),) * 8, sampling.make_params(None, 2, 32), None
     )
     pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]
     prompts = [np.arange(10, 17, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
-    made = packing.pack(pieces, 4, 8, prompts, [row, row], places=6, padding_id=99)
+    made = packing.pack(
+        pieces, 4, 8, prompts, [row, row], staging_size=6, padding_id=99
+    )
     assert made.tokens.tolist() == [[10, 11, 12, 0], [22, 23, 0, 0], [0] * 4, [0] * 4]
     assert made.staging_index.tolist() == [5, 2, 6, 6] and made.last.tolist() == [
         False,
