@@ -284,12 +284,12 @@ values = st.one_of(
 def test_any_value_is_taken_and_kept_or_refused_in_one_line(where, value):
     section, name = where
     try:
-        made = section(**{name: value})
+        built = section(**{name: value})
     except ConfigError as error:
         assert name in str(error) and len(str(error).splitlines()) == 1
         return
-    assert getattr(made, name) is value
-    assert from_dict(json.loads(json.dumps(to_dict(made))), section) == made
+    assert getattr(built, name) is value
+    assert from_dict(json.loads(json.dumps(to_dict(built))), section) == built
 
 
 def test_a_config_cannot_be_changed_and_a_changed_copy_is_checked():

@@ -55,9 +55,9 @@ def parsed(arguments):
     )
 
 
-def check(chosen):
-    assert chosen.distributed and chosen.resume
-    assert (chosen.config.train.out, chosen.config.data.source) == (
+def check(arguments):
+    assert arguments.distributed and arguments.resume
+    assert (arguments.config.train.out, arguments.config.data.source) == (
         "runs/two words",
         "data/*.parquet",
     )

@@ -170,10 +170,10 @@ def test_of_several_jobs_that_find_a_stale_lease_one_takes_it(tmp_path):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    said = [process.stdout.readline().strip() for process in processes]
+    answers = [process.stdout.readline().strip() for process in processes]
     for process in processes:
         process.communicate("end\n")
-    assert sorted(said) == ["held", "refused", "refused", "refused"]
+    assert sorted(answers) == ["held", "refused", "refused", "refused"]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

@@ -44,13 +44,13 @@ def head(row, k=None, p=None):
 def test_top_k_and_top_p_keep_the_ids_that_sorting_keeps(ties):
     x = logits(8, ties=ties)
     for k in (1, 2, 5, V, V + 3):
-        kept = np.asarray(top_k(x, jnp.full(8, k))) > -np.inf
-        assert [set(np.flatnonzero(row).tolist()) for row in kept] == [
+        passes = np.asarray(top_k(x, jnp.full(8, k))) > -np.inf
+        assert [set(np.flatnonzero(row).tolist()) for row in passes] == [
             head(row, k=k) for row in x
         ]
     for p in (0.01, 0.3, 0.77, 0.95):
-        kept = np.asarray(top_p(x, jnp.full(8, p))) > -np.inf
-        assert [set(np.flatnonzero(row).tolist()) for row in kept] == [
+        passes = np.asarray(top_p(x, jnp.full(8, p))) > -np.inf
+        assert [set(np.flatnonzero(row).tolist()) for row in passes] == [
             head(row.astype(np.float64), p=p) for row in x
         ]
     assert np.isfinite(top_p(x, jnp.ones(8))).all()
@@ -70,15 +70,15 @@ def test_penalties_and_bias_follow_their_equations():
             logit_bias={7: 3.0, 4: -1.0},
         )
     )
-    want = x[0].copy()
+    expected = x[0].copy()
     for i in (3, 4, 5):
-        want[i] = want[i] / 1.5 if want[i] > 0 else want[i] * 1.5
+        expected[i] = expected[i] / 1.5 if expected[i] > 0 else expected[i] * 1.5
     for i, times in ((4, 1), (5, 3)):
-        want[i] -= 0.125 * times + 0.25
-    want[7] += 3
-    want[4] -= 1
+        expected[i] -= 0.125 * times + 0.25
+    expected[7] += 3
+    expected[4] -= 1
     np.testing.assert_allclose(
-        sampling.adjust(jnp.asarray(x), p, history)[0], want, rtol=1e-6
+        sampling.adjust(jnp.asarray(x), p, history)[0], expected, rtol=1e-6
     )
 
 
@@ -127,11 +127,11 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     )
     positions = np.arange(n, dtype=np.int32)
     drawn = np.asarray(draw(params=same, position_B=positions))
-    kept = head(row, k=6)
-    want = np.where(np.isin(np.arange(V), list(kept)), np.exp(row), 0)
-    want /= want.sum()
-    got = np.bincount(drawn, minlength=V) / n
-    assert np.abs(got - want).max() < 4 * 0.5 / np.sqrt(n)
+    likeliest = list(head(row, k=6))
+    probabilities = np.where(np.isin(np.arange(V), likeliest), np.exp(row), 0)
+    probabilities /= probabilities.sum()
+    frequencies = np.bincount(drawn, minlength=V) / n
+    assert np.abs(frequencies - probabilities).max() < 4 * 0.5 / np.sqrt(n)
     again = np.asarray(draw(params=same, position_B=positions[::-1].copy()))[::-1]
     assert (drawn == again).all()
     other = np.asarray(
@@ -169,10 +169,10 @@ def test_padded_ids_are_never_taken():
     logprob, ids, top = sampling.log_probabilities(
         jnp.asarray(x), jnp.array([1, 2]), 4, 30
     )
-    want = x[:, :30] - np.log(np.exp(x[:, :30]).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(logprob, want[[0, 1], [1, 2]], rtol=1e-5)
-    np.testing.assert_allclose(top, -np.sort(-want)[:, :4], rtol=1e-5)
-    assert (np.asarray(ids) == np.argsort(-want)[:, :4]).all()
+    expected = x[:, :30] - np.log(np.exp(x[:, :30]).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(logprob, expected[[0, 1], [1, 2]], rtol=1e-5)
+    np.testing.assert_allclose(top, -np.sort(-expected)[:, :4], rtol=1e-5)
+    assert (np.asarray(ids) == np.argsort(-expected)[:, :4]).all()
 
 
 NUMBER_NAMES = [name for name in sampling.ACCEPTED if name not in ("top_k", "seed")]
@@ -254,8 +254,8 @@ def test_a_huge_top_k_keeps_all():
 )
 def test_numbers_of_numpy_are_accepted_as_those_of_python(name, kind):
     value = kind(sampling.ACCEPTED[name].default)
-    [got] = getattr(sampling.make_params(**{name: value}), name)
-    assert got == value
+    [stored] = getattr(sampling.make_params(**{name: value}), name)
+    assert stored == value
 
 
 @pytest.mark.parametrize(
@@ -268,9 +268,9 @@ def test_a_value_that_float32_rounds_out_of_its_limits_is_refused(name, value):
 @pytest.mark.parametrize("name", NUMBER_NAMES)
 def test_the_default_of_every_parameter_leaves_the_logits_alone(name):
     neutral = sampling.make_params(**{name: sampling.ACCEPTED[name].default})
-    for got, want in zip(neutral, sampling.neutral_params(1, 0), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
+    for actual, expected in zip(neutral, sampling.neutral_params(1, 0), strict=True):
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_an_unknown_parameter_is_refused_by_name():

@@ -40,7 +40,7 @@ def write_corpus(folder):
 
 def make(folder, **fields):
     """A config.Config with the corpus folder/corpus. `fields`: as train_steps=3."""
-    made = config.Config(
+    tiny_config = config.Config(
         model=config.Model(
             vocab_size=264,
             dim=32,
@@ -74,13 +74,13 @@ def make(folder, **fields):
     )
     for name, value in fields.items():
         section, _, field = name.partition("_")
-        changed = dataclasses.replace(getattr(made, section), **{field: value})
-        made = dataclasses.replace(made, **{section: changed})
-    return made
+        changed = dataclasses.replace(getattr(tiny_config, section), **{field: value})
+        tiny_config = dataclasses.replace(tiny_config, **{section: changed})
+    return tiny_config
 
 
 def recipe(folder, **fields):
-    """The path of a recipe file that makes the same."""
+    """Writes a recipe file of the same config. Returns its path."""
     path = Path(folder) / "recipe.py"
     values = json.dumps(config.to_dict(make(folder, **fields)))
     path.write_text(
