@@ -1,17 +1,41 @@
-"""What several test files need: meshes, parameters, and processes that form one run."""
+"""Small models, meshes, parameters, engines and processes for several test files."""
 
+import dataclasses
+import functools
+import json
 import math
+import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ladder_jax import config, model, sharding
+from ladder_jax import config, generate, model, sharding
+from ladder_jax.serve.engine import Engine
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from ladder_jax.cli import main; main()"]
+
+# ---------------------------------------------------------------- models, meshes
 
 
+def small_model(residual: str = "standard", **fields: Any) -> config.Model:
+    """A float32 model that 8 tensor shards divide; `fields` replace its own.
+
+    16 query heads share 8 key-value heads.
+    """
+    sizes = dict(dim=16, layers=2, heads=16, kv_heads=8, head_dim=4, ffn_dim=16)
+    own = dict(vocab_size=32, **sizes, dtype="float32")
+    return config.Model(residual=residual, **own | fields)
+
+
+@functools.cache
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh of the first data x fsdp x tensor devices."""
     sizes = data, fsdp, tensor
@@ -24,7 +48,7 @@ def random_parameters(
     scale: float = 0.3,
     seed: int = 0,
 ) -> model.Transformer:
-    """Random parameters on `mesh` (None: on the first device). None of them is zero.
+    """Random parameters on `mesh`; without one, jit places them. None is zero.
 
     Norms are around 1 and all others around 0, with a standard deviation of `scale`.
     """
@@ -37,9 +61,127 @@ def random_parameters(
 
     values = jax.tree.map(draw, sharding.parameter_names(abstract), abstract)
     if mesh is None:
-        return jax.device_put(values, jax.devices()[0])
+        return jax.tree.map(jnp.asarray, values)
     specs = sharding.parameter_specs(abstract)
     return jax.device_put(values, sharding.named_shardings(mesh, specs))
+
+
+@functools.cache
+def initial_parameters(
+    model_config: config.Model, mesh: jax.sharding.Mesh
+) -> model.Transformer:
+    """What `model.init` draws from key 0, on `mesh`."""
+    specs = sharding.parameter_specs(model.abstract(model_config))
+    init = functools.partial(model.init, model_config)
+    shardings = sharding.named_shardings(mesh, specs)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+
+
+# ---------------------------------------------------------------- engines
+
+ENGINE_MODEL = config.Model(
+    vocab_size=264,
+    dim=32,
+    layers=2,
+    heads=8,
+    kv_heads=8,
+    head_dim=4,
+    ffn_dim=48,
+    residual="ladder",
+    dtype="float32",
+    max_length=64,
+    init_std=0.3,
+)
+ENGINE_OPTIONS = config.Decode(
+    slots=3,
+    staging=2,
+    steps_per_call=4,
+    prefill_budget=16,
+    max_length=64,
+    fit_shapes=False,
+    max_logprobs=3,
+    max_stop_ids=2,
+    max_logit_bias=2,
+)
+
+
+def make_engine(
+    model_config: config.Model = ENGINE_MODEL, tensor: int = 1, **options: Any
+) -> Engine:
+    """An engine with `initial_parameters`.
+
+    `options` are arguments of `Engine` and fields of `config.Decode`; the latter
+    replace those of ENGINE_OPTIONS.
+    """
+    names = [field.name for field in dataclasses.fields(config.Decode)]
+    fields = {name: options.pop(name) for name in names if name in options}
+    mesh = make_mesh(tensor=tensor)
+    return Engine(
+        initial_parameters(model_config, mesh),
+        model_config,
+        mesh,
+        options=dataclasses.replace(ENGINE_OPTIONS, **fields),
+        **options,
+    )
+
+
+@functools.cache
+def _longest_tokens(
+    model_config: config.Model, tensor: int, prompt: tuple[int, ...], options: str
+) -> list[int]:
+    """As many tokens as fit, so that few shapes are compiled. `options`: JSON text.
+
+    A request with fewer max_tokens has the beginning of them.
+    """
+    mesh = make_mesh(tensor=tensor)
+    tokens = generate.generate(
+        initial_parameters(model_config, mesh),
+        model_config,
+        mesh,
+        prompt,
+        max_tokens=model_config.max_length - len(prompt),
+        **json.loads(options),
+    )
+    return list(tokens)
+
+
+def tokens_alone(
+    prompt: Iterable[int],
+    model_config: config.Model = ENGINE_MODEL,
+    tensor: int = 1,
+    stop_token_ids: Sequence[int] = (),
+    max_tokens: int = 16,
+    **options: Any,
+) -> list[int]:
+    """The tokens that `generate` gives for one request, which an engine must match."""
+    text = json.dumps(options, sort_keys=True)  # for the key of the cache
+    tokens = _longest_tokens(model_config, tensor, tuple(prompt), text)[:max_tokens]
+    stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
+    return tokens[: stops[0]] if stops else tokens
+
+
+def make_requests(
+    count: int, seed: int = 0, longest: int = 40
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """(prompt, options) of `count` requests, which sample in six different ways."""
+    rng = np.random.default_rng(seed)
+    kinds: list[dict[str, Any]] = [
+        dict(),
+        dict(temperature=1.0),
+        dict(temperature=0.8, top_k=7),
+        dict(temperature=1.1, top_p=0.7),
+        dict(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2),
+        dict(temperature=1.0, min_p=0.1, logit_bias={5: 4.0, 9: -3.0}),
+    ]
+    requests = []
+    for i in range(count):
+        prompt = rng.integers(0, 264, rng.integers(1, longest)).tolist()
+        options = dict(max_tokens=int(rng.integers(1, 25)), seed=i)
+        requests.append((prompt, kinds[i % len(kinds)] | options))
+    return requests
+
+
+# ---------------------------------------------------------------- processes
 
 
 def free_address() -> str:
@@ -47,6 +189,19 @@ def free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
+
+
+def code_environment(devices: int | None = None) -> dict[str, str]:
+    """The environment of a process that imports ladder_jax and has CPUs as `devices`.
+
+    None: JAX's default, one device.
+    """
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "XLA_FLAGS": "" if devices is None else flag,
+    }
 
 
 def run_together(

@@ -174,11 +174,11 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
 def parse_layers(text, count):
     if text.startswith("last"):
         return range(count - int(text[4:]), count)
-    chosen = []
+    layers_of_list = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        chosen += range(int(first), int(last or first) + 1)
-    return chosen
+        layers_of_list += range(int(first), int(last or first) + 1)
+    return layers_of_list
 
 
 def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):

@@ -48,16 +48,16 @@ PLANNED = {"serve.server", "evaluate", "convert"}
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its name below `ladder_jax`."""
-    found = {}
+    paths = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    return paths
 
 
 def imports_of(path: Path, known: set[str]) -> set[str]:
     """The package's modules that a file imports, at its top or inside a function."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -68,8 +68,8 @@ def imports_of(path: Path, known: set[str]) -> set[str]:
         else:
             continue
         below = [n.removeprefix("ladder_jax.") for n in names if "ladder_jax." in n]
-        found |= {name for name in below if name in known and name}
-    return found
+        imported |= {name for name in below if name in known and name}
+    return imported
 
 
 def row_of(module: str) -> int:
@@ -86,8 +86,8 @@ MODULES = modules()
 IMPORTS = {name: imports_of(path, set(MODULES)) for name, path in MODULES.items()}
 IMPORTS = {
     # A package's `__init__` is imported with each of its modules: no arrow of its own.
-    name: {n for n in found if n != name and not name.startswith(f"{n}.")}
-    for name, found in IMPORTS.items()
+    name: {n for n in imported if n != name and not name.startswith(f"{n}.")}
+    for name, imported in IMPORTS.items()
 }
 
 

@@ -34,7 +34,7 @@ def read(*words: str) -> Arguments:
     return parse(Arguments, ["here", "--needed", "1", *words], "do")
 
 
-def test_defaults():
+def test_without_arguments_every_option_has_its_default():
     assert read() == Arguments("here", 1)
 
 
@@ -62,7 +62,7 @@ def test_defaults():
         ("--times 1 --times 2", "times", 2),
     ],
 )
-def test_values(words, name, value):
+def test_each_type_of_option_reads_its_values(words, name, value):
     arguments = read(*words.split(" "))
     assert getattr(arguments, name) == value
     assert type(getattr(arguments, name)) is type(value)
@@ -117,7 +117,7 @@ def test_an_instance_gives_the_defaults():
         (["here", "--nothing"], "--nothing is not an option"),
     ],
 )
-def test_mistakes(words, message):
+def test_a_mistake_is_one_line_that_names_the_option(words, message):
     with pytest.raises(ConfigError) as error:
         parse(Arguments, words, "do")
     assert str(error.value) == f"{message} (see ladder-jax do --help)"

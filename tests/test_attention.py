@@ -63,9 +63,9 @@ def value_and_gradients(attend, q, k, v, segments):
     return both(q, k, v)
 
 
-def assert_close(got, expected, tolerance, what):
+def assert_close(actual, expected, tolerance, what):
     for name, a, b in zip(
-        ("output", "query gradient", "key gradient", "value gradient"), got, expected
+        ("output", "query gradient", "key gradient", "value gradient"), actual, expected
     ):
         assert a.shape == b.shape and a.dtype == b.dtype, (
             f"{what}: {name} is {a.dtype}{a.shape}"
@@ -107,11 +107,13 @@ def test_splash_in_pallas_interpret_mode_is_the_xla_path(N, K, T):
 
 def test_splash_does_not_repeat_keys_and_values():
     q, k, v, segments = inputs(N=8, K=2, T=128, H=16)
-    made = jax.make_jaxpr(functools.partial(attention.splash, interpret=True))(
+    program = jax.make_jaxpr(functools.partial(attention.splash, interpret=True))(
         q, k, v, segments
     )
     calls = [
-        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "pallas_call"
+        eqn
+        for eqn, _ in equations(program.jaxpr)
+        if eqn.primitive.name == "pallas_call"
     ]
     shapes = [var.aval.shape for eqn in calls for var in eqn.invars]
     assert (
@@ -134,12 +136,15 @@ def test_cudnn_gets_arguments_that_mean_the_same():
         return original(*args, implementation="xla", **kwargs)
 
     with mock.patch.object(jax.nn, "dot_product_attention", anywhere):
-        got = value_and_gradients(
+        actual = value_and_gradients(
             functools.partial(attention.attend, kernel="cudnn"), *tensors
         )
     assert set(implementations) == {"cudnn"}
     assert_close(
-        got, value_and_gradients(attention.attend, *tensors), 1e-5, "cudnn's arguments"
+        actual,
+        value_and_gradients(attention.attend, *tensors),
+        1e-5,
+        "cudnn's arguments",
     )
 
 
@@ -152,10 +157,10 @@ def test_cudnn_is_the_xla_path(N, K, H):
     tensors = inputs(N=N, K=K, T=64, H=H, dtype=jnp.bfloat16)
     settings = config.Model(heads=N, kv_heads=K, head_dim=H)
     assert attention.kernel_for("cuda", settings, 64) == "cudnn"
-    got = value_and_gradients(
+    actual = value_and_gradients(
         functools.partial(attention.attend, kernel="cudnn"), *tensors
     )
-    assert_close(got, value_and_gradients(attention.attend, *tensors), 2e-2, "cudnn")
+    assert_close(actual, value_and_gradients(attention.attend, *tensors), 2e-2, "cudnn")
 
 
 @pytest.mark.parametrize(
@@ -190,10 +195,10 @@ def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
     positions = jnp.array([[3, 4, 5], [7, 8, 9]])
     rows = jnp.arange(2)[:, None]
     heads_first = lambda x: cached(x).transpose(0, 2, 1, 3)
-    got = attention.attend_cache(
+    actual = attention.attend_cache(
         q[rows, positions], kv_cache.KV(heads_first(k), heads_first(v)), positions
     )
-    np.testing.assert_allclose(got, whole[rows, positions], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(actual, whole[rows, positions], rtol=0, atol=1e-6)
 
 
 def test_rotary_turns_scores_into_functions_of_distance():

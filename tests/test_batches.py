@@ -70,9 +70,8 @@ def check_batch(batch, shape):
             np.testing.assert_array_equal(
                 tokens[b, start + 1 : stop], targets[b, start : stop - 1]
             )
-            assert (
-                start == 0 or tokens[b, start] == BOS
-            )  # only a row's edge cuts a document
+            # Only a row's edge cuts a document.
+            assert start == 0 or tokens[b, start] == BOS
             assert stop == shape[1] or targets[b, stop - 1] == EOS
 
 
@@ -136,9 +135,8 @@ def take(batches, count):
 
 def test_processes_share_what_one_process_gets():
     corpus = make_corpus([5, 30, 0, 7, 19, 3])
-    alone = take(
-        train_iterator(corpus, batch=6, length=4, seed=3), 9
-    )  # over several epochs
+    # 9 batches are several epochs.
+    alone = take(train_iterator(corpus, batch=6, length=4, seed=3), 9)
     shares = [
         train_iterator(
             corpus, batch=2, length=4, seed=3, process_index=i, process_count=3
@@ -180,7 +178,7 @@ def test_documents_come_in_a_new_order_each_epoch():
     assert orders(0)[0] != orders(0)[1] and orders(0)[0] != orders(1)[0]
 
 
-def test_a_corpus_shorter_than_a_row_or_a_batch():
+def test_a_row_of_a_short_corpus_is_padded_and_repeated_for_a_batch():
     batch = next(train_iterator(make_corpus([3, 2]), batch=4, length=32, seed=0))
     check_batch(batch, (4, 32))
     assert (batch["weights"].sum(axis=1) == 7).all()
@@ -210,7 +208,7 @@ def test_state_restores_the_next_batches(tmp_path):
         np.testing.assert_equal(take(restored, 20), expected)
 
 
-def test_grain_s_own_check_of_restoring():
+def test_the_iterator_passes_grains_own_check_of_restoring():
     rows = (
         Rows(make_side([9, 1, 4]), 4, 0).shuffle(0).repeat(2).batch(2).to_iter_dataset()
     )
@@ -229,7 +227,7 @@ def test_grain_s_own_check_of_restoring():
         ),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         train_iterator(make_corpus([3]), **dict(batch=1, length=4, seed=0) | arguments)
 
@@ -257,7 +255,7 @@ def test_a_step_of_a_very_long_run_costs_no_memory_for_those_before_it():
     assert peak < 5e6, f"{peak / 1e6:.1f} MB for a batch of 32 tokens"
 
 
-def test_a_corpus_with_more_rows_than_can_be_shuffled():
+def test_a_corpus_with_more_rows_than_can_be_shuffled_is_an_error():
     side = dataclasses.replace(make_side([1]), targets_D=np.array([2**33]))
     corpus = dataclasses.replace(make_corpus([1]), train=side)
     with pytest.raises(

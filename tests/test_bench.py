@@ -103,10 +103,10 @@ def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    found = peers.find_contenders(
+    contenders = peers.find_contenders(
         peers.Arguments(engines=("vllm",), pythons=(f"vllm={python}",))
     )
-    assert found == {"ladder_jax": sys.executable}
+    assert contenders == {"ladder_jax": sys.executable}
     assert (
         f"vllm is left out: {python} does not have all of ladder_jax, vllm, trans"
         in capsys.readouterr().err

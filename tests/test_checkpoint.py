@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 import random
 import resource
 import shutil
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import grain
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +34,8 @@ META = {
 class Attention(nnx.Module):
     def __init__(self, key, dim):
         self.wq = nnx.Param(jax.random.normal(key, (dim, 16)))
-        self.value = nnx.Param(
-            jnp.arange(dim, dtype=jnp.int32)
-        )  # a name that Flax uses itself
+        # Flax uses this name itself.
+        self.value = nnx.Param(jnp.arange(dim, dtype=jnp.int32))
 
 
 class Model(nnx.Module):
@@ -52,7 +49,8 @@ def data():
     return iter(grain.MapDataset.range(100).shuffle(seed=1).batch(2).to_iter_dataset())
 
 
-def make(seed=0, dim=8, optimizer=None):
+def make_state(seed=0, dim=8, optimizer=None):
+    """A model and its optimizer's state, with values that depend on `seed`."""
     model = Model(seed, dim)
     state = (optimizer or optax.adamw(1e-3)).init(
         jax.tree.map(lambda x: x.astype(jnp.float32), model)
@@ -63,20 +61,15 @@ def make(seed=0, dim=8, optimizer=None):
     return {"model": model, "optimizer": jax.tree.map(noise, state)}
 
 
-def sharding(shape, axes=("data", "tensor")):
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return jax.sharding.Mesh(devices, axes)
-
-
 def abstract(state, mesh=None, spec=lambda x: P()):
-    place = lambda x: (
-        NamedSharding(mesh, spec(x))
-        if mesh
-        else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state
-    )
+    """Shapes, dtypes and shardings: on `mesh` by `spec`, or on the first device."""
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def describe(x):
+        place = NamedSharding(mesh, spec(x)) if mesh else one_device
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(describe, state)
 
 
 def assert_same(a, b):
@@ -86,23 +79,23 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def saved(folder, *steps, keep=9, **kind):
+def save_steps(folder, *steps, keep=9, **kind):
     """A run with a checkpoint at each of `steps`, whose parameters have that seed."""
     with Checkpoints(folder, keep) as run:
         position = data()
         for step in steps:
             next(position)
-            run.save(step, make(step, **kind), position, META)
+            run.save(step, make_state(step, **kind), position, META)
     return folder
 
 
-def test_round_trip_is_bit_exact_and_goes_on_where_it_was(tmp_path, capfd):
-    position, state = data(), make(3)
+def test_a_round_trip_is_bit_exact_and_data_continue_at_their_position(tmp_path, capfd):
+    position, state = data(), make_state(3)
     for _ in range(3):
         next(position)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as run:
         run.save(3, state, position, META)
-        follows = next(position)
+        next_batch = next(position)
         run.wait()
         assert run.steps() == [3]
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as run:
@@ -110,49 +103,39 @@ def test_round_trip_is_bit_exact_and_goes_on_where_it_was(tmp_path, capfd):
         step, restored, meta = run.restore(abstract(state), resumed)
     assert step == 3 and {k: meta[k] for k in META} == META and meta["format"] == 1
     assert_same(restored, state)
-    np.testing.assert_array_equal(next(resumed), follows)
+    np.testing.assert_array_equal(next(resumed), next_batch)
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 1)])
-def test_any_mesh_to_any_mesh(tmp_path, shape):
-    state = make(1)
+@pytest.mark.parametrize("data_shards, tensor", [(8, 1), (2, 4), (1, 1)])
+def test_any_mesh_to_any_mesh(tmp_path, data_shards, tensor):
+    state = make_state(1)
     by_rows = lambda x: P("data") if x.ndim and x.shape[0] % 8 == 0 else P()
     by_columns = lambda x: P(None, "tensor") if x.ndim == 2 else P()
-    there = jax.device_put(
-        state,
-        jax.tree.map(lambda x: x.sharding, abstract(state, sharding((8, 1)), by_rows)),
-    )
+    here, there = helpers.make_mesh(8), helpers.make_mesh(data_shards, 1, tensor)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract(state, here, by_rows))
     with Checkpoints(tmp_path, 1) as run:
-        run.save(1, there, data(), META)
-        _, here, _ = run.restore(abstract(state, sharding(shape), by_columns))
-    assert_same(here, state)
-    assert here["model"].attention.wq[...].sharding == NamedSharding(
-        sharding(shape), P(None, "tensor")
-    )
+        run.save(1, jax.device_put(state, shardings), data(), META)
+        _, restored, _ = run.restore(abstract(state, there, by_columns))
+    assert_same(restored, state)
+    wq = restored["model"].attention.wq[...]
+    assert wq.sharding == NamedSharding(there, P(None, "tensor"))
 
 
 def test_plain_orbax_reads_the_names(tmp_path):
-    saved(tmp_path, 5)
+    save_steps(tmp_path, 5)
     tree = ocp.load(tmp_path / "5", checkpointable_name="model")
-    assert set(tree) == {"attention", "norm", "blocks"} and set(tree["attention"]) == {
-        "wq",
-        "value",
-    }
-    assert_same(tree["attention"]["wq"], make(5)["model"].attention.wq[...])
-    assert set(ocp.load(tmp_path / "5", checkpointable_name="optimizer")["0"]) == {
-        "count",
-        "mu",
-        "nu",
-    }
-    assert (
-        json.loads((tmp_path / "5" / "meta" / "data.json").read_text())["config"]
-        == META["config"]
-    )
+    assert set(tree) == {"attention", "norm", "blocks"}
+    assert set(tree["attention"]) == {"wq", "value"}
+    assert_same(tree["attention"]["wq"], make_state(5)["model"].attention.wq[...])
+    optimizer = ocp.load(tmp_path / "5", checkpointable_name="optimizer")
+    assert set(optimizer["0"]) == {"count", "mu", "nu"}
+    meta = json.loads((tmp_path / "5" / "meta" / "data.json").read_text())
+    assert meta["config"] == META["config"]
 
 
 def test_load_model_reads_only_the_parameters(tmp_path):
-    run = saved(tmp_path / "checkpoints", 5, 7).parent
+    run = save_steps(tmp_path / "checkpoints", 5, 7).parent
     shutil.rmtree(run / "checkpoints" / "7" / "optimizer")
     shutil.rmtree(run / "checkpoints" / "7" / "data")
     shape_only = jax.eval_shape(Model)
@@ -170,8 +153,8 @@ def test_load_model_reads_only_the_parameters(tmp_path):
     assert_same(wq, Model(7).attention.wq[...].astype(jnp.bfloat16))
 
 
-def test_newest_are_kept(tmp_path):
-    saved(tmp_path, 1, 2, 3, 10, keep=2)
+def test_the_newest_checkpoints_stay(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 10, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "3"]
 
 
@@ -184,28 +167,28 @@ def test_saving_while_the_arrays_are_donated(tmp_path):
             run.save(step, {"model": x}, None, {})
             x["w"] = update(x["w"]) - 1
     for step in range(1, 6):
-        assert np.all(
-            np.asarray(load_model(tmp_path, jax.eval_shape(lambda: x), step)["w"])
-            == step
-        )
+        restored = load_model(tmp_path, jax.eval_shape(lambda: x), step)
+        assert np.all(np.asarray(restored["w"]) == step)
 
 
-def test_a_step_again_and_a_run_that_goes_another_way(tmp_path):
-    saved(tmp_path, 2, 4, 6)
+def test_a_step_saved_again_stays_and_a_run_from_an_older_step_replaces_later_ones(
+    tmp_path,
+):
+    save_steps(tmp_path, 2, 4, 6)
     with pytest.raises(
         ValueError, match=r"checkpoints of another run, of steps \[2, 4, 6\]"
     ):
-        Checkpoints(tmp_path, 9).save(7, make(0), data(), META)
+        Checkpoints(tmp_path, 9).save(7, make_state(0), data(), META)
     with Checkpoints(tmp_path, 9) as run:
-        step, state, _ = run.restore(abstract(make()))
-        run.save(step, make(99), data(), META)  # the same step: what is there stays
+        step, state, _ = run.restore(abstract(make_state()))
+        run.save(step, make_state(99), data(), META)  # this step is saved already
         run.wait()
         assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(6))
-        run.restore(abstract(make()), step=2)
-        run.save(3, make(3), data(), META)
+        run.restore(abstract(make_state()), step=2)
+        run.save(3, make_state(3), data(), META)
         run.wait()
         assert run.steps() == [2, 3]
-        run.save(4, make(44), data(), META)
+        run.save(4, make_state(44), data(), META)
     assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(44))
 
 
@@ -223,18 +206,18 @@ def test_a_step_again_and_a_run_that_goes_another_way(tmp_path):
     ],
 )
 def test_another_model_is_not_called_damaged(tmp_path, caplog, kind, message):
-    saved(tmp_path, 1, 2, **kind)
+    save_steps(tmp_path, 1, 2, **kind)
     there = {"model": {"dim": 16, "layers": 4}, "optimizer": {}}
     with Checkpoints(tmp_path, 9) as run, pytest.raises(ValueError, match=message):
-        run.restore(abstract(make()))
+        run.restore(abstract(make_state()))
     assert not caplog.records
     with Checkpoints(tmp_path / "b", 9) as run:
-        run.save(1, make(), data(), {"config": there})
+        run.save(1, make_state(), data(), {"config": there})
         with pytest.raises(
             ValueError, match=r"\(model.dim=16 in the checkpoint, 8 here\)"
         ):
             run.restore(
-                abstract(make(dim=16)),
+                abstract(make_state(dim=16)),
                 config={"model": {"dim": 8, "layers": 4}, "optimizer": {}},
             )
 
@@ -278,7 +261,7 @@ def harm(folder, name, how):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A run with checkpoints 1 and 2, with arrays that have data files of their own."""
-    return saved(tmp_path_factory.mktemp("two"), 1, 2, dim=128)
+    return save_steps(tmp_path_factory.mktemp("two"), 1, 2, dim=128)
 
 
 HARM = [
@@ -309,42 +292,41 @@ HARM = [
 
 
 @pytest.mark.parametrize("name, how", HARM)
-def test_a_damaged_one_is_reported_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_restored(
     two, tmp_path, name, how, caplog, capfd
 ):
     folder = shutil.copytree(two, tmp_path / "run")
     harm(folder / "2", name, how)
-    position, follows = data(), data()
+    position, expected_position = data(), data()
     with Checkpoints(folder, 9) as run:
-        step, state, _ = run.restore(abstract(make(dim=128)), position)
+        step, state, _ = run.restore(abstract(make_state(dim=128)), position)
         assert step == 1
-        assert_same(state, make(1, dim=128))
-        next(follows)
-        np.testing.assert_array_equal(next(position), next(follows))
+        assert_same(state, make_state(1, dim=128))
+        next(expected_position)
+        np.testing.assert_array_equal(next(position), next(expected_position))
         [record] = caplog.records
-        assert (
-            record.levelno == logging.WARNING and "2 is damaged" in record.getMessage()
-        )
-        assert "\n" not in record.getMessage()
+        assert record.levelno == logging.WARNING
+        message = record.getMessage()
+        assert "2 is damaged" in message and "\n" not in message
         with pytest.raises(ValueError, match="2 is damaged: ") as error:
-            run.restore(abstract(make(dim=128)), data(), step=2)
+            run.restore(abstract(make_state(dim=128)), data(), step=2)
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_damaged_one_is_replaced(two, tmp_path):
+def test_a_save_replaces_a_damaged_checkpoint_of_its_step(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "run")
     harm(folder / "2", "*", "truncate")
     harm(folder / "2" / "model", "*", "truncate")
     with Checkpoints(folder, 9) as run:
-        run.restore(abstract(make(dim=128)))
-        run.save(2, make(22, dim=128), None, META)
+        run.restore(abstract(make_state(dim=128)))
+        run.save(2, make_state(22, dim=128), None, META)
     assert_same(
         load_model(folder, jax.eval_shape(lambda: Model(dim=128))), Model(22, dim=128)
     )
 
 
-def test_all_damaged(two, tmp_path):
+def test_that_all_checkpoints_are_damaged_is_said_and_meta_is_still_read(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "run")
     for step in "12":
         harm(folder / step, "model/manifest.ocdbt", "truncate")
@@ -355,7 +337,7 @@ def test_all_damaged(two, tmp_path):
     assert read_meta(folder)["config"] == META["config"]
 
 
-def test_not_a_checkpoint(two, tmp_path):
+def test_a_path_without_a_checkpoint_is_one_line(two, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "missing", tmp_path / "file", "/proc"):
         for read in (read_meta, lambda path: load_model(path, jax.eval_shape(Model))):
@@ -370,7 +352,7 @@ def test_not_a_checkpoint(two, tmp_path):
         Checkpoints(tmp_path / "empty", 1) as run,
         pytest.raises(ValueError, match="holds no checkpoint"),
     ):
-        run.restore(abstract(make()))
+        run.restore(abstract(make_state()))
 
 
 def test_positions_of_more_processes_and_of_another_iterator(two, tmp_path):
@@ -379,15 +361,15 @@ def test_positions_of_more_processes_and_of_another_iterator(two, tmp_path):
     one.write_text('{"other": 1}')
     with Checkpoints(folder, 9) as run:
         with pytest.raises(ValueError, match="the data iterator does not fit"):
-            run.restore(abstract(make(dim=128)), data())
+            run.restore(abstract(make_state(dim=128)), data())
         one.rename(one.with_name("process_0-of-2.json"))
         with pytest.raises(
             ValueError, match="resume with as many processes as saved them"
         ):
-            run.restore(abstract(make(dim=128)), data())
+            run.restore(abstract(make_state(dim=128)), data())
 
 
-def test_format_of_the_future(two, tmp_path):
+def test_a_later_format_is_refused(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "run")
     file = folder / "2" / "meta" / "data.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
@@ -398,22 +380,23 @@ def test_format_of_the_future(two, tmp_path):
 @pytest.mark.parametrize(
     "folder", ["/proc/ladder", "{tmp}/file", "{tmp}/file/checkpoints"]
 )
-def test_a_folder_that_cannot_be_made(tmp_path, folder, capfd):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path, folder, capfd):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="could not be written"):
         Checkpoints(folder.format(tmp=tmp_path), 1)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_told_by_the_next_call_and_harms_no_other(tmp_path, capfd):
+def test_the_next_call_reports_a_full_disk_and_other_checkpoints_stay_whole(
+    tmp_path, capfd
+):
     state = {"model": {"w": jax.random.normal(jax.random.key(0), (512, 512))}}
     run = Checkpoints(tmp_path, 9)
     run.save(1, state, data(), META)
     run.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, limits[1])
-    )  # files cannot grow beyond, as on a full disk
+    # Files cannot grow beyond this size, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         run.save(2, state, data(), META)
         with pytest.raises(
@@ -434,11 +417,8 @@ def test_a_full_disk_is_told_by_the_next_call_and_harms_no_other(tmp_path, capfd
     with Checkpoints(tmp_path, 9) as run:
         run.restore({"model": state["model"]})
         run.save(4, state, data(), META)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "1",
-        "3",
-        "4",
-    ]  # what failed is cleared away
+    # The failed saves left no file.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "4"]
 
 
 def test_a_folder_lost_during_the_run(tmp_path, capfd):
@@ -447,13 +427,13 @@ def test_a_folder_lost_during_the_run(tmp_path, capfd):
     shutil.rmtree(folder)
     folder.touch()
     with pytest.raises(OSError, match="/1 could not be written: "):
-        run.save(1, make(), data(), META)
-        run.wait()  # on a busy machine it may be told here
+        run.save(1, make_state(), data(), META)
+        run.wait()  # on a busy machine, this call reports it
     run.close()
     assert capfd.readouterr() == ("", "")
 
 
-def test_random_keys_and_scalars(tmp_path):
+def test_random_keys_and_scalars_are_restored(tmp_path):
     state = {
         "model": {
             "key": jax.random.key(3),
@@ -463,7 +443,9 @@ def test_random_keys_and_scalars(tmp_path):
     }
     with Checkpoints(tmp_path, 1) as run:
         run.save(1, state, None, {})
-        _, restored, _ = run.restore(abstract(state, sharding((2, 4))))
+        _, restored, _ = run.restore(
+            abstract(state, helpers.make_mesh(data=2, tensor=4))
+        )
     assert_same(
         jax.random.key_data(restored["model"].pop("key")),
         jax.random.key_data(state["model"].pop("key")),
@@ -490,17 +472,17 @@ def test_random_keys_and_scalars(tmp_path):
         "$a;",
     ],
 )
-def test_a_folder_of_any_other_name_works(tmp_path, name):
-    folder = saved(tmp_path / name / "checkpoints", 1, 2)
+def test_a_folder_whose_name_is_no_pattern_works(tmp_path, name):
+    folder = save_steps(tmp_path / name / "checkpoints", 1, 2)
     with Checkpoints(folder, 9) as run:
-        step, state, _ = run.restore(abstract(make()), data())
+        step, state, _ = run.restore(abstract(make_state()), data())
     assert step == 2
-    assert_same(state, make(2))
+    assert_same(state, make_state(2))
     assert_same(load_model(tmp_path / name, jax.eval_shape(Model)), Model(2))
 
 
 @pytest.mark.parametrize("name", ["a[b]", "a[", "a*", "a?b", "a\\b"])
-def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_made(
+def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_written(
     tmp_path, name
 ):
     folder = tmp_path / name / "checkpoints"
@@ -511,8 +493,8 @@ def test_a_folder_whose_name_is_a_pattern_is_refused_before_anything_is_made(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_read_from_a_folder_that_was_given_a_patterns_name(tmp_path):
-    saved(tmp_path / "plain", 1)
+def test_a_checkpoint_is_read_from_a_folder_that_is_renamed_to_a_pattern(tmp_path):
+    save_steps(tmp_path / "plain", 1)
     (tmp_path / "plain").rename(tmp_path / "a[b]*")
     assert_same(load_model(tmp_path / "a[b]*", jax.eval_shape(Model)), Model(1))
     (tmp_path / "a[b]*").rename(tmp_path / "a\\b")
@@ -533,18 +515,18 @@ def test_a_checkpoint_is_read_from_a_folder_that_was_given_a_patterns_name(tmp_p
     ],
 )
 def test_a_save_that_cannot_be_read_does_not_count(tmp_path, name):
-    """It is an error at the next call, and the good one before it is not removed."""
+    """The next call raises an error, and the good checkpoint before it stays."""
     run = Checkpoints(tmp_path, 1)
-    run.save(1, make(1), data(), META)
+    run.save(1, make_state(1), data(), META)
     run.wait()
-    run.save(2, make(2), data(), META)
+    run.save(2, make_state(2), data(), META)
     run._checkpointer.wait()  # written, and not yet read back
     harm(tmp_path / "2", name, "delete")
     with pytest.raises(OSError, match="/2 could not be written: .*") as error:
-        run.save(3, make(3), data(), META)
+        run.save(3, make_state(3), data(), META)
     assert "\n" not in str(error.value)
     assert_same(load_model(tmp_path, jax.eval_shape(Model), step=1), Model(1))
-    run.save(2, make(22), data(), META)  # the run goes on, and replaces it
+    run.save(2, make_state(22), data(), META)  # replaces the damaged one
     run.close()
     assert_same(load_model(tmp_path, jax.eval_shape(Model)), Model(22))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
@@ -555,21 +537,21 @@ def test_a_save_that_cannot_be_read_does_not_count(tmp_path, name):
 
 def test_checkpoints_of_another_job_stop_the_run_and_stay(tmp_path):
     with Checkpoints(tmp_path, 1) as run:
-        run.save(2, make(2), data(), META)
+        run.save(2, make_state(2), data(), META)
         run.wait()
-        for step in "15":  # what another job wrote
+        for step in "15":  # as if another job had written them
             shutil.copytree(tmp_path / "2", tmp_path / step)
         with pytest.raises(OSError, match=r"steps \[1, 5\], which another job wrote"):
-            run.save(3, make(3), data(), META)
+            run.save(3, make_state(3), data(), META)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "5"]
 
 
 def test_surplus_checkpoints_of_another_job_are_not_removed(tmp_path):
     with Checkpoints(tmp_path, 1) as run:
-        run.save(2, make(2), data(), META)
+        run.save(2, make_state(2), data(), META)
         run.wait()
         shutil.copytree(tmp_path / "2", tmp_path / "another")
-        run.save(3, make(3), data(), META)
+        run.save(3, make_state(3), data(), META)
         (tmp_path / "another").rename(tmp_path / "1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
@@ -588,21 +570,21 @@ with Lease(sys.argv[1]) as lease, Checkpoints(folder, 2, lease) as run:
     run.save(1, state, None, {})
     run.wait()
     print("saved", flush=True)
-    sys.stdin.readline()            # taken for dead: the job was requeued meanwhile
+    # Meanwhile another job takes this one for dead, and takes its place.
+    sys.stdin.readline()
     run.save(2, state, None, {})
 """
 
 
 def test_a_job_that_was_taken_for_dead_leaves_its_successors_checkpoints(tmp_path):
-    """Two processes: the first hangs, the second resumes, then the first goes on."""
+    """The first of two jobs hangs, the second resumes, then the first wakes up."""
     first = subprocess.Popen(
         [sys.executable, "-c", ZOMBIE, tmp_path],
         text=True,
-        cwd=Path(__file__).parents[1],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=helpers.code_environment(),
     )
     assert first.stdout.readline() == "saved\n"
     (tmp_path / "lease.json").unlink()  # as after STALE_S seconds without a heartbeat
@@ -630,7 +612,7 @@ import os, random, signal, sys, time
 folder, seed = sys.argv[1], int(sys.argv[2])
 
 def train(ready):
-    # after the fork: their threads would not survive it
+    # Imported after the fork: the threads that they start would not survive it.
     import grain, jax, jax.numpy as jnp, numpy as np
     from ladder_jax.checkpoint import Checkpoints
     jax.config.update("jax_platforms", "cpu")
@@ -654,13 +636,13 @@ def train(ready):
             next(position)
             run.save(step, state, position, {"step": step})
 
-choose = random.Random(seed)
-newest, middle = 0, 0
+rng = random.Random(seed)
+newest, unfinished_saves = 0, 0
 for n in range(8):
     out, ready = os.pipe()
     if not (child := os.fork()):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # a shell's background jobs ignore it
+        # The background jobs of a shell ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             train(ready)
@@ -674,23 +656,23 @@ for n in range(8):
     assert resumed >= newest, "a checkpoint was lost"
     partial = lambda: [f for f in os.listdir(folder) if "tmp" in f]
     latest = lambda: max((int(f) for f in os.listdir(folder) if f.isdigit()), default=0)
-    # in the middle of a save, or some time after one
+    # Every second kill comes in the middle of a save, the others some time after one.
     while not partial() if n % 2 else latest() <= resumed:
         assert not any(died := os.waitpid(child, os.WNOHANG)), f"died by itself: {died}"
         time.sleep(1e-4)
-    time.sleep(0 if n % 2 else choose.uniform(0, 0.25))
+    time.sleep(0 if n % 2 else rng.uniform(0, 0.25))
     newest = latest()
-    middle += bool(partial())
+    unfinished_saves += bool(partial())
     kill = signal.SIGKILL
-    sent = choose.choice([kill, kill, signal.SIGTERM, signal.SIGINT])
-    os.kill(child, sent)
+    number = rng.choice([kill, kill, signal.SIGTERM, signal.SIGINT])
+    os.kill(child, number)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(1)
-        # Python drops an interrupt that falls into a destructor
-        os.kill(child, sent)
+        # Python drops an interrupt that comes while a destructor runs.
+        os.kill(child, number)
     status = os.waitstatus_to_exitcode(ended[1])
-    assert status in (-sent, 0), status
-print(newest, middle)
+    assert status in (-number, 0), status
+print(newest, unfinished_saves)
 """
 
 
@@ -699,33 +681,25 @@ def test_killed_at_any_moment(tmp_path):
     command = [sys.executable, "-X", "faulthandler", "-c", RUN, folder, "0"]
     ended = subprocess.run(
         command,
-        cwd=Path(__file__).parents[1],
         timeout=400,
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=helpers.code_environment(),
     )
     assert ended.returncode == 0, ended.stderr
-    newest, middle = map(int, ended.stdout.split())
-    assert newest >= 4 and middle >= 2  # how far it came depends on the machine's speed
-    left = folder / "999.orbax-checkpoint-tmp"
-    left.mkdir(exist_ok=True)
+    newest, unfinished_saves = map(int, ended.stdout.split())
+    # How many there are depends on the machine's speed.
+    assert newest >= 4 and unfinished_saves >= 2
+    unfinished = folder / "999.orbax-checkpoint-tmp"
+    unfinished.mkdir(exist_ok=True)
     shape = jax.eval_shape(lambda: {str(i): jnp.zeros((200, 500)) for i in range(8)})
-    model = load_model(tmp_path, shape)
-    assert (
-        len(
-            {
-                float(x)
-                for leaf in jax.tree.leaves(model)
-                for x in (leaf.min(), leaf.max())
-            }
-        )
-        == 1
-    )
-    assert left.exists()  # a reader clears nothing away
+    leaves = jax.tree.leaves(load_model(tmp_path, shape))
+    values = {float(x) for leaf in leaves for x in (leaf.min(), leaf.max())}
+    assert len(values) == 1, "arrays of several steps"
+    assert unfinished.exists(), "a reader removed a folder"
     with Checkpoints(folder, 2) as run:
         run.restore({"model": shape})
-        assert len(run.steps()) in (2, 3)  # 3: killed before the third was removed
+        assert len(run.steps()) in (2, 3)  # 3: killed before the oldest was removed
     assert sorted(int(f.name) for f in folder.iterdir()) == run.steps()
 
 
@@ -749,7 +723,7 @@ data = lambda: iter(grain.MapDataset.range(100)[n::2].to_iter_dataset())
 with Checkpoints(folder, 2) as run:
     position = data()
     for step in range(1, 4):
-        for _ in range(step + n):                       # each process is elsewhere
+        for _ in range(step + n):   # the processes are at different positions
             next(position)
         run.save(step, {"model": {"w": w}}, position, {})
     run.wait()
@@ -768,22 +742,12 @@ print("ok")
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, tmp_path, address, str(n)],
-            text=True,
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        )
-        for n in range(2)
-    ]
-    for process in both:
-        out, err = process.communicate(timeout=400)
-        assert process.returncode == 0 and out.endswith("ok\n"), err
+def test_two_processes_save_together_and_take_the_same_good_checkpoint(tmp_path):
+    address = helpers.free_address()
+    command = [sys.executable, "-c", PROCESS, tmp_path, address]
+    ended = helpers.run_together(
+        [[*command, number] for number in range(2)], helpers.code_environment(2)
+    )
+    for out, err, status in ended:
+        assert status == 0 and out.endswith("ok\n"), err
         assert err.count("3 is damaged") == 1

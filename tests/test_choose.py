@@ -57,11 +57,11 @@ def test_the_reduction_of_each_machine_work_and_size_is_as_before(machine, work)
         blocks = choose.block_seconds(MODEL, network.chip, 2048, 8)
     short, limit = GOLDEN[machine, work]
     for kib in SIZES_KIB:
-        taken = choose.choose_reduction(
+        reduction = choose.choose_reduction(
             network, EIGHT, kib << 10, hides=work != "standard", blocks=blocks
         )
         expected = short if kib <= limit else "psum"
-        assert taken == expected, f"{machine}, {work}, {kib} KiB"
+        assert reduction == expected, f"{machine}, {work}, {kib} KiB"
 
 
 def start(value):

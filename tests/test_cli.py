@@ -13,24 +13,22 @@ import sys
 import termios
 import time
 
-import helpers
 import jax
 import pytest
 import tiny
 import tokenizers
+from helpers import COMMAND, free_address, run_together
 from tokenizers import models
 
 from ladder_jax import cli
 from ladder_jax.checkpoint import read_meta, saved_steps
 
-COMMAND = [sys.executable, "-c", "from ladder_jax.cli import main; main()"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("cli")
-    tiny.write_corpus(made / "corpus")
-    return made
+    path = tmp_path_factory.mktemp("cli")
+    tiny.write_corpus(path / "corpus")
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,9 +43,8 @@ def run(monkeypatch, capfd):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ladder-jax", *map(str, arguments)])
-        monkeypatch.setenv(
-            "XLA_FLAGS", os.environ["XLA_FLAGS"]
-        )  # --devices changes both
+        # The command's --devices changes both variables.
+        monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
         try:
             status = cli.main() or 0
@@ -66,7 +63,7 @@ def recipe(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(folder, environment):
-    """A run of 20 steps: its folder, its stdout, and the text on its terminal."""
+    """(folder, stdout, text on the terminal) of a run of 20 steps."""
     path = tiny.recipe(
         folder,
         train_out=str(folder / "trained"),
@@ -83,26 +80,25 @@ def trained(folder, environment):
         text=True,
     )
     os.close(stderr)
-    shown = b""
+    terminal_text = b""
     while True:
         try:
-            shown += os.read(terminal, 1 << 16)
+            terminal_text += os.read(terminal, 1 << 16)
         except OSError:  # the child has closed its end
             break
     out = child.communicate(timeout=300)[0]
-    assert child.returncode == 0, shown
-    return folder / "trained", out, shown.decode()
+    assert child.returncode == 0, terminal_text
+    return folder / "trained", out, terminal_text.decode()
 
 
 # ---------------------------------------------------------------- mistakes
 
 
 def wrong(run, *arguments, status=2):
-    """The one line that these arguments end in."""
-    code, out, err = run(*arguments)
-    assert (
-        code == status and out == "" and err.endswith("\n") and err.count("\n") == 1
-    ), (code, out, err)
+    """The one line that the command prints for these wrong arguments."""
+    actual_status, out, err = run(*arguments)
+    assert (actual_status, out) == (status, ""), err
+    assert err.endswith("\n") and err.count("\n") == 1, err
     start = "ladder-jax: "
     if arguments[0] in cli.COMMANDS:
         start = f"ladder-jax {arguments[0]}: "
@@ -318,14 +314,14 @@ def test_one_line_for_every_mistake(
         ),
     ],
 )
-def test_recipes_that_are_none(run, tmp_path, text, message):
+def test_a_recipe_that_cannot_be_read_is_one_line(run, tmp_path, text, message):
     path = tmp_path / "recipe.py"
     if text is not None:
         path.write_text(text)
-    said = wrong(run, "train", path)
-    assert re.sub(", line [01](?=: SyntaxError: source)", "", said).startswith(
-        message.format(path=path)
-    )
+    line = wrong(run, "train", path)
+    # Pythons differ in whether this error has a line, and which one.
+    line = re.sub(", line [01](?=: SyntaxError: source)", "", line)
+    assert line.startswith(message.format(path=path))
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
@@ -344,11 +340,8 @@ def test_commands_and_help(run, monkeypatch, recipe):
     assert wrong(run, "bench", "trane") == (
         "unknown benchmark 'trane'; choose from train, decode, peers (perhaps train)"
     )
-    assert run() == (2, "", cli.USAGE + "\n") and run("--help") == (
-        0,
-        cli.USAGE + "\n",
-        "",
-    )
+    assert run() == (2, "", cli.USAGE + "\n")
+    assert run("--help") == (0, cli.USAGE + "\n", "")
     assert re.fullmatch(r"ladder-jax \d+\.\d+\.\d+\n", run("--version")[1])
     for arguments in (
         ("train", "--help"),
@@ -366,8 +359,10 @@ def test_commands_and_help(run, monkeypatch, recipe):
     assert "(default: 264)" in run("train", recipe, "--help")[1]  # the recipe's own
 
 
-def test_what_a_bug_says(run, monkeypatch, recipe):
-    """Mistakes of the user's are told from those of ours; a traceback on request."""
+def test_an_error_of_the_program_has_status_1_and_a_traceback_on_request(
+    run, monkeypatch, recipe
+):
+    """A mistake of the user's has status 2."""
 
     def broken(arguments):
         raise jax.errors.JaxRuntimeError(
@@ -375,26 +370,26 @@ def test_what_a_bug_says(run, monkeypatch, recipe):
         )
 
     monkeypatch.setitem(cli.COMMANDS, "train", broken)
-    assert (
-        wrong(run, "train", recipe, status=1)
-        == "RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes"
-    )
+    line = wrong(run, "train", recipe, status=1)
+    assert line == "RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes"
     monkeypatch.setenv("LADDER_JAX_TRACEBACK", "1")
     with pytest.raises(jax.errors.JaxRuntimeError):
         run("train", recipe)
     monkeypatch.delenv("LADDER_JAX_TRACEBACK")
-    monkeypatch.setitem(
-        cli.COMMANDS, "train", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
     assert wrong(run, "train", recipe, status=130) == "interrupted"
 
 
 # ------------------------------------------------------ a run from the command line
 
 
-def test_a_run_at_a_terminal(trained, folder):
-    out, said, shown = trained
-    lines = said.splitlines()
+def test_a_run_at_a_terminal_shows_its_progress_there(trained):
+    folder, stdout, terminal_text = trained
+    lines = stdout.splitlines()
     assert re.match(
         r"data.source='.*corpus': train 31 documents, .* tokens; held out 9 documents",
         lines[0],
@@ -412,35 +407,23 @@ def test_a_run_at_a_terminal(trained, folder):
     assert re.search(
         r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte  "
         r"\(evaluated in \d\.\ds\)\n---- the model writes:\n",
-        said,
+        stdout,
     )
     assert re.fullmatch(
         r"done: 20 steps, held-out 5\.\d\d\d bits per byte, "
-        rf"checkpoints in {out}/checkpoints, "
-        rf"loss curve {out}/loss.png",
+        rf"checkpoints in {folder}/checkpoints, "
+        rf"loss curve {folder}/loss.png",
         lines[-1],
     )
-    assert (
-        "20/20" in shown
-        and "step/s" in shown
-        and not re.search("warning|error|traceback", shown.lower())
-    )
-    assert [row["step"] for row in tiny.rows(out) if "loss" in row] == [
-        3,
-        5,
-        6,
-        7,
-        9,
-        10,
-        12,
-        14,
-        15,
-        18,
-        20,
-    ]
+    assert "20/20" in terminal_text and "step/s" in terminal_text
+    assert not re.search("warning|error|traceback", terminal_text.lower())
+    steps = [row["step"] for row in tiny.rows(folder) if "loss" in row]
+    assert steps == [3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20]
 
 
-def test_what_a_finished_run_allows(run, trained, folder, tmp_path):
+def test_a_finished_run_can_be_resumed_but_not_started_again_or_changed(
+    run, trained, folder
+):
     out = trained[0]
     path = folder / "recipe.py"
     assert re.search(
@@ -451,37 +434,30 @@ def test_what_a_finished_run_allows(run, trained, folder, tmp_path):
     assert wrong(run, "train", path, "--resume", "--model.ffn-dim", 128).startswith(
         "model.ffn_dim was 64 in the run"
     )
-    status, said, err = run("train", path, "--resume", "--train.sample-tokens", 0)
-    assert (
-        status == 0
-        and err == ""
-        and f"\ndone: 20 steps, checkpoints in {out}/checkpoints, loss curve" in said
-    )
+    status, stdout, err = run("train", path, "--resume", "--train.sample-tokens", 0)
+    assert (status, err) == (0, "")
+    assert f"\ndone: 20 steps, checkpoints in {out}/checkpoints, loss curve" in stdout
 
 
-def test_an_optimizer_of_another_kind(run, folder, trained, tmp_path):
-    """A misfit that only Orbax's description of the arrays shows is one line too."""
+def test_a_checkpoint_of_other_shapes_is_one_line(run, folder, trained):
+    """The config agrees, and only Orbax's description of the arrays shows the error."""
     path = tiny.recipe(folder, train_out=str(trained[0]))
     meta = trained[0] / "checkpoints/20/meta/data.json"
     text = meta.read_text()
-    meta.write_text(
-        text.replace('"ffn_dim": 64', '"ffn_dim": 128').replace(
-            '"ffn_dim":64', '"ffn_dim":128'
-        )
-    )
+    changed = re.sub('"ffn_dim": ?64', '"ffn_dim": 128', text)
+    assert changed != text
+    meta.write_text(changed)
     try:
-        code, out, err = run("train", path, "--resume", "--model.ffn-dim", 128)
+        arguments = "train", path, "--resume", "--model.ffn-dim", 128
+        status, _, err = run(*arguments)
     finally:
         meta.write_text(text)
-    assert (
-        code == 1
-        and err.count("\n") == 1
-        and "is a checkpoint of another model or optimizer: model/layers/" in err
-    )
+    assert status == 1 and err.count("\n") == 1
+    assert "is a checkpoint of another model or optimizer: model/layers/" in err
 
 
 def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
-    """A pipe gets each line at once; the last line has the command that continues."""
+    """A pipe gets each line at once. The last line has the command that continues."""
     path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
     arguments = ["train", path, "--devices", "8", "--train.log-every", "5"]
     child = subprocess.Popen(
@@ -491,9 +467,9 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
         stderr=subprocess.PIPE,
         text=True,
     )
-    said = ""
-    while "step 6/20" not in said:
-        said += child.stdout.readline()
+    first_lines = ""
+    while "step 6/20" not in first_lines:
+        first_lines += child.stdout.readline()
     child.send_signal(signal.SIGINT)
     rest, err = child.communicate(timeout=120)
     assert (
@@ -528,7 +504,7 @@ ENDLESS = ["--devices", "8", "--train.steps", "3e9", "--train.log-every", "1"]
 
 @contextlib.contextmanager
 def endless(folder, tmp_path, environment, command=COMMAND, **options):
-    """A run that no step ends, after its first rows; it is killed in the end."""
+    """A process that trains for ever, once it has written some rows; killed at exit."""
     path = tiny.recipe(folder, train_out=str(tmp_path / "run"))
     path = path.rename(tmp_path / "endless.py")
     child = subprocess.Popen(
@@ -553,7 +529,9 @@ def assert_saved(tmp_path):
     assert read_meta(out)["config"]["train"]["steps"] == 3_000_000_000
 
 
-def test_ctrl_c_saves_where_the_reader_died_of_it_too(folder, tmp_path, environment):
+def test_ctrl_c_saves_although_the_reader_of_the_output_dies_of_it_too(
+    folder, tmp_path, environment
+):
     """`ladder-jax train ... 2>&1 | tee log`: Ctrl-C ends `tee` first."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with endless(folder, tmp_path, environment, **pipes) as child:
@@ -604,8 +582,8 @@ def test_a_run_without_standard_streams(folder, trained, tmp_path, environment):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_output_that_cannot_be_written_at_all(run, recipe, environment):
-    """A failure is told by its status where no line can tell it."""
+def test_output_that_cannot_be_written_changes_no_status(run, recipe, environment):
+    """The status still says whether the command has failed."""
     for words, status in ((["train", "none.py"], 2), (["train", recipe], 0)):
         with open("/dev/full", "w") as full:
             ended = subprocess.run(
@@ -662,23 +640,14 @@ def test_devices_says_which_variables_it_overrides(monkeypatch, capsys):
 # ---------------------------------------------------------------- generate, tokenizer
 
 
-def test_generate(run, trained):
+def test_generate_writes_the_same_text_on_any_mesh_and_samples_by_the_seed(
+    run, trained
+):
     out = trained[0]
     status, text, err = run("generate", out, "--prompt", "abc", "--max-tokens", 20)
     assert (status, err) == (0, "") and len(text) == 21 and text.endswith("\n")
-    assert (
-        run(
-            "generate",
-            out / "checkpoints/20",
-            "--prompt",
-            "abc",
-            "--max-tokens",
-            20,
-            "--tensor",
-            8,
-        )[1]
-        == text
-    )
+    options = ["--prompt", "abc", "--max-tokens", 20, "--tensor", 8]
+    assert run("generate", out / "checkpoints/20", *options) == (0, text, "")
     sampled = [
         run("generate", out, "--temperature", 1, "--seed", seed)[1]
         for seed in (1, 1, 2)
@@ -724,15 +693,17 @@ def test_generate(run, trained):
         ("{out} --seed x", "--seed='x' is not accepted: it must be a whole number", 2),
     ],
 )
-def test_generate_says_what_is_wrong(
+def test_a_mistake_in_generate_is_one_line(
     run, trained, tmp_path, arguments, message, status
 ):
     places = dict(tmp=tmp_path, out=trained[0])
-    said = wrong(run, "generate", *arguments.format(**places).split(), status=status)
-    assert any(said.startswith(one) for one in message.format(**places).split("|"))
+    line = wrong(run, "generate", *arguments.format(**places).split(), status=status)
+    assert line.startswith(tuple(message.format(**places).split("|")))
 
 
-def test_text_is_seen_as_it_is_made_and_a_reader_may_leave(trained, environment):
+def test_generate_writes_each_token_at_once_and_its_reader_may_stop_reading(
+    trained, environment
+):
     child = subprocess.Popen(
         [*COMMAND, "generate", trained[0], "--prompt", "abc", "--max-tokens", "60"],
         env=environment | {"PYTHONIOENCODING": "ascii"},
@@ -747,14 +718,9 @@ def test_text_is_seen_as_it_is_made_and_a_reader_may_leave(trained, environment)
 
 def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
     path = tmp_path / "small.json"
-    status, said, err = run(
-        "tokenizer", folder / "corpus", "--vocab-size", 264, "--out", path
-    )
-    assert (status, said, err) == (
-        0,
-        f"done: 264 tokens in {path}: use it with --data.tokenizer {path}\n",
-        "",
-    )
+    out = f"done: 264 tokens in {path}: use it with --data.tokenizer {path}\n"
+    options = ["--vocab-size", 264, "--out", path]
+    assert run("tokenizer", folder / "corpus", *options) == (0, out, "")
     assert wrong(run, "tokenizer", folder / "corpus", "--vocab-size", 9).startswith(
         "vocab_size=9 is not accepted"
     )
@@ -764,14 +730,11 @@ def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
     assert wrong(
         run, "tokenizer", folder / "corpus", "--out", f"{path}/x", status=1
     ).startswith(f"out='{path}/x' cann")
-    status, said, err = run(
-        "train", recipe, "--data.tokenizer", path, "--train.steps", 1
-    )
-    assert status == 0 and err == ""
+    training = ["train", recipe, "--data.tokenizer", path, "--train.steps", 1]
+    status, _, err = run(*training)
+    assert (status, err) == (0, "")
     path.write_text(path.read_text().replace("<|pad|>", "<|pat|>"))
-    assert wrong(
-        run, "train", recipe, "--data.tokenizer", path, "--train.steps", 1, "--resume"
-    ) == (
+    assert wrong(run, *training, "--resume") == (
         f"data.tokenizer={str(path)!r} has other contents now than in the run to "
         "resume: restore them, or start a new run in another train.out"
     )
@@ -781,13 +744,15 @@ def test_a_tokenizer_is_trained_and_fits_a_run(run, folder, recipe, tmp_path):
 
 
 def together(arguments, environment, act=lambda children: None):
-    """Two processes of four devices each, as one run: what each wrote, its status."""
+    """(stdout, stderr, status) of each of two processes of one run, with four devices
+    each.
+    """
     command = [*COMMAND, "train", *arguments, "--devices", "4", "--distributed"]
-    command += ["--coordinator", helpers.free_address(), "--processes", "2"]
-    ended = helpers.run_together(
+    command += ["--coordinator", free_address(), "--processes", "2"]
+    ended = run_together(
         [[*command, "--process", number] for number in range(2)], environment, act
     )
-    # Gloo's lines come from C++.
+    # Gloo, the library of collectives for CPUs, writes lines of its own.
     return [
         (re.sub(r"(?m)^\[Gloo\].*\n", "", out), err, status)
         for out, err, status in ended
@@ -799,7 +764,9 @@ def together(arguments, environment, act=lambda children: None):
     "mesh", [dict(), dict(mesh_data=1, mesh_fsdp=1, mesh_tensor=8)]
 )
 def test_two_processes_are_one_run(folder, trained, tmp_path, environment, mesh):
-    """The losses of one process; a signal to one of them stops both; both go on."""
+    """Two processes have the losses of one. A signal to one of them stops both, and
+    both resume.
+    """
     path = tiny.recipe(
         folder,
         train_out=str(tmp_path / "run"),
@@ -824,9 +791,8 @@ def test_two_processes_are_one_run(folder, trained, tmp_path, environment, mesh)
     first, second = together([path, "--resume"], environment)
     assert first[2] == second[2] == 0, (first, second)
     assert f"resumed at step {step} of 20" in first[0] and "done: 20 steps" in first[0]
-    for left, right in zip(
-        tiny.rows(tmp_path / "run"), tiny.rows(trained[0]), strict=True
-    ):
-        assert left == pytest.approx(right, rel=1e-4)
+    rows, expected_rows = tiny.rows(tmp_path / "run"), tiny.rows(trained[0])
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
     meta = json.loads((tmp_path / "run/checkpoints/20/meta/data.json").read_text())
     assert meta["tensor"] == mesh.get("mesh_tensor", 2)

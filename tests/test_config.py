@@ -170,7 +170,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
         for case in WRONG[section]
     ],
 )
-def test_values_out_of_range(section, fields, value, accepted):
+def test_a_value_out_of_range_is_refused(section, fields, value, accepted):
     message = mistake(lambda: section(**fields))
     assert (
         message.startswith(f"{section.section}.{value} is not accepted: ")
@@ -179,7 +179,7 @@ def test_values_out_of_range(section, fields, value, accepted):
 
 
 @pytest.mark.parametrize("section, name", FIELDS)
-def test_wrong_types(section, name):
+def test_a_wrong_type_is_refused(section, name):
     """Text is no number, a bool is no number, and a number is no text."""
     hint = HINTS[section, name]
     kinds = {hint, *typing.get_args(hint)}
@@ -196,7 +196,7 @@ def test_wrong_types(section, name):
         )
 
 
-def test_whole_numbers_are_numbers():
+def test_a_whole_number_is_accepted_where_a_float_is():
     assert Optimizer(learning_rate=1, clip_norm=1).learning_rate == 1
 
 
@@ -216,7 +216,9 @@ def test_whole_numbers_are_numbers():
         ),
     ],
 )
-def test_sections_and_what_two_of_them_must_agree_on(make, start):
+def test_sections_of_a_wrong_type_or_that_contradict_each_other_are_refused(
+    make, start
+):
     assert mistake(make).startswith(start)
 
 
@@ -234,7 +236,7 @@ EVERY_KIND = Config(
 
 
 @pytest.mark.parametrize("config", [Config(), EVERY_KIND])
-def test_json_keeps_all_of_it(config):
+def test_a_config_survives_json(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     assert from_dict({}) == Config()  # what is not said is the default
 
@@ -263,7 +265,7 @@ def test_json_keeps_all_of_it(config):
         ),
     ],
 )
-def test_what_json_can_hold_and_a_config_cannot(values, start):
+def test_json_that_is_no_config_is_refused(values, start):
     assert mistake(lambda: from_dict(values)).startswith(start)
 
 
@@ -282,15 +284,15 @@ values = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(where=st.sampled_from(FIELDS), value=values)
-def test_any_value_is_taken_and_kept_or_refused_in_one_line(where, value):
+def test_any_value_is_accepted_unchanged_or_refused_in_one_line(where, value):
     section, name = where
     try:
-        made = section(**{name: value})
+        built = section(**{name: value})
     except ConfigError as error:
         assert name in str(error) and len(str(error).splitlines()) == 1
         return
-    assert getattr(made, name) is value
-    assert from_dict(json.loads(json.dumps(to_dict(made))), section) == made
+    assert getattr(built, name) is value
+    assert from_dict(json.loads(json.dumps(to_dict(built))), section) == built
 
 
 @pytest.mark.parametrize(

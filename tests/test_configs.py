@@ -182,8 +182,8 @@ def test_full_size(name, planned):
     )
     if name == "demo":
         return
-    devices, memory, said = hardware.groups()
-    assert int(devices) == mesh.size and said == f"{held / 1e9:.1f}"
+    devices, memory, written = hardware.groups()
+    assert int(devices) == mesh.size and written == f"{held / 1e9:.1f}"
     assert held + gradients + activations < 0.9 * float(memory) * 1e9
 
 
@@ -200,7 +200,7 @@ def test_documentation(name):
     if name == "demo":
         return
     config = recipe(name)
-    said, unit, flops, devices, peak, mfu = re.search(
+    written, unit, flops, devices, peak, mfu = re.search(
         r"Time: +(\S+) (hours|days) = (\S+) FLOPs / "
         r"\((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
         " ".join(text.split()),
@@ -210,7 +210,7 @@ def test_documentation(name):
         tokens * train.flops_per_token(config.model, config.train.seq_len), rel=0.005
     )
     seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
-    assert said == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"
+    assert written == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"
     device = re.search(r"Hardware: +\d+ (?:NVIDIA )?(.*?) of", text).group(1).lower()
     described = SimpleNamespace(platform="accelerator", device_kind=device)
     assert chips.peak_flops(described, "bfloat16") == int(peak) * 1e12

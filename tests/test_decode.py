@@ -3,13 +3,14 @@
 import functools
 import itertools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import decode, decode_shapes, kv_cache, sharding
-from ladder_jax.config import Mesh, Model
+from ladder_jax import decode, decode_shapes, kv_cache
+from ladder_jax.config import Model
 
 MODEL_CONFIG = Model(
     vocab_size=32,
@@ -28,7 +29,7 @@ MODEL_CONFIG = Model(
 def make_spec(unroll_layers=True, fixed_trip_count=False):
     return decode.DecodeSpec(
         model_config=MODEL_CONFIG,
-        mesh=sharding.make_mesh(Mesh(data=1), jax.devices()[:1]),
+        mesh=helpers.make_mesh(),
         vocabulary=32,
         max_stop_ids=2,
         max_logit_bias=2,
@@ -64,10 +65,13 @@ def test_the_memory_shuffle_makes_the_fewest_moves():
         for active in itertools.product([False, True], repeat=6):
             if sum(active) > width:
                 continue
-            got = source_slots(jnp.array(active), width=width).tolist()
-            assert got == sources_by_trying(active, width), (active, width)
-            assert {i for i, x in enumerate(active) if x} <= set(got), (active, width)
-            assert len(set(got)) == width, (active, width)
+            sources = source_slots(jnp.array(active), width=width).tolist()
+            assert sources == sources_by_trying(active, width), (active, width)
+            assert {i for i, x in enumerate(active) if x} <= set(sources), (
+                active,
+                width,
+            )
+            assert len(set(sources)) == width, (active, width)
 
 
 def test_the_memory_shuffle_keeps_every_slot_when_there_are_more():

@@ -83,12 +83,12 @@ SITES = [(file, name) for file, names in ROWS for name in re.findall(r"`(.*?)`",
 @functools.cache
 def names_of(file: str) -> set[str]:
     """Every function, class, method, field and assigned name of a Python file."""
-    found = set()
+    names = set()
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.add(prefix + child.name)
+                names.add(prefix + child.name)
                 visit(child, f"{prefix}{child.name}.")
                 continue
             if isinstance(child, ast.Assign | ast.AnnAssign):
@@ -96,11 +96,11 @@ def names_of(file: str) -> set[str]:
                 for target in targets:
                     for leaf in ast.walk(target):
                         if isinstance(leaf, ast.Name):
-                            found.add(prefix + leaf.id)
+                            names.add(prefix + leaf.id)
             visit(child, prefix)
 
     visit(ast.parse((ROOT / file).read_text()), "")
-    return found
+    return names
 
 
 def test_every_file_of_adding_exists():

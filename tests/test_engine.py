@@ -1,6 +1,5 @@
-"""The engine's tokens are those that `generate` gives for one request alone.
-
-Whatever runs beside a request, and whatever happens to its neighbours.
+"""The engine's tokens are those that `generate` gives for one request alone, whatever
+else the engine serves, and whatever happens to other requests.
 """
 
 import asyncio
@@ -8,135 +7,45 @@ import dataclasses
 import functools
 import gc
 import json
-import os
-import socket
-import subprocess
+import resource
 import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 from unittest import mock
 
+import helpers
 import jax
 import numpy as np
 import pytest
+from helpers import ENGINE_MODEL, make_engine, make_requests, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import decode, generate, sharding
-from ladder_jax import model as transformer
-from ladder_jax.config import ConfigError, Decode, Mesh, Model, to_bytes
+from ladder_jax import decode, generate
+from ladder_jax.config import ConfigError, Decode, to_bytes
 from ladder_jax.data.tokenizer import ByteTokenizer
-from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import EngineClosed, QueueFull, RequestFailed, Token
 from ladder_jax.serve.scheduler import plan_step
 
-CONFIG = Model(
-    vocab_size=264,
-    dim=32,
-    layers=2,
-    heads=8,
-    kv_heads=8,
-    head_dim=4,
-    ffn_dim=48,
-    residual="ladder",
-    dtype="float32",
-    max_length=64,
-    init_std=0.3,
-)
-OPTIONS = Decode(
-    slots=3,
-    staging=2,
-    steps_per_call=4,
-    prefill_budget=16,
-    max_length=64,
-    fit_shapes=False,
-    max_logprobs=3,
-    max_stop_ids=2,
-    max_logit_bias=2,
-)
 
-
-@functools.cache
-def mesh(tensor=1):
-    return sharding.make_mesh(Mesh(data=1, tensor=tensor), jax.devices()[:tensor])
-
-
-@functools.cache
-def model(config=CONFIG, tensor=1):
-    init = functools.partial(transformer.init, config)
-    specs = sharding.parameter_specs(jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, out_shardings=sharding.named_shardings(mesh(tensor), specs))(
-        jax.random.key(0)
-    )
-
-
-def make_engine(config=CONFIG, tensor=1, tokenizer=None, **options):
-    options = {
-        name: options.pop(name)
-        for name in ("trace", "pipelined", "scheduler")
-        if name in options
-    } | dict(options=dataclasses.replace(OPTIONS, **options))
-    return Engine(
-        model(config, tensor), config, mesh(tensor), tokenizer=tokenizer, **options
-    )
-
-
-@functools.cache
-def _alone(config, tensor, prompt, options):
-    """As many tokens as fit, so that few shapes are compiled.
-
-    A request with fewer max_tokens has the beginning of them.
-    """
-    return list(
-        generate.generate(
-            model(config, tensor),
-            config,
-            mesh(tensor),
-            prompt,
-            max_tokens=config.max_length - len(prompt),
-            **json.loads(options),
-        )
-    )
-
-
-def alone(prompt, config=CONFIG, tensor=1, stop_token_ids=(), max_tokens=16, **options):
-    """The reference's tokens for one request by itself."""
-    options = json.dumps(options, sort_keys=True)  # as text, for the cache's key
-    tokens = _alone(config, tensor, tuple(prompt), options)[:max_tokens]
-    stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
-    return tokens[: stops[0]] if stops else tokens
-
-
-def requests(count, seed=0, longest=40):
-    """(prompt, options) of all kinds."""
-    rng = np.random.default_rng(seed)
-    kinds = [
-        dict(),
-        dict(temperature=1.0),
-        dict(temperature=0.8, top_k=7),
-        dict(temperature=1.1, top_p=0.7),
-        dict(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2),
-        dict(temperature=1.0, min_p=0.1, logit_bias={5: 4.0, 9: -3.0}),
-    ]
-    asked = []
-    for i in range(count):
-        prompt = rng.integers(0, 264, rng.integers(1, longest)).tolist()
-        options = dict(max_tokens=int(rng.integers(1, 25)), seed=i)
-        asked.append((prompt, kinds[i % len(kinds)] | options))
-    return asked
-
-
-def check(engine, submitted, **where):
-    """Every request has exactly its reference's tokens; the state is empty again."""
-    for request, prompt, options in submitted:
-        assert request.tokens == alone(prompt, **options, **where), (prompt, options)
-        assert request.finish == (
-            "length" if len(request.tokens) == options["max_tokens"] else "stop"
-        )
+def finish(engine):
+    """Runs the engine until it has nothing left to do."""
     while engine.step():
         pass
+
+
+def check(engine, submitted, **reference):
+    """Every request has exactly its reference's tokens; the state is empty again.
+
+    `reference`: which model the reference is, if not ENGINE_MODEL on one device.
+    """
+    for request, prompt, options in submitted:
+        expected = tokens_alone(prompt, **options, **reference)
+        assert request.tokens == expected, (prompt, options)
+        is_whole = len(request.tokens) == options["max_tokens"]
+        assert request.finish == ("length" if is_whole else "stop")
+    finish(engine)
     state = jax.device_get(engine.programs.state)
     assert not state.slots.state.active.any()
     assert (state.staging.state.admission_order == decode.NOT_WAITING).all()
@@ -146,13 +55,20 @@ def check(engine, submitted, **where):
         assert len(engine.history) == engine.counters.chunks
 
 
-def run(engine, asked, **where):
-    submitted = [
-        (engine.submit(prompt, **options), prompt, options) for prompt, options in asked
+def submit_all(engine, requests):
+    """(request, prompt, options) of every (prompt, options)."""
+    return [
+        (engine.submit(prompt, **options), prompt, options)
+        for prompt, options in requests
     ]
+
+
+def run(engine, requests, **reference):
+    """Submits `requests`, waits for their results, and checks them."""
+    submitted = submit_all(engine, requests)
     for request, *_ in submitted:
         request.result()
-    check(engine, submitted, **where)
+    check(engine, submitted, **reference)
     return submitted
 
 
@@ -161,43 +77,36 @@ def run(engine, asked, **where):
 
 def test_more_requests_than_slots_have_the_tokens_they_have_alone():
     engine = make_engine(trace=True)
-    submitted = run(engine, requests(20, longest=7))
-    # A slot was taken again inside a chunk: one column of its events has two requests.
+    submitted = run(engine, make_requests(20, longest=7))
+    # A slot that is refilled inside a chunk: one column of it has two requests.
     refills = [
         any(len(set(column[column >= 0])) > 1 for column in chunk.T)
         for _, chunk in engine.history
     ]
     assert sum(refills) >= 3
-    seen = [
-        (int(r), i)
-        for i, (_, chunk) in enumerate(engine.history)
-        for r in chunk[chunk >= 0]
-    ]
-    first = len(submitted)  # one token of each came from its prefill
-    assert (
-        len(seen) + first
-        == sum(len(r.tokens) for r, *_ in submitted)
-        == engine.counters.tokens
-    )
+    decoded = sum(int((chunk >= 0).sum()) for _, chunk in engine.history)
+    prefilled = len(submitted)  # the first token of each
+    tokens = sum(len(request.tokens) for request, *_ in submitted)
+    assert decoded + prefilled == tokens == engine.counters.tokens
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data):
-    """One engine, which has compiled all before; `steps` shortens its chunks."""
+    """One engine, which has compiled all shapes before; CHUNK_STEPS shortens chunks."""
     engine = shared_engine()
     compiled = engine.compiled()
     CHUNK_STEPS[:] = [data.draw(st.integers(1, 4), "iterations a chunk")]
-    asked = data.draw(st.permutations(requests(10)), "order")
+    requests = data.draw(st.permutations(make_requests(10)), "order")
     gaps = data.draw(
         st.lists(st.integers(0, 3), min_size=10, max_size=10), "steps between arrivals"
     )
     cancelled = data.draw(st.sets(st.integers(0, 9), max_size=3), "cancelled")
     stopped = data.draw(st.sets(st.integers(0, 9), max_size=4), "stopped")
     submitted = []
-    for i, ((prompt, options), gap) in enumerate(zip(asked, gaps)):
-        if i in stopped:  # at a token that it is known to emit
-            tokens = alone(prompt, **options)
+    for i, ((prompt, options), gap) in enumerate(zip(requests, gaps)):
+        if i in stopped:  # at a token that it emits
+            tokens = tokens_alone(prompt, **options)
             options = options | dict(stop_token_ids=(tokens[len(tokens) // 2],))
         submitted.append((engine.submit(prompt, **options), prompt, options))
         for _ in range(gap):
@@ -209,7 +118,7 @@ def test_arrival_order_stops_cancellations_and_chunk_length_change_nothing(data)
     for i in cancelled:
         request, prompt, options = submitted[i]
         assert request.finish in ("cancelled", "length", "stop")
-        whole = alone(prompt, **options)
+        whole = tokens_alone(prompt, **options)
         assert request.tokens == whole[: len(request.tokens)]
     check(engine, [x for i, x in enumerate(submitted) if i not in cancelled])
     assert engine.compiled() == compiled, "a program was compiled for a known shape"
@@ -244,7 +153,7 @@ def shared_engine():
     ids=str,
 )
 def test_ways_of_running_have_the_same_tokens(changes):
-    run(make_engine(**changes), requests(6))
+    run(make_engine(**changes), make_requests(6))
 
 
 def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
@@ -255,9 +164,8 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     assert (engine.counters.chunks, engine.counters.iterations) == (1, 1)
     run(engine, [([3], dict(max_tokens=12))])
     assert (engine.counters.chunks, engine.counters.iterations) == (4, 13)
-    run(
-        engine, [([4], dict(max_tokens=1))]
-    )  # prefill's token alone comes to the host with a chunk, too
+    # Prefill emits the only token. It comes to the host with a chunk, too.
+    run(engine, [([4], dict(max_tokens=1))])
     assert (engine.counters.chunks, engine.counters.iterations) == (5, 14)
     assert engine.compiled()[0] <= engine.compiled()[1]
 
@@ -275,40 +183,35 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
         ),
     ],
 )
-def test_residual_schedules_and_tensor_shards(residual, tensor):
-    """The reference runs on one device, but for desync on the same mesh.
-
-    The streams of desync's ranks are part of the model.
+def test_every_residual_schedule_and_number_of_shards_is_token_exact(residual, tensor):
+    """The reference runs on one device; for desync, it runs on the same mesh, because
+    the number of ranks is part of the model.
     """
-    config = dataclasses.replace(CONFIG, residual=residual)
+    model_config = dataclasses.replace(ENGINE_MODEL, residual=residual)
     run(
-        make_engine(config, tensor),
-        requests(4, longest=15),
-        config=config,
+        make_engine(model_config, tensor),
+        make_requests(4, longest=15),
+        model_config=model_config,
         tensor=tensor if "desync" in residual else 1,
     )
 
 
-def test_the_compiled_shape_follows_what_is_live():
-    """It grows for a burst of requests, and shrinks while one of them goes on.
+def test_the_compiled_shape_follows_the_requests():
+    """It grows for many requests, and shrinks while one of them goes on.
 
-    The memory shuffle changes no token.
+    Moving the requests to another state changes no token.
     """
-    long = dataclasses.replace(CONFIG, max_length=128)
+    long = dataclasses.replace(ENGINE_MODEL, max_length=128)
     engine = make_engine(
         long, fit_shapes=True, slots=4, staging=2, steps_per_call=2, max_length=None
     )
     widths = []
-    asked = [
-        ([1, 2, 3], dict(max_tokens=80, seed=1)),
-        *[([i], dict(max_tokens=6, seed=i)) for i in range(5)],
-    ]
-    submitted = [
-        (engine.submit(prompt, **options), prompt, options) for prompt, options in asked
-    ]
+    requests = [([1, 2, 3], dict(max_tokens=80, seed=1))]
+    requests += [([i], dict(max_tokens=6, seed=i)) for i in range(5)]
+    submitted = submit_all(engine, requests)
     while engine.step():
         widths.append((engine.programs.width, engine.programs.length))
-    check(engine, submitted, config=long)
+    check(engine, submitted, model_config=long)
     assert max(w for w, _ in widths) == 4
     assert (4, 64) in widths and (1, 128) in widths and engine.counters.reshapes >= 3
     assert engine.compiled()[0] <= engine.compiled()[1]
@@ -318,38 +221,36 @@ def test_the_compiled_shape_follows_what_is_live():
     "kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
 )
 def test_a_bfloat16_or_int8_cache_mostly_agrees(kv_dtype):
-    asked = [(prompt, dict(max_tokens=8)) for prompt, _ in requests(3)]
     engine = make_engine(kv_dtype=kv_dtype)
-    got = [
-        engine.submit(prompt, **options).result().tokens for prompt, options in asked
-    ]
-    want = [alone(prompt, **options) for prompt, options in asked]
-    agree = [a == b for pair in zip(got, want) for a, b in zip(*pair)]
+    agree = []
+    for prompt, _ in make_requests(3):
+        tokens = engine.submit(prompt, max_tokens=8).result().tokens
+        expected = tokens_alone(prompt, max_tokens=8)
+        agree += [a == b for a, b in zip(tokens, expected, strict=True)]
     assert np.mean(agree) > 0.5, agree
 
 
 # ---------------------------------------------------------------- prefill
 
 
-def test_long_prompts_come_in_pieces_between_chunks_of_those_that_run():
+def test_a_long_prompt_is_prefilled_in_pieces_between_chunks_of_a_running_request():
     engine = make_engine()
     running = engine.submit([1, 2], max_tokens=40)
-    iterator = iter(running)
-    next(iterator)
-    long = list(range(60)), dict(max_tokens=3)
-    waiting = engine.submit(long[0], **long[1])
+    next(iter(running))
+    prompt = list(range(60))
+    waiting = engine.submit(prompt, max_tokens=3)
     before = len(running.tokens)
     while not waiting.tokens:
         calls = engine.counters.prefill_calls
         engine.step()
-        assert (
-            engine.counters.prefill_calls - calls <= 1
-        )  # at most decode.prefill_budget tokens between two chunks
-    assert (
-        len(running.tokens) - before >= 3 * engine.options.steps_per_call
-    )  # it went on all the while
-    assert waiting.result().tokens == alone(*long[:1], **long[1])
-    assert running.result().tokens == alone([1, 2], max_tokens=40)
+        # At most decode.prefill_budget tokens are prefilled between two chunks.
+        assert engine.counters.prefill_calls - calls <= 1
+    decoded = len(running.tokens) - before
+    assert decoded >= 3 * engine.options.steps_per_call, (
+        "the running request stood still"
+    )
+    assert waiting.result().tokens == tokens_alone(prompt, max_tokens=3)
+    assert running.result().tokens == tokens_alone([1, 2], max_tokens=40)
 
 
 def test_prompts_that_begin_alike_share_the_computed_prefix():
@@ -358,9 +259,9 @@ def test_prompts_that_begin_alike_share_the_computed_prefix():
     prompts = [shared + [i] for i in range(5)]
     for i, prompt in enumerate(prompts):
         computed = engine.counters.prefill_tokens
-        assert engine.submit(
-            prompt, max_tokens=4, seed=i, temperature=1.0
-        ).result().tokens == alone(prompt, max_tokens=4, seed=i, temperature=1.0)
+        options = dict(max_tokens=4, seed=i, temperature=1.0)
+        tokens = engine.submit(prompt, **options).result().tokens
+        assert tokens == tokens_alone(prompt, **options)
         assert engine.counters.prefill_tokens - computed == (21 if i == 0 else 5)
     assert engine.counters.prefix_tokens == 4 * 16 and engine.prefixes.hits == 8
 
@@ -375,55 +276,42 @@ def test_log_probabilities_are_the_models_own():
         prompt, max_tokens=6, temperature=1.0, seed=3, logprobs=2, logit_bias={7: 2.0}
     )
     beside = engine.submit(prompt, max_tokens=6)
-    got = list(request)
-    cache = generate.empty_cache(CONFIG, mesh(), 1, 16)
+    tokens = list(request)
+    mesh = helpers.make_mesh()
     ids = prompt + request.tokens
-    logits, _ = generate.make_forward(CONFIG, mesh())(
-        model(),
+    logits, _ = generate.make_forward(ENGINE_MODEL, mesh)(
+        helpers.initial_parameters(ENGINE_MODEL, mesh),
         np.array([ids + [0] * (16 - len(ids))], np.int32),
         np.arange(16, dtype=np.int32)[None],
-        cache,
+        generate.empty_cache(ENGINE_MODEL, mesh, 1, 16),
     )
-    want = jax.nn.log_softmax(logits[0])
-    for i, token in enumerate(got):
-        row = np.asarray(want[len(prompt) + i - 1])
+    expected = jax.nn.log_softmax(logits[0])
+    for i, token in enumerate(tokens):
+        row = np.asarray(expected[len(prompt) + i - 1])
         assert abs(token.logprob - row[token.id]) < 1e-4
-        assert [id for id, _ in token.top] == np.argsort(-row)[:2].tolist()
-        np.testing.assert_allclose(
-            [p for _, p in token.top], -np.sort(-row)[:2], atol=1e-4
-        )
+        top_ids, top_logprobs = zip(*token.top)
+        assert list(top_ids) == np.argsort(-row)[:2].tolist()
+        np.testing.assert_allclose(top_logprobs, -np.sort(-row)[:2], atol=1e-4)
     assert all(token.logprob is None and token.top == () for token in beside)
 
 
 def test_stop_strings_cut_exactly_and_free_the_slot():
     tokenizer = ByteTokenizer()
-    config = dataclasses.replace(
-        CONFIG, vocab_size=tokenizer.size + (-tokenizer.size) % 8
-    )
-    engine = make_engine(config, tokenizer=tokenizer)
-    whole = engine.submit(
-        "ab", max_tokens=30, temperature=1.0, seed=5, stop_token_ids=()
-    ).result()
+    padded_size = tokenizer.size + (-tokenizer.size) % 8
+    model_config = dataclasses.replace(ENGINE_MODEL, vocab_size=padded_size)
+    engine = make_engine(model_config, tokenizer=tokenizer)
+    options = dict(max_tokens=30, temperature=1.0, seed=5, stop_token_ids=())
+    whole = engine.submit("ab", **options).result()
     assert whole.text == tokenizer.decode(whole.tokens)
     for start, size in ((3, 1), (4, 3), (10, 2)):
         stop = whole.text[start : start + size]
         cut = whole.text.index(stop)
-        request = engine.submit(
-            "ab",
-            max_tokens=30,
-            temperature=1.0,
-            seed=5,
-            stop=("never there", stop),
-            stop_token_ids=(),
-        )
+        request = engine.submit("ab", stop=("never there", stop), **options)
         pieces = [token.text for token in request]
-        assert (
-            "".join(pieces) == request.text == whole.text[:cut]
-            and request.finish == "stop"
-        )
+        assert "".join(pieces) == request.text == whole.text[:cut]
+        assert request.finish == "stop"
         assert whole.tokens[: len(request.tokens)] == request.tokens
-    while engine.step():
-        pass
+    finish(engine)
     assert not engine.on_device
     assert not jax.device_get(engine.programs.state.slots.state.active).any()
 
@@ -434,9 +322,9 @@ def test_stop_strings_cut_exactly_and_free_the_slot():
 def test_first_come_first_served_but_for_priority():
     engine = make_engine(slots=1, staging=1)
     order = []
-    asked = [engine.submit([i], max_tokens=3, priority=i // 4) for i in range(8)]
+    requests = [engine.submit([i], max_tokens=3, priority=i // 4) for i in range(8)]
     while engine.step():
-        order += [i for i, r in enumerate(asked) if r.tokens and i not in order]
+        order += [i for i, r in enumerate(requests) if r.tokens and i not in order]
     assert order == [4, 5, 6, 7, 0, 1, 2, 3]
 
 
@@ -447,7 +335,7 @@ def test_the_queue_is_bounded_and_cancelling_makes_room():
         engine.submit([3], max_tokens=2)
     second.cancel()
     assert list(second) == [] and second.finish == "cancelled"
-    assert first.result().tokens == alone([1], max_tokens=2)
+    assert first.result().tokens == tokens_alone([1], max_tokens=2)
     engine.submit([3], max_tokens=2).result()
 
 
@@ -468,23 +356,25 @@ def test_the_queue_is_bounded_and_cancelling_makes_room():
         (dict(logit_bias={1: 1, 2: 2, 3: 3}), "logit_bias"),
     ],
 )
-def test_mistakes_name_the_field_and_touch_nobody(wrong, name):
+def test_a_mistake_names_the_field_and_submits_nothing(wrong, name):
     engine = shared_engine()
     with pytest.raises(ConfigError, match=name):
         engine.submit(**dict(prompt=[1]) | wrong)
     assert engine.waiting == 0
 
 
-def test_an_error_in_one_request_is_its_own():
+def test_an_error_of_one_request_fails_no_other():
     engine = make_engine()
     good, bad = (engine.submit([i], max_tokens=9) for i in (1, 2))
     bad.text_filter = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
     with pytest.raises(RequestFailed, match="its own"):
         list(bad)
-    assert bad.finish == "error" and good.result().tokens == alone([1], max_tokens=9)
+    assert bad.finish == "error" and good.result().tokens == tokens_alone(
+        [1], max_tokens=9
+    )
 
 
-def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers():
+def test_an_exception_on_the_device_fails_its_requests_and_the_engine_goes_on():
     engine = make_engine()
     live = [
         engine.submit([i], max_tokens=30) for i in range(2)
@@ -500,10 +390,8 @@ def test_an_exception_on_the_device_fails_what_is_live_and_the_engine_recovers()
             request.result()
     assert engine.counters.failures == 1
     again = engine.submit([1], max_tokens=30)
-    assert again.result().tokens == alone([1], max_tokens=30)
-    assert waiting.result().tokens == alone(
-        [9], max_tokens=5
-    )  # it was not on the device yet
+    assert again.result().tokens == tokens_alone([1], max_tokens=30)
+    assert waiting.result().tokens == tokens_alone([9], max_tokens=5)
 
 
 def test_an_exception_that_no_request_can_report_is_raised():
@@ -515,13 +403,12 @@ def test_an_exception_that_no_request_can_report_is_raised():
         engine.submit([1], max_tokens=2).result()
 
 
-def test_requests_of_a_shape_that_cannot_be_had_fail():
-    """Else the engine would try the same for ever."""
+def test_requests_fail_whose_shape_cannot_be_allocated():
+    """Otherwise the engine would try to allocate it for ever."""
     engine = make_engine()
     request = engine.submit([1], max_tokens=2)
-    with mock.patch.object(
-        engine.programs, "reshape", side_effect=RuntimeError("no memory")
-    ):
+    no_memory = RuntimeError("no memory")
+    with mock.patch.object(engine.programs, "reshape", side_effect=no_memory):
         with pytest.raises(RequestFailed, match="no memory"):
             request.result()
 
@@ -529,29 +416,33 @@ def test_requests_of_a_shape_that_cannot_be_had_fail():
 def test_asyncio_and_threads_share_the_engines_own_thread():
     engine = shared_engine()
     CHUNK_STEPS.clear()
-    asked = requests(6)
+    requests = make_requests(6)
 
     async def one(prompt, options):
         return [token.id async for token in engine.submit(prompt, **options)]
 
     async def all_of_them():
         return await asyncio.gather(
-            *(one(prompt, options) for prompt, options in asked)
+            *(one(prompt, options) for prompt, options in requests)
         )
 
     with engine:
-        got = asyncio.run(asyncio.wait_for(all_of_them(), 120))
-        results = {}
-        submit = lambda i: results.update(
-            {i: engine.submit(asked[i][0], **asked[i][1]).result()}
-        )
+        by_coroutines = asyncio.run(asyncio.wait_for(all_of_them(), 120))
+        by_threads = {}
+
+        def submit(i):
+            prompt, options = requests[i]
+            by_threads[i] = engine.submit(prompt, **options).result().tokens
+
         threads = [threading.Thread(target=submit, args=(i,)) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
-    assert got == [alone(prompt, **options) for prompt, options in asked]
-    assert all(results[i].tokens == got[i] for i in range(3)) and not engine.running
+    expected = [tokens_alone(prompt, **options) for prompt, options in requests]
+    assert by_coroutines == expected
+    assert by_threads == dict(enumerate(expected[:3]))
+    assert not engine.running
 
 
 def test_one_synchronisation_a_chunk():
@@ -568,14 +459,10 @@ def test_one_synchronisation_a_chunk():
 def test_memory_is_planned_and_never_overcommitted():
     engine = make_engine(slots=3, staging=2)
     state = engine.programs.state
-    row = (
-        2 * 2 * 8 * 4 * 4 * 64
-    )  # keys and values, layers, heads, head, float32, tokens
-    assert (
-        engine.capacity.memory["rows"]
-        == 5 * row
-        == sum(x.nbytes for x in jax.tree.leaves((state.slots.kv, state.staging.kv)))
-    )
+    # Keys and values, layers, heads, size of a head, bytes of a float32, tokens.
+    row = 2 * 2 * 8 * 4 * 4 * 64
+    caches = jax.tree.leaves((state.slots.kv, state.staging.kv))
+    assert engine.capacity.memory["rows"] == 5 * row == sum(x.nbytes for x in caches)
     assert engine.report() == (
         "3 slots and 2 rows of staging, of 64 tokens in float32: 0.2 MiB, prefixes "
         "0.0 MiB, reshaping 0.0 MiB, together 0.2 MiB a device"
@@ -583,21 +470,17 @@ def test_memory_is_planned_and_never_overcommitted():
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
         make_engine(kv_memory="100KiB")
     make_engine(kv_memory="1MiB")
-    for budget in (
-        "100KiB",
-        "1MiB",
-    ):  # without a number, as many slots as the budget holds, and not one more
-        filled = make_engine(slots=None, staging=None, kv_memory=budget)
-        more = filled.capacity.budget(filled.options.slots + 1)
-        assert filled.capacity.memory["total"] <= to_bytes(budget, "") < more["total"]
-        assert filled.submit([1, 2], max_tokens=3).result().tokens == alone(
-            [1, 2], max_tokens=3
-        )
+    # Without a number, it has as many slots as the budget holds, and not one more.
+    for budget in ("100KiB", "1MiB"):
+        engine = make_engine(slots=None, staging=None, kv_memory=budget)
+        more = engine.capacity.budget(engine.options.slots + 1)
+        assert engine.capacity.memory["total"] <= to_bytes(budget, "") < more["total"]
+        tokens = engine.submit([1, 2], max_tokens=3).result().tokens
+        assert tokens == tokens_alone([1, 2], max_tokens=3)
     with pytest.raises(ConfigError, match="slots=None is not accepted"):
         Decode(slots=None)
-    with pytest.raises(
-        ConfigError, match="not enough for decode.slots=1 .* 0 slots fit"
-    ):
+    too_small = "not enough for decode.slots=1 .* 0 slots fit"
+    with pytest.raises(ConfigError, match=too_small):
         make_engine(slots=None, kv_memory="1KiB")
 
 
@@ -605,27 +488,21 @@ def test_generate_keeps_order_beyond_the_queue():
     engine = make_engine(queue_size=2)
     prompts = [[i] for i in range(7)]
     assert [r.tokens for r in engine.generate(prompts, max_tokens=4)] == [
-        alone(p, max_tokens=4) for p in prompts
+        tokens_alone(p, max_tokens=4) for p in prompts
     ]
 
 
-def test_what_comes_after_a_cancellation_is_not_the_requests():
+def test_a_cancelled_request_ignores_later_tokens():
     request = make_engine().submit([1, 2], max_tokens=9)
     request.put([Token(5, "a"), Token(None, "b")])
     request.cancel()
-    request.put(
-        [Token(6, "c")], "length"
-    )  # of a chunk whose events are being handed out
-    assert (request.tokens, request.text, request.finish, len(request.times)) == (
-        [5],
-        "ab",
-        "cancelled",
-        1,
-    )
+    request.put([Token(6, "c")], "length")  # from a chunk that the host reads now
+    assert (request.tokens, request.text) == ([5], "ab")
+    assert (request.finish, len(request.times)) == ("cancelled", 1)
     assert [token.id for token in request] == [5, None]
 
 
-def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
+def test_an_engine_without_references_is_freed_without_the_garbage_collector():
     engine = make_engine()
     gc.disable()
     try:
@@ -637,15 +514,16 @@ def test_an_engine_that_is_dropped_is_gone_without_the_garbage_collector():
             pass
         with engine:
             engine.submit([1], max_tokens=4).result()
-        gone = weakref.ref(engine)
+        reference = weakref.ref(engine)
         del engine, request
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()
 
 
 def test_after_warm_up_nothing_compiles():
-    long = dataclasses.replace(CONFIG, max_length=96)
+    long = dataclasses.replace(ENGINE_MODEL, max_length=96)
+    # No other test has an engine of these options, whose programs this one could share.
     engine = make_engine(
         long,
         fit_shapes=True,
@@ -655,24 +533,22 @@ def test_after_warm_up_nothing_compiles():
         prefill_budget=16,
         max_length=None,
         max_logit_bias=3,
-    )  # shares no programs
+    )
     assert engine.capacity.lengths == [64, 96]
     shapes, compiling = [], []
     engine.warm_up(lambda listed: shapes.extend(listed) or listed)
     compiled, most = engine.compiled()
     assert len(shapes) <= compiled <= most
-    assert (
-        not any(x is engine for x in gc.get_objects()) and gc.get_freeze_count()
-    )  # nothing to walk while serving
+    # While the engine serves, the garbage collector does not visit its objects.
+    assert not any(x is engine for x in gc.get_objects()) and gc.get_freeze_count()
     with pytest.raises(RuntimeError, match="before the first"):
         engine.submit([1], max_tokens=9)
         engine.step()
         engine.warm_up()
-    while engine.step():
-        pass
-    asked = [
+    finish(engine)
+    requests = [
         (prompt, options | dict(max_tokens=min(options["max_tokens"], 8)))
-        for prompt, options in requests(14, longest=80)
+        for prompt, options in make_requests(14, longest=80)
     ]
     serving = True
     jax.monitoring.register_event_duration_secs_listener(
@@ -681,22 +557,15 @@ def test_after_warm_up_nothing_compiles():
         )
     )
     submitted = []
-    for start, stop in (
-        (0, 1),
-        (1, 5),
-        (5, 7),
-        (7, 14),
-    ):  # bursts, with the width that fits each
-        submitted += [
-            engine.submit(prompt, **options) for prompt, options in asked[start:stop]
-        ]
-        while engine.step():
-            pass
+    # Groups of different sizes, so that the engine changes its width for each.
+    for start, stop in ((0, 1), (1, 5), (5, 7), (7, 14)):
+        submitted += submit_all(engine, requests[start:stop])
+        finish(engine)
     serving = False
     assert engine.counters.reshapes > 2
     assert engine.compiled()[0] == compiled and not compiling
-    for request, (prompt, options) in zip(submitted, asked):
-        assert request.tokens == alone(prompt, config=long, **options)
+    for request, prompt, options in submitted:
+        assert request.tokens == tokens_alone(prompt, model_config=long, **options)
 
 
 def test_chunks_are_short_while_prefill_fills_slots():
@@ -709,18 +578,16 @@ def test_chunks_are_short_while_prefill_fills_slots():
         [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)],
     )
     busy = (np.concatenate([chunk for _, chunk in engine.history]) >= 0).sum(axis=1)
-    assert (
-        busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12
-    )  # a quarter, a half, three quarters of a chunk
+    # Before the fourth prompt, chunks of a quarter, a half and three quarters.
+    assert busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12
 
 
 def test_prompts_share_prefill_calls_while_enough_wait():
-    """Short prompts, long outputs: a call takes several, and no slot is idle."""
+    """Prompts are short and outputs long: a call takes several, and no slot is idle."""
     engine = make_engine(
         slots=4, staging=8, steps_per_call=4, prefill_budget=64, trace=True
     )
-    asked = [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)]
-    run(engine, asked)
+    run(engine, [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)])
     assert engine.counters.prefill_calls <= 10
     busy = np.concatenate([chunk for _, chunk in engine.history]) >= 0
     assert busy[: 24 * 23 // 4 - 24].all()
@@ -773,7 +640,7 @@ VALUES = {
 WHOLE = {"NumPy's 1", "2"}
 REAL = WHOLE | {"1.5", "5.0", "NumPy's 0.5"}
 IDS = {"[1, 2]", "array of int"}
-RIGHT = {  # the VALUES that an option accepts
+ACCEPTED = {  # the names of the VALUES that an option accepts
     "prompt": IDS,
     "max_tokens": WHOLE | {"None"},
     "stop": {"[]"},  # this engine has no tokenizer, so no text
@@ -788,26 +655,23 @@ RIGHT = {  # the VALUES that an option accepts
     "repetition_penalty": REAL,
     "presence_penalty": REAL | {"-1"},
     "frequency_penalty": REAL | {"-1"},
-    "seed": WHOLE
-    | {
-        "5.0",
-    },
+    "seed": WHOLE | {"5.0"},
 }
 
 
 @functools.cache
-def neighbours_engine():
+def default_engine():
     return make_engine()
 
 
-@pytest.mark.parametrize("option", RIGHT)
+@pytest.mark.parametrize("option", ACCEPTED)
 def test_each_option_refuses_each_wrong_type_and_a_neighbour_is_unharmed(option):
-    engine = neighbours_engine()
+    engine = default_engine()
     neighbour = engine.submit([7, 8], max_tokens=40)
     for kind, value in VALUES.items():
         submitted, queued = engine.counters.submitted, engine.waiting
         options = dict(prompt=[3], max_tokens=1) | {option: value}
-        if kind in RIGHT[option]:
+        if kind in ACCEPTED[option]:
             engine.submit(**options).cancel()
             continue
         with pytest.raises(ConfigError) as caught:
@@ -817,7 +681,7 @@ def test_each_option_refuses_each_wrong_type_and_a_neighbour_is_unharmed(option)
         assert option in message and "\n" not in message
         assert (engine.counters.submitted, engine.waiting) == (submitted, queued)
         engine.step()
-    assert neighbour.result().tokens == alone([7, 8], max_tokens=40)
+    assert neighbour.result().tokens == tokens_alone([7, 8], max_tokens=40)
     assert engine.counters.failures == 0
 
 
@@ -839,11 +703,11 @@ def test_each_option_refuses_each_wrong_type_and_a_neighbour_is_unharmed(option)
 )
 def test_messages_name_the_value_and_what_is_accepted(wrong, message):
     with pytest.raises(ConfigError, match=message):
-        neighbours_engine().submit(**dict(prompt=[1]) | wrong)
+        default_engine().submit(**dict(prompt=[1]) | wrong)
 
 
 def test_numbers_of_numpy_and_prompts_of_any_sequence_are_accepted():
-    engine = neighbours_engine()
+    engine = default_engine()
     prompt = [3, 1, 4]
     for ids in (
         tuple(prompt),
@@ -854,16 +718,16 @@ def test_numbers_of_numpy_and_prompts_of_any_sequence_are_accepted():
         list(np.array(prompt)),
         list(jax.numpy.array(prompt)),
     ):
-        want = [3, 4, 5] if isinstance(ids, range) else prompt
+        same_ids = [3, 4, 5] if isinstance(ids, range) else prompt
         request = engine.submit(
             ids, max_tokens=np.int64(5), temperature=np.float32(1), seed=np.uint32(2)
         )
-        want = alone(want, max_tokens=5, temperature=1.0, seed=2)
-        assert request.result().tokens == want
+        expected = tokens_alone(same_ids, max_tokens=5, temperature=1.0, seed=2)
+        assert request.result().tokens == expected
 
 
 def test_one_mistake_in_a_list_of_prompts_submits_none_of_them():
-    engine = neighbours_engine()
+    engine = default_engine()
     submitted = engine.counters.submitted
     with pytest.raises(ConfigError, match="prompt=.*999"):
         engine.generate([[1], [2], [999]], max_tokens=2)
@@ -883,26 +747,24 @@ def test_priorities_order_the_queue_and_staging_alike(staging):
     while not blocker.tokens:
         engine.step()
     priorities = [-1000, 127, 128, 0, 1000, 129]
-    asked = [
+    requests = [
         engine.submit([i], max_tokens=3, priority=p) for i, p in enumerate(priorities)
     ]
-    while engine.step():
-        pass
-    # A first token comes with prefill, the second one from the slot.
-    decoded = sorted(asked, key=lambda r: r.times[1])
+    finish(engine)
+    # Prefill emits the first token, the slot the second one.
+    decoded = sorted(requests, key=lambda r: r.times[1])
     assert [r.priority for r in decoded] == sorted(priorities, reverse=True)
 
 
 def test_equal_priorities_stay_in_order_when_the_tickets_start_again(monkeypatch):
     monkeypatch.setattr("ladder_jax.serve.stepper.TICKETS", 5)
     engine = make_engine(slots=1, staging=2)
-    asked = [engine.submit([i], max_tokens=3, priority=i % 2) for i in range(12)]
-    while engine.step():
-        pass
-    decoded = sorted(range(12), key=lambda i: asked[i].times[1])
-    want = [*range(1, 12, 2), *range(0, 12, 2)]
-    assert decoded == want
-    assert all(r.tokens == alone([i], max_tokens=3) for i, r in enumerate(asked))
+    requests = [engine.submit([i], max_tokens=3, priority=i % 2) for i in range(12)]
+    finish(engine)
+    decoded = sorted(range(12), key=lambda i: requests[i].times[1])
+    assert decoded == [*range(1, 12, 2), *range(0, 12, 2)]
+    for i, request in enumerate(requests):
+        assert request.tokens == tokens_alone([i], max_tokens=3)
 
 
 def test_cancelling_a_request_that_waits_frees_its_place_at_once():
@@ -913,11 +775,13 @@ def test_cancelling_a_request_that_waits_frees_its_place_at_once():
             engine.submit([3], max_tokens=2)
         for request in requests:
             request.cancel()
-    assert engine.submit([1], max_tokens=2).result().tokens == alone([1], max_tokens=2)
+    assert engine.submit([1], max_tokens=2).result().tokens == tokens_alone(
+        [1], max_tokens=2
+    )
     assert engine.counters.finished == engine.counters.submitted == 7
 
 
-LONG = dataclasses.replace(CONFIG, max_length=128)
+LONG = dataclasses.replace(ENGINE_MODEL, max_length=128)
 WAITERS = [
     (prompt, dict(max_tokens=max_tokens))
     for prompt, max_tokens in (
@@ -973,38 +837,46 @@ def test_cancelled_requests_never_change_the_others(fit_shapes, staging, plans):
     for request, *_ in submitted:
         request.result()
     for request, prompt, options in submitted:
-        whole = alone(prompt, config=LONG, **options)
+        whole = tokens_alone(prompt, model_config=LONG, **options)
         assert request.tokens == whole[: len(request.tokens)]
         assert request.finish == "cancelled" or request.tokens == whole
-    check(engine, [x for x in submitted if x[0].finish != "cancelled"], config=LONG)
+    check(
+        engine, [x for x in submitted if x[0].finish != "cancelled"], model_config=LONG
+    )
 
 
-def test_a_request_is_decoded_in_a_state_that_is_long_enough_for_it():
-    """Two cancelled requests wait ahead of one that needs a longer state."""
-    engine = long_engine(True, 1)
-    first, second = (engine.submit([i], max_tokens=4) for i in (1, 2))
-    prompt, options = WAITERS[4]
-    wanted = engine.submit(prompt, **options)
-    first.cancel(), second.cancel()
-    assert wanted.result().tokens == alone(prompt, config=LONG, **options)
+@pytest.mark.parametrize("staging", [1, 3])
+@pytest.mark.parametrize("prompt, options", WAITERS[2:5], ids=["60", "30", "100"])
+def test_a_request_is_decoded_in_a_state_that_is_long_enough_for_it(
+    prompt, options, staging
+):
+    """Two requests wait before one that needs a longer state, and are cancelled."""
+    engine = long_engine(True, staging)
+    cancelled = [engine.submit([i], max_tokens=4) for i in (1, 2)]
+    request = engine.submit(prompt, **options)
+    for other in cancelled:
+        other.cancel()
+    assert request.result().tokens == tokens_alone(prompt, LONG, **options)
+    assert [other.finish for other in cancelled] == ["cancelled"] * 2
 
 
 # ---------------------------------------------------------------- interrupts
 
 
-def test_an_interrupt_while_the_host_waits_for_the_device_loses_nothing():
+@pytest.mark.parametrize("max_tokens", [12, 60])
+def test_an_interrupt_while_the_host_waits_for_the_device_loses_nothing(max_tokens):
+    """When the interrupt comes, the device has decoded 12 tokens, but not yet 60."""
     engine = make_engine(slots=2)
-    request = engine.submit([1, 2], max_tokens=40)
+    request = engine.submit([1, 2], max_tokens=max_tokens)
     for _ in range(3):
         engine.step()
     with mock.patch.object(jax, "device_get", side_effect=KeyboardInterrupt):
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 engine.step()
-    assert request.result().tokens == alone([1, 2], max_tokens=40)
+    assert request.result().tokens == tokens_alone([1, 2], max_tokens=max_tokens)
     assert engine.counters.failures == 0
-    while engine.step():
-        pass
+    finish(engine)
     assert not engine.on_device
 
 
@@ -1015,22 +887,23 @@ class InterruptAt:
     """
 
     def __init__(self, n):
-        self.left = n
+        self.remaining = n
 
     def __call__(self, frame, event, argument):
         if event in ("call", "c_return") and "/serve/" in frame.f_code.co_filename:
-            self.left -= 1
-            if self.left == 0:
+            self.remaining -= 1
+            if self.remaining == 0:
                 raise KeyboardInterrupt
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5000), st.booleans())
-def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, fit):
+def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_the_request_fails(
+    at, fit
+):
     engine = long_engine(fit, 3)
-    asked = [*WAITERS[:2], WAITERS[5], WAITERS[2]]
-    submitted = [(engine.submit(p, **o), p, o) for p, o in asked]
+    submitted = submit_all(engine, [*WAITERS[:2], WAITERS[5], WAITERS[2]])
     submitted[1][0].cancel()
     sys.setprofile(InterruptAt(at))
     try:
@@ -1046,13 +919,12 @@ def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, 
         except RequestFailed as error:
             assert "interrupted" in str(error)
         else:
-            whole = alone(prompt, config=LONG, **options)
+            whole = tokens_alone(prompt, model_config=LONG, **options)
             assert request.tokens == whole or request.finish == "cancelled", i
     prompt, options = WAITERS[3]
     again = engine.submit(prompt, **options)
-    assert again.result().tokens == alone(prompt, config=LONG, **options)
-    while engine.step():
-        pass
+    assert again.result().tokens == tokens_alone(prompt, model_config=LONG, **options)
+    finish(engine)
     assert not engine.on_device and not engine.waiting
 
 
@@ -1060,7 +932,7 @@ def test_after_an_interrupt_at_any_moment_tokens_are_exact_or_missed_loudly(at, 
 
 
 def test_closing_an_engine_ends_the_iteration_of_a_coroutine():
-    engine = neighbours_engine()
+    engine = default_engine()
 
     async def read(request, tokens):
         async for token in request:
@@ -1072,7 +944,8 @@ def test_closing_an_engine_ends_the_iteration_of_a_coroutine():
         while not tokens:
             await asyncio.sleep(0)
         with mock.patch.object(engine.stepper, "step", side_effect=lambda: False):
-            engine.close()  # a step may have read tokens that the coroutine still gets
+            # An earlier step may have read tokens that the coroutine gets after this.
+            engine.close()
             with pytest.raises(EngineClosed, match="the engine was closed"):
                 await asyncio.wait_for(reading, 60)
         return request, tokens
@@ -1080,23 +953,23 @@ def test_closing_an_engine_ends_the_iteration_of_a_coroutine():
     request, tokens = asyncio.run(both())
     assert not engine.running
     rest = [token.id for token in request]
-    assert tokens + rest == alone([1, 2], max_tokens=60)
+    assert tokens + rest == tokens_alone([1, 2], max_tokens=60)
 
 
 def test_an_engine_closes_when_its_last_user_leaves():
-    engine = neighbours_engine()
-    prompts = {1: 5, 2: 50}  # the first to leave leaves long before the other
+    engine = default_engine()
+    max_tokens = {1: 5, 2: 50}  # prompt 1 leaves the engine long before prompt 2
 
     async def use(prompt):
         with engine:
-            request = engine.submit([prompt], max_tokens=prompts[prompt])
+            request = engine.submit([prompt], max_tokens=max_tokens[prompt])
             return [token.id async for token in request]
 
     async def all_of_them():
-        return await asyncio.gather(*map(use, prompts))
+        return await asyncio.gather(*map(use, max_tokens))
 
-    got = asyncio.run(asyncio.wait_for(all_of_them(), 120))
-    assert got == [alone([p], max_tokens=n) for p, n in prompts.items()]
+    tokens = asyncio.run(asyncio.wait_for(all_of_them(), 120))
+    assert tokens == [tokens_alone([p], max_tokens=n) for p, n in max_tokens.items()]
     assert not engine.running
 
 
@@ -1106,11 +979,11 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import test_engine
+import helpers
 from ladder_jax.config import ConfigError
-engine = test_engine.make_engine(tensor=4, fit_shapes=True)
-asked = test_engine.requests(6, longest=12)
-submitted = [engine.submit(prompt, **options) for prompt, options in asked]
+engine = helpers.make_engine(tensor=4, fit_shapes=True)
+requests = helpers.make_requests(6, longest=12)
+submitted = [engine.submit(prompt, **options) for prompt, options in requests]
 submitted[4].cancel()
 print(json.dumps([request.result().tokens for request in submitted]))
 try:
@@ -1121,33 +994,22 @@ except ConfigError as error:
 
 
 def test_two_hosts_agree():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST, address, str(n)],
-            text=True,
-            cwd=Path(__file__).parent,
-            stdout=subprocess.PIPE,
-            env=os.environ
-            | {
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                "PYTHONPATH": os.pathsep.join(path),
-            },
-        )
-        for n in range(2)
+    command = [sys.executable, "-c", HOST, helpers.free_address()]
+    hosts = helpers.run_together(
+        [[*command, number] for number in range(2)],
+        helpers.code_environment(devices=2),
+        cwd=helpers.ROOT / "tests",
+    )
+    expected = [
+        tokens_alone(prompt, **options)
+        for prompt, options in make_requests(6, longest=12)
     ]
-    wanted = [alone(prompt, **options) for prompt, options in requests(6, longest=12)]
-    for process in both:
-        tokens, said = process.communicate(timeout=300)[0].splitlines()[-2:]
-        assert (
-            process.returncode == 0
-            and "on several hosts an engine has no thread" in said
-        )
-        tokens = json.loads(tokens)
-        assert tokens.pop(4) == [] and tokens == wanted[:4] + wanted[5:]
+    expected[4] = []  # cancelled before the first step
+    for out, err, status in hosts:
+        assert status == 0, err
+        tokens, message = out.splitlines()[-2:]
+        assert "on several hosts an engine has no thread" in message
+        assert json.loads(tokens) == expected
 
 
 @pytest.mark.slow
@@ -1172,59 +1034,43 @@ def test_widths_chunks_and_shards(slots, chunk, tensor):
             fit_shapes=True,
             tensor=tensor,
         ),
-        requests(3 * slots + 5, longest=12),
+        make_requests(3 * slots + 5, longest=12),
     )
 
 
 @pytest.mark.slow
 def test_a_soak_with_random_cancellations():
-    """20,000 requests: nothing lost, memory and compile count flat."""
-    import gc
-    import resource
-
-    engine, rng, waiting = (
-        make_engine(slots=16, staging=8, steps_per_call=8, queue_size=64),
-        np.random.default_rng(0),
-        [],
-    )
-    asked = requests(40, longest=12)
-    reference = [alone(prompt, **options) for prompt, options in asked]
-    memory, programs, done, start = [], [], 0, time.time()
+    """Of 20,000 requests none is lost; memory and the number of programs stay flat."""
+    engine = make_engine(slots=16, staging=8, steps_per_call=8, queue_size=64)
+    rng = np.random.default_rng(0)
+    requests = make_requests(40, longest=12)
+    references = [tokens_alone(prompt, **options) for prompt, options in requests]
+    memory, programs, waiting, done, start = [], [], [], 0, time.time()
     for i in range(20_000):
         while engine.waiting >= 64:
             engine.step()
-        prompt, options = asked[i % 40]
-        waiting.append((i % 40, engine.submit(prompt, **options)))
+        prompt, options = requests[i % 40]
+        waiting.append((references[i % 40], engine.submit(prompt, **options)))
         if rng.random() < 0.1:
-            rng.choice([r for _, r in waiting]).cancel()
-        finished = [x for x in waiting if x[1].finish]
-        waiting = [x for x in waiting if not x[1].finish]
-        for which, request in finished:
-            done += 1
-            whole = reference[which]
-            assert (
-                request.tokens == whole
-                if request.finish != "cancelled"
-                else (request.tokens == whole[: len(request.tokens)])
-            )
+            rng.choice([request for _, request in waiting]).cancel()
+        finished = [pair for pair in waiting if pair[1].finish]
+        waiting = [pair for pair in waiting if not pair[1].finish]
+        done += len(finished)
+        for whole, request in finished:
+            is_cut = request.finish == "cancelled"
+            expected = whole[: len(request.tokens)] if is_cut else whole
+            assert request.tokens == expected
         if i % 1000 == 999:
             gc.collect()
             memory.append(sum(x.nbytes for x in jax.live_arrays()))
             programs.append(engine.compiled()[0])
     for _, request in waiting:
         request.result()
-    while engine.step():
-        pass
-    assert (
-        done + len(waiting)
-        == 20_000
-        == engine.counters.finished
-        == engine.counters.submitted
-    )
-    assert len(set(programs[1:])) == 1 and max(memory[1:]) <= 1.05 * memory[1], (
-        programs,
-        memory,
-    )
+    finish(engine)
+    assert done + len(waiting) == 20_000
+    assert engine.counters.finished == engine.counters.submitted == 20_000
+    assert len(set(programs[1:])) == 1, programs
+    assert max(memory[1:]) <= 1.05 * memory[1], memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{time.time() - start:.0f} s, peak {peak:.0f} MiB, "

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from helpers import make_mesh, random_parameters, small_model
 
 import ladder_jax
-from ladder_jax import config, generate, kv_cache, loading, model, sampling, sharding
+from ladder_jax import config, generate, kv_cache, loading, sampling
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
@@ -26,114 +27,71 @@ SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladd
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_half_the_time():
+    fast = {"xla_backend_optimization_level": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            jax,
-            "jit",
-            functools.partial(
-                jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-            ),
-        )
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=fast))
         yield
 
 
-@functools.cache
-def make_mesh(tensor, data=1, fsdp=1):
-    count = data * fsdp * tensor
-    return sharding.make_mesh(
-        config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count]
-    )
+generate_model = functools.partial(
+    small_model, vocab_size=V, max_length=32, qk_norm=True
+)
+# So large that greedy text does not repeat one token.
+parameters = functools.partial(random_parameters, scale=0.5, seed=1)
 
 
-def settings(residual, **fields):
-    return config.Model(
-        **{
-            **dict(
-                vocab_size=V,
-                dim=16,
-                layers=2,
-                heads=16,
-                kv_heads=8,
-                head_dim=4,
-                ffn_dim=16,
-                max_length=32,
-                residual=residual,
-                qk_norm=True,
-                dtype="float32",
-            ),
-            **fields,
-        }
-    )
-
-
-def parameters(cfg, mesh=None):
-    """Random parameters, so large that greedy text does not repeat one token."""
-    abstract = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    random = np.random.default_rng(1)
-    draw = lambda name, leaf: np.float32(
-        name.endswith("norm") + 0.5 * random.normal(size=leaf.shape)
-    )
-    made = jax.tree.map(draw, sharding.parameter_names(abstract), abstract)
-    specs = (
-        sharding.named_shardings(mesh, sharding.parameter_specs(abstract))
-        if mesh
-        else jax.devices()[0]
-    )
-    return jax.device_put(made, specs)
-
-
-def uncached(cfg, prompt, count, ranks):
+def uncached(model_config, prompt, count, ranks):
     """Greedy ids by the plain reference, which computes the whole sequence each time.
 
     The sequence is padded, so that one program is enough.
     """
-    weights = parameters(cfg)
+    weights = parameters(model_config)
     logits = jax.jit(
         lambda tokens: reference.logits(
-            weights, cfg, tokens, jnp.arange(LENGTH), jnp.ones(LENGTH, jnp.int32), ranks
+            weights,
+            model_config,
+            tokens,
+            jnp.arange(LENGTH),
+            jnp.ones(LENGTH, jnp.int32),
+            ranks,
         )
     )
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(
-            int(
-                logits(jnp.array(tokens + [0] * (LENGTH - len(tokens))))[
-                    len(tokens) - 1
-                ].argmax()
-            )
-        )
+        padded = jnp.array(tokens + [0] * (LENGTH - len(tokens)))
+        tokens.append(int(logits(padded)[len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("residual", SCHEDULES)
 def test_cached_generation_is_the_full_forward_pass(residual):
-    cfg, prompt, count = settings(residual), [3, 1, 4, 1, 5], 18
-    local = residual.startswith("desync")  # on each number of ranks another model
+    model_config, prompt, count = generate_model(residual), [3, 1, 4, 1, 5], 18
+    # On each number of ranks, desync is another model.
+    local = residual.startswith("desync")
     texts = {
-        ranks: uncached(cfg, prompt, count, ranks)
+        ranks: uncached(model_config, prompt, count, ranks)
         for ranks in ((1, 2, 8) if local else (1,))
     }
-    assert len(set(texts[1])) > 2 and len(
-        {tuple(text) for text in texts.values()}
-    ) == len(texts)
+    assert len(set(texts[1])) > 2, "the text repeats one or two tokens"
+    different = {tuple(text) for text in texts.values()}
+    assert len(different) == len(texts), "ranks make no difference"
     for tensor in (1, 2, 8):
-        mesh = make_mesh(tensor)
-        got = list(
-            generate.generate(
-                parameters(cfg, mesh), cfg, mesh, prompt, max_tokens=count
-            )
+        mesh = make_mesh(tensor=tensor)
+        weights = parameters(model_config, mesh)
+        tokens = list(
+            generate.generate(weights, model_config, mesh, prompt, max_tokens=count)
         )
-        assert got == texts[tensor if local else 1], f"tensor={tensor}"
+        assert tokens == texts[tensor if local else 1], f"tensor={tensor}"
 
 
 @pytest.fixture(scope="module")
 def small():
-    """make(prompt, **options) of a ladder model on one device."""
-    cfg, mesh = settings("ladder"), make_mesh(1)
-    weights = parameters(cfg, mesh)
+    """small(prompt, **options): the tokens of a ladder model on one device."""
+    model_config, mesh = generate_model("ladder"), make_mesh()
+    weights = parameters(model_config, mesh)
     return lambda prompt=(3, 1, 4), **options: list(
         generate.generate(
-            weights, cfg, mesh, list(prompt), **{"max_tokens": 12, **options}
+            weights, model_config, mesh, list(prompt), **{"max_tokens": 12, **options}
         )
     )
 
@@ -141,29 +99,24 @@ def small():
 def test_sampling_repeats_by_its_seed(small):
     texts = [small(temperature=1.0, seed=seed) for seed in (0, 0, 1, 2**32 - 1)]
     assert texts[0] == texts[1] and len({tuple(text) for text in texts}) == 3
-    assert (
-        small(temperature=1.0, max_tokens=5) == texts[0][:5]
-    )  # what is asked for later changes nothing
-    follows = small((3, 1, 4, *texts[0][:4]), temperature=1.0, max_tokens=8)
-    assert follows == texts[0][4:]  # randomness is the position's alone
+    # Neither max_tokens nor where the prompt ends changes what a position draws.
+    assert small(temperature=1.0, max_tokens=5) == texts[0][:5]
+    rest = small((3, 1, 4, *texts[0][:4]), temperature=1.0, max_tokens=8)
+    assert rest == texts[0][4:]
 
 
 def test_the_likeliest_alone_is_greedy(small):
     greedy = small()
-    assert (
-        small(temperature=1.0, top_k=1) == small(temperature=2.0, top_p=1e-6) == greedy
-    )
+    assert small(temperature=1.0, top_k=1) == greedy
+    assert small(temperature=2.0, top_p=1e-6) == greedy
     assert small(temperature=1e-4) == greedy and small(temperature=1.0) != greedy
     assert small(temperature=0.0, seed=5, top_k=3) == greedy
 
 
+OVER_SEEDS = sampling.SamplingParams(*(None,) * 7, 0, None, None)
 SAMPLE = jax.jit(
-    jax.vmap(
-        generate.sample,
-        (None, sampling.SamplingParams(*(None,) * 7, 0, None, None), None, None, None),
-    ),
-    static_argnums=4,
-)  # over seeds
+    jax.vmap(generate.sample, (None, OVER_SEEDS, None, None, None)), static_argnums=4
+)
 
 
 def draws(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0, vocabulary=5):
@@ -180,31 +133,27 @@ def draws(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0, vocabulary=5)
     return np.bincount(ids, minlength=5) / count
 
 
-def test_frequencies_are_the_softmax_of_what_is_left():
+def test_ids_are_drawn_as_often_as_the_softmax_of_the_filtered_logits_says():
     p = np.array([0.4, 0.05, 0.3, 0.1, 0.15])
     near = functools.partial(pytest.approx, abs=0.03)  # four standard deviations
-    kept = lambda *ids: np.isin(np.arange(5), ids) * p / p[list(ids)].sum()
+    only = lambda *ids: np.isin(np.arange(5), ids) * p / p[list(ids)].sum()
     logits = np.log(p) + 3
     assert draws(logits) == near(p)
     assert draws(logits, temperature=0.5) == near(p**2 / (p**2).sum())
     assert draws(logits, temperature=100.0) == near(np.full(5, 0.2))
-    assert draws(logits, top_k=2) == near(kept(0, 2)) and draws(
-        logits, top_k=9
-    ) == near(p)
-    assert draws(logits, top_p=0.69) == near(kept(0, 2)) and draws(
-        logits, top_p=0.71
-    ) == near(kept(0, 2, 4))
-    assert draws(logits, top_k=3, top_p=0.5) == near(
-        kept(0, 2)
-    )  # 0.4 of 0.85 is below a half
-    assert draws(logits, top_k=3, top_p=0.45) == near(kept(0))
-    assert draws(logits, vocabulary=2) == near(kept(0, 1))  # padding is never drawn
-    assert (
-        draws([0, 1, 1, 1, 0], top_k=1)[1] == 1
-    )  # of equals the first, as greedy has it
+    assert draws(logits, top_k=2) == near(only(0, 2))
+    assert draws(logits, top_k=9) == near(p)
+    assert draws(logits, top_p=0.69) == near(only(0, 2))
+    assert draws(logits, top_p=0.71) == near(only(0, 2, 4))
+    # Of the three likeliest, 0.4 of 0.85 is less than a half.
+    assert draws(logits, top_k=3, top_p=0.5) == near(only(0, 2))
+    assert draws(logits, top_k=3, top_p=0.45) == near(only(0))
+    assert draws(logits, vocabulary=2) == near(only(0, 1)), "padding was drawn"
+    # Of equal logits, the first is the likeliest, as for greedy decoding.
+    assert draws([0, 1, 1, 1, 0], top_k=1)[1] == 1
 
 
-def test_padding_is_never_taken_and_stop_is_left_out(small):
+def test_padding_is_never_drawn_and_the_stop_token_is_left_out(small):
     greedy = small()
     assert max(greedy) >= 10 and max(small(vocabulary=10)) < 10
     assert max(small(vocabulary=10, temperature=50.0, max_tokens=29)) < 10
@@ -273,10 +222,12 @@ def test_padding_is_never_taken_and_stop_is_left_out(small):
     ],
 )
 def test_a_wrong_request_is_refused_before_its_first_token(prompt, options, message):
-    cfg, mesh = settings("ladder"), make_mesh(1)
+    model_config, mesh = generate_model("ladder"), make_mesh()
     options = {"max_tokens": 12, **options}
     with pytest.raises(ConfigError) as error:
-        generate.generate(parameters(cfg, mesh), cfg, mesh, prompt, **options)
+        generate.generate(
+            parameters(model_config, mesh), model_config, mesh, prompt, **options
+        )
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -287,18 +238,20 @@ def test_all_there_is_room_for(small):
 # ---------------------------------------------------------------- load
 
 
-def save(folder, cfg, tensor=1):
+def save(folder, model_config, tensor=1):
     """A run with two checkpoints: in that of step 2 all parameters are halved."""
     meta = dict(
-        config=config.to_dict(config.Config(model=cfg, train=config.Train(seq_len=16))),
+        config=config.to_dict(
+            config.Config(model=model_config, train=config.Train(seq_len=16))
+        ),
         tensor=tensor,
         tokenizer=tokenizer.load("bytes").to_json(),
     )
     with Checkpoints(folder / "checkpoints", 9) as checkpoints:
-        checkpoints.save(1, {"model": parameters(cfg)}, None, meta)
-        checkpoints.save(
-            2, {"model": jax.tree.map(lambda x: x / 2, parameters(cfg))}, None, meta
-        )
+        weights = parameters(model_config)
+        checkpoints.save(1, {"model": weights}, None, meta)
+        halved = jax.tree.map(lambda x: x / 2, weights)
+        checkpoints.save(2, {"model": halved}, None, meta)
     return folder
 
 
@@ -306,7 +259,7 @@ def save(folder, cfg, tensor=1):
 def run(tmp_path_factory):
     return save(
         tmp_path_factory.mktemp("run"),
-        settings("ladder", vocab_size=264, max_length=64),
+        generate_model("ladder", vocab_size=264, max_length=64),
     )
 
 
@@ -316,18 +269,18 @@ def expected(run):
 
     Logits after every token of the prompt, and the text of 4 more tokens.
     """
-    cfg = settings("ladder", vocab_size=264)
-    weights = jax.tree.map(lambda x: x / 2, parameters(cfg))
+    model_config = generate_model("ladder", vocab_size=264)
+    weights = jax.tree.map(lambda x: x / 2, parameters(model_config))
     logits = jax.jit(
         lambda tokens: reference.logits(
-            weights, cfg, tokens, jnp.arange(15), jnp.ones(15, jnp.int32)
+            weights, model_config, tokens, jnp.arange(15), jnp.ones(15, jnp.int32)
         )
     )
     ids = [256, *b"the ladder"]
     for _ in range(4):
-        made = logits(jnp.array(ids + [0] * (15 - len(ids))))[:, :259]
-        ids.append(int(made[len(ids) - 1].argmax()))
-    return made[:11], tokenizer.load("bytes").decode(ids[11:])
+        logits_TV = logits(jnp.array(ids + [0] * (15 - len(ids))))[:, :259]
+        ids.append(int(logits_TV[len(ids) - 1].argmax()))
+    return logits_TV[:11], tokenizer.load("bytes").decode(ids[11:])
 
 
 @pytest.mark.parametrize("mesh", [None, config.Mesh(2, 2, 2), config.Mesh(-1, 1, 4)])
@@ -344,12 +297,11 @@ def test_load_gives_all_that_generation_needs(run, expected, mesh):
 
 
 def test_load_a_step_and_by_any_of_its_folders(run):
-    wanted = np.asarray(ladder_jax.load(run, step=1).model.embedding[...])
+    embedding = np.asarray(ladder_jax.load(run, step=1).model.embedding[...])
     for path in (run / "checkpoints/1", str(run / "checkpoints/1")):
-        assert np.array_equal(ladder_jax.load(path).model.embedding[...], wanted)
-    assert np.array_equal(
-        ladder_jax.load(run / "checkpoints").model.embedding[...], wanted / 2
-    )
+        assert np.array_equal(ladder_jax.load(path).model.embedding[...], embedding)
+    newest = ladder_jax.load(run / "checkpoints")
+    assert np.array_equal(newest.model.embedding[...], embedding / 2)
     with pytest.raises(
         ValueError, match=r"holds no checkpoint of step 7, only \[1, 2\]"
     ):
@@ -364,7 +316,7 @@ def test_load_a_step_and_by_any_of_its_folders(run):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 3))
 
 
-def test_a_damaged_newest_one_is_told_and_the_one_before_it_loaded(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_loaded(
     run, tmp_path, caplog
 ):
     shutil.copytree(run, tmp_path / "run")
@@ -383,7 +335,7 @@ def test_a_damaged_newest_one_is_told_and_the_one_before_it_loaded(
 
 
 def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
-    run = save(tmp_path, settings("desync:2", vocab_size=264), tensor=4)
+    run = save(tmp_path, generate_model("desync:2", vocab_size=264), tensor=4)
     assert ladder_jax.load(run).mesh.shape["tensor"] == 4
     assert ladder_jax.load(run, mesh=config.Mesh(2, 1, -1)).mesh.shape["tensor"] == 4
     with pytest.raises(
@@ -401,7 +353,9 @@ def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
         ladder_jax.load(run)
 
 
-def test_text_comes_as_it_is_made_and_never_half_a_character(run, monkeypatch):
+def test_each_token_yields_its_text_at_once_and_never_half_a_character(
+    run, monkeypatch
+):
     loaded = ladder_jax.load(run)
     ids = [*"a€😀".encode(), 0xE2, 0x82]
     monkeypatch.setattr(loading, "generate", lambda *_, **__: iter(ids))
@@ -415,11 +369,11 @@ def test_text_ends_before_a_stop_string_and_at_a_stop_id(run):
     text = "".join(loaded.generate("ab", **options))
     stop, first = text[7:9], text[3]
     for stops in (stop, [stop], ("never there", stop)):
-        got = "".join(loaded.generate("ab", stop=stops, **options))
-        assert got == text[: text.index(stop)], stops
+        cut = "".join(loaded.generate("ab", stop=stops, **options))
+        assert cut == text[: text.index(stop)], stops
     ids = list(first.encode())
-    got = "".join(loaded.generate("ab", stop_token_ids=ids, **options))
-    assert got == text[: text.index(first)], "ids of bytes are the bytes"
+    cut = "".join(loaded.generate("ab", stop_token_ids=ids, **options))
+    assert cut == text[: text.index(first)], "ids of bytes are the bytes"
 
 
 @pytest.mark.parametrize(
@@ -474,9 +428,9 @@ def test_one_rule_chooses_the_dtype_of_caches(
 
 
 def test_the_cache_of_the_reference_follows_the_rule():
-    cfg = settings("ladder", dtype="bfloat16")
-    assert generate.empty_cache(cfg, make_mesh(1), 1, 8).k.dtype == jnp.float32
-    cache = generate.empty_cache(cfg, make_mesh(1), 1, 8, "int8")
+    model_config = generate_model("ladder", dtype="bfloat16")
+    assert generate.empty_cache(model_config, make_mesh(), 1, 8).k.dtype == jnp.float32
+    cache = generate.empty_cache(model_config, make_mesh(), 1, 8, "int8")
     assert cache.k.dtype == jnp.int8
 
 
@@ -499,16 +453,10 @@ def test_the_package_has_no_other_names():
 def test_programs_are_compiled_once(run):
     loaded = ladder_jax.load(run)
     forward = generate.make_forward(loaded.config.model, loaded.mesh)
-    for prompt, tokens in (
-        ("ab", 3),
-        ("abc", 9),
-        ("abcdefgh", 5),
-    ):  # all fit in the shortest prompt and cache
+    # All of them fit into the shortest prompt and cache that are compiled.
+    for prompt, tokens in (("ab", 3), ("abc", 9), ("abcdefgh", 5)):
         list(loaded.generate(prompt, max_tokens=tokens, temperature=1.0, top_k=tokens))
     before = forward._cache_size(), generate.sample._cache_size()
-    list(
-        loaded.generate(
-            "abcd", max_tokens=7, temperature=0.5, top_k=2, top_p=0.5, seed=3
-        )
-    )
+    options = dict(temperature=0.5, top_k=2, top_p=0.5, seed=3)
+    list(loaded.generate("abcd", max_tokens=7, **options))
     assert (forward._cache_size(), generate.sample._cache_size()) == before

@@ -100,12 +100,12 @@ def test_chips_without_a_compiler_are_no_targets(name):
 # ---------------------------------------------------------------- malloc
 
 IS_GLIBC = machine.libc_ver()[0] == "glibc"
-# Frees 64 MiB many times and prints whether malloc was told, and the faults.
+# Frees 64 MiB many times. Prints the result of keep_freed_memory and the page faults.
 FAULTS = """
 import ctypes, resource, sys
 from ladder_jax.hardware import malloc
 
-told = malloc.keep_freed_memory() if sys.argv[1] == "keep" else None
+result = malloc.keep_freed_memory() if sys.argv[1] == "keep" else None
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -120,7 +120,7 @@ touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     touch()
-print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(result, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -134,16 +134,18 @@ def faults(how):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         cwd=os.path.dirname(os.path.dirname(__file__)),
     )
-    told, count = ended.stdout.split()
-    return told, int(count)
+    result, count = ended.stdout.split()
+    return result, int(count)
 
 
 @pytest.mark.skipif(not IS_GLIBC, reason="the settings are glibc's")
 def test_freed_memory_is_kept_and_not_faulted_in_again():
-    told, kept = faults("keep")
-    _, anew = faults("default")
-    assert told == "True"
-    assert kept < anew / 10, f"{kept} page faults with the settings, {anew} without"
+    result, with_settings = faults("keep")
+    _, without = faults("default")
+    assert result == "True"
+    assert with_settings < without / 10, (
+        f"{with_settings} page faults with the settings, {without} without"
+    )
 
 
 @pytest.mark.parametrize("platforms, expected", [("cpu", True), ("tpu,cpu", False)])

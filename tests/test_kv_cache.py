@@ -52,8 +52,10 @@ def test_every_row_writes_at_its_own_positions_and_nowhere_else(dtype, error):
     for written, values in zip(read(cache), map(np.asarray, new)):
         largest = np.abs(values).max(axis=-1, keepdims=True)
         for row in range(B):
-            got = written[row, positions[row]]
-            assert np.all(np.abs(got - values[row]) <= error * largest[row] * 1.001)
+            read_back = written[row, positions[row]]
+            assert np.all(
+                np.abs(read_back - values[row]) <= error * largest[row] * 1.001
+            )
         assert not written[0, 3:].any() and not written[1, :3].any()
 
 

@@ -55,9 +55,9 @@ def parsed(arguments):
     )
 
 
-def check(chosen):
-    assert chosen.distributed and chosen.resume
-    assert (chosen.config.train.out, chosen.config.data.source) == (
+def check(arguments):
+    assert arguments.distributed and arguments.resume
+    assert (arguments.config.train.out, arguments.config.data.source) == (
         "runs/two words",
         "data/*.parquet",
     )
@@ -66,7 +66,7 @@ def check(chosen):
 @pytest.mark.parametrize(
     "script", sorted(path.name for path in (ROOT / "launch").iterdir())
 )
-def test_bash_reads_them(script):
+def test_bash_parses_every_script(script):
     assert (
         subprocess.run(
             ["bash", "-n", ROOT / "launch" / script], capture_output=True
@@ -76,7 +76,7 @@ def test_bash_reads_them(script):
     assert os.access(ROOT / "launch" / script, os.X_OK)
 
 
-def test_slurm(launch):
+def test_slurm_starts_the_command_with_its_arguments(launch):
     lines = launch(
         "slurm.sh", *GIVEN, programs=["srun"], XLA_FLAGS="--xla_gpu_autotune_level=0"
     ).stdout.splitlines()
@@ -91,7 +91,7 @@ def test_the_program_sets_the_options_that_overlap_needs_on_gpus():
     assert options["xla_gpu_all_reduce_combine_threshold_bytes"] == 0
 
 
-def test_tpu_pod(launch):
+def test_tpu_pod_starts_the_command_on_every_host(launch):
     slice = dict(TPU="name", ZONE="zone", SHARED="/mnt/shared")
     lines = launch(
         "tpu_pod.sh", *GIVEN, programs=["gcloud"], **slice
@@ -132,7 +132,7 @@ def test_tpu_pod(launch):
         ),
     ],
 )
-def test_what_is_missing_is_said(launch, script, arguments, variables, message):
+def test_a_script_says_what_is_missing(launch, script, arguments, variables, message):
     done = launch(
         script, *arguments, programs=["srun", "gcloud"], check=False, **variables
     )

@@ -26,10 +26,10 @@ def test_bfloat16_products_are_summed_in_float32(spec, rows):
     a, b = operands(
         spec, dict(b=1, t=rows, r=rows, d=24, f=7, n=3, h=5, k=2, s=6), jnp.bfloat16
     )
-    got = jax.jit(lambda a, b: product(spec, a, b))(a, b)
-    want = np.einsum(spec, *(np.asarray(x, np.float64) for x in (a, b)))
-    assert got.dtype == jnp.float32 and got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    actual = jax.jit(lambda a, b: product(spec, a, b))(a, b)
+    exact = np.einsum(spec, *(np.asarray(x, np.float64) for x in (a, b)))
+    assert actual.dtype == jnp.float32 and actual.shape == exact.shape
+    np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- einsum
@@ -56,8 +56,8 @@ def small_operands(spec, a_dtype, b_dtype):
 def test_einsum_is_jnps_in_float32_gradients_too(spec):
     a, b = small_operands(spec, jnp.float32, jnp.float32)
     expected, back = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), a, b)
-    got, our_back = jax.vjp(lambda a, b: einsum(spec, a, b), a, b)
-    for ours, theirs in zip((got, *our_back(expected)), (expected, *back(expected))):
+    actual, our_back = jax.vjp(lambda a, b: einsum(spec, a, b), a, b)
+    for ours, theirs in zip((actual, *our_back(expected)), (expected, *back(expected))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     precisions = [
         eqn.params["precision"]
@@ -91,9 +91,11 @@ def test_einsum_multiplies_bfloat16_and_sums_in_float32(spec, out_dtype):
     )
 
 
-def assert_bfloat16_products(made, count):
+def assert_bfloat16_products(program, count):
     products = [
-        eqn for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "dot_general"
+        eqn
+        for eqn, _ in equations(program.jaxpr)
+        if eqn.primitive.name == "dot_general"
     ]
     assert len(products) == count, (
         f"{count} matrix products were expected, there are {len(products)}"

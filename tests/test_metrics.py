@@ -17,13 +17,14 @@ from ladder_jax.hardware import chips
 from ladder_jax.metrics import Metrics, plot, read
 
 
-def test_rows_are_there_at_once_and_those_of_a_lost_past_are_dropped(tmp_path):
+def test_rows_are_written_at_once_and_a_resumed_run_drops_rows_after_its_checkpoint(
+    tmp_path,
+):
     with Metrics(tmp_path) as metrics:
         for step in range(1, 6):
             metrics.write(step, loss=1 / step)
-            assert read(tmp_path / "metrics.jsonl")[-1] == dict(
-                step=step, loss=1 / step
-            )  # bit for bit
+            newest = read(tmp_path / "metrics.jsonl")[-1]
+            assert newest == dict(step=step, loss=1 / step), "not equal bit for bit"
         metrics.write(5, held_out_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a kill
@@ -49,7 +50,7 @@ def test_rows_whose_checkpoints_are_gone_are_kept_in_another_file(tmp_path, capl
     assert len(caplog.records) == 2
 
 
-def test_an_empty_file_is_no_run(tmp_path, caplog):
+def test_an_empty_file_holds_no_run(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").touch()
     with Metrics(tmp_path):
         pass
@@ -106,7 +107,7 @@ def test_plot_draws_both_losses(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_plot_of_nothing_and_without_matplotlib(tmp_path, monkeypatch):
+def test_no_rows_give_an_empty_plot_and_no_matplotlib_gives_none(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").touch()
     assert plot(tmp_path, "nothing yet").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -116,7 +117,7 @@ def test_plot_of_nothing_and_without_matplotlib(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- MFU
 
 
-def test_flops_per_token_by_hand():
+def test_flops_per_token_are_those_by_hand():
     """A layer: projections 64 * (8 + 2 + 2 + 8) * 8, MLP 3 * 64 * 96, norms 2 * 64."""
     fields = dict(
         vocab_size=1000, dim=64, layers=3, heads=8, kv_heads=2, head_dim=8, ffn_dim=96
@@ -133,7 +134,7 @@ def test_flops_per_token_by_hand():
         )
 
 
-def test_flops_per_token_of_llama3_8b():
+def test_flops_per_token_of_llama3_8b_are_those_by_hand():
     """8.03e9 parameters, 0.525e9 of them the input embedding; attention adds 12.9e9."""
     llama = config.Model(
         vocab_size=128256,
@@ -173,7 +174,7 @@ def test_flops_per_token_of_llama3_8b():
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_peak_of_accelerators(kind, tflops):
+def test_an_accelerator_has_the_peak_of_its_chip(kind, tflops):
     device = types.SimpleNamespace(
         platform="tpu" if "TPU" in kind else "gpu", device_kind=kind
     )

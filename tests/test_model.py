@@ -1,12 +1,11 @@
 """The model on every mesh and schedule equals the plain reference, gradients included.
 
-Its messages are counted.
+Its reductions are counted.
 """
 
 import collections
 import contextlib
 import functools
-import math
 from unittest import mock
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from helpers import make_mesh, random_parameters, small_model
 from jax import lax
 from jaxprs import equations
 
@@ -42,44 +42,13 @@ CASES = {
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 
 
-def settings(residual, layers=None, **options):
-    """The model of a case; `options` replace what the case says."""
-    if residual in CASES:
-        options = {**CASES[residual][1], **options}
-    if options.pop("rope_scaling", False):
-        options["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
-    return config.Model(
-        **{
-            **dict(
-                vocab_size=V,
-                dim=16,
-                layers=layers or CASES[residual][0],
-                heads=16,
-                kv_heads=8,
-                head_dim=4,
-                ffn_dim=16,
-                residual=residual,
-                dtype="float32",
-            ),
-            **options,
-        }
-    )
-
-
-@functools.cache
-def make_mesh(shape):
-    return sharding.make_mesh(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
-
-
-def parameters(cfg):
-    """Random parameters: norms around 1 and no zeros, so that each of them matters."""
-    random = np.random.default_rng(0)
-    draw = lambda name, leaf: jnp.asarray(
-        name.endswith("norm") + 0.3 * random.normal(size=leaf.shape), jnp.float32
-    )
-    return jax.tree.map(
-        draw, sharding.parameter_names(model.abstract(cfg)), model.abstract(cfg)
-    )
+def case_model(name, layers=None, **fields):
+    """The model of a case; `fields` replace those of the case."""
+    case_layers, case_fields = CASES.get(name, (None, {}))
+    fields = case_fields | fields
+    if fields.pop("rope_scaling", False):
+        fields["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
+    return small_model(name, layers=layers or case_layers, **fields)
 
 
 def packed_batch(seed=0):
@@ -104,36 +73,36 @@ BATCH = packed_batch()
 BATCH_SPECS = dict.fromkeys(BATCH, sharding.TOKENS)
 
 
-def on_mesh(cfg, mesh, **options):
+def on_mesh(model_config, mesh, **options):
     """(parameters, batch) -> (mean loss, gradients) of the whole batch."""
-    specs = sharding.parameter_specs(model.abstract(cfg))
+    specs = sharding.parameter_specs(model.abstract(model_config))
 
     def local(parameters, batch):
         weight = lax.psum(batch["weights"].sum(), sharding.BATCH_AXES)
         loss, gradients = jax.value_and_grad(
-            lambda m: model.loss(m, cfg, batch, **options) / weight
+            lambda m: model.loss(m, model_config, batch, **options) / weight
         )(parameters)
         return lax.psum(loss, sharding.BATCH_AXES), sharding.sum_gradients(
             gradients, specs
         )
 
     return sharding.shard_map(
-        local, make_mesh(mesh), (specs, BATCH_SPECS), (sharding.REPLICATED, specs)
+        local, make_mesh(*mesh), (specs, BATCH_SPECS), (sharding.REPLICATED, specs)
     )
 
 
 @functools.cache
-def ours(cfg, mesh, unrolled=False, **options):
+def computed(model_config, mesh, unrolled=False, **options):
     with mock.patch.object(residual, "run", run_unrolled if unrolled else residual.run):
-        return jax.jit(on_mesh(cfg, mesh, **options), compiler_options=FAST)(
-            parameters(cfg), BATCH
+        return jax.jit(on_mesh(model_config, mesh, **options), compiler_options=FAST)(
+            random_parameters(model_config), BATCH
         )
 
 
 @functools.cache
-def reference_of(cfg, ranks):
-    return jax.value_and_grad(lambda m: reference.loss(m, cfg, BATCH, ranks))(
-        parameters(cfg)
+def reference_of(model_config, ranks):
+    return jax.value_and_grad(lambda m: reference.loss(m, model_config, BATCH, ranks))(
+        random_parameters(model_config)
     )
 
 
@@ -151,9 +120,9 @@ def run_unrolled(plan, embedded, layers, apply, **options):
     )
 
 
-def assert_same(got, expected, tolerance, what):
+def assert_same(actual, expected, tolerance, what):
     """The same loss, and gradients within `tolerance` of each one's largest value."""
-    (loss, gradients), (expected_loss, expected_gradients) = got, expected
+    (loss, gradients), (expected_loss, expected_gradients) = actual, expected
     wrong = (
         []
         if abs(loss - expected_loss) <= tolerance * abs(expected_loss)
@@ -205,10 +174,13 @@ QUICK = {
     ],
 )
 def test_loss_and_every_gradient_are_the_references(name, mesh):
-    cfg = settings(name)
-    expected = reference_of(cfg, mesh[2] if name.startswith("desync") else 1)
+    model_config = case_model(name)
+    expected = reference_of(model_config, mesh[2] if name.startswith("desync") else 1)
     assert_same(
-        ours(cfg, mesh), expected, 1e-5, f"{name} on data, fsdp, tensor = {mesh}"
+        computed(model_config, mesh),
+        expected,
+        1e-5,
+        f"{name} on data, fsdp, tensor = {mesh}",
     )
 
 
@@ -238,10 +210,10 @@ def test_the_batch_has_what_can_go_wrong():
 )
 def test_remat_chunks_and_unrolling_change_nothing(options):
     """Chunks of 5 and 100 do not divide the 16 tokens of a data shard."""
-    cfg = settings("ladder:1,2")
+    model_config = case_model("ladder:1,2")
     assert_same(
-        ours(cfg, (2, 2, 2), **options),
-        ours(cfg, (2, 2, 2)),
+        computed(model_config, (2, 2, 2), **options),
+        computed(model_config, (2, 2, 2)),
         2e-6,
         f"ladder:1,2 with {options}",
     )
@@ -250,10 +222,10 @@ def test_remat_chunks_and_unrolling_change_nothing(options):
 @pytest.mark.parametrize("name", ["ladder", "hybrid:0", "parallel", "desync:4"])
 @pytest.mark.slow
 def test_unrolled_layers_are_the_scanned(name):
-    cfg = settings(name)
+    model_config = case_model(name)
     assert_same(
-        ours(cfg, (2, 2, 2), unrolled=True),
-        ours(cfg, (2, 2, 2)),
+        computed(model_config, (2, 2, 2), unrolled=True),
+        computed(model_config, (2, 2, 2)),
         2e-6,
         f"{name}, unrolled",
     )
@@ -262,8 +234,10 @@ def test_unrolled_layers_are_the_scanned(name):
 @pytest.mark.parametrize("name", ["hybrid:0-1", "delays:1,1,1,1,2,2"])
 def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name):
     """Two layers in a scan, then one whose first block has another delay."""
-    cfg = settings(name, layers=3)
-    assert_same(ours(cfg, (1, 1, 8)), reference_of(cfg, 1), 1e-5, name)
+    model_config = case_model(name, layers=3)
+    assert_same(
+        computed(model_config, (1, 1, 8)), reference_of(model_config, 1), 1e-5, name
+    )
 
 
 STANDARD = dict(layers=2, **CASES["standard"][1])
@@ -289,9 +263,9 @@ def test_schedules_that_mean_the_same_are_the_same_program(name, other):
     "name, mesh", [("desync:1", (2, 2, 2)), ("desync:2", (1, 1, 1))]
 )
 def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name, mesh):
-    expected = reference_of(settings("standard"), 1)
+    expected = reference_of(case_model("standard"), 1)
     assert_same(
-        ours(settings(name, **STANDARD), mesh),
+        computed(case_model(name, **STANDARD), mesh),
         expected,
         1e-5,
         f"{name} on {mesh} against standard",
@@ -302,7 +276,9 @@ def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name
 def test_parameters_are_standards_but_for_parallels_second_norm(name):
     def counted(name):
         tree = model.abstract(
-            settings(name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False)
+            case_model(
+                name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False
+            )
         )
         names = sharding.parameter_names(tree)
         return collections.Counter(
@@ -317,10 +293,10 @@ def test_parameters_are_standards_but_for_parallels_second_norm(name):
 
 def test_bfloat16_is_close_and_its_gradients_are_float32():
     exact, rough = (
-        settings("ladder", dtype=dtype) for dtype in ("float32", "bfloat16")
+        case_model("ladder", dtype=dtype) for dtype in ("float32", "bfloat16")
     )
     (loss, gradients), (rough_loss, rough_gradients) = (
-        ours(cfg, (2, 2, 2)) for cfg in (exact, rough)
+        computed(model_config, (2, 2, 2)) for model_config in (exact, rough)
     )
     assert abs(loss - rough_loss) < 0.02 * loss
     names = sharding.parameter_names(gradients)
@@ -344,28 +320,31 @@ def test_bfloat16_is_close_and_its_gradients_are_float32():
 )
 def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
     """The gradient of an output by an embedding is zero if the token is unseen."""
-    cfg = settings(name, layers=2)
+    model_config = case_model(name, layers=2)
     rows, length = 2, 8
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 1, 1]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
-    tokens = jnp.arange(rows * length).reshape(
-        rows, length
-    )  # every token its own row of the embedding
-    specs = sharding.parameter_specs(model.abstract(cfg))
-    probe = jnp.asarray(np.random.default_rng(1).normal(size=cfg.dim), jnp.float32)
+    # Every token has a row of the embedding of its own.
+    tokens = jnp.arange(rows * length).reshape(rows, length)
+    specs = sharding.parameter_specs(model.abstract(model_config))
+    probe = jnp.asarray(
+        np.random.default_rng(1).normal(size=model_config.dim), jnp.float32
+    )
 
     def local(parameters):
         _, back = jax.vjp(
-            lambda m: model.hidden(m, cfg, tokens, positions, segments)[0] @ probe,
+            lambda m: (
+                model.hidden(m, model_config, tokens, positions, segments)[0] @ probe
+            ),
             parameters,
         )
         outputs = jnp.eye(rows * length).reshape(-1, rows, length)
         return jax.vmap(lambda output: back(output)[0].embedding[...])(outputs)
 
     run = sharding.shard_map(
-        local, make_mesh((1, 1, 2)), (specs,), sharding.P(None, "tensor", None)
+        local, make_mesh(tensor=2), (specs,), sharding.P(None, "tensor", None)
     )
-    gradient_OVD = jax.jit(run, compiler_options=FAST)(parameters(cfg))
+    gradient_OVD = jax.jit(run, compiler_options=FAST)(random_parameters(model_config))
     influence = (
         np.abs(np.asarray(gradient_OVD)[:, : rows * length])
         .sum(axis=-1)
@@ -382,35 +361,38 @@ def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
 
 # ---------------------------------------------------------------- read positions
 
-READ = jnp.array(
-    [[5, 2]] + [[0, 7]] * (B - 1)
-)  # other places in the first row, not in order
+# The first row reads other positions than the others, and not in order.
+READ = jnp.array([[5, 2]] + [[0, 7]] * (B - 1))
 
 
-def prefilled(cfg, unstacked, tensor, read):
-    """(program, arguments) of a prefill: the logits at the positions `read`, or at all,
-    and the caches by layer."""
-    tree = model.unstack(parameters(cfg)) if unstacked else parameters(cfg)
-    empty = kv_cache.KV(*(jnp.zeros((B, cfg.kv_heads, T, cfg.head_dim)),) * 2)
+def prefilled(model_config, unstacked, tensor, read):
+    """(program, arguments) of a prefill.
+
+    It returns the logits at the positions `read` (None: at all), and caches by layer.
+    """
+    tree = random_parameters(model_config)
+    tree = model.unstack(tree) if unstacked else tree
+    shape = B, model_config.kv_heads, T, model_config.head_dim
+    empty = kv_cache.KV(jnp.zeros(shape), jnp.zeros(shape))
     empty = (
-        [empty] * cfg.layers
+        [empty] * model_config.layers
         if unstacked
-        else jax.tree.map(lambda x: jnp.stack([x] * cfg.layers), empty)
+        else jax.tree.map(lambda x: jnp.stack([x] * model_config.layers), empty)
     )
     cache_spec = sharding.P(*[None] * (1 if unstacked else 2), "tensor")
 
     def local(tree, empty):
         positions_BT = jnp.tile(jnp.arange(T), (B, 1))
         x_BRD, filled = model.hidden(
-            tree, cfg, BATCH["tokens"], positions_BT, cache=empty, read_BR=read
+            tree, model_config, BATCH["tokens"], positions_BT, cache=empty, read_BR=read
         )
-        return model.logits(tree, cfg, x_BRD), jax.tree.map(
+        return model.logits(tree, model_config, x_BRD), jax.tree.map(
             lambda *xs: jnp.stack(xs), *filled
         ) if unstacked else filled
 
     run = sharding.shard_map(
         local,
-        make_mesh((1, 1, tensor)),
+        make_mesh(1, 1, tensor),
         (sharding.parameter_specs(tree), cache_spec),
         (sharding.P(None, None, "tensor"), sharding.P(None, None, "tensor")),
     )
@@ -434,19 +416,23 @@ def prefilled(cfg, unstacked, tensor, read):
         for unstacked in (False, True)
     ],
 )
-def test_what_is_read_alone_is_what_is_read_of_all(name, tensor, unstacked):
-    cfg = settings(name)
-    run = lambda read: jax.jit(
-        (made := prefilled(cfg, unstacked, tensor, read))[0], compiler_options=FAST
-    )(*made[1])
-    (whole_BTV, kept), (some_BRV, kept_too) = run(None), run(READ)
+def test_a_prefill_that_reads_some_positions_has_the_logits_and_caches_of_all(
+    name, tensor, unstacked
+):
+    model_config = case_model(name)
+
+    def run(read):
+        program, arguments = prefilled(model_config, unstacked, tensor, read)
+        return jax.jit(program, compiler_options=FAST)(*arguments)
+
+    (whole_BTV, whole_caches), (some_BRV, caches) = run(None), run(READ)
     np.testing.assert_allclose(
         some_BRV, jnp.take_along_axis(whole_BTV, READ[..., None], axis=1), atol=1e-5
     )
-    for one, other in zip(
-        jax.tree.leaves(kept), jax.tree.leaves(kept_too), strict=True
+    for expected, cache in zip(
+        jax.tree.leaves(whole_caches), jax.tree.leaves(caches), strict=True
     ):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(cache, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -460,11 +446,11 @@ def test_what_is_read_alone_is_what_is_read_of_all(name, tensor, unstacked):
         ("ladder", False, 7, 1),
     ],
 )
-def test_reductions_that_only_read_places_wait_for_are_of_them_alone(
+def test_a_reduction_that_only_the_read_positions_need_is_of_these_positions(
     name, unstacked, whole, read
 ):
-    """Of 3 layers and the embedding; a scan with delays has one more (see below)."""
-    run, arguments = prefilled(settings(name, layers=3), unstacked, 8, READ)
+    """3 layers and the embedding reduce. A scan with delays has one reduction more."""
+    run, arguments = prefilled(case_model(name, layers=3), unstacked, 8, READ)
     lengths = collections.Counter(
         eqn.outvars[0].aval.shape[1]
         for eqn, times in equations(jax.make_jaxpr(run)(*arguments).jaxpr)
@@ -478,11 +464,11 @@ def test_reductions_that_only_read_places_wait_for_are_of_them_alone(
 
 
 def reductions(function, *args):
-    """How often `function` sends a [B, T, D] array, or a part, over the tensor axis."""
-    made = jax.make_jaxpr(function)(*args)
+    """How often `function` sends (a part of) a [B, T, D] array over the tensor axis."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return sum(
         times
-        for eqn, times in equations(made.jaxpr)
+        for eqn, times in equations(jaxpr)
         if eqn.primitive.name.startswith(("psum", "ppermute"))
         and "tensor" in str(eqn.params.get("axes", eqn.params.get("axis_name")))
         and eqn.outvars[0].aval.ndim == 3
@@ -490,11 +476,13 @@ def reductions(function, *args):
     )
 
 
-def forward(cfg, mesh):
-    specs = sharding.parameter_specs(model.abstract(cfg))
-    local = lambda m, batch: lax.psum(model.loss(m, cfg, batch), sharding.BATCH_AXES)
+def forward(model_config, mesh):
+    specs = sharding.parameter_specs(model.abstract(model_config))
+    local = lambda m, batch: lax.psum(
+        model.loss(m, model_config, batch), sharding.BATCH_AXES
+    )
     return sharding.shard_map(
-        local, make_mesh(mesh), (specs, BATCH_SPECS), sharding.REPLICATED
+        local, make_mesh(*mesh), (specs, BATCH_SPECS), sharding.REPLICATED
     )
 
 
@@ -514,11 +502,13 @@ def forward(cfg, mesh):
     ],
 )
 def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
-    """Of 4 layers. Forward: one for the embedding's partial and one for every block
-    that reduces (a scan with delays reduces zeros in its first repetition). Backward:
-    one for every read of the stream (a scan that ends before a read without delay
-    reduces zeros in its last repetition)."""
-    cfg, mesh, plan = settings(name, layers=4), (1, 1, 8), schedule.parse(name, 4)
+    """The forward pass of 4 layers has one reduction for the embedding's partial and
+    one for every block that reduces. The backward pass has one for every read of the
+    stream. A scan with delays has one more in each direction, which reduces zeros:
+    forward in its first repetition, backward in its last one.
+    """
+    model_config, mesh = case_model(name, layers=4), (1, 1, 8)
+    plan = schedule.parse(name, 4)
     delayed = any(block.delay for layer in plan.layers for block in layer)
     back = (
         1
@@ -526,9 +516,13 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
         + (delayed and not unrolled)
     )
     with mock.patch.object(residual, "run", run_unrolled if unrolled else scanned):
-        count = reductions(forward(cfg, mesh), model.abstract(cfg), BATCH)
+        count = reductions(
+            forward(model_config, mesh), model.abstract(model_config), BATCH
+        )
         both = reductions(
-            on_mesh(cfg, mesh, remat="reductions"), model.abstract(cfg), BATCH
+            on_mesh(model_config, mesh, remat="reductions"),
+            model.abstract(model_config),
+            BATCH,
         )
     assert count == 1 + blocks, f"{name}: {count} reductions forward, not 1 + {blocks}"
     assert both == count + back, (
@@ -537,7 +531,7 @@ def test_the_number_of_reductions_is_the_schedules(name, unrolled, blocks):
     )
 
 
-def known(reason):
+def known_failure(reason):
     return pytest.mark.xfail(strict=True, reason=f"AsyncReduction.progress: {reason}")
 
 
@@ -550,7 +544,7 @@ def known(reason):
         pytest.param(
             "ladder",
             "reductions",
-            marks=known(
+            marks=known_failure(
                 "products come out of a barrier with the state; XLA drops the results "
                 "that are not used, JAX does not"
             ),
@@ -559,34 +553,37 @@ def known(reason):
 )
 def test_a_reduction_of_three_rounds_sends_three_times_what_psum_does(name, remat):
     """Recursive doubling over 8 shards. remat="reductions" repeats no communication."""
-    cfg = settings(name, layers=4)
-    sent = {
+    model_config = case_model(name, layers=4)
+    counts = {
         reduction: reductions(
-            on_mesh(cfg, (1, 1, 8), remat=remat, reduction=reduction),
-            model.abstract(cfg),
+            on_mesh(model_config, (1, 1, 8), remat=remat, reduction=reduction),
+            model.abstract(model_config),
             BATCH,
         )
         for reduction in ("psum", "recursive-doubling")
     }
-    assert sent["recursive-doubling"] == 3 * sent["psum"], sent
+    assert counts["recursive-doubling"] == 3 * counts["psum"], counts
 
 
 def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():
     counts = {}
     for name in ("upper-bound", "standard"):
-        cfg = settings(name, layers=2)
-        specs = sharding.parameter_specs(model.abstract(cfg))
+        model_config = case_model(name, layers=2)
+        specs = sharding.parameter_specs(model.abstract(model_config))
         sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
-        local = lambda m, *sequence, cfg=cfg: model.hidden(m, cfg, *sequence)[0]
+
+        def local(m, *sequence, model_config=model_config):
+            return model.hidden(m, model_config, *sequence)[0]
+
         run = sharding.shard_map(
             local,
-            make_mesh((1, 1, 8)),
+            make_mesh(1, 1, 8),
             (specs, *[sharding.TOKENS] * 3),
             sharding.REPLICATED,
         )
         text = (
             jax.jit(run, compiler_options=FAST)
-            .lower(model.abstract(cfg), *sequence)
+            .lower(model.abstract(model_config), *sequence)
             .compile()
             .as_text()
         )
@@ -601,13 +598,13 @@ def test_the_upper_bound_compiles_to_no_reduction_in_the_layers():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
-    cfg = settings("ladder", dtype="bfloat16")
-    made = jax.make_jaxpr(on_mesh(cfg, (2, 2, 2), remat=remat, chunk=5))(
-        model.abstract(cfg), BATCH
+    model_config = case_model("ladder", dtype="bfloat16")
+    program = jax.make_jaxpr(on_mesh(model_config, (2, 2, 2), remat=remat, chunk=5))(
+        model.abstract(model_config), BATCH
     )
     kinds = collections.Counter(
         tuple(str(var.aval.dtype) for var in (*eqn.invars, *eqn.outvars))
-        for eqn, _ in equations(made.jaxpr)
+        for eqn, _ in equations(program.jaxpr)
         if eqn.primitive.name == "dot_general"
     )
     assert set(kinds) == {("bfloat16", "bfloat16", "float32")}, kinds
@@ -620,15 +617,16 @@ def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
 def test_no_partial_is_left_in_the_final_stream(name):
     """JAX's types of the unrolled forward pass prove that shards' streams are equal.
 
-    Without barriers, which change no value: each result has the types of all operands.
+    The pass has no barriers: they change no value, but each result of a barrier gets
+    the types of all its operands.
     """
-    cfg = settings(name, layers=2 if name == "upper-bound" else None)
+    model_config = case_model(name, layers=2 if name == "upper-bound" else None)
     sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
     run = jax.shard_map(
-        lambda m, *sequence: model.hidden(m, cfg, *sequence)[0],
-        mesh=make_mesh((2, 2, 2)),
+        lambda m, *sequence: model.hidden(m, model_config, *sequence)[0],
+        mesh=make_mesh(2, 2, 2),
         in_specs=(
-            sharding.parameter_specs(model.abstract(cfg)),
+            sharding.parameter_specs(model.abstract(model_config)),
             *[sharding.TOKENS] * 3,
         ),
         out_specs=sharding.TOKENS,
@@ -641,7 +639,7 @@ def test_no_partial_is_left_in_the_final_stream(name):
     )
     free = mock.patch.object(AsyncReduction, "progress", lambda self, product: product)
     with mock.patch.object(residual, "run", run_unrolled), free, refused:
-        jax.eval_shape(run, model.abstract(cfg), *sequence)
+        jax.eval_shape(run, model.abstract(model_config), *sequence)
 
 
 # ---------------------------------------------------------------- mesh and specs
@@ -657,9 +655,9 @@ VARIANTS = [
 
 
 def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
-    seen = set()
+    names = set()
     for options in VARIANTS:
-        cfg = config.Model(
+        model_config = config.Model(
             vocab_size=320,
             dim=24,
             heads=16,
@@ -668,23 +666,23 @@ def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
             ffn_dim=48,
             **{**dict(layers=3), **options},
         )
-        tree = model.abstract(cfg)
+        tree = model.abstract(model_config)
         for name, leaf, spec in zip(
             *map(
                 jax.tree.leaves,
                 (sharding.parameter_names(tree), tree, sharding.parameter_specs(tree)),
             )
         ):
-            seen.add(name)
+            names.add(name)
             axes = sharding.PARAMETERS[name].axes
-            sizes = [getattr(cfg, sharding.DIMS[dim]) for dim in axes]
-            stacked = [cfg.layers] * ("." in name)
+            sizes = [getattr(model_config, sharding.DIMS[dim]) for dim in axes]
+            stacked = [model_config.layers] * ("." in name)
             assert list(leaf.shape) == stacked + sizes, (
                 f"{name} is {leaf.shape}, not layers + {sizes}"
             )
             assert tuple(spec) == (*(None for _ in stacked), *axes.values()), name
-    assert seen == set(sharding.PARAMETERS), (
-        "rows of PARAMETERS that no model has, or the reverse"
+    assert names == set(sharding.PARAMETERS), (
+        "PARAMETERS has a row that no model has, or lacks one"
     )
 
 
@@ -707,8 +705,8 @@ def one_line(function, *args):
 )
 def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, mesh):
     options = {"kv_heads": 4} if field == "heads" else {}
-    cfg = settings("ladder", **{**options, field: size})
-    text = one_line(sharding.check_fits, cfg, make_mesh(mesh))
+    model_config = case_model("ladder", **{**options, field: size})
+    text = one_line(sharding.check_fits, model_config, make_mesh(*mesh))
     assert f"model.{field}={size}" in text and (
         "mesh.tensor=8" in text or "mesh.fsdp=8" in text
     )
@@ -716,9 +714,9 @@ def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, me
 
 def test_a_batch_that_does_not_divide_is_one_line():
     assert "batch of 6" in one_line(
-        sharding.check_fits, settings("ladder"), make_mesh((2, 2, 2)), 6
+        sharding.check_fits, case_model("ladder"), make_mesh(2, 2, 2), 6
     )
-    sharding.check_fits(settings("ladder"), make_mesh((2, 2, 2)), 8)
+    sharding.check_fits(case_model("ladder"), make_mesh(2, 2, 2), 8)
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_one_line():
@@ -733,4 +731,4 @@ def test_a_mesh_that_does_not_fit_the_devices_is_one_line():
         ("fsdp", 2),
         ("tensor", 2),
     )
-    assert make_mesh((1, 1, 2)).devices.size == 2
+    assert make_mesh(1, 1, 2).devices.size == 2

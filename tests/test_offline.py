@@ -5,12 +5,13 @@ import itertools
 import json
 import os
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
-from ladder_jax import generate, model, sharding
-from ladder_jax.config import ConfigError, Decode, Mesh, Model
+from ladder_jax import generate
+from ladder_jax.config import ConfigError, Decode, Model
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import offline
 from ladder_jax.serve.engine import Engine
@@ -32,8 +33,8 @@ MODEL_CONFIG = Model(
 
 @functools.cache
 def weights_and_mesh():
-    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    return model.init(MODEL_CONFIG, jax.random.key(0)), mesh
+    mesh = helpers.make_mesh()
+    return helpers.initial_parameters(MODEL_CONFIG, mesh), mesh
 
 
 @functools.cache
@@ -308,11 +309,11 @@ def test_a_wrong_row_gets_an_error_and_the_others_are_answered(tmp_path, line, m
     good = b'{"prompt": "ab"}\n'
     prompts.write_bytes(good + b"\n" + line + b"\n" + good)
     assert run(prompts, out) == (3, 0, 1)
-    got = records(out)
-    assert sorted(got) == [0, 2, 3], "blank lines are counted and skipped"
-    assert got[2]["error"].startswith(f"line 3: {message}")
+    rows = records(out)
+    assert sorted(rows) == [0, 2, 3], "blank lines are counted and skipped"
+    assert rows[2]["error"].startswith(f"line 3: {message}")
     for index in (0, 3):
-        assert got[index]["tokens"] == reference("ab", max_tokens=5)
+        assert rows[index]["tokens"] == reference("ab", max_tokens=5)
     assert run(prompts, out) == (0, 3, 0)
 
 

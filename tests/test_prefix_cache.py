@@ -41,8 +41,8 @@ def test_the_least_recently_used_block_is_evicted():
     assert cache.find(ids(1, 0)) == [[1]], "1 is used again"
     add(cache, ids(4))
     assert cache.evicted == 1
-    found = {token: bool(cache.find(ids(token, 0))) for token in (1, 2, 3, 4)}
-    assert found == {1: True, 2: False, 3: True, 4: True}
+    is_stored = {token: bool(cache.find(ids(token, 0))) for token in (1, 2, 3, 4)}
+    assert is_stored == {1: True, 2: False, 3: True, 4: True}
 
 
 def test_without_an_evicted_block_later_blocks_are_not_reached():
@@ -85,9 +85,9 @@ def test_found_blocks_are_the_beginning_of_the_prompt(size, room, prompts):
     for tokens in prompts:
         prompt = ids(*tokens)
         blocks = cache.find(prompt)
-        found = [token for block in blocks for token in block]
-        assert found == tokens[: len(found)]
-        assert len(found) < max(len(tokens), 1)
+        shared = [token for block in blocks for token in block]
+        assert shared == tokens[: len(shared)]
+        assert len(shared) < max(len(tokens), 1)
         add(cache, prompt)
         most = min(max(len(tokens) - 1, 0) // size, room)
         assert min(most, 1) <= len(cache.find(prompt)) <= most

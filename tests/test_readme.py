@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_notebook import leave_run
+import tiny
 
 from ladder_jax import cli
 from ladder_jax.config import from_recipe
@@ -61,9 +61,9 @@ EXAMPLES = [
 def test_every_python_example_runs(page, number, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in set(re.findall(r'load\("([^"]*)"\)', code)):
-        leave_run_at = tmp_path / name
-        leave_run_at.mkdir(parents=True)
-        leave_run(leave_run_at)
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        tiny.write_run(folder)
     exec(compile(code, f"{page}, example {number}", "exec"), {})
     assert capsys.readouterr().out.strip(), "it prints nothing"
 

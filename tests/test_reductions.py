@@ -7,8 +7,9 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_mesh
 
-from ladder_jax import config, sharding
+from ladder_jax import sharding
 from ladder_jax.residual.overlap import AsyncReduction, BackwardReduction
 from ladder_jax.residual.reductions import (
     REDUCTIONS,
@@ -27,7 +28,7 @@ def over(size, function):
 
     Values and results lead with the shard.
     """
-    mesh = sharding.make_mesh(config.Mesh(1, 1, size), jax.devices()[:size])
+    mesh = make_mesh(tensor=size)
     spec = sharding.P("tensor")
     return jax.jit(
         sharding.shard_map(

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import tiny
 
@@ -44,7 +45,6 @@ def write(folder, holder, age_s=0.0):
     os.utime(folder / FILE, (beat, beat))
 
 
-MAIN = "from ladder_jax.cli import main; main()"
 ELSEWHERE = dict(host="node7", machine="node7 boot", pid=42, started="1", token="other")
 
 
@@ -85,7 +85,7 @@ def test_the_same_process_cannot_hold_it_twice(tmp_path):
 
 
 @pytest.mark.parametrize("content", [json.dumps(ELSEWHERE), "", "[]"])
-def test_an_old_heartbeat_of_another_host_blocks_nobody(tmp_path, content):
+def test_an_old_heartbeat_of_another_host_blocks_no_job(tmp_path, content):
     write(tmp_path, ELSEWHERE)
     (tmp_path / FILE).write_text(content)
     os.utime(tmp_path / FILE, (0, 0))
@@ -170,10 +170,10 @@ def test_of_several_jobs_that_find_a_stale_lease_one_takes_it(tmp_path):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    said = [process.stdout.readline().strip() for process in processes]
+    answers = [process.stdout.readline().strip() for process in processes]
     for process in processes:
         process.communicate("end\n")
-    assert sorted(said) == ["held", "refused", "refused", "refused"]
+    assert sorted(answers) == ["held", "refused", "refused", "refused"]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -183,11 +183,10 @@ def test_a_second_training_job_is_refused_in_one_line(tmp_path, resume):
     recipe = tiny.recipe(tmp_path)
     first = hold(tmp_path / "run")
     ended = subprocess.run(
-        [sys.executable, "-c", MAIN, "train", recipe, *resume],
+        [*helpers.COMMAND, "train", recipe, *resume],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=helpers.code_environment(devices=8),
     )
     first.communicate("end\n")
     assert ended.returncode == 2, ended.stderr

@@ -44,13 +44,13 @@ def head(row, k=None, p=None):
 def test_top_k_and_top_p_keep_the_ids_that_sorting_keeps(ties):
     x = logits(8, ties=ties)
     for k in (1, 2, 5, V, V + 3):
-        kept = np.asarray(top_k(x, jnp.full(8, k))) > -np.inf
-        assert [set(np.flatnonzero(row).tolist()) for row in kept] == [
+        passes = np.asarray(top_k(x, jnp.full(8, k))) > -np.inf
+        assert [set(np.flatnonzero(row).tolist()) for row in passes] == [
             head(row, k=k) for row in x
         ]
     for p in (0.01, 0.3, 0.77, 0.95):
-        kept = np.asarray(top_p(x, jnp.full(8, p))) > -np.inf
-        assert [set(np.flatnonzero(row).tolist()) for row in kept] == [
+        passes = np.asarray(top_p(x, jnp.full(8, p))) > -np.inf
+        assert [set(np.flatnonzero(row).tolist()) for row in passes] == [
             head(row.astype(np.float64), p=p) for row in x
         ]
     assert np.isfinite(top_p(x, jnp.ones(8))).all()
@@ -70,15 +70,15 @@ def test_penalties_and_bias_follow_their_equations():
             logit_bias={7: 3.0, 4: -1.0},
         )
     )
-    want = x[0].copy()
+    expected = x[0].copy()
     for i in (3, 4, 5):
-        want[i] = want[i] / 1.5 if want[i] > 0 else want[i] * 1.5
+        expected[i] = expected[i] / 1.5 if expected[i] > 0 else expected[i] * 1.5
     for i, times in ((4, 1), (5, 3)):
-        want[i] -= 0.125 * times + 0.25
-    want[7] += 3
-    want[4] -= 1
+        expected[i] -= 0.125 * times + 0.25
+    expected[7] += 3
+    expected[4] -= 1
     np.testing.assert_allclose(
-        sampling.adjust(jnp.asarray(x), p, history)[0], want, rtol=1e-6
+        sampling.adjust(jnp.asarray(x), p, history)[0], expected, rtol=1e-6
     )
 
 
@@ -125,11 +125,11 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     )
     positions = np.arange(n, dtype=np.int32)
     drawn = np.asarray(draw(params=same, position_B=positions))
-    kept = head(row, k=6)
-    want = np.where(np.isin(np.arange(V), list(kept)), np.exp(row), 0)
-    want /= want.sum()
-    got = np.bincount(drawn, minlength=V) / n
-    assert np.abs(got - want).max() < 4 * 0.5 / np.sqrt(n)
+    likeliest = list(head(row, k=6))
+    probabilities = np.where(np.isin(np.arange(V), likeliest), np.exp(row), 0)
+    probabilities /= probabilities.sum()
+    frequencies = np.bincount(drawn, minlength=V) / n
+    assert np.abs(frequencies - probabilities).max() < 4 * 0.5 / np.sqrt(n)
     again = np.asarray(draw(params=same, position_B=positions[::-1].copy()))[::-1]
     assert (drawn == again).all()
     other = np.asarray(
@@ -167,10 +167,10 @@ def test_padded_ids_are_never_taken():
     logprob, ids, top = sampling.log_probabilities(
         jnp.asarray(x), jnp.array([1, 2]), 4, 30
     )
-    want = x[:, :30] - np.log(np.exp(x[:, :30]).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(logprob, want[[0, 1], [1, 2]], rtol=1e-5)
-    np.testing.assert_allclose(top, -np.sort(-want)[:, :4], rtol=1e-5)
-    assert (np.asarray(ids) == np.argsort(-want)[:, :4]).all()
+    expected = x[:, :30] - np.log(np.exp(x[:, :30]).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(logprob, expected[[0, 1], [1, 2]], rtol=1e-5)
+    np.testing.assert_allclose(top, -np.sort(-expected)[:, :4], rtol=1e-5)
+    assert (np.asarray(ids) == np.argsort(-expected)[:, :4]).all()
 
 
 NUMBER_NAMES = [name for name in sampling.PARAMETERS if name not in ("top_k", "seed")]

@@ -52,11 +52,11 @@ def reduces(notation, layers):
     ],
 )
 def test_delays_of_every_form(notation, layers, expected):
-    made = parse(notation, layers)
+    plan = parse(notation, layers)
     assert delays(notation, layers) == expected
-    assert not made.local and len(made.layers) == layers
+    assert not plan.local and len(plan.layers) == layers
     assert all(
-        [block.parts for block in layer] == [ATTENTION, MLP] for layer in made.layers
+        [block.parts for block in layer] == [ATTENTION, MLP] for layer in plan.layers
     )
     assert set(reduces(notation, layers)) == {"T"}
 
@@ -172,14 +172,14 @@ class Silent:
         return jnp.zeros((1, 1, BLOCKS + 1))
 
 
-def run_toy(made, unrolled):
+def run_toy(plan, unrolled):
     """What each block read, one row a block, and the final stream of `layers.run`.
 
     Channel 0 is the embedding, channel 2i + 1 is layer i's attention, 2i + 2 its MLP.
     A reduction doubles; `copy_to_tensor_axis` and `with_gradient_of` triple. An entry
     is 6 exactly if the partial was reduced once and the stream was copied once.
     """
-    count = len(made.layers)
+    count = len(plan.layers)
     rows_LPD = jnp.eye(BLOCKS + 1)[1 : 1 + 2 * count].reshape(count, 2, BLOCKS + 1)
     layers = [rows_LPD[i] for i in range(count)] if unrolled else rows_LPD
     row = dict(attention=0, mlp=1)
@@ -199,7 +199,7 @@ def run_toy(made, unrolled):
         mock.patch.object(sharding, "axis_size", lambda axis: 8),
     ):
         embedded = jnp.eye(BLOCKS + 1)[None, None, 0]
-        final, read = residual.run(made, embedded, layers, compute, reduction="psum")
+        final, read = residual.run(plan, embedded, layers, compute, reduction="psum")
     if unrolled:
         read = [x for layer in read for x in layer]
     else:
@@ -207,14 +207,14 @@ def run_toy(made, unrolled):
     return np.concatenate([x[0] for x in read]), np.asarray(final[0, 0])
 
 
-def assert_definition(made):
+def assert_definition(plan):
     """Block b reads embedding + sum(y_j, j < b - delay_b); the result is the sum."""
-    blocks = [block for layer in made.layers for block in layer]
-    width = 2 // len(made.layers[0])  # channels that a block's output fills
+    blocks = [block for layer in plan.layers for block in layer]
+    width = 2 // len(plan.layers[0])  # channels that a block's output fills
     known = [1 + width * max(b - block.delay, 0) for b, block in enumerate(blocks)]
     expected = 6 * (np.arange(BLOCKS + 1) < np.array(known)[:, None])
     for unrolled in (False, True):
-        read, final = run_toy(made, unrolled)
+        read, final = run_toy(plan, unrolled)
         for b, block in enumerate(blocks):
             np.testing.assert_array_equal(
                 read[b],
@@ -234,22 +234,21 @@ def assert_definition(made):
 @st.composite
 def delay_lists(draw):
     """Delays of up to 5 layers, in stretches that repeat one or two layers."""
-    wanted = []
-    while len(wanted) < BLOCKS and (not wanted or draw(st.booleans())):
+    drawn = []
+    while len(drawn) < BLOCKS and (not drawn or draw(st.booleans())):
         period = 2 * draw(st.integers(1, 2))
-        wanted += draw(
+        drawn += draw(
             st.lists(st.integers(0, 4), min_size=period, max_size=period)
         ) * draw(st.integers(1, 4))
-    made = []
-    for delay in wanted[:BLOCKS]:
-        made.append(min(delay, made[-1] + 1) if made else delay)
-    return made
+    delays = []
+    for delay in drawn[:BLOCKS]:
+        delays.append(min(delay, delays[-1] + 1) if delays else delay)
+    return delays
 
 
-@example(
-    [0, 1, 2, 3, 2, 3, 2, 3]
-)  # a scan that starts with fewer pending than it carries
-@example([3, 3, 3, 3, 0, 0, 0, 0])  # and with more
+# Scans that start with fewer, and with more pending reductions than they carry.
+@example([0, 1, 2, 3, 2, 3, 2, 3])
+@example([3, 3, 3, 3, 0, 0, 0, 0])
 @settings(deadline=None, max_examples=15)
 @given(delay_lists())
 def test_every_block_reads_what_its_delay_says(values):

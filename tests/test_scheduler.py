@@ -207,11 +207,11 @@ TABLE = [
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
-def test_the_step_for(row):
-    _, given_load, wanted, *changes = row
+def test_plan_step_returns_the_step_of_the_table(row):
+    _, given_load, expected, *changes = row
     limits = dataclasses.replace(LIMITS, **(changes[0] if changes else {}))
     step = plan_step(given_load, limits)._asdict()
-    assert {name: step[name] for name in wanted} == wanted
+    assert {name: step[name] for name in expected} == expected
 
 
 WORKS = st.builds(

@@ -2,14 +2,18 @@
 its pictures, its comparison, and the tables of docs/overlap."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from ladder_jax import cli
 from ladder_jax.config import Config, Mesh, Model
 from ladder_jax.hardware import aot
-from ladder_jax.hardware.cost import Transfer
+from ladder_jax.hardware.chips import CHIPS
+from ladder_jax.hardware.cost import Network, Transfer
 from ladder_jax.planner import (
     calibrate,
     command,
@@ -26,6 +30,7 @@ from ladder_jax.planner.records import Record
 from ladder_jax.planner.scopes import Place, place_of
 from ladder_jax.planner.stack import LayerCounter, Stack
 from ladder_jax.planner.timeline import Span, Timeline, play
+from ladder_jax.residual import choose
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/overlap"
 
@@ -389,6 +394,93 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
     assert single.split()[5] == "no" and single.endswith("layer1 mlp")
     assert totals == "step 1,234.5, exposed 3.0 (us a step)"
     assert memory == "weights 4.00, capacity 16.00 (GB a device): does not fit"
+
+
+@pytest.fixture
+def plan_on_cpu(monkeypatch, capsys):
+    """plan_on_cpu(*arguments): what `ladder-jax plan` prints for a slice of v5e.
+
+    XLA:CPU stands in for XLA's TPU compiler, which is not installed everywhere. So
+    nothing is asynchronous; times are those of the TPU's links.
+    """
+    coordinates = [(x, y, 0) for y in range(4) for x in range(2)]
+
+    def network_of(devices, all_reduce=None):
+        return Network(CHIPS["v5e"], coordinates)
+
+    monkeypatch.setattr(choose, "network_of", network_of)
+    monkeypatch.setattr(aot.Target, "devices", lambda self: jax.devices())
+    monkeypatch.setattr(aot.Target, "options", lambda self, workload: {})
+
+    def plan(*arguments):
+        target = ["--target", "v5e:2x4", "--tensor", "4", "--batch", "8"]
+        status = cli.plan(["configs/demo.py", *target, *arguments])
+        assert status == 0
+        return capsys.readouterr().out
+
+    choose.auto_reduction.cache_clear()
+    yield plan
+    choose.auto_reduction.cache_clear()
+
+
+def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
+    """Of 6 layers, 4 are compiled; the two in the middle count twice."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    program, picture = tmp_path / "program.txt", tmp_path / "lanes.png"
+    text = plan_on_cpu("--hlo", str(program), "--plot", str(picture))
+    head, titles, *collectives, totals, memory = text.splitlines()
+    assert head == (
+        "decode of 6 layers, ladder, recursive-doubling, batch 8, context 512, on "
+        "v5e:2x4"
+    )
+    assert titles.split()[:3] == ["collective", "kind", "axis"]
+    # The embedding and 8 blocks, each with two rounds between 4 shards.
+    assert len(collectives) == 2 * (1 + 8)
+    assert sum(float(line.split()[4]) for line in collectives) == 2 * (1 + 12)
+    assert {tuple(line.split()[1:3]) for line in collectives} == {
+        ("collective-permute", "tensor")
+    }
+    assert re.fullmatch(r"step \d.*, exposed \d.* \(us a step\)", totals)
+    assert memory.endswith("capacity 16.00 (GB a device): fits")
+    assert program.read_text().startswith("HloModule")
+    assert image.imread(picture).ndim == 3
+
+
+@pytest.mark.parametrize(
+    "workload, context, axes",
+    [("prefill", 16, {"tensor"}), ("train", 32, {"tensor", "data", "data,tensor"})],
+)
+def test_the_command_plans_each_workload_as_json(plan_on_cpu, workload, context, axes):
+    options = ["--workload", workload, "--context", str(context), "--json"]
+    plan = json.loads(plan_on_cpu(*options))
+    assert (plan["workload"], plan["layers"], plan["context"]) == (workload, 6, context)
+    assert {collective["axis"] for collective in plan["collectives"]} == axes
+    totals = plan["totals"]
+    assert totals["step_us"] == pytest.approx(
+        totals["compute_us"] + totals["exposed_us"]
+    )
+    # XLA:CPU sends nothing while it computes.
+    assert totals["hidden_us"] == 0
+    assert totals["exposed_us"] == pytest.approx(totals["communication_us"])
+    assert plan["memory"]["fits"] is True
+
+
+def test_the_command_compares_schedules(plan_on_cpu):
+    rows = json.loads(plan_on_cpu("--compare", "--json", "--context", "16"))
+    assert [row["variant"] for row in rows] == [
+        "standard, psum",
+        "standard, fastest lossless",
+        "parallel",
+        "ladder",
+        "hybrid:last3",
+        "desync:2",
+        "no communication",
+    ]
+    steps = {row["variant"]: row["totals"]["step_us"] for row in rows}
+    assert min(steps, key=steps.get) == "no communication"
+    assert steps["standard, fastest lossless"] < steps["standard, psum"]
 
 
 # ---------------------------------------------------------------- the comparison

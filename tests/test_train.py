@@ -64,9 +64,9 @@ GOLDEN = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("train")
-    tiny.write_corpus(made / "corpus")
-    return made
+    path = tmp_path_factory.mktemp("train")
+    tiny.write_corpus(path / "corpus")
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ class Watch:
     """Counts what a run compiles, and whether each step's old state was given up."""
 
     def __init__(self, patch):
-        self.functions, self.traces, self.kept, self.saving = [], 0, 0, False
+        self.functions, self.traces, self.copies, self.saving = [], 0, 0, False
         loss, make_step, make_evaluation = (
             model.loss,
             train.make_step,
@@ -96,14 +96,14 @@ class Watch:
             self.functions.append(step)
 
             def call(state, batch):
-                made = step(state, batch)
-                self.kept += not self.saving and not all(
+                results = step(state, batch)
+                self.copies += not self.saving and not all(
                     x.is_deleted() for x in jax.tree.leaves(state)
                 )
                 # A save on a CPU reads the state where it lies: the next step does not
                 # overwrite it.
                 self.saving = False
-                return made
+                return results
 
             return call
 
@@ -125,7 +125,7 @@ class Watch:
             1,
             1,
         ] and self.traces == 2, "a program was compiled twice"
-        assert not self.kept, "a step kept its old state: it was not donated"
+        assert not self.copies, "a step did not donate its old state"
 
 
 @contextlib.contextmanager
@@ -731,10 +731,9 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
         name: np.concatenate([batches[i][name] for i in range(2)])
         for name in train.BATCH_FIELDS
     }
-    abstract = jax.eval_shape(lambda: model.init(cfg.model, jax.random.key(0)))
     from ladder_jax.checkpoint import load_model
 
-    parameters = load_model(whole, abstract)
+    parameters = load_model(whole, model.abstract(cfg.model))
     loss = jax.jit(
         lambda parameters, batch: reference.loss(parameters, cfg.model, batch)
     )(parameters, batch)
@@ -825,7 +824,7 @@ def test_a_step_is_the_same_on_every_mesh_and_in_parts(
 
 def test_a_step_updates_in_place(folder):
     cfg = tiny.make(folder)
-    mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
+    mesh = helpers.make_mesh(2, 2, 2)
     optimizer = make_optimizer(cfg.optimizer, 20)
     state = train.abstract_state(cfg, mesh, optimizer)
     tokens = sharding.named_shardings(mesh, sharding.TOKENS)
@@ -846,8 +845,8 @@ def test_a_step_updates_in_place(folder):
 def test_the_first_state_is_the_same_on_every_mesh(folder, state):
     cfg = tiny.make(folder)
     mesh = helpers.make_mesh()
-    made = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
-    for left, right in zip(jax.tree.leaves(made), jax.tree.leaves(state)):
+    first = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
+    for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 
 
@@ -938,8 +937,8 @@ def test_only_matrices_decay():
     cfg = dataclasses.replace(
         tiny.make(Path("none")).model, qk_norm=True, qkv_bias=True
     )
-    shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    parameters = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    ones = lambda x: jnp.ones(x.shape, x.dtype)
+    parameters = jax.tree.map(ones, model.abstract(cfg))
     optimizer = make_optimizer(
         config.Optimizer(
             learning_rate=0.5, weight_decay=0.1, warmup_steps=0, lr_schedule="constant"

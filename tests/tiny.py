@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jax
 
-from ladder_jax import config
+from ladder_jax import config, model
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.data import tokenizer
 
 SAME = (
     "step",
@@ -40,7 +42,7 @@ def write_corpus(folder):
 
 def make(folder, **fields):
     """A config.Config with the corpus folder/corpus. `fields`: as train_steps=3."""
-    made = config.Config(
+    tiny_config = config.Config(
         model=config.Model(
             vocab_size=264,
             dim=32,
@@ -74,13 +76,13 @@ def make(folder, **fields):
     )
     for name, value in fields.items():
         section, _, field = name.partition("_")
-        changed = dataclasses.replace(getattr(made, section), **{field: value})
-        made = dataclasses.replace(made, **{section: changed})
-    return made
+        changed = dataclasses.replace(getattr(tiny_config, section), **{field: value})
+        tiny_config = dataclasses.replace(tiny_config, **{section: changed})
+    return tiny_config
 
 
 def recipe(folder, **fields):
-    """The path of a recipe file that makes the same."""
+    """Writes a recipe file of the same config. Returns its path."""
     path = Path(folder) / "recipe.py"
     values = json.dumps(config.to_dict(make(folder, **fields)))
     path.write_text(
@@ -97,6 +99,28 @@ def rows(out):
         {name: value for name, value in json.loads(line).items() if name in SAME}
         for line in lines
     ]
+
+
+def write_run(folder):
+    """Writes the folder of a run: checkpoints of two steps, and metrics."""
+    sizes = dict(dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)
+    model_config = config.Model(**sizes, max_length=256, dtype="float32")
+    meta = dict(
+        config=config.to_dict(config.Config(model_config)),
+        tensor=1,
+        tokenizer=tokenizer.ByteTokenizer().to_json(),
+    )
+    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+        for step in (2, 10):
+            parameters = model.init(model_config, jax.random.key(step))
+            checkpoints.save(step, dict(model=parameters), None, meta)
+    metrics = [
+        dict(step=2, loss=5.5),
+        dict(step=2, held_out_loss=5.4),
+        dict(step=10, loss=5.1, mfu=0.1),
+    ]
+    lines = [json.dumps(row) + "\n" for row in metrics]
+    (folder / "metrics.jsonl").write_text("".join(lines))
 
 
 @contextlib.contextmanager
