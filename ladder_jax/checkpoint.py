@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
-from ladder_jax.config import require
+from ladder_jax.config import ConfigError, require
 from ladder_jax.run_folder import Lease
 
 # The version of the file format. It rises when older versions of ladder_jax cannot read
@@ -308,7 +308,7 @@ def _find(path: epath.PathLike, step: int | None) -> list[Path]:
     """Folders of the checkpoints that a reader's `path` may mean, newest first."""
     path = _absolute(path)
     if "\\" in str(path):
-        raise ValueError(f"{path} cannot be read: Orbax takes no path with \\")
+        raise ConfigError(f"{path} cannot be read: Orbax takes no path with \\")
     if (path / "meta").is_dir():
         if path.name.isdigit():
             return _candidates(path.parent, [int(path.name)], step)
@@ -317,7 +317,7 @@ def _find(path: epath.PathLike, step: int | None) -> list[Path]:
         steps = saved_steps(folder)
         if any((folder / str(s) / "meta").is_dir() for s in steps):
             return _candidates(folder, steps, step)
-    raise ValueError(
+    raise ConfigError(
         f"{path} {'holds no checkpoint' if path.exists() else 'does not exist'}: "
         "a run's folder, its checkpoints folder or the folder of one step is accepted"
     )
@@ -327,7 +327,7 @@ def _candidates(folder: Path, steps: Sequence[int], step: int | None) -> list[Pa
     """The folders to try, newest first: that of `step`, or all."""
     if not steps or step not in (None, *steps):
         of_step = "" if step is None else f" of step {step}, only {steps}"
-        raise ValueError(f"{folder} holds no checkpoint{of_step}")
+        raise ConfigError(f"{folder} holds no checkpoint{of_step}")
     wanted = sorted(steps, reverse=True) if step is None else [step]
     return [folder / str(number) for number in wanted]
 

@@ -655,6 +655,21 @@ def test_generate_writes_the_same_text_on_any_mesh_and_samples_by_the_seed(
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_wrong_row_of_a_prompts_file_costs_that_row_and_the_exit_status(
+    run, trained, tmp_path
+):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "top_k": -1}\n')
+    options = ["--prompts-file", prompts, "--out", out, "--max-tokens", 5]
+    status, text, _ = run("generate", trained[0], *options)
+    assert (status, text) == (1, f"done: 2 outputs in {out}, 1 of them errors\n")
+    rows = {row["index"]: row for row in map(json.loads, out.open())}
+    assert len(rows[0]["tokens"]) == 5 and rows[1]["error"].startswith("line 2: top_k")
+    prompts.write_text('{"prompt": "abc"}\n')
+    options = ["--prompts-file", prompts, "--out", tmp_path / "good.jsonl"]
+    assert run("generate", trained[0], *options, "--max-tokens", 5)[0] == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message, status",
     [
@@ -662,13 +677,13 @@ def test_generate_writes_the_same_text_on_any_mesh_and_samples_by_the_seed(
             "{tmp}",
             "{tmp} holds no checkpoint: a run's folder, its checkpoints folder or the "
             "folder of one step is acc",
-            1,
+            2,
         ),
-        ("{tmp}/none", "{tmp}/none does not exist", 1),
+        ("{tmp}/none", "{tmp}/none does not exist", 2),
         (
             "{out} --step 4",
             "{out}/checkpoints holds no checkpoint of step 4, only [",
-            1,
+            2,
         ),
         (
             "{out} --max-tokens 100",
