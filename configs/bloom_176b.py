@@ -6,14 +6,14 @@ Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of paramet
            AdamW state
 Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an
            assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
-           this shape's inference speed only
+Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
+           measures only the inference speed of this shape
 
 Tensor parallelism is within a node. Layers, dimension, heads and vocabulary are
-BLOOM's. This model has SwiGLU (of 50176, as the paper measures it), RMSNorm and rotary
-embedding; BLOOM has GELU (of 57344), LayerNorm, biases and ALiBi. So this model has
-212,202,346,496 parameters; BLOOM has 176,247,271,424. Learning rate and batch are
-BLOOM's (arXiv 2211.05100). The run takes 104.9B tokens, as the paper's runs from
+BLOOM's. This model has SwiGLU (50176 wide, as the paper measures it), RMSNorm and
+rotary embedding; BLOOM has GELU (57344 wide), LayerNorm, biases and ALiBi. So this
+model has 212,202,346,496 parameters; BLOOM has 176,247,271,424. Learning rate and batch
+are BLOOM's (arXiv 2211.05100). The run takes 104.9B tokens, as the paper's runs from
 scratch do; BLOOM's took 366B.
 """
 

@@ -7,8 +7,8 @@ Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 6.3 GB of parameter
            AdamW state
 Time:      10.6 days = 2.31e22 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
            assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
-           this shape's inference speed only
+Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
+           measures only the inference speed of this shape
 
 Tensor parallelism is within a node. Learning rate, warm-up, decay and tokens a step are
 CodeLlama's (arXiv 2308.12950, section 2). CodeLlama began with the weights of Llama 2

@@ -3,8 +3,8 @@
 Command:   make demo
            (or: ladder-jax train configs/demo.py --devices 8)
 Hardware:  any machine with 2 CPU cores; 2 GB of memory
-Time:      5.5 minutes on 2 idle cores, environment included (AMD EPYC)
-Result:    2.39 bits per byte on held-out documents, and text with the shape of
+Time:      5.5 minutes on 2 idle cores (AMD EPYC), with the time to install it
+Result:    2.39 bits per byte on held-out documents, and a sample that looks like
            documentation
 """
 

@@ -6,8 +6,8 @@ Hardware:  1024 TPU v5p of 95 GB (a slice v5p-2048); a device holds 4.9 GB of pa
            and AdamW state
 Time:      16.4 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an
            assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
-           this shape's inference speed only
+Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
+           measures only the inference speed of this shape
 
 The model has 16 key-value heads, as in the paper's measurements, so that they divide by
 a tensor axis of 16; Llama 3.1 has 8. So this model has 410,081,247,232 parameters;

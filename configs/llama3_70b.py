@@ -6,8 +6,8 @@ Hardware:  256 TPU v5p of 95 GB (a slice v5p-512); a device holds 3.3 GB of para
            and AdamW state
 Time:      12.4 days = 5.05e22 FLOPs / (256 x 459 TFLOP/s x 40% MFU): derived with an
            assumed MFU, not measured
-Result:    not run yet, and none is published: the paper (arXiv 2501.06589) measures
-           this shape's inference speed only
+Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
+           measures only the inference speed of this shape
 
 The learning rate is Llama 3's (arXiv 2407.21783, table 3). The run takes 104.9B tokens,
 as the paper's runs from scratch do; Llama 3's took 15T. Rotary embedding is Llama 3's,

@@ -8,10 +8,10 @@ Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of paramete
            AdamW state
 Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
            assumed MFU, not measured
-Result:    not run yet, and none is published for this run. The paper (arXiv 2501.06589)
-           says that ladder trains an 8B model 5 to 7% faster than standard on 64
-           H100; its 8B results in quality are of Llama-3.1-8B-Instruct converted to
-           hybrid:last16 and trained on 3B tokens.
+Result:    not run yet, and no result is published. The paper (arXiv 2501.06589) says
+           that ladder trains an 8B model 5 to 7% faster than standard on 64 H100. It
+           measures quality at 8B for another model: Llama-3.1-8B-Instruct, converted
+           to hybrid:last16 and trained on 3B tokens.
 
 Tensor parallelism is within a node. The learning rate is Llama 3's (arXiv 2407.21783,
 table 3). The run takes 104.9B tokens, as the paper's own runs do; Llama 3's took 15T.

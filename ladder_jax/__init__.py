@@ -25,6 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Imports a name of `__all__` when it is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module 'ladder_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

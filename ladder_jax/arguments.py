@@ -1,4 +1,4 @@
-"""Command-line words as a typed dataclass, and the help text of one.
+"""Parses a command line into a typed dataclass, and writes the help text from it.
 
 A field `name` is the option `--name`; the fields of a section are `--section.name`. The
 help of a field is the string below it in the source, or the comment above it.
@@ -46,36 +46,38 @@ class Option(NamedTuple):
 
 
 def parse(
-    kind: type, words: list[str], command: str, default: Any = None, first: str = ""
+    cls: type, words: list[str], command: str, default: Any = None, first: str = ""
 ) -> Any:
-    """A `kind` (a dataclass) with the values that `words` give.
+    """Parses a command line into an instance of the dataclass `cls`.
 
     Args:
-      kind: the dataclass.
+      cls: the dataclass.
       words: the command line, after the command.
       command: its name, such as "bench train", for messages and the usage line.
-      default: an instance, whose values hold where `words` give none.
-      first: words of the usage line that `words` has no longer, such as RECIPE.
+      default: an instance, with the values of the options that `words` lacks. None: the
+        defaults of the dataclass.
+      first: an argument that the caller has already taken from `words`, such as RECIPE,
+        for the usage line.
     Prints the help text and raises SystemExit(0) where a word is -h or --help. Raises
     ConfigError, one line, on a mistake.
     """
-    options = list(_options(kind, default))
+    options = list(_options(cls, default))
     try:
         values = _read(options, words)
     except ConfigError as error:
         raise ConfigError(f"{error} (see ladder-jax {command} --help)") from None
     if values is None:
-        print(help_text(kind, options, command, first))
+        print(help_text(cls, options, command, first))
         raise SystemExit(0)
-    return _build(kind, options, values)
+    return _build(cls, values)
 
 
 def _options(
-    kind: Any, default: Any, path: tuple[str, ...] = (), prefix: str = ""
+    cls: Any, default: Any, path: tuple[str, ...] = (), prefix: str = ""
 ) -> Iterator[Option]:
-    """Every field of `kind` and of the dataclasses in it, as the source orders them."""
-    hints, texts = field_types(kind), field_texts(kind)
-    for field in dataclasses.fields(kind):
+    """Every field of `cls` and of the dataclasses in it, in the order of the source."""
+    hints, texts = field_types(cls), field_texts(cls)
+    for field in dataclasses.fields(cls):
         name, value = field.name, field.default
         if field.default_factory is not REQUIRED:
             value = field.default_factory()
@@ -92,18 +94,18 @@ def _options(
                 hints[name],
                 value,
                 texts.get(name, ""),
-                kind,
+                cls,
                 field.metadata == POSITIONAL,
             )
 
 
 def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any] | None:
-    """The value of every option, by its path; None where a word asks for help."""
+    """The value of every option, by its path; None where a word is -h or --help."""
     flags = {option.flag: option for option in options if not option.positional}
-    switches = {
+    negations = {
         _negated(flag): option for flag, option in flags.items() if option.hint is bool
     }
-    places = [option for option in options if option.positional]
+    positionals = [option for option in options if option.positional]
     values = {option.path: option.default for option in options}
     words = list(words)
     while words:
@@ -113,18 +115,18 @@ def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]
         if word in ("-h", "--help"):
             return None
         if not word.startswith("--"):
-            if not places:
+            if not positionals:
                 raise ConfigError(f"unexpected argument {word!r}")
-            option = places.pop(0)
+            option = positionals.pop(0)
             values[option.path] = read_value(word, option.hint, _label(option))
-        elif flag in switches and not equals:
-            values[switches[flag].path] = False
+        elif flag in negations and not equals:
+            values[negations[flag].path] = False
         elif flag not in flags:
-            raise ConfigError(_unknown(flag, [*flags, *switches]))
+            raise ConfigError(_unknown(flag, [*flags, *negations]))
         else:
             option = flags[flag]
-            given = [value] if equals else _values_of(option, words)
-            values[option.path] = _value(option, given)
+            texts = [value] if equals else _take_values(option, words)
+            values[option.path] = _value(option, texts)
     for option in options:
         if values[option.path] is REQUIRED:
             text = f" ({option.help.rstrip('.')})" if option.help else ""
@@ -132,46 +134,47 @@ def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]
     return values
 
 
-def _values_of(option: Option, words: list[str]) -> list[str]:
-    """Removes from `words` those that are values of `option`, and returns them."""
-    many = typing.get_origin(option.hint) is tuple
+def _take_values(option: Option, words: list[str]) -> list[str]:
+    """Removes the values of `option` from the front of `words`, and returns them."""
+    takes_many = typing.get_origin(option.hint) is tuple
     if option.hint is bool:
         if words and words[0].lower() in ("true", "false"):
             return [words.pop(0)]
         return ["true"]
     values: list[str] = []
-    while words and not words[0].startswith("--") and (many or not values):
+    while words and not words[0].startswith("--") and (takes_many or not values):
         values.append(words.pop(0))
-    if not values and not many:
+    if not values and not takes_many:
         raise ConfigError(f"{option.flag} takes a value")
     return values
 
 
-def _value(option: Option, given: list[str]) -> Any:
+def _value(option: Option, texts: list[str]) -> Any:
+    """The value that these words of the command line give to `option`."""
     if typing.get_origin(option.hint) is tuple:
         inner = typing.get_args(option.hint)[0]
-        return tuple(read_value(text, inner, option.flag) for text in given)
-    return read_value(given[0], option.hint, option.flag)
+        return tuple(read_value(text, inner, option.flag) for text in texts)
+    return read_value(texts[0], option.hint, option.flag)
 
 
 def read_value(text: str, hint: Any, name: str) -> Any:
-    """`text` as a value of type `hint`; ConfigError about `name` where it is none."""
-    for option in _alternatives(hint):
-        if option is type(None) and text.lower() == "none":
+    """Converts `text` to type `hint`. Raises ConfigError about `name` if it cannot."""
+    for kind in _alternatives(hint):
+        if kind is type(None) and text.lower() == "none":
             return None
-        if option is bool and text.lower() in ("true", "false"):
+        if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
-        if typing.get_origin(option) is Literal and text in typing.get_args(option):
+        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
             return text
         try:
-            if option is int:
-                # 3e9 is a whole number too
+            if kind is int:
+                # 3e9 is a whole number too.
                 return int(float(text)) if _is_whole_float(text) else int(text)
-            if option is float:
+            if kind is float:
                 return float(text)
         except ValueError:
             continue
-        if option is str:
+        if kind is str:
             return text
     require(False, name, text, describe(hint))
 
@@ -181,14 +184,15 @@ def _is_whole_float(text: str) -> bool:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, None first; `hint` alone where it is no union."""
+    """The types of a union, None first; any other `hint` alone."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return (hint,)
     return tuple(sorted(typing.get_args(hint), key=lambda t: t is not type(None)))
 
 
 def _unknown(flag: str, known: list[str]) -> str:
-    """What is said of a word that is no option: its new name, or the nearest names."""
+    """The message about a flag that is not an option, with its new name or with the
+    nearest names."""
     old = flag.removeprefix("--").replace("-", "_")
     section = old.partition(".")[0]
     if old in RENAMED_FIELDS:
@@ -213,34 +217,32 @@ def _label(option: Option) -> str:
 
 
 def _build(
-    kind: Any,
-    options: list[Option],
-    values: dict[tuple[str, ...], Any],
-    path: tuple[str, ...] = (),
+    cls: Any, values: dict[tuple[str, ...], Any], path: tuple[str, ...] = ()
 ) -> Any:
-    """A `kind` of the values whose paths begin with `path`."""
+    """An instance of `cls` with the values whose paths begin with `path`."""
     fields = {}
-    for name, hint in field_types(kind).items():
-        here = (*path, name)
+    for name, hint in field_types(cls).items():
+        field_path = (*path, name)
         if dataclasses.is_dataclass(hint):
-            fields[name] = _build(hint, options, values, here)
+            fields[name] = _build(hint, values, field_path)
         else:
-            fields[name] = values[here]
-    return kind(**fields)
+            fields[name] = values[field_path]
+    return cls(**fields)
 
 
 # ---------------------------------------------------------------- help
 
 
-def help_text(kind: type, options: list[Option], command: str, first: str = "") -> str:
+def help_text(cls: type, options: list[Option], command: str, first: str = "") -> str:
     """The help of a command: usage, purpose, and the options section by section."""
     width = min(shutil.get_terminal_size().columns, 100)
-    places = [_label(option) for option in options if option.positional]
-    usage = " ".join([f"usage: ladder-jax {command}", *filter(None, [first]), *places])
-    lines = [f"{usage} [OPTIONS]", "", *_wrap(_sentence(kind), width)]
-    sections = dict.fromkeys([kind, *(option.section for option in options)])
+    positionals = [_label(option) for option in options if option.positional]
+    placeholders = [*filter(None, [first]), *positionals]
+    usage = " ".join([f"usage: ladder-jax {command}", *placeholders, "[OPTIONS]"])
+    lines = [usage, "", *_wrap(_docstring(cls), width)]
+    sections = dict.fromkeys([cls, *(option.section for option in options)])
     for section in sections:
-        title = "Options" if section is kind else _sentence(section).rstrip(".")
+        title = "Options" if section is cls else _docstring(section).rstrip(".")
         lines += ["", *_wrap(f"{title}:", width)]
         for option in options:
             if option.section is section:
@@ -263,11 +265,13 @@ def _option_lines(option: Option, width: int) -> list[str]:
 
 
 def _default(option: Option) -> str:
-    """What the help says of an option's default."""
+    """The text about an option's default in the help."""
     value = option.default
     if value is REQUIRED:
         return "(required)"
-    if option.hint is bool or value is None or "default" in option.help:
+    if option.hint is bool:
+        return "(default: on)" if value else ""
+    if value is None or "default" in option.help:
         return ""
     if isinstance(value, tuple):
         value = " ".join(map(str, value))
@@ -275,7 +279,7 @@ def _default(option: Option) -> str:
 
 
 def metavar(hint: Any) -> str:
-    """What stands for a value in the help: INT, TEXT, {cosine,wsd,constant}, ..."""
+    """The placeholder of a value in the help: INT, TEXT, {cosine,wsd,constant}, ..."""
     if typing.get_origin(hint) is tuple:
         return f"[{metavar(typing.get_args(hint)[0])} ...]"
     if typing.get_origin(hint) is Literal:
@@ -295,15 +299,15 @@ def _wrap(text: str, width: int, indent: str = "") -> list[str]:
     )
 
 
-def _sentence(kind: type) -> str:
-    return inspect.cleandoc(kind.__doc__ or "")
+def _docstring(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or "")
 
 
 @functools.cache
-def field_texts(kind: type) -> dict[str, str]:
-    """The help of every field of a dataclass that has one, from the source."""
+def field_texts(cls: type) -> dict[str, str]:
+    """The help text of each field of a dataclass that has one, read from the source."""
     try:
-        source = textwrap.dedent(inspect.getsource(kind))
+        source = textwrap.dedent(inspect.getsource(cls))
     except OSError:  # no source is installed
         return {}
     lines = source.splitlines()

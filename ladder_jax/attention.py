@@ -1,4 +1,4 @@
-"""Attention: causal, grouped-query, within segments, by the platform's kernel.
+"""Causal grouped-query attention within segments, by the platform's kernel.
 
 B batch, T tokens (queries), S tokens (keys), N query heads, K key-value heads,
 G = N / K, H head dimension.
@@ -29,7 +29,7 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def kernel_for(platform: str, model_config: config.Model, length: int) -> str:
-    """The fastest kernel for causal self-attention that takes this model.
+    """The fastest kernel that can compute this model's causal self-attention.
 
     Args:
       platform: cpu, tpu, cuda or rocm (hardware.chips.platform).
@@ -82,26 +82,27 @@ def attend(
 
 
 # ---------------------------------------------------------------- blockwise
-# Each block of queries against the keys up to its end, so that most of what the mask
-# hides is never computed. The backward pass computes a block's weights again from the
-# logarithm of their sum (FlashAttention, arXiv 2205.14135, algorithm 4): no array of
-# T x S elements is kept between the passes.
+# Each slice of queries attends to the keys up to the slice's end, so that most masked
+# scores are never computed. The forward pass saves the logarithm of each row's sum of
+# weights. From it the backward pass computes the weights again (FlashAttention, arXiv
+# 2205.14135, algorithm 4): no array of T x S elements is stored between the passes.
 
 
-def _blocks(T: int) -> list[slice]:
-    """Slices of queries: 128 at a time, or more, so that there are at most 8."""
+def _query_slices(T: int) -> list[slice]:
+    """At most 8 slices of T queries, each of 128 queries or more."""
     size = max(128, -(-T // 8))
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def _scores(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, block: slice
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, queries: slice
 ) -> jax.Array:
-    """The scores [B, K, G, T, S] of a block's queries and the keys up to its end."""
-    keys = slice(0, block.stop)
-    mask_BTS = segments_BT[:, block, None] == segments_BT[:, None, keys]
-    mask_BTS &= jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)
-    scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH[:, block], k_BSKH[:, keys])
+    """The scores [B, K, G, T, S] of a slice of queries and the keys up to its end."""
+    keys = slice(0, queries.stop)
+    mask_BTS = segments_BT[:, queries, None] == segments_BT[:, None, keys]
+    query_T1 = jnp.arange(queries.start, queries.stop)[:, None]
+    mask_BTS &= query_T1 >= jnp.arange(keys.stop)
+    scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH[:, queries], k_BSKH[:, keys])
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
 
 
@@ -117,16 +118,16 @@ def _blockwise_forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     dtype = q_BTKGH.dtype
     outs, log_sums = [], []
-    for block in _blocks(q_BTKGH.shape[1]):
-        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, block)
-        top_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
-        weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
+    for queries in _query_slices(q_BTKGH.shape[1]):
+        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries)
+        largest_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
+        weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
         sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
         weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(dtype)
-        v_BSKH = v_BTKH[:, : block.stop]
+        v_BSKH = v_BTKH[:, : queries.stop]
         out_BTKGH = product("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
         outs.append(out_BTKGH.astype(dtype))
-        log_sums.append(top_BKGT1 + jnp.log(sum_BKGT1))
+        log_sums.append(largest_BKGT1 + jnp.log(sum_BKGT1))
     out_BTKGH = jnp.concatenate(outs, axis=1)
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums)
 
@@ -136,18 +137,20 @@ def _blockwise_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums = residuals
     dtype = q_BTKGH.dtype
-    dot_BTKG = jnp.sum(dout_BTKGH.astype(jnp.float32) * out_BTKGH, axis=-1)
+    # D in the paper: a row's sum of weights * dweights.
+    row_sum_BTKG = jnp.sum(dout_BTKGH.astype(jnp.float32) * out_BTKGH, axis=-1)
     dk_BTKH = jnp.zeros(k_BTKH.shape, jnp.float32)
     dv_BTKH = jnp.zeros(v_BTKH.shape, jnp.float32)
     dqs = []
-    for block, log_sum_BKGT1 in zip(_blocks(q_BTKGH.shape[1]), log_sums):
-        keys = slice(0, block.stop)
-        q, dout = q_BTKGH[:, block], dout_BTKGH[:, block]
-        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, block)
+    for queries, log_sum_BKGT1 in zip(_query_slices(q_BTKGH.shape[1]), log_sums):
+        keys = slice(0, queries.stop)
+        q, dout = q_BTKGH[:, queries], dout_BTKGH[:, queries]
+        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries)
         weights_BKGTS = jnp.exp(scores_BKGTS - log_sum_BKGT1)
         dweights_BKGTS = product("btkgh,bskh->bkgts", dout, v_BTKH[:, keys])
-        dot_BKGT1 = jnp.moveaxis(dot_BTKG[:, block], 1, 3)[..., None]
-        dscores_BKGTS = (weights_BKGTS * (dweights_BKGTS - dot_BKGT1)).astype(dtype)
+        row_sum_BKGT1 = jnp.moveaxis(row_sum_BTKG[:, queries], 1, 3)[..., None]
+        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - row_sum_BKGT1)
+        dscores_BKGTS = dscores_BKGTS.astype(dtype)
         weights_BKGTS = weights_BKGTS.astype(dtype)
         dqs.append(product("bkgts,bskh->btkgh", dscores_BKGTS, k_BTKH[:, keys]))
         dk_BSKH = product("bkgts,btkgh->bskh", dscores_BKGTS, q)
@@ -171,17 +174,17 @@ def splash(
     segments_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attend` by the TPU kernel that JAX ships; T is a multiple of 128.
+    """`attend` by the TPU kernel in JAX; T is a multiple of 128.
 
-    It skips blocks above the diagonal, and writes no scores to memory. With
-    `interpret`, any platform runs it, slowly.
+    The kernel computes nothing above the diagonal and writes no scores to memory. With
+    `interpret`, JAX runs it on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, N, H = q_BTNH.shape
     causal = splash_attention.CausalMask((T, T))
     size = next(size for size in (512, 256, 128) if T % size == 0)
-    blocks = splash_attention.BlockSizes(
+    block_sizes = splash_attention.BlockSizes(
         block_q=size,
         block_kv=size,
         block_kv_compute=size,
@@ -193,7 +196,7 @@ def splash(
     )
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([causal] * N),
-        block_sizes=blocks,
+        block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -218,21 +221,21 @@ def splash(
 def attend_cache(q_BTNH: jax.Array, cache: KV, positions_BT: jax.Array) -> jax.Array:
     """Attention of new tokens to a cache: position p attends to entries 0 to p.
 
-    The queries that share a head of the cache are laid out as one matrix (R = T G
-    rows): XLA:CPU is several times slower where it has to derive that itself, and has
-    no such product of bfloat16.
+    The T G queries that share a key-value head are the R rows of one matrix. XLA:CPU
+    is several times slower with separate dimensions T and G, and has no bfloat16
+    product for them.
 
     Args:
       q_BTNH: queries.
       cache: one layer's keys and values, [B, K, S, H].
-      positions_BT: where in the cache each query's own token is.
+      positions_BT: the index in the cache of each query's own token.
 
     Returns [B, T, N, H] in the queries' dtype.
     """
     B, T, N, H = q_BTNH.shape
     _, K, S, _ = cache.k.shape
     G = N // K
-    # a cache wider than the queries is read as it is
+    # At least the cache's dtype, so that the product does not round the cache.
     dtype = jnp.promote_types(q_BTNH.dtype, cache.k.dtype)
     q_BTNH_scaled = q_BTNH.astype(dtype) * jnp.asarray(H**-0.5, dtype)
     q_BKTGH = q_BTNH_scaled.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
@@ -264,7 +267,7 @@ def _weighted_sum(
 
     if weights_BKRS.shape[2] > 1:
         return multiply(weights_BKRS, v_BKSH)
-    # XLA:CPU computes many products of one row on one core, and a sum on all of them
+    # XLA:CPU computes a batch of one-row products on one core, but a sum on all cores.
     return lax.platform_dependent(weights_BKRS, v_BKSH, cpu=add_up, default=multiply)
 
 
@@ -280,19 +283,21 @@ def rotary(
     """Cosines and sines of rotary embedding (arXiv 2104.09864), [B, T, 1, H/2] float32.
 
     Args:
-      positions_BT: of the tokens.
+      positions_BT: the tokens' positions.
       head_dim: H.
       theta: the base of the wavelengths.
       scaling: Llama-3.1's rule. Wavelengths above original_length / low_freq_factor are
         stretched by `factor`, those below original_length / high_freq_factor stay,
         those between are interpolated.
     """
+    # In this function H stands for the H/2 frequencies, radians a token.
     frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None and scaling.factor != 1:
-        # turns over the original context
+        # Rotations by each frequency within the original context length.
         turns_H = scaling.original_length * frequency_H / (2 * jnp.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        unscaled_H = jnp.clip((turns_H - low) / (high - low), 0, 1)  # its share
+        # The weight of the unscaled frequency: 1 at high frequencies, 0 at low ones.
+        unscaled_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
         frequency_H = frequency_H * (unscaled_H + (1 - unscaled_H) / scaling.factor)
     angle_BTH = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
     return jnp.cos(angle_BTH), jnp.sin(angle_BTH)

@@ -17,6 +17,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -29,7 +30,9 @@ from orbax.checkpoint import v1 as ocp
 from ladder_jax.config import require
 from ladder_jax.run_folder import Lease
 
-FORMAT = 1  # of the files: raised when an older ladder_jax could not read them
+# The version of the file format. It rises when older versions of ladder_jax cannot read
+# new checkpoints.
+FORMAT = 1
 VERSION = next(
     (
         package.version
@@ -37,23 +40,23 @@ VERSION = next(
     ),
     "not installed",
 )
-PATTERNS = "*?[\\"  # characters of file patterns, see `require_plain_name`
+PATTERNS = "*?[\\"  # the special characters of file patterns: `require_plain_name`
 log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
-Read = TypeVar("Read")
+T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """A checkpoint that cannot be read; the one before it is tried."""
+    """The checkpoint's files cannot be read. Readers then try an older checkpoint."""
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run; other programs read with `load_model`, `read_meta`.
 
-    Opening makes the folder and removes what a killed save left in it. Use it in a
-    `with`, or close it: a save that has not ended when the interpreter exits is lost.
-    All processes of a run make the same calls.
+    The constructor makes the folder and removes the incomplete files of a killed save.
+    Use the object in a `with`, or close it: a save that has not ended when the
+    interpreter exits is lost. All processes of a run make the same calls.
 
     Args:
       folder: where the steps go, a path or a bucket's address.
@@ -71,17 +74,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.folder = _absolute(folder)
         require_plain_name(self.folder)
         self.keep, self.lease = keep, lease
-        # The last step saved or restored. Steps above it belong to a past that the run
-        # has left.
+        # The last step saved or restored. The next save replaces the later steps.
         self._step: int | None = None
-        self._unverified: tuple[int, dict[str, Any]] | None = None  # step, its arrays
-        self._quiet = contextlib.ExitStack()
+        # The last save, until it has been read back: its step, its arrays' shapes.
+        self._unverified: tuple[int, dict[str, Any]] | None = None
+        self._log_filter = contextlib.ExitStack()
         training, context = ocp.training, ocp.Context()
         registry = ocp.handlers.local_registry()
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # no pytree
+        # Without this line, Orbax would save the dict as a pytree of arrays.
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.checkpointables.registry = registry
-        # If the background made the folder and failed, Orbax's threads would wait for
-        # the folder for minutes.
+        # If a background thread failed to make the folder, Orbax's other threads would
+        # wait for the folder for minutes.
         context.asynchronous.create_directories_asynchronously = False
         every_call = training.save_decision_policies.FixedIntervalPolicy(1)
         try:
@@ -96,26 +100,27 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 )
         except OSError as error:
             raise _not_written(self.folder, error) from error
-        self._known = set(self.steps())  # steps that this run found or wrote
-        self._quiet.enter_context(_without_progress())
+        # The steps that were here at the start, and those that this run saved.
+        self._own_steps = set(self.steps())
+        self._log_filter.enter_context(_without_progress())
 
     def save(
         self, step: int, state: dict[str, Any], data_iterator: Any, meta: Meta
     ) -> None:
         """Copies everything to the host, and writes it in the background.
 
-        It first waits for the save before this one.
+        It first waits for the previous save.
 
         Args:
-          step: steps taken so far. A step just saved or restored is not written again.
-            Once an earlier step has been restored, checkpoints from `step` on are
-            replaced: they belong to a run that went another way.
+          step: training steps so far. The step last saved or restored is not written
+            again. Checkpoints of `step` and later steps are removed first: they are
+            there only if the run was restored from an earlier step.
           state: dict of pytrees of arrays, such as dict(model=..., optimizer=...).
           data_iterator: a Grain DatasetIterator, whose position each process saves;
-            None: none is saved.
+            None: no position is saved.
           meta: dict of JSON values: config (`config.to_dict`), tokenizer (its JSON).
 
-        Raises OSError when this save cannot start, the one before it failed, or another
+        Raises OSError when this save cannot start, the previous save failed, or another
         job writes here; ValueError when the folder held checkpoints already and none
         was restored.
         """
@@ -125,7 +130,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if step == self._step:
             return
         steps = self.steps()
-        if foreign := sorted(set(steps) - self._known):
+        if foreign := sorted(set(steps) - self._own_steps):
             raise OSError(
                 f"{self.folder} holds checkpoints of steps {foreign}, which another "
                 "job wrote meanwhile: this job stops, and removes none of them"
@@ -145,13 +150,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         parts = sorted(items)
         items["meta"] = dict(format=FORMAT, ladder_jax=VERSION, parts=parts) | meta
         try:
-            for other in reversed([s for s in steps if s >= step]):
-                self._checkpointer.delete(other)
+            for later_step in reversed([s for s in steps if s >= step]):
+                self._checkpointer.delete(later_step)
             self._checkpointer.save_checkpointables_async(step, items)
         except Exception as error:
             raise _not_written(self.folder / str(step), error) from error
         self._step, self._unverified = step, (step, arrays)
-        self._known.add(step)
+        self._own_steps.add(step)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending; some may be damaged."""
@@ -166,19 +171,19 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     ) -> tuple[int, dict[str, Any], Meta]:
         """Loads the newest checkpoint that can be read into `abstract_state`'s layout.
 
-        A damaged one is reported in one line, and the one before it is taken.
+        It logs one line for a damaged checkpoint, and loads the one before it.
 
         Args:
           abstract_state: dict of pytrees, as saved; leaves have shape, dtype and
             sharding (jax.ShapeDtypeStruct).
-          data_iterator: made as the saved one was; it is moved to the saved position.
-            None: the position is not read.
-          step: that one and no other.
-          config: `config.to_dict` of now: if the checkpoint does not fit, the message
-            names the fields that differ.
+          data_iterator: an iterator over the same dataset as the saved one; it is moved
+            to the saved position. None: the position is not read.
+          step: the only step to load; None: the newest.
+          config: `config.to_dict` of this run. If the checkpoint does not fit, the
+            message names the fields that differ.
 
-        Returns (step, state, meta). Raises ValueError when there is none, none can be
-        read, or it is one of another model or optimizer.
+        Returns (step, state, meta). Raises ValueError when there is no checkpoint, none
+        can be read, or it is of another model or optimizer.
         """
         self.wait()
         path, (state, meta) = _newest(
@@ -191,31 +196,34 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def wait(self) -> None:
         """Returns when the last save is complete and older ones are removed.
 
-        Raises OSError if the save failed, or cannot be read back: the run then goes on
-        from an older one.
+        Raises OSError if the save failed or cannot be read back. The run can then be
+        restored from an older checkpoint.
         """
         try:
             self._checkpointer.wait()
             self._verify()
         except Exception as error:
-            failed, unverified = self._step, self._unverified
-            good = [s for s in self.steps() if not unverified or s != unverified[0]]
-            self._step, self._unverified = max(good, default=None), None
-            raise _not_written(self.folder / str(failed), error) from error
+            failed_step = self._step
+            unverified_step = self._unverified[0] if self._unverified else None
+            good_steps = [s for s in self.steps() if s != unverified_step]
+            self._step, self._unverified = max(good_steps, default=None), None
+            raise _not_written(self.folder / str(failed_step), error) from error
 
     def _verify(self) -> None:
         """Reads the last save's descriptions back, then removes surplus checkpoints."""
         if self._unverified is None:
             return
         step, arrays = self._unverified
-        with _silent():
-            _check_arrays(self.folder / str(step), arrays)
+        # In its own thread: in the main thread asyncio, which Orbax uses, would turn
+        # an interrupt into a description that cannot be read.
+        with _silent(), ThreadPoolExecutor(max_workers=1) as reader:
+            reader.submit(_check_arrays, self.folder / str(step), arrays).result()
         self._unverified = None
-        own = [s for s in self.steps() if s in self._known]
-        for surplus in own[: -self.keep]:
+        own_steps = [s for s in self.steps() if s in self._own_steps]
+        for surplus in own_steps[: -self.keep]:
             try:
                 self._checkpointer.delete(surplus)
-            except Exception as error:  # it costs room, and no checkpoint
+            except Exception as error:  # the run goes on: only disk space is lost
                 path = self.folder / str(surplus)
                 log.warning("checkpoint %s cannot be removed: %s", path, _line(error))
 
@@ -225,18 +233,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self.wait()
         finally:
             self._checkpointer.close()
-            self._quiet.close()
+            self._log_filter.close()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is not None:
+            # Orbax forgets a save whose wait was interrupted, and completes it later:
+            # to read it back now would hide the interrupt behind a false error.
+            self._unverified = None
         self.close()
 
 
 def require_plain_name(folder: epath.PathLike, name: str = "folder") -> None:
     """Raises ConfigError where Orbax cannot save into `folder`, whose field is `name`.
 
-    Orbax looks for files with patterns that have the folder's path in them. Where the
-    path is itself a pattern, it would leave parts of a save out, or find those of
-    another folder.
+    Orbax puts the folder's path into file patterns. A path with a pattern's special
+    characters would make it miss parts of a save, or read those of another folder.
     """
     path = str(_absolute(folder))
     accepted = f"a path without any of {' '.join(PATTERNS)} ({path})"
@@ -244,7 +255,7 @@ def require_plain_name(folder: epath.PathLike, name: str = "folder") -> None:
 
 
 def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
-    """The JSON saved with the arrays, which are not read.
+    """Reads a checkpoint's JSON, without its arrays.
 
     Returns a dict with format, ladder_jax, parts, config and tokenizer. `path`, `step`
     and the ValueError are those of `load_model`.
@@ -255,17 +266,17 @@ def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
 def load_model(
     path: epath.PathLike, abstract_model: Any, step: int | None = None
 ) -> Any:
-    """The parameters alone, from the newest checkpoint that can be read, on any mesh.
+    """Loads only the parameters of the newest checkpoint that can be read.
 
     Args:
       path: a run's folder, its checkpoints folder, or the folder of one step.
       abstract_model: the model with leaves that have shape, dtype and sharding
-        (jax.ShapeDtypeStruct; without a sharding: on the first device). Floating-point
-        parameters are cast to these dtypes.
-      step: that one and no other.
+        (jax.ShapeDtypeStruct; without a sharding: on the first device), on any mesh.
+        Floating-point parameters are cast to these dtypes.
+      step: the only step to load; None: the newest.
 
-    Raises ValueError when there is no such checkpoint, none can be read, or it is one
-    of another model.
+    Raises ValueError when there is no such checkpoint, none can be read, or it is of
+    another model.
     """
     state, _ = _newest(
         _find(path, step),
@@ -277,14 +288,14 @@ def load_model(
 def saved_steps(folder: epath.PathLike) -> list[int]:
     """The steps of all complete checkpoints in `folder`, ascending.
 
-    None where there is no such folder.
+    The list is empty if there is no such folder.
     """
     with _silent():
         names = ocp.path.step.standard_name_format()
         return sorted(entry.step for entry in names.find_all(_absolute(folder)))
 
 
-# ---------------------------------------------------------------- finding
+# ---------------------------------------------------------------- paths
 
 
 def _absolute(path: epath.PathLike) -> Path:
@@ -321,7 +332,7 @@ def _candidates(folder: Path, steps: Sequence[int], step: int | None) -> list[Pa
     return [folder / str(number) for number in wanted]
 
 
-def _newest(paths: Sequence[Path], read: Callable[[Path], Read]) -> tuple[Path, Read]:
+def _newest(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T]:
     """(path, read(path)) of the first of `paths` that is not damaged."""
     for path in paths:
         try:
@@ -341,26 +352,29 @@ def _newest(paths: Sequence[Path], read: Callable[[Path], Read]) -> tuple[Path, 
 
 @contextlib.contextmanager
 def _reading(part: str) -> Iterator[None]:
-    """Turns a failure to read into `Damaged`, unless the files are not to blame."""
+    """Turns an error of a read into `Damaged`, unless the machine is its cause."""
     try:
         yield
     except Exception as error:
-        raise _blamed(error, part) from None
+        raise _read_error(error, part) from None
 
 
-def _blamed(error: BaseException, part: str) -> BaseException:
-    """What to raise for `error`: itself where the machine is to blame, or `Damaged`.
+def _read_error(error: BaseException, part: str) -> BaseException:
+    """The error to raise for `error`: `Damaged`, or `error`'s cause (out of memory).
 
-    No variable of a frame that `Damaged` goes through may hold the error, which holds
-    Orbax's tasks (`_silent`).
+    `error` refers to Orbax's tasks, which `_silent` must be able to collect. So no
+    function that `Damaged` passes through may have a variable that refers to `error`.
     """
     while error.__cause__ is not None:  # Orbax wraps the cause in its own errors
         error = error.__cause__
-    machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-    return error if isinstance(error, machine) else Damaged(f"{part}: {_line(error)}")
+    machine_errors = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+    if isinstance(error, machine_errors):
+        return error
+    return Damaged(f"{part}: {_line(error)}")
 
 
 def _meta(path: Path) -> Meta:
+    """A checkpoint's meta; ValueError where its format is newer than FORMAT."""
     with _reading("meta"):
         meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
         version = meta["format"]
@@ -381,7 +395,7 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _sharding(x: Any) -> jax.sharding.Sharding:
-    """That of `x`, or the first device's."""
+    """The sharding of `x`; if it has none, that of the first device."""
     sharding = getattr(x, "sharding", None)
     return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -392,10 +406,10 @@ def _check_arrays(
     config: dict[str, Any] | None = None,
     cast: bool = False,
 ) -> Meta:
-    """Reads a checkpoint's descriptions, not its arrays. Returns its meta.
+    """Compares a checkpoint's descriptions with `arrays`; reads no arrays.
 
-    Raises Damaged where one cannot be read, ValueError where a part of `arrays` is
-    missing or differs.
+    Returns the checkpoint's meta. Raises Damaged where a description cannot be read,
+    ValueError where a part of `arrays` is missing or differs.
     """
     meta = _meta(path)
     for name, wanted in arrays.items():
@@ -403,7 +417,7 @@ def _check_arrays(
             raise ValueError(f"{path} holds no {name}, only {', '.join(meta['parts'])}")
         with _reading(name):
             saved = ocp.metadata(path, checkpointable_name=name).metadata
-            if saved is None:  # Orbax has logged why, in many lines
+            if saved is None:  # Orbax logs the reason and returns None
                 raise ValueError("the description of the arrays cannot be read")
         if problem := _misfit(flatten_dict(saved, sep="/"), wanted, cast):
             raise ValueError(
@@ -422,7 +436,8 @@ def _load(
 ) -> tuple[dict[str, Any], Meta]:
     """(state, meta) of one step.
 
-    Descriptions are compared before arrays are read: another model is not damage.
+    It compares descriptions before it reads arrays, so that a checkpoint of another
+    model does not count as damaged.
     """
     wanted = {name: _shapes(tree) for name, tree in abstract_state.items()}
     meta = _check_arrays(path, wanted, config, cast)
@@ -432,7 +447,7 @@ def _load(
     with _reading("arrays"):
         loaded = ocp.load_checkpointables(path, nested)
     if data_iterator is not None:
-        _move(data_iterator, path)
+        _set_position(data_iterator, path)
     state = {}
     for name, tree in abstract_state.items():
         arrays = flatten_dict(loaded[name], sep="/")
@@ -441,10 +456,10 @@ def _load(
     return state, meta
 
 
-def _move(data_iterator: Any, path: Path) -> None:
+def _set_position(data_iterator: Any, path: Path) -> None:
     """Sets the iterator to the position that this process saved.
 
-    Grain names the files.
+    The file names are Grain's.
     """
     name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
     with _reading("data"):
@@ -468,7 +483,7 @@ def _move(data_iterator: Any, path: Path) -> None:
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves of a pytree by their path, such as layers/attention/wq.
 
-    The `.value` of Flax variables is no part of it.
+    The `.value` at the end of a Flax variable's path is left out.
     """
     leaves = tree_leaves_with_path(tree)
     named = {}
@@ -481,9 +496,10 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _misfit(saved: dict[str, Any], wanted: dict[str, Any], cast: bool) -> str | None:
-    """Which array differs between the checkpoint (`saved`) and `wanted`, and how.
+    """A message about the first array that differs between `saved` and `wanted`.
 
-    None where none does. With `cast`, floating-point dtypes may differ.
+    `saved` are the checkpoint's arrays. None where all fit. With `cast`, floating-point
+    dtypes may differ.
     """
     is_float = lambda x: jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
     for array in sorted(wanted.keys() | saved.keys()):
@@ -492,7 +508,7 @@ def _misfit(saved: dict[str, Any], wanted: dict[str, Any], cast: bool) -> str | 
         if array not in wanted:
             return f"{array} is in the checkpoint, but not here"
         there, here = saved[array], wanted[array]
-        if jax.numpy.issubdtype(here.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(here.dtype, jax.dtypes.prng_key):  # saved as integers
             here = jax.eval_shape(jax.random.key_data, here)
         if there.shape != here.shape:
             return (
@@ -505,7 +521,7 @@ def _misfit(saved: dict[str, Any], wanted: dict[str, Any], cast: bool) -> str | 
 
 
 def _differences(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """How two configurations' models and optimizers differ, as a message's end."""
+    """The fields of SECTIONS that differ, in brackets, to end a message; or ""."""
 
     def flat(config: dict[str, Any] | None) -> dict[str, Any]:
         sections = {name: (config or {}).get(name, {}) for name in SECTIONS}
@@ -520,7 +536,7 @@ def _differences(saved: dict[str, Any] | None, now: dict[str, Any] | None) -> st
     return f" ({'; '.join(sorted(fields))})" if fields else ""
 
 
-SECTIONS = ("model", "optimizer")  # of a configuration: they decide what arrays it has
+SECTIONS = ("model", "optimizer")  # the config's sections that decide on the arrays
 
 
 def _line(error: BaseException) -> str:
@@ -543,22 +559,26 @@ def _not_written(path: Path, error: Exception) -> OSError:
 def _filtered(
     names: Sequence[str | None], passes: Callable[[logging.LogRecord], bool]
 ) -> Iterator[None]:
-    """Drops the records of these loggers that `passes` refuses."""
-    keep = lambda record: passes(record)  # of this call: it is removed without others
+    """Drops the records of these loggers for which `passes` is false."""
+
+    # A new function for each call: removeFilter then leaves other calls' filters alone.
+    def filter_of_this_call(record: logging.LogRecord) -> bool:
+        return passes(record)
+
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
-        logger.addFilter(keep)
+        logger.addFilter(filter_of_this_call)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(keep)
+            logger.removeFilter(filter_of_this_call)
 
 
 def _without_progress() -> contextlib.AbstractContextManager[None]:
     """Drops Orbax's progress reports and its tracebacks of failures.
 
-    The failures are raised here, once.
+    `Checkpoints` raises the failures itself.
     """
 
     def passes(record: logging.LogRecord) -> bool:
@@ -569,10 +589,10 @@ def _without_progress() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Drops what Orbax prints about a damaged checkpoint: many lines.
+    """Drops the many lines that Orbax prints about a damaged checkpoint.
 
-    It leaves tasks that failed behind. Python would print their errors when it collects
-    them (`sys.unraisablehook`), so they are collected here.
+    Orbax does not await its failed tasks. Python prints their errors when it collects
+    them (`sys.unraisablehook`), so this function collects them while the hook is off.
     """
     hook, drop = sys.unraisablehook, lambda _: False
     with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
@@ -581,7 +601,7 @@ def _silent() -> Iterator[None]:
         try:
             yield
         except Damaged as error:
-            error.__context__ = None  # it holds the tasks
+            error.__context__ = None  # the context refers to the tasks
             gc.collect()
             raise
         finally:

@@ -38,8 +38,8 @@ from ladder_jax.hardware import distributed, malloc
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Trains the model of a recipe, a Python file that defines a `config`. Options
-    change its fields."""
+    """Trains the model of a recipe. A recipe is a Python file that defines a `config`;
+    the defaults below are its values, and options replace them."""
 
     config: Config = field(default_factory=Config, metadata=FLAT)
     resume: bool = False
@@ -48,11 +48,11 @@ class TrainArguments:
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     distributed: bool = False
-    """This is one process of several. Start the same command on every machine. A TPU
-    pod, Slurm or MPI tells each process its number; elsewhere the next three options
-    do."""
+    """Join a run of several processes. Start the same command on every machine. On a
+    TPU pod, under Slurm or MPI, each process learns its number; elsewhere give the next
+    three options."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, which the other processes connect to."""
+    """The address HOST:PORT of process 0, to which the others connect."""
     processes: int | None = None
     """The number of processes."""
     process: int | None = None
@@ -61,8 +61,8 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """Writes the text with which a model continues a prompt, token by token. With
-    --prompts-file, decodes many prompts at a time."""
+    """Prints a model's continuation of a prompt, token by token. With --prompts-file,
+    decodes many prompts together and writes the outputs to a file."""
 
     checkpoint: str = field(metadata=POSITIONAL)
     """A run's folder, its checkpoints folder, or the folder of one step."""
@@ -76,18 +76,26 @@ class GenerateArguments:
     """The file for the outputs of --prompts-file. Outputs that it already holds are not
     generated again."""
     max_tokens: int | None = None
-    """The most tokens to generate. None: 200, or as many as the model has room for."""
+    """The most tokens to generate. None: 200, or fewer if the model's max_length is
+    reached first."""
     temperature: float = 0.0
-    """0: the most probable token at every step."""
+    """Divides the logits before a token is drawn. 0: always the most probable token."""
     top_k: int = 0
     """Draw from this many most probable tokens. 0: from all tokens."""
     top_p: float = 1.0
     """Draw from the most probable tokens that together have this probability."""
     seed: int = 0
+    """Seeds the random draws. With --prompts-file, each row gets a seed of its own from
+    this one."""
+    stop: tuple[str, ...] = ()
+    """Generation stops at the first of these strings, which the output leaves out."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids of tokens at which generation stops. By default, the tokenizer's
+    end token."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
-    """Devices to shard the model over."""
+    """Devices to shard the model over. None: 1; for a desync model, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     decode: Decode = field(default_factory=lambda: Decode(slots=16), metadata=FLAT)
@@ -100,41 +108,45 @@ class TokenizerArguments:
     source: str = field(metadata=POSITIONAL)
     """A folder, file or glob of text, or builtin."""
     vocab_size: int = 4096
+    """Tokens, 260 or more."""
     out: str = "tokenizer.json"
+    """The file to write."""
     text_field: str = "text"
     """The field of JSONL rows and Parquet columns that holds the text."""
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Compiles the program of a recipe for chips that this machine does not have, and
-    shows which communication compute hides."""
+    """Compiles a recipe's program for chips that this machine does not have, and shows
+    its predicted time and which communication overlaps with compute."""
 
     recipe: str = field(metadata=POSITIONAL)
     """A Python file that defines a `config`."""
     target: str
-    """TPU slices: v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, ...; GPUs, nodes x GPUs of
-    a node: h100:1x8."""
+    """TPU slice, such as v5e:2x4, v6e:2x4, v5p:2x2x2 or tpu7x:2x2x1; or nodes x GPUs of
+    a node, such as h100:1x8."""
     workload: Literal["decode", "prefill", "train"] = "decode"
+    """The program: one decode step, one prefill, or one training step."""
     batch: int = 1
-    """Rows, over all devices."""
+    """Requests or sequences, over all devices."""
     context: int | None = None
-    """Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train).
-    None: 2048."""
+    """Tokens of the cache (decode), of a prompt (prefill) or of a sequence (train).
+    None: 2048, or the model's max_length if that is less."""
     schedule: str | None = None
     """The residual schedule. None: the recipe's."""
     reduction: str = "auto"
-    """See mesh.reduction."""
+    """The algorithm that sums partials: see --mesh.reduction of ladder-jax train."""
     tensor: int | None = None
     """Devices that share a block's work. None: the recipe's mesh.tensor."""
     compare: bool = False
-    """Compare standard, parallel, ladder, hybrid, desync and no communication."""
+    """Compare the schedules standard, parallel, ladder, hybrid and desync, and a model
+    that does not communicate."""
     plot: str | None = None
-    """A PNG file for the timeline."""
+    """Write the timeline to this PNG file."""
     hlo: str | None = None
-    """A file for the scheduled program."""
+    """Write the text of XLA's scheduled program to this file."""
     json: bool = False
-    """Print one JSON object."""
+    """Print JSON."""
 
 
 # ---------------------------------------------------------------- commands
@@ -199,12 +211,11 @@ def generate(words: list[str]) -> int:
     tensor = arguments.tensor
     mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
     loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh_config)
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     options = {name: getattr(arguments, name) for name in names}
+    options["stop_token_ids"] = arguments.stop_token_ids or None
     if arguments.prompts_file is not None:
-        path = arguments.prompts_file
-        print(generate_file(path, arguments, loaded, options), flush=True)
-        return 0
+        return generate_file(arguments.prompts_file, arguments, loaded, options)
     for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
     print(flush=True)
@@ -213,8 +224,8 @@ def generate(words: list[str]) -> int:
 
 def generate_file(
     path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
-) -> str:
-    """Decodes the prompts of a file with the engine, and returns a summary."""
+) -> int:
+    """Decodes a file of prompts with the engine. Returns 1 if a row failed, or 0."""
     from ladder_jax.serve import offline
     from ladder_jax.serve.engine import Engine
 
@@ -229,21 +240,23 @@ def generate_file(
     count, before, failed = offline.run(engine, path, arguments.out, options)
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
-    return text + (f", {failed} of them errors" if failed else "")
+    text += f", {failed} of them errors" if failed else ""
+    print(text, flush=True)
+    return 1 if failed else 0
 
 
 def tokenizer(words: list[str]) -> int:
     """`ladder-jax tokenizer SOURCE ...`"""
     arguments = parse(TokenizerArguments, words, "tokenizer")
-    from ladder_jax.data import tokenizer as tokenizers
     from ladder_jax.data.corpus import documents
+    from ladder_jax.data.tokenizer import train as train_tokenizer
 
     size, out = arguments.vocab_size, arguments.out
     require(size >= 260, "vocab_size", size, "260 or more")
     data_config = Data(source=arguments.source, text_field=arguments.text_field)
-    trained = tokenizers.train(documents(data_config), size)
-    trained.save(out)
-    print(f"done: {trained.size} tokens in {out}: use it with --data.tokenizer {out}")
+    bpe = train_tokenizer(documents(data_config), size)
+    bpe.save(out)
+    print(f"done: {bpe.size} tokens in {out}: use it with --data.tokenizer {out}")
     return 0
 
 
@@ -267,7 +280,10 @@ def bench(words: list[str]) -> int:
     names = ("train", "decode", "peers")
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
-        print("Measures this project beside others. Each takes --help.")
+        print(
+            "Measures this project beside others. "
+            "See ladder-jax bench train --help, and so on."
+        )
         return 0
     if not words:
         raise ConfigError(f"missing argument: one of {', '.join(names)}")
@@ -290,10 +306,10 @@ USAGE = """usage: ladder-jax COMMAND ...
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
   tokenizer SOURCE       trains a tokenizer on a corpus
-  plan RECIPE            predicts a program's speed on chips that are not here
+  plan RECIPE            predicts a program's speed on chips that this machine lacks
   bench WHAT             measures this project beside others: train, decode, peers
 
-Each takes --help.
+Each command has options: see ladder-jax COMMAND --help.
 
 Exit status: 0 done; 1 failed; 2 a mistake in the arguments, the recipe or the data;
 128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` has saved then, and the
@@ -307,7 +323,8 @@ DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
 def emulate(devices: int | None) -> None:
-    """Emulates `devices` devices, and says which variables of the user it overrides."""
+    """Emulates `devices` devices; None: does nothing. Prints which of the user's
+    environment variables it overrides."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     flags = os.environ.get("XLA_FLAGS", "").split()
     distributed.emulate(devices)
@@ -326,11 +343,11 @@ def emulate(devices: int | None) -> None:
 def join(arguments: TrainArguments) -> None:
     """Joins the other processes of the run where --distributed is given."""
     names = ("coordinator", "processes", "process")
-    given = {name: getattr(arguments, name) for name in names}
+    values = {name: getattr(arguments, name) for name in names}
     if arguments.distributed:
-        distributed.join(**given)
+        distributed.join(**values)
         return
-    for name, value in given.items():
+    for name, value in values.items():
         if value is not None:
             raise ConfigError(f"{name}={value!r} is not accepted without --distributed")
 
@@ -356,7 +373,7 @@ def require_devices() -> None:
 
 
 def main() -> None:
-    """Entry point of the command: exits with one of the statuses above."""
+    """Entry point of the command: exits with a status that the module's text lists."""
     open_standard_streams()
     try:
         status = run(sys.argv[1:])
@@ -396,14 +413,14 @@ def run(words: list[str]) -> int:
 
 
 def unknown(kind: str, word: str, known: Any) -> str:
-    """The message about a `word` that is none of the `known` ones of this kind."""
+    """The message about a `word` that is not among the `known` words of this kind."""
     near = near_matches(word, known)
     hint = f" (perhaps {' or '.join(near)})" if near else ""
     return f"unknown {kind} {word!r}; choose from {', '.join(known)}{hint}"
 
 
 def open_standard_streams() -> None:
-    """Gives the process the standard streams that it was started without (`>&-`).
+    """Opens the standard streams that the shell closed (`>&-`), as os.devnull.
 
     Otherwise the first files that it opens would take their numbers, and what XLA
     writes to number 2 would end up in a checkpoint.
@@ -432,9 +449,9 @@ def print_safely(text: str, stream: Any = None) -> None:
 
 
 def discard_unwritten() -> None:
-    """Points streams that cannot be written to nothing.
+    """Points output streams that cannot be written to os.devnull.
 
-    Python flushes them at exit, and would exit with status 120.
+    Otherwise Python would fail to flush them at exit, and exit with status 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

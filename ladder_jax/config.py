@@ -1,4 +1,4 @@
-"""Typed configuration of a run: frozen dataclasses that check their values when built.
+"""The configuration of a run, as frozen dataclasses that check their values.
 
 A recipe in `configs/` builds one `Config`. Any field can be overridden on the command
 line (`--train.steps 50`). Every checkpoint stores the `Config` of its run as JSON.
@@ -28,7 +28,19 @@ class ConfigError(ValueError):
 def require(ok: object, name: str, value: object, accepted: str) -> None:
     """Raises ConfigError with the field, its value and `accepted`, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name}={value!r} is not accepted: it must be {accepted}")
+        text = short_repr(value)
+        raise ConfigError(f"{name}={text} is not accepted: it must be {accepted}")
+
+
+def short_repr(value: object, most: int = 60) -> str:
+    """Returns a value's repr on one line, cut after `most` characters."""
+    if isinstance(value, (list, tuple)):
+        value = value[:most]  # the repr of more items is longer than `most` anyway
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # __repr__ of a user's class; or an int of more than 4300 digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Section:
@@ -66,13 +78,16 @@ class Section:
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Llama-3.1's rescaling of rotary frequencies, for longer contexts."""
+    """Scaling of rotary frequencies for longer contexts, as in Llama 3.1."""
 
     section = "model.rope_scaling"
-    # 1 means no rescaling.
+    # Low frequencies are divided by this. 1: no scaling.
     factor: float = 1.0
+    # Frequencies are low if they turn at most this often in original_length tokens.
     low_freq_factor: float = 1.0
+    # Frequencies stay as they are if they turn at least this often.
     high_freq_factor: float = 4.0
+    # The context that the model was trained with before, in tokens.
     original_length: int = 8192
 
     def check(self) -> None:
@@ -89,25 +104,35 @@ class Model(Section):
     """A Llama-family decoder and the residual schedule that its blocks follow."""
 
     section = "model"
+    # At least the number of the tokenizer's tokens.
     vocab_size: int = 320
+    # The width of the residual stream.
     dim: int = 256
     layers: int = 4
+    # Query heads.
     heads: int = 8
+    # Key and value heads: a divisor of heads.
     kv_heads: int = 8
+    # The width of a head, an even number.
     head_dim: int = 32
+    # The hidden width of the MLP.
     ffn_dim: int = 768
     # The longest context, in tokens.
     max_length: int = 2048
-    # The residual schedule: standard, ladder, hybrid:last16, ... (see schedule.py).
+    # The residual schedule: standard, parallel, ladder, hybrid:last16, desync:2, ...
+    # (see schedule.py).
     residual: str = "ladder"
+    # The base of the rotary embedding.
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
+    # The input and the output share one embedding.
     tie_embeddings: bool = False
-    # RMSNorm on the query and key of every head (as in Qwen3).
+    # RMSNorm on the query and key of every head, as in Qwen3.
     qk_norm: bool = False
-    # Biases on query, key and value (as in Qwen2).
+    # Biases on query, key and value, as in Qwen2.
     qkv_bias: bool = False
+    # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -131,7 +156,7 @@ class Model(Section):
 
 @dataclass(frozen=True)
 class Mesh(Section):
-    """Devices along each mesh axis; one axis may be -1: all devices that are left."""
+    """Devices along each mesh axis; one axis may be -1, for all remaining devices."""
 
     section = "mesh"
     # Replicas of the parameters.
@@ -140,8 +165,9 @@ class Mesh(Section):
     fsdp: int = 1
     # Shards of every block's work (tensor parallelism).
     tensor: int = 1
-    # How partials are summed. auto: chosen for the machine and each message's size;
-    # psum on machines that residual/choose.py does not know.
+    # The algorithm that sums partials over the tensor axis. auto: the fastest one for
+    # the machine and the size of each message; psum on machines that residual/choose.py
+    # does not know.
     reduction: Literal[
         "auto",
         "psum",
@@ -193,18 +219,22 @@ class Optimizer(Section):
     """AdamW, a learning-rate schedule in steps, and global-norm clipping."""
 
     section = "optimizer"
+    # The peak of the learning rate.
     learning_rate: float = 3e-4
+    # After warm-up, cosine falls at once, wsd stays constant and falls linearly at the
+    # end, and constant does not fall.
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    # Steps in which the learning rate rises to its peak.
     warmup_steps: int = 100
-    # Length of the final decay. None: all steps after warm-up (cosine), a fifth of
-    # the run (wsd).
+    # Steps of the final decay. None: all steps after warm-up (cosine), a fifth of the
+    # run (wsd).
     decay_steps: int | None = None
     # The learning rate after the decay, as a fraction of learning_rate.
     final_lr_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    # Applied to matrices alone, not to norms and biases.
+    # The decay of matrices; norms and biases do not decay.
     weight_decay: float = 0.1
     # The largest global gradient norm. None: no clipping.
     clip_norm: float | None = 1.0
@@ -240,23 +270,31 @@ class Train(Section):
     global_batch: int = 8
     # Tokens in a sequence.
     seq_len: int = 256
-    # A step computes its batch in this many parts, one after another.
+    # The parts of a batch that a step computes one after another, to take less memory.
     grad_accum_steps: int = 1
-    # Activations that the backward pass recomputes (see model.REMAT).
+    # Activations that stay in memory for the backward pass, which recomputes the rest.
+    # none: all stay; dots: matrix products and reductions; reductions: reductions;
+    # full: the input of each layer.
     remat: Literal["none", "dots", "reductions", "full"] = "none"
     # Tokens whose logits exist at one time on a device. 0: all of them.
     loss_chunk: int = 0
+    # Seeds the initial weights, the order of the documents and the sample.
     seed: int = 0
+    # Steps from one line of output to the next.
     log_every: int = 10
+    # Steps from one evaluation on held-out documents to the next.
     eval_every: int = 200
+    # Batches of an evaluation.
     eval_batches: int = 8
+    # Steps from one checkpoint to the next.
     save_every: int = 200
-    # Newest checkpoints that stay on disk.
+    # How many of the newest checkpoints stay on disk.
     keep_checkpoints: int = 3
-    # Steps in the profiler's trace, after the first two. 0: no trace.
+    # Steps that the profiler traces, after the first two steps. 0: no trace.
     profile_steps: int = 0
     # Tokens of text that the model writes after the last step. 0: none.
     sample_tokens: int = 0
+    # Write metrics for TensorBoard too.
     tensorboard: bool = False
     # Peak TFLOP/s of one device, for MFU. None: from the table in hardware/chips.py.
     peak_tflops: float | None = None
@@ -290,15 +328,16 @@ class Decode(Section):
     """The decode engine: the memory that it takes, and how long one call of it runs."""
 
     section = "decode"
-    # Requests that decode together, at most. None: as many as kv_memory holds.
+    # The most requests that decode together. None: as many as kv_memory holds.
     slots: int | None = 8
-    # Prefilled requests that wait on the device. None: half of slots, 2 or more.
+    # The most prefilled requests that wait on the device. None: half of slots, 2 or
+    # more.
     staging: int | None = None
     # The longest request, prompt and output, in tokens. None: model.max_length.
     max_length: int | None = None
-    # Iterations of one jitted call, at most.
+    # The most decode iterations of one jitted call.
     steps_per_call: int = 16
-    # Requests that wait on the host, at most.
+    # The most requests that wait on the host.
     queue_size: int = 1024
     # The dtype of cached keys and values. auto: the model's; float32 on CPUs, where
     # a write into a bfloat16 cache copies the cache.
@@ -306,25 +345,26 @@ class Decode(Section):
     # Memory of one device for keys and values, such as 512MiB. None: as much as slots
     # and staging take.
     kv_memory: str | None = None
-    # Prompt tokens of one prefill call, and of all prefill calls between two decode
-    # calls, at most.
+    # The most prompt tokens of one prefill call, and of all prefill calls between two
+    # decode calls.
     prefill_budget: int = 256
     # The part of kv_memory that stores prefixes shared by prompts.
     prefix_memory: str = "0"
     # Tokens of a shared prefix that are stored and looked up together.
     prefix_block: int = 32
-    # Alternatives that a request may ask for, at most.
+    # The most alternatives to each token whose log-probabilities a request may ask for.
     max_logprobs: int = 0
-    # Ids that a request may stop at, at most.
+    # The most token ids that a request may stop at.
     max_stop_ids: int = 4
-    # Ids that a request may bias, at most.
+    # The most token ids that a request may bias.
     max_logit_bias: int = 16
-    # Shrinks and grows the compiled width and length with the live requests.
+    # Run programs compiled for fewer slots and shorter requests where those suffice.
     fit_shapes: bool = True
-    # One array a layer, so that decoding copies no slice of a stack (compiles longer).
+    # Store one array a layer, not one stack of all: decoding copies less, and XLA
+    # compiles longer.
     unroll_layers: bool = True
-    # while: a call ends early. fixed: a call runs all its iterations, with masks.
-    # auto: fixed on GPUs.
+    # while: a call ends early when no request is left. fixed: a call runs all its
+    # iterations. auto: fixed on GPUs, while on other devices.
     loop: Literal["auto", "while", "fixed"] = "auto"
 
     def check(self) -> None:
@@ -403,12 +443,12 @@ RENAMED_VALUES = {("train.remat", "products"): "dots"}
 
 
 def to_dict(section: Section) -> dict[str, Any]:
-    """`section` as a dict of plain values, ready for JSON."""
+    """`section` as a dict of plain values that JSON can store."""
     return dataclasses.asdict(section)  # type: ignore[call-overload]  # all are
 
 
 def from_dict(values: Mapping[str, Any], cls: type = Config) -> Any:
-    """The section that `to_dict` gave `values` for; the inverse of `to_dict`.
+    """The section of class `cls` with these `values`; the inverse of `to_dict`.
 
     Fields that `values` does not name have their defaults. Names and values of
     ladder_jax 0.1.0 are accepted. Raises ConfigError on an unknown field.
@@ -516,7 +556,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What a message calls the type `hint`."""
+    """The words for the type `hint` in a message, such as "a whole number"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, args))

@@ -1,9 +1,10 @@
-"""Temporal fusion: requests of different ages decode together in one jitted loop.
+"""Decodes requests that start at different times together, in one jitted loop.
 
-On the device a request is one row: its keys and values, and a `SlotState` with all
-else that decoding it needs. A row is in one of W **slots**, where it decodes, or in
-one of R places of **staging**, where prefilled requests wait for a slot. One call of
-the **chunk** runs up to K iterations. Each iteration
+This is called temporal fusion. On the device a request is one row: its keys and values,
+and a `SlotState` with everything else that the device needs to decode it. The row is in
+one of W **slots**, where the device decodes it, or in one of the R rows of **staging**,
+where prefilled requests wait for a slot. One call of the **chunk** runs up to K
+iterations. Each iteration
 
     1. admits: while a slot is free and a request waits, copies the waiting request
        with the lowest admission order into the first free slot;
@@ -15,11 +16,11 @@ So another request takes a freed slot in the next iteration, without the host. T
 host reads the events of a chunk while the device runs the next chunk. The device
 takes all these decisions, and every shard takes the same ones.
 
-The decode state is one donated pytree. An iteration costs what the compiled shape (W
-slots of S tokens) costs, whatever is live. So the engine keeps that shape close to the
-live requests: `reshape` gives the state another shape with the fewest moves.
+The decode state is one donated pytree. The cost of an iteration depends on its compiled
+shape (W slots of S tokens), not on how many slots are active. So the engine changes the
+shape with the load, see decode_shapes.py.
 
-W slots, R staging places, P prompts, T prompt tokens, C prompt width, S cache length,
+W slots, R staging rows, P prompts, T prompt tokens, C prompt width, S cache length,
 V vocabulary, E entries of a list, K iterations, B rows. In the shape of a cache: L
 layers, K key-value heads, H head.
 """
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import kv_cache, sampling, sharding
@@ -41,7 +42,7 @@ from ladder_jax.model import Transformer, Unstacked, abstract, hidden, logits, u
 from ladder_jax.sampling import Array
 
 NO_REQUEST = -1  # the request id of an empty slot
-NOT_WAITING = 2**31 - 1  # the admission order of an empty place in staging
+NOT_WAITING = 2**31 - 1  # the admission order of an empty row of staging
 
 # Flags of an event: no token, a token, the last one that max_tokens allows, a stop id.
 IDLE, TOKEN, LENGTH, STOP = range(4)
@@ -58,18 +59,18 @@ ADMISSIONS_PER_STEP = 2
 
 
 class SlotState(NamedTuple):
-    """All that decoding a request needs beside its keys and values.
+    """Everything that the device needs to decode requests, without keys and values.
 
-    Arrays lead with a dimension of slots or of staging places. The host builds those
-    of new requests with NumPy.
+    The first dimension of every array is that of the slots, or of the staging rows. The
+    host builds the arrays of a new request with NumPy.
     """
 
-    request: Array  # int32: its id, or NO_REQUEST
-    active: Array  # bool: it advances in this iteration (staging: False)
-    admission_order: Array  # int32: the lowest is admitted first; or NOT_WAITING
+    request: Array  # int32: the request's id, or NO_REQUEST
+    active: Array  # bool: the request advances in this iteration (staging: False)
+    admission_order: Array  # int32: the lowest one is admitted first; or NOT_WAITING
     token: Array  # int32: the last token, which the model has not seen yet
-    position: Array  # int32: where that token stands in the sequence
-    remaining: Array  # int32: tokens that it may still emit
+    position: Array  # int32: the index of that token in its sequence
+    remaining: Array  # int32: how many tokens it may still emit
     stops: Array  # int32 [., E]: ids that end it, padded with NO_REQUEST
     logprobs: Array  # bool: its events carry log-probabilities
     sampling: sampling.SamplingParams
@@ -77,7 +78,7 @@ class SlotState(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The rows of the slots, or of staging.
+    """The rows of all slots, or all rows of staging.
 
     Keys and values are a list of KVs [W or R, K, S, H], one a layer, if the layers are
     unrolled; else one KV [L, W or R, K, S, H].
@@ -95,7 +96,7 @@ class DecodeState(NamedTuple):
 
 
 class Events(NamedTuple):
-    """What each row emitted: arrays [K, W] of a chunk, [P] of a prefill call."""
+    """The events of the rows: arrays [K, W] of a chunk, [P] of a prefill call."""
 
     request: Array  # int32: a request id, or NO_REQUEST
     token: Array  # int32
@@ -111,17 +112,17 @@ class Prompts(NamedTuple):
     tokens: Array  # int32 [P, T]: the piece, padded
     start: Array  # int32: where in its prompt the piece starts
     length: Array  # int32: tokens of the piece without padding
-    staging_index: Array  # int32: its place in staging; R: the row is padding
+    staging_index: Array  # int32: its row of staging; R: this row is padding
     last: Array  # bool: the prompt ends with this piece
     # int32 [P, C]: the whole prompt, padded with ids outside the vocabulary; only
     # rows with `last` are read.
     prompt: Array
-    # Of the request. Prefill sets token, position, history and active.
+    # The requests' states. Prefill sets token, position, history and active.
     state: SlotState
 
 
 class DecodeSpec(NamedTuple):
-    """All that the compiled programs of an engine depend on, beside array shapes.
+    """Everything, except array shapes, that an engine's compiled programs depend on.
 
     It is hashable: engines with equal specs share their compiled programs.
     """
@@ -129,12 +130,12 @@ class DecodeSpec(NamedTuple):
     model_config: Model
     mesh: Mesh
     vocabulary: int  # only ids below it are sampled
-    max_stop_ids: int  # of a request
+    max_stop_ids: int  # stop ids that a request may have
     max_logit_bias: int  # ids that a request may bias
-    max_logprobs: int  # alternatives that an event has room for
+    max_logprobs: int  # likeliest ids that an event has room for
     kv_dtype: str  # one of kv_cache.DTYPES
     unroll_layers: bool  # one array a layer, not a stack of all layers
-    fixed_trip_count: bool  # masks, no branches: see ADMISSIONS_PER_STEP
+    fixed_trip_count: bool  # no branches, see ADMISSIONS_PER_STEP
     reduction: Any = "psum"  # see model.hidden
 
 
@@ -176,27 +177,28 @@ def state_specs(spec: DecodeSpec) -> Any:
 
 
 def weights_specs(spec: DecodeSpec) -> Any:
-    """Returns the PartitionSpecs of the weights that `place_weights` returns."""
-    arrange = functools.partial(_arrange, spec)
-    weights = jax.eval_shape(arrange, abstract(spec.model_config))
+    """Returns the PartitionSpecs of the weights that `prepare_weights` returns."""
+    cast = functools.partial(_cast_and_unstack, spec)
+    weights = jax.eval_shape(cast, abstract(spec.model_config))
     return sharding.parameter_specs(weights)
 
 
-def empty(spec: DecodeSpec, width: int, places: int, length: int) -> DecodeState:
+def empty(spec: DecodeSpec, width: int, staging_size: int, length: int) -> DecodeState:
     """Allocates a DecodeState without requests.
 
     Args:
-      width: W, slots.
-      places: R, places in staging.
-      length: S, tokens that each row's keys and values have room for.
+      width: W, the number of slots.
+      staging_size: R, the number of rows of staging.
+      length: S, the tokens that each row's keys and values have room for.
     """
-    return _make_empty(spec, width, places, length)()
+    return _make_empty(spec, width, staging_size, length)()
 
 
 @functools.lru_cache(maxsize=256)
 def _make_empty(
-    spec: DecodeSpec, width: int, places: int, length: int
+    spec: DecodeSpec, width: int, staging_size: int, length: int
 ) -> Callable[[], DecodeState]:
+    """Jits the function without arguments that allocates the state."""
     model_config = spec.model_config
 
     def empty_rows(count: int) -> Slots:
@@ -209,11 +211,15 @@ def _make_empty(
         return Slots(state, kv_cache.empty((layers, *shape), spec.kv_dtype))
 
     def build() -> DecodeState:
-        return _strong(DecodeState(empty_rows(width), empty_rows(places)))
+        state = DecodeState(empty_rows(width), empty_rows(staging_size))
+        return _without_weak_types(state)
 
-    # One PartitionSpec stands for a whole subtree: give every array its own.
+    def spec_of_every_array(partition: P, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: partition, subtree)
+
+    # `state_specs` has one PartitionSpec for a whole subtree. jit wants one per array.
     specs = jax.tree.map(
-        lambda spec, part: jax.tree.map(lambda _: spec, part),
+        spec_of_every_array,
         state_specs(spec),
         jax.eval_shape(build),
         is_leaf=lambda x: isinstance(x, P),
@@ -221,12 +227,12 @@ def _make_empty(
     return jax.jit(build, out_shardings=sharding.named_shardings(spec.mesh, specs))
 
 
-def _strong(tree: Any) -> Any:
-    """Strips JAX's weak types from a tree of arrays."""
+def _without_weak_types(tree: Any) -> Any:
+    """Returns the arrays of a tree with the same dtypes, none of them weakly typed."""
     return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), tree)
 
 
-def _compiled(
+def _jit_on_mesh(
     function: Callable[..., Any],
     spec: DecodeSpec,
     in_specs: Any,
@@ -238,16 +244,16 @@ def _compiled(
 
     Args:
       donate: the number of the argument to donate.
-      workload: whose options of XLA apply, see xla_options.options.
+      workload: which of XLA's options to use, see xla_options.options.
     """
 
-    # A call's outputs are the next call's inputs. Their shardings are pinned and their
-    # weak types stripped: else jit would see inputs of another type and compile again.
-    def strong(*args: Any) -> Any:
-        return _strong(function(*args))
+    # The outputs of one call are inputs of the next. With other shardings or with weak
+    # types, jit would take them for inputs of another type and compile again.
+    def run(*args: Any) -> Any:
+        return _without_weak_types(function(*args))
 
     return jax.jit(
-        sharding.shard_map(strong, spec.mesh, in_specs, out_specs),
+        sharding.shard_map(run, spec.mesh, in_specs, out_specs),
         donate_argnums=donate,
         out_shardings=sharding.named_shardings(spec.mesh, out_specs),
         compiler_options=xla_options.options(spec.mesh, workload),
@@ -257,25 +263,26 @@ def _compiled(
 # ---------------------------------------------------------------- the weights
 
 
-def place_weights(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
-    """Returns the weights of `model`, which is on the mesh, as the programs take them.
+def prepare_weights(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
+    """Converts the weights of `model`, which is on the mesh, for the compiled programs.
 
-    Matrices are in the compute dtype and, if `spec.unroll_layers`, layers are a list. A
-    decode step costs what reading its weights costs: a cast inside it would read twice
-    as much, and a scan over stacked layers copies each layer out of the stack on GPUs.
+    Matrices are cast to the compute dtype and, if `spec.unroll_layers`, the layers
+    become a list. The time of an iteration is the time to read the weights: a cast in
+    the iteration would read twice as much, and on GPUs a scan over stacked layers
+    copies each layer out of the stack.
     """
-    return _make_arrange(spec)(model)
+    return _make_prepare_weights(spec)(model)
 
 
 @functools.lru_cache(maxsize=32)
-def _make_arrange(spec: DecodeSpec) -> Callable[..., Any]:
+def _make_prepare_weights(spec: DecodeSpec) -> Callable[..., Any]:
     return jax.jit(
-        functools.partial(_arrange, spec),
+        functools.partial(_cast_and_unstack, spec),
         out_shardings=sharding.named_shardings(spec.mesh, weights_specs(spec)),
     )
 
 
-def _arrange(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
+def _cast_and_unstack(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
     def cast(role: sharding.Role, x: jax.Array) -> jax.Array:
         return x if role == "norm" else x.astype(spec.model_config.dtype)
 
@@ -287,29 +294,31 @@ def _arrange(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
 
 
 def any_waiting(state: DecodeState) -> jax.Array:
-    """Whether a request waits in staging: a bool scalar."""
+    """Returns a bool scalar: whether a request waits in staging."""
     return state.staging.state.admission_order.min() < NOT_WAITING
 
 
 def admit(state: DecodeState) -> DecodeState:
-    """Moves the waiting request with the lowest order into the first free slot.
+    """Moves the waiting request with the lowest admission order into a free slot.
 
-    The state stays the same if no request waits or no slot is free.
+    It takes the first free slot. The state stays the same if no request waits or no
+    slot is free.
     """
     slots, staging = state.slots.state, state.staging.state
     index = jnp.argmin(staging.admission_order)
     slot = jnp.argmin(slots.active)
-    moves = (staging.admission_order[index] < NOT_WAITING) & ~slots.active[slot]
-    # Where nothing moves, both lie outside their arrays, and JAX drops the writes.
-    to_slot = jnp.where(moves, slot, slots.active.size)
-    from_index = jnp.where(moves, index, staging.admission_order.size)
+    is_waiting = staging.admission_order[index] < NOT_WAITING
+    can_move = is_waiting & ~slots.active[slot]
+    # If no request can move, both indices are out of bounds, and JAX drops the writes.
+    to_slot = jnp.where(can_move, slot, slots.active.size)
+    from_index = jnp.where(can_move, index, staging.admission_order.size)
 
     def copy(old: jax.Array, source: jax.Array) -> jax.Array:
         return old.at[to_slot].set(source[index], mode="drop")
 
     def copy_kv(old: jax.Array, source: jax.Array) -> jax.Array:
-        stacked = old.ndim == 5
-        return jax.vmap(copy)(old, source) if stacked else copy(old, source)
+        has_layers = old.ndim == 5  # [L, W, K, S, H], not one layer's [W, K, S, H]
+        return jax.vmap(copy)(old, source) if has_layers else copy(old, source)
 
     slots = jax.tree.map(copy, slots, staging)
     slots = slots._replace(active=slots.active.at[to_slot].set(True, mode="drop"))
@@ -326,8 +335,8 @@ def admit_all(spec: DecodeSpec, state: DecodeState) -> DecodeState:
     With `spec.fixed_trip_count` it tries ADMISSIONS_PER_STEP times instead.
     """
     if spec.fixed_trip_count:
-        places = state.staging.state.admission_order.size
-        for _ in range(min(ADMISSIONS_PER_STEP, places)):
+        staging_size = state.staging.state.admission_order.size
+        for _ in range(min(ADMISSIONS_PER_STEP, staging_size)):
             state = admit(state)
         return state
 
@@ -338,8 +347,9 @@ def admit_all(spec: DecodeSpec, state: DecodeState) -> DecodeState:
 
 
 def no_events(spec: DecodeSpec, *shape: int) -> Events:
-    """Returns Events of this shape in which nothing happens."""
-    zeros, top_shape = jnp.zeros(shape, jnp.int32), (*shape, spec.max_logprobs)
+    """Returns Events of this shape, all of them IDLE."""
+    zeros = jnp.zeros(shape, jnp.int32)
+    top_shape = *shape, spec.max_logprobs
     return Events(
         request=zeros + NO_REQUEST,
         token=zeros,
@@ -355,38 +365,41 @@ def next_tokens(
     logits_BV: jax.Array,
     rows_B: SlotState,
     position_B: jax.Array,
-    counts_B: jax.Array,
+    emits_B: jax.Array,
 ) -> tuple[Events, SlotState]:
     """Samples the next token of every row.
 
     Args:
       logits_BV: float32, of the whole vocabulary.
       rows_B: the requests' states.
-      position_B: where in its sequence the next token will stand.
-      counts_B: bool; the other rows emit nothing, and their new state is not used.
-    Returns (events [B], the states after it).
+      position_B: the index of the next token in its sequence.
+      emits_B: bool; the other rows emit nothing, and their new state is not used.
+    Returns (events [B], the new states).
     """
-    maybe = sampling.run_always if spec.fixed_trip_count else sampling.run_if
+    run = sampling.run_always if spec.fixed_trip_count else sampling.run_if
     token_B = sampling.sample_tokens(
-        logits_BV, rows_B.sampling, rows_B.history, position_B, spec.vocabulary, maybe
+        logits_BV, rows_B.sampling, rows_B.history, position_B, spec.vocabulary, run
     )
-    wants_logprobs_B = rows_B.logprobs & counts_B
-    any_wants = wants_logprobs_B.any()
-    nothing = no_events(spec, token_B.size)
-    logprob_B, top_ids_BE, top_logprobs_BE = maybe(
-        any_wants,
-        lambda _: sampling.log_probabilities(
+    wants_logprobs_B = rows_B.logprobs & emits_B
+
+    def log_probabilities(_: Any) -> Any:
+        return sampling.log_probabilities(
             logits_BV, token_B, spec.max_logprobs, spec.vocabulary
-        ),
-        (nothing.logprob, nothing.top_ids, nothing.top_logprobs),
+        )
+
+    idle = no_events(spec, token_B.size)
+    logprob_B, top_ids_BE, top_logprobs_BE = run(
+        wants_logprobs_B.any(),
+        log_probabilities,
+        (idle.logprob, idle.top_ids, idle.top_logprobs),
     )
     stops_B = (rows_B.stops == token_B[:, None]).any(axis=1)
     remaining_B = rows_B.remaining - 1
     flag_B = jnp.where(remaining_B <= 0, LENGTH, TOKEN)
     flag_B = jnp.where(stops_B, STOP, flag_B)
-    flag_B = jnp.where(counts_B, flag_B, IDLE)
+    flag_B = jnp.where(emits_B, flag_B, IDLE)
     events = Events(
-        request=jnp.where(counts_B, rows_B.request, NO_REQUEST),
+        request=jnp.where(emits_B, rows_B.request, NO_REQUEST),
         token=token_B,
         flag=flag_B,
         logprob=jnp.where(wants_logprobs_B, logprob_B, 0),
@@ -397,14 +410,17 @@ def next_tokens(
         token=token_B,
         position=position_B,
         remaining=remaining_B,
-        history=sampling.update_history(rows_B.history, token_B, counts_B),
+        history=sampling.update_history(rows_B.history, token_B, emits_B),
     )
 
 
 def iterate(
     spec: DecodeSpec, weights: Transformer | Unstacked, state: DecodeState
 ) -> tuple[DecodeState, Events]:
-    """Runs one iteration: admission, one token of every slot. Returns events [W]."""
+    """Runs one iteration: admits requests, then advances every active slot by a token.
+
+    Returns (state, events [W]).
+    """
     state = admit_all(spec, state)
     slots, kv = state.slots
     x_W1D, kv = hidden(
@@ -438,7 +454,7 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
       cancelled: int32 [C], ids of requests to remove first, padded with NO_REQUEST.
       steps: int32 scalar, at most K. Without `fixed_trip_count` the loop ends after
         so many iterations, or earlier if no slot is active and no request waits.
-      waiting: the request ids in staging afterwards.
+      waiting: int32 [R], the request ids in staging after the chunk.
     """
 
     def chunk(
@@ -460,7 +476,7 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
 
             return state, jax.tree.map(write, events, events_W)
 
-        def goes_on(carry: tuple[jax.Array, DecodeState, Events]) -> jax.Array:
+        def should_continue(carry: tuple[jax.Array, DecodeState, Events]) -> jax.Array:
             i, state, _ = carry
             has_steps = i < steps
             has_active = state.slots.state.active.any()
@@ -472,21 +488,21 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
             )
         else:
             _, state, events = lax.while_loop(
-                goes_on,
+                should_continue,
                 lambda carry: (carry[0] + 1, *step(*carry)),
                 (jnp.int32(0), state, events),
             )
         return state, events, state.staging.state.request
 
     in_specs = weights_specs(spec), state_specs(spec), P(), P()
-    return _compiled(chunk, spec, in_specs, (state_specs(spec), P(), P()), donate=1)
+    return _jit_on_mesh(chunk, spec, in_specs, (state_specs(spec), P(), P()), donate=1)
 
 
 def cancel(state: DecodeState, cancelled_C: jax.Array) -> DecodeState:
     """Removes the requests with these ids from slots and staging."""
 
-    def without(rows: Slots, **values: Any) -> Slots:
-        """Puts `values` into the fields of the cancelled requests."""
+    def set_cancelled(rows: Slots, **values: Any) -> Slots:
+        """Sets these fields in the rows of the cancelled requests."""
         request = rows.state.request
         is_listed = (request[:, None] == cancelled_C).any(axis=1)
         is_cancelled = is_listed & (request != NO_REQUEST)
@@ -497,8 +513,8 @@ def cancel(state: DecodeState, cancelled_C: jax.Array) -> DecodeState:
         return rows._replace(state=rows.state._replace(**fields))
 
     return DecodeState(
-        without(state.slots, active=False, request=NO_REQUEST),
-        without(state.staging, admission_order=NOT_WAITING, request=NO_REQUEST),
+        set_cancelled(state.slots, active=False, request=NO_REQUEST),
+        set_cancelled(state.staging, admission_order=NOT_WAITING, request=NO_REQUEST),
     )
 
 
@@ -508,16 +524,17 @@ def make_prefill(spec: DecodeSpec) -> Callable[..., Any]:
 
     (weights, staging, prompts) -> (staging, events [P])
 
-      staging: `Slots` of R places, donated.
-      prompts: `Prompts`. All pieces must lie within the first C tokens, the padded
-        width of `prompts.prompt`: they attend to so much of the cache.
+      staging: `Slots` of R rows, donated.
+      prompts: `Prompts`. C is the padded width of `prompts.prompt`. All pieces must lie
+        within the first C tokens of a row: prefill reads and writes these alone.
 
     A piece attends to the keys and values that earlier pieces of its prompt, or a
-    shared prefix, left in its place. With the last piece of a prompt its first token
-    is sampled and emitted, and the request then waits for a slot.
+    shared prefix, wrote to its row of staging. After the last piece of a prompt,
+    prefill samples the request's first token and emits it, and the request waits for a
+    slot.
     """
     in_specs = weights_specs(spec), slots_specs(spec), P()
-    return _compiled(
+    return _jit_on_mesh(
         functools.partial(_prefill, spec),
         spec,
         in_specs,
@@ -533,16 +550,16 @@ def _prefill(
     T, C = prompts.tokens.shape[1], prompts.prompt.shape[1]
     R = staging.state.admission_order.size
 
-    def part(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
-        """The index of the first C tokens of these rows in [..., R, K, S, H]."""
+    def first_tokens(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
+        """Returns the index of these rows' first C tokens in [..., R, K, S, H]."""
         layers = (slice(None),) * (kv.ndim - 4)
         return *layers, rows_P, slice(None), slice(C)
 
     def read(kv: jax.Array) -> jax.Array:
-        return kv[part(kv, prompts.staging_index.clip(0, R - 1))]
+        return kv[first_tokens(kv, prompts.staging_index.clip(0, R - 1))]
 
     def write(kv: jax.Array, new: jax.Array) -> jax.Array:
-        return kv.at[part(kv, prompts.staging_index)].set(new, mode="drop")
+        return kv.at[first_tokens(kv, prompts.staging_index)].set(new, mode="drop")
 
     prompts_kv = jax.tree.map(read, staging.kv)
     positions_PT = prompts.start[:, None] + jnp.arange(T)
@@ -563,8 +580,9 @@ def _prefill(
     rows_P = prompts.state._replace(history=history_PV)
     next_position_P = prompts.start + prompts.length
     events, rows_P = next_tokens(spec, logits_PV, rows_P, next_position_P, prompts.last)
-    # The row is written only if the request then waits for a slot: not after a piece
-    # that is not the last, nor if its first token ends it. JAX drops other writes.
+    # Only requests that wait for a slot from now on are written to staging. A prompt
+    # with more pieces to come does not wait yet, and a request that its first token
+    # ended does not wait any more: their index is R, and JAX drops the write.
     index_P = jnp.where(events.flag == TOKEN, prompts.staging_index, R)
     state = jax.tree.map(
         lambda old, new: old.at[index_P].set(new, mode="drop"), staging.state, rows_P
@@ -577,7 +595,7 @@ def make_read_block(spec: DecodeSpec, size: int) -> Callable[..., Any]:
     """Returns a jitted function that copies keys and values out of staging.
 
     (staging, index, start) -> the keys and values [.., 1, K, size, H] of `size` tokens
-    from `start` on, of the staging place `index`.
+    from `start` on, of row `index`.
     """
 
     def read_block(staging: Slots, index: jax.Array, start: jax.Array) -> Any:
@@ -588,15 +606,15 @@ def make_read_block(spec: DecodeSpec, size: int) -> Callable[..., Any]:
         return jax.tree.map(read, staging.kv)
 
     in_specs = slots_specs(spec), P(), P()
-    return _compiled(read_block, spec, in_specs, kv_specs(spec))
+    return _jit_on_mesh(read_block, spec, in_specs, kv_specs(spec))
 
 
 @functools.lru_cache(maxsize=32)
 def make_write_block(spec: DecodeSpec) -> Callable[..., Any]:
     """Returns a jitted function that copies keys and values into staging.
 
-    (staging, index, start, block) -> staging with `block`, which `make_read_block`
-    returned, at the tokens from `start` on of the place `index`. `staging` is donated.
+    (staging, index, start, block) -> staging with `block` at the tokens from `start` on
+    of row `index`. `block` comes from `make_read_block`. `staging` is donated.
     """
 
     def write_block(
@@ -610,89 +628,4 @@ def make_write_block(spec: DecodeSpec) -> Callable[..., Any]:
         return staging._replace(kv=jax.tree.map(write, staging.kv, block))
 
     in_specs = slots_specs(spec), P(), P(), kv_specs(spec)
-    return _compiled(write_block, spec, in_specs, slots_specs(spec), donate=0)
-
-
-# ---------------------------------------------------------------- another shape
-
-
-def source_slots(active_W: jax.Array, width: int) -> jax.Array:
-    """Returns, for each of `width` new slots, the old slot [width] to copy it from.
-
-    It is the memory shuffle of Flover (arXiv 2305.13484), which needs the fewest moves:
-    of all windows of `width` neighbouring slots, the leftmost with the most active ones
-    stays, and the active slots outside it move, in ascending order, into its free
-    slots. With more slots than before, all stay, and the source of the new ones is W,
-    which is no slot.
-
-      active slots  . A . B C . . D     (W = 8), width 4
-      window            [. B C .]
-      new slots          A B C D
-    """
-    W = active_W.size
-    if width >= W:
-        return jnp.minimum(jnp.arange(width), W)
-    active_before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(active_W)])
-    active_inside = active_before[width:] - active_before[: W - width + 1]
-    window = jnp.argmax(active_inside) + jnp.arange(width)
-    outside_W = active_W.at[window].set(False)
-    # The active slots outside the window come first, in ascending order.
-    movers_W = jnp.argsort(~outside_W, stable=True)
-    is_free = ~active_W[window]
-    nth_free = jnp.cumsum(is_free) - 1
-    is_filled = is_free & (nth_free < outside_W.sum())
-    return jnp.where(is_filled, movers_W[nth_free.clip(0)], window)
-
-
-def reshape(state: DecodeState, width: int, length: int) -> DecodeState:
-    """Returns the state with `width` slots of `length` tokens; `state` is used up.
-
-    The caller makes sure that all active requests fit. Keys and values move array by
-    array, and each old array is deleted at once, so that only one exists twice.
-    """
-    slots, source = state.slots.state, None
-    if width != slots.active.size:
-        source, slots = _reshape_slots(slots, width)
-
-    def move(kv: Any, source: jax.Array | None) -> Any:
-        arrays, tree = jax.tree.flatten(kv)
-        for i, array in enumerate(arrays):
-            if source is not None or length != array.shape[-2]:
-                arrays[i] = _make_move(array.sharding, length)(array, source)
-                array.delete()
-        return jax.tree.unflatten(tree, arrays)
-
-    return DecodeState(
-        Slots(slots, move(state.slots.kv, source)),
-        Slots(state.staging.state, move(state.staging.kv, None)),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def _reshape_slots(slots: SlotState, width: int) -> tuple[jax.Array, SlotState]:
-    """Returns (the slots' sources [width], the state of `width` slots)."""
-    source = source_slots(slots.active, width)
-    exists = source < slots.active.size
-    moved = jax.tree.map(lambda x: jnp.take(x, source, axis=0, mode="clip"), slots)
-    return source, moved._replace(
-        active=jnp.where(exists, moved.active, False),
-        request=jnp.where(exists, moved.request, NO_REQUEST),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _make_move(sharding: NamedSharding, length: int) -> Callable[..., jax.Array]:
-    """Jits (keys or values [..., B, K, S, H], rows or None) -> these rows, S = length.
-
-    Tokens are cut off, or zeros added, at the end.
-    """
-
-    def move(kv: jax.Array, rows: jax.Array | None) -> jax.Array:
-        if rows is not None:
-            kv = jnp.take(kv, rows, axis=kv.ndim - 4, mode="clip")
-        added = length - kv.shape[-2]
-        if added <= 0:
-            return kv[..., :length, :]
-        return jnp.pad(kv, [(0, 0)] * (kv.ndim - 2) + [(0, added), (0, 0)])
-
-    return jax.jit(move, out_shardings=sharding)
+    return _jit_on_mesh(write_block, spec, in_specs, slots_specs(spec), donate=0)

@@ -1,10 +1,10 @@
-"""Generates one token at a time: the reference that tests hold the engine against.
+"""Generates one request, token by token: tests compare the engine with it.
 
-Greedy or sampled, with a key-value cache, on any mesh. Randomness depends on the seed
-and the position alone.
+It uses a key-value cache and runs on any mesh. Randomness depends on the seed and the
+position alone.
 
-B batch, T tokens, R positions that are read, V vocabulary. In the shape of a cache: L
-layers, K key-value heads, S cache length, H head.
+B batch, T tokens, R positions whose logits are computed, V vocabulary. In the shape of
+a cache: L layers, K key-value heads, S cache length, H head.
 """
 
 import functools
@@ -46,8 +46,8 @@ def make_forward(model_config: Model, mesh: Mesh) -> Callable[..., Any]:
     (model, tokens [B, T], positions [B, T], cache, read=None)
       -> (logits [B, T, V] float32, cache)
 
-    The cache is donated. With `read` [B, R], indices along T, logits are [B, R, V], of
-    these tokens alone.
+    The cache is donated. With `read` [B, R], indices along T, the logits are those of
+    these tokens alone, [B, R, V].
     """
     reduction = choose.auto_reduction(model_config, mesh)
 
@@ -126,10 +126,10 @@ def generate(
       prompt: ids.
       max_tokens: the most ids to yield.
       stop_token_ids: ids that end the output and are not part of it.
-      vocabulary: ids from here on are padding of the embedding (default: none is).
+      vocabulary: ids from this one on are padding of the embedding (default: no id is).
       kv_dtype: of the cache, see kv_cache.choose_dtype.
       logit_bias: {id: value to add to its logit}.
-      options: sampling parameters, see sampling.ACCEPTED.
+      options: sampling parameters, see sampling.PARAMETERS.
     Raises ConfigError, before the first id, if an argument is not accepted.
     """
     vocabulary = vocabulary or model_config.vocab_size
@@ -154,14 +154,14 @@ def generate(
     stops = frozenset(_check_ids("stop_token_ids", stop_token_ids, vocabulary))
     entries = len(logit_bias) if isinstance(logit_bias, Mapping) else 0
     params = sampling.make_params(logit_bias, entries, vocabulary, **options)
-    tokens = _tokens(
+    tokens = _generate_ids(
         model, model_config, mesh, prompt, max_tokens, params, vocabulary, kv_dtype
     )
-    return _until(tokens, stops)
+    return _until_stop_id(tokens, stops)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> list[int]:
-    """Returns `ids` as a list; ConfigError if one is no id of the vocabulary."""
+    """Returns `ids` as a list; ConfigError unless all are ids of the vocabulary."""
     accepted = f"of ids from 0 to {vocabulary - 1}"
     is_list = isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, dict))
     require(is_list, name, ids, accepted)
@@ -172,14 +172,15 @@ def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _until(tokens: Iterator[int], stops: frozenset[int]) -> Iterator[int]:
+def _until_stop_id(tokens: Iterator[int], stops: frozenset[int]) -> Iterator[int]:
+    """Yields the ids that come before the first stop id."""
     for token in tokens:
         if token in stops:
             return
         yield token
 
 
-def _tokens(
+def _generate_ids(
     model: Transformer,
     model_config: Model,
     mesh: Mesh,
@@ -189,6 +190,7 @@ def _tokens(
     vocabulary: int,
     kv_dtype: str,
 ) -> Iterator[int]:
+    """Yields `max_tokens` ids, stop ids included; the arguments have been checked."""
     if not max_tokens:
         return
     # Every data shard computes the same row.
@@ -201,8 +203,8 @@ def _tokens(
     def tile(values: Sequence[int]) -> np.ndarray:
         return np.tile(np.asarray(values, np.int32), (rows, 1))
 
-    # A padded prompt writes keys and values after its end, too. Each generated token
-    # overwrites those at its position before anything attends to them.
+    # The padding of a prompt has keys and values, too. Each generated token overwrites
+    # those at its position before any token attends to them.
     logits_B1V, cache = forward(
         model,
         tile([*prompt, *[0] * (padded - len(prompt))]),

@@ -1,4 +1,4 @@
-"""Signals that ask a job to save and stop."""
+"""Turns signals of the operating system into a request to save and stop."""
 
 import contextlib
 import os
@@ -15,17 +15,18 @@ from jax.experimental import multihost_utils
 class StopSignal(contextlib.AbstractContextManager):
     """Turns SIGTERM, Ctrl-C and SIGHUP into a request to stop after the current step.
 
-    A second SIGTERM or Ctrl-C acts at once. A second SIGHUP does nothing: a terminal
-    that closes may send several. Under `nohup`, SIGHUP stays ignored.
+    A second SIGTERM or Ctrl-C ends the process at once. A second SIGHUP does nothing,
+    since a terminal that closes may send several. Under `nohup`, SIGHUP stays ignored.
 
     Args:
-      every: several processes agree on a signal in every so many steps.
+      every: where a run has several processes, they tell each other about signals after
+        every so many steps.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         # Python allows signal handlers in its main thread alone.
@@ -34,27 +35,26 @@ class StopSignal(contextlib.AbstractContextManager):
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
             for number in numbers:
-                self._before[number] = signal.signal(number, self._request)
+                self._previous_handlers[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        for other, handler in self._before.items():
+        for other, handler in self._previous_handlers.items():
             hangup = other == signal.SIGHUP
             signal.signal(other, signal.SIG_IGN if hangup else handler)
-        text = (
-            f"\n{self.signal.name}: stopping after this step; once more to stop now\n"
-        )
-        # `print` may be what the signal interrupted, and cannot be entered twice.
+        message = "stopping after this step; repeat it to stop at once"
+        text = f"\n{self.signal.name}: {message}\n"
+        # The signal may have interrupted a `print`, and a second one would fail then.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 
     def requested(self, step: int) -> signal.Signals | None:
-        """The signal to stop for, or None. Several processes get the same answer."""
+        """The signal that asks to stop, or None. All processes get the same answer."""
         if jax.process_count() == 1:
             return self.signal
         if step % self.every:

@@ -4,9 +4,9 @@ B rows (requests), K key-value heads, S cache length, H head dimension, T new to
 L layers. A head's keys are contiguous, [B, K, S, H], so that attention is one matrix
 product a head, without a transpose, on every platform.
 
-int8 keeps a scale for every token and head (symmetric, by the absolute maximum).
-Attention multiplies scores and weights by the scales, so that no wider copy of the
-cache is ever made.
+An int8 cache has a scale for every token and head (symmetric, by the absolute maximum).
+Attention multiplies scores and weights by the scales, so that the cache is never copied
+to a wider dtype.
 """
 
 from typing import Any, NamedTuple
@@ -41,10 +41,10 @@ def empty(shape: tuple[int, ...], dtype: str) -> KV:
 
 def bytes_per_token(model_config: config.Model, dtype: str) -> int:
     """Bytes of one token's keys and values in all layers; `dtype` one of DTYPES."""
-    head = model_config.head_dim * DTYPES[dtype]
+    bytes_per_head = model_config.head_dim * DTYPES[dtype]
     if dtype == "int8":
-        head += SCALE_BYTES
-    return 2 * model_config.layers * model_config.kv_heads * head
+        bytes_per_head += SCALE_BYTES
+    return 2 * model_config.layers * model_config.kv_heads * bytes_per_head
 
 
 def write(
@@ -52,7 +52,7 @@ def write(
 ) -> KV:
     """One layer's cache with these keys and values written at these positions.
 
-    Positions outside the cache are dropped.
+    Keys and values at positions outside the cache are dropped.
     """
     rows_B11 = jnp.arange(positions_BT.shape[0])[:, None, None]
     positions_BT1 = positions_BT[:, :, None]
@@ -82,7 +82,7 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def choose_dtype(kv_dtype: str, compute_dtype: str, platform: str) -> str:
-    """Returns the dtype of cached keys and values, one of DTYPES.
+    """The dtype of cached keys and values, one of DTYPES.
 
     Args:
       kv_dtype: one of DTYPES, or "auto": the compute dtype, but float32 on CPUs, where

@@ -16,7 +16,7 @@ from ladder_jax.serve.stop_strings import StopStringFilter, check_stop
 
 
 class Loaded(NamedTuple):
-    """A checkpoint, ready for use; see `load`."""
+    """A checkpoint's model on a mesh, with its config and tokenizer; see `load`."""
 
     model: Transformer  # a Flax module whose arrays are the parameters, on `mesh`
     config: Config
@@ -36,11 +36,14 @@ class Loaded(NamedTuple):
 
         Args:
           prompt: text; "" starts a new document.
-          max_tokens: the most tokens (default: 200, or as many as there is room for).
-          stop: a string or several; the text ends before the first one in it.
-          stop_token_ids: ids that end the text (default: the tokenizer's eos).
-          options: `logit_bias`, `kv_dtype` and the sampling parameters of
-            `generate.generate`.
+          max_tokens: the most tokens (default: 200, or as many as model.max_length
+            leaves room for).
+          stop: a string or several; the text ends before the first of them that the
+            model generates.
+          stop_token_ids: ids that end the text and are not part of it (default: the
+            tokenizer's eos).
+          options: other options of `generate.generate`: `logit_bias`, `kv_dtype` and
+            sampling parameters.
         Raises ConfigError, before the first token, if an argument is not accepted.
         """
         ids = self.tokenizer.prompt(prompt)
@@ -129,6 +132,7 @@ def _make_mesh(
     if mesh_config is None:
         mesh_config = Mesh(data=1, tensor=trained_tensor if is_desync else 1)
     sizes = mesh_config.data, mesh_config.fsdp, mesh_config.tensor
+    # -1 stands for all remaining devices, see config.Mesh.
     if devices is None and -1 not in sizes:
         count = int(np.prod(sizes))
         if count > jax.device_count():

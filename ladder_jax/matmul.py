@@ -1,6 +1,6 @@
-"""Matrix products as accelerators compute them best, backward pass included.
+"""Matrix products of operands in the compute dtype, summed in float32.
 
-Operands are in the compute dtype, sums in float32.
+The backward pass also multiplies in the compute dtype.
 """
 
 from functools import partial
@@ -12,24 +12,26 @@ from jax import lax
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum(spec, a, b)` of two operands of one dtype, in float32.
+    """`jnp.einsum(spec, a, b)` of two operands of one dtype; the result is float32.
 
-    It is for code that has derivative rules of its own.
+    Call it only from code with its own derivative rules; other code calls `einsum`.
     """
-    # TPUs and TF32 would round float32 operands first.
+    # At the default precision TPUs and NVIDIA GPUs (TF32) round float32 operands.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     multiply = partial(
         jnp.einsum, spec, precision=precision, preferred_element_type=jnp.float32
     )
     left, right, out = spec.replace("->", ",").split(",")
-    rows = [letter for letter in left if letter not in right]
-    has_one_row = rows and all(a.shape[left.index(letter)] == 1 for letter in rows)
+    row_dims = [letter for letter in left if letter not in right]
+    has_one_row = row_dims and all(a.shape[left.index(dim)] == 1 for dim in row_dims)
     if not has_one_row:
         return multiply(a, b)
+    row_dim = row_dims[0]
 
     def with_two_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-        doubled = jnp.concatenate([a, a], axis=left.index(rows[0]))
-        return lax.slice_in_dim(multiply(doubled, b), 0, 1, axis=out.index(rows[0]))
+        """The product of `a`'s row twice, without the second row of the result."""
+        doubled = jnp.concatenate([a, a], axis=left.index(row_dim))
+        return lax.slice_in_dim(multiply(doubled, b), 0, 1, axis=out.index(row_dim))
 
     # Two rows are faster than one. XLA:TPU multiplies one row on the vector units, by
     # its own estimate two to four times slower than on the matrix units; XLA:CPU
@@ -42,12 +44,12 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype: Any = None) -> jax.Array:
     """`jnp.einsum(spec, a, b)` with float32 sums, forward and backward.
 
-    In the backward pass the cotangent is rounded to `a`'s dtype before it is
-    multiplied, so that it runs at the forward pass's speed, and the derivative of `b`
-    is returned in `b`'s dtype without another rounding.
+    The backward pass rounds the cotangent to `a`'s dtype before it multiplies, so that
+    its products are as fast as those of the forward pass. The derivative of `b` goes
+    from float32 to `b`'s dtype, without another rounding.
 
     Args:
-      spec: of two operands, each of whose dimensions is in the other or the result.
+      spec: two operands; every dimension of one is also in the other or in the result.
       a: its dtype is the compute dtype.
       b: a weight, for example; it is cast to `a`'s dtype.
       out_dtype: of the result; default, `a`'s.

@@ -28,16 +28,17 @@ def require_tensorboard() -> type:
 
 
 class Metrics(contextlib.AbstractContextManager["Metrics"]):
-    """A run's metrics.jsonl, a row a report.
+    """Writes a run's metrics.jsonl, one row for each report.
 
-    A resumed run drops the rows after its checkpoint: the steps come again. A run that
-    starts at step 0 where there are rows already, of a run whose checkpoints are gone,
-    keeps these in another file, metrics.1.jsonl, and a warning says so.
+    A resumed run removes the rows after its checkpoint, because it repeats these steps.
+    If a new run finds rows of a run whose checkpoints were removed, it renames the file
+    to metrics.1.jsonl and logs a warning.
 
     Args:
       folder: the run's folder.
-      tensorboard: whether the same numbers go to events in tensorboard/.
-      resumed_at: the step of the checkpoint that the run goes on from; 0: a new run.
+      tensorboard: whether to write the same numbers as TensorBoard events too, in
+        tensorboard/.
+      resumed_at: the step of the checkpoint that the run resumes from; 0: a new run.
 
     Raises ConfigError where the file has lines that are not rows. Raises OSError, here
     and in `write`, where the file cannot be written.
@@ -47,7 +48,7 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         self, folder: str | Path, tensorboard: bool = False, resumed_at: int = 0
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        with self._naming():
+        with self._named_errors():
             if resumed_at:
                 self._drop_after(resumed_at)
             else:
@@ -60,40 +61,37 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
             )
 
     def _drop_after(self, step: int) -> None:
-        """Leaves the rows up to `step`; a kill leaves the old file or the new one."""
+        """Removes the rows after `step`. A kill leaves the old file or the new one."""
         rows = [row for row in read(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, self.path)
 
     def _move_aside(self) -> None:
-        """Renames a file that holds anything to the first free name."""
+        """Renames the file, if it has rows, to the first free metrics.N.jsonl."""
         if not self.path.exists() or not self.path.stat().st_size:
             return
         number = 1
-        while (other := self.path.with_suffix(f".{number}.jsonl")).exists():
+        while (new_path := self.path.with_suffix(f".{number}.jsonl")).exists():
             number += 1
-        self.path.rename(other)
+        self.path.rename(new_path)
         log.warning(
             "%s is of an earlier run, whose checkpoints are gone: it is now %s",
             self.path,
-            other.name,
+            new_path.name,
         )
 
     def write(self, step: int, **values: float) -> None:
-        """Adds a row, `values` at `step`, which is out of this process at once.
-
-        So a killed run keeps it.
-        """
-        with self._naming():
+        """Appends the row of `step`, which a later kill of the run does not lose."""
+        with self._named_errors():
             self._file.write(json.dumps(dict(step=step, **values)) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Gives an OSError the file's name."""
+    def _named_errors(self) -> Iterator[None]:
+        """Adds the file's name to the message of an OSError."""
         try:
             yield
         except OSError as error:
@@ -109,10 +107,10 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a metrics.jsonl, oldest first; none where there is no file.
+    """The rows of a metrics.jsonl, oldest first; no rows if there is no file.
 
-    A last line that a kill cut off is left out. Raises ConfigError where any other line
-    is not a row.
+    It skips a last line that is incomplete because the run was killed. Raises
+    ConfigError where any other line is not a row.
     """
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     rows = []

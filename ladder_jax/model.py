@@ -1,12 +1,13 @@
-"""A Llama-family decoder: its math on local shards, and nothing about communication.
+"""A Llama-family decoder: its math on local shards, without the communication.
 
 A block returns a partial; residual/ reduces it. Between two matrix products a block
-calls `progress` on what the first one gave: there a reduction beside the block may go
-on (overlap.Overlap.progress). It returns its argument.
+calls `progress` on the result of the first: a round of a pending reduction may end
+there (overlap.Overlap.progress). `progress` returns its argument.
 
-B batch, T tokens, R positions that are read, S cache length, L layers, D model, N query
-heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside `shard_map` N, K,
-F, V and B are this shard's share; shapes are read off the arrays.
+B batch, T tokens, R positions whose result is read, S cache length, L layers, D model,
+N query heads, K key-value heads, H head, F feed-forward, V vocabulary. Inside
+`shard_map` N, K, F, V and B are this shard's share: the code takes them from the
+arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,12 +27,13 @@ from ladder_jax.residual.reductions import Policy, reduce
 from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names
-# By train.remat: what the backward pass reads of a layer instead of recomputing it.
+# By train.remat: what the forward pass of a layer saves for the backward pass, which
+# computes the rest again.
 REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,  # everything
-    "dots": _save("product", "reduced"),  # the blocks' matrix products and all sums
-    "reductions": _save("reduced"),  # the sums: no communication is repeated
-    "full": _save(),  # the stream at the layer's start alone
+    "none": None,  # saves everything
+    "dots": _save("product", "reduced"),  # saves matrix products and reduced partials
+    "reductions": _save("reduced"),  # saves reduced partials: no reduction runs twice
+    "full": _save(),  # saves only the stream at the layer's start
 }
 Progress = Callable[..., Any]
 
@@ -85,7 +87,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, kv_cache.KV | None]:
         """This block's partial [B, T, D], and the cache with u's keys and values.
 
-        With `read_BR`, which takes a cache, the partial is of those positions alone.
+        With `read_BR` (only with a cache) the partial has only those positions.
         """
         read_u_BTD = residual.take(u_BTD, read_BR)
         q_BTNH = _project(read_u_BTD, self.wq, self.bq)
@@ -100,14 +102,14 @@ class Attention(nnx.Module):
         k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
-            assert segments_BT is not None  # a forward pass has them or a cache
+            assert segments_BT is not None  # required without a cache
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
             out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
         out_BTNH = progress(out_BTNH)
-        # E = N H. XLA:CPU transposes `wo` for a product over two dimensions.
+        # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
         wo_ED = self.wo[...].reshape(-1, u_BTD.shape[2])
         return einsum("bte,ed->btd", out_BTE, wo_ED), cache
@@ -137,21 +139,22 @@ class MLP(nnx.Module):
         gate_BTF = progress(einsum("btd,df->btf", u_BTD, self.gate[...]))
         up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
         up_BTF = checkpoint_name(up_BTF, "product")
+        # The activation is computed in float32 and rounded once.
         gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
-        gated_BTF = gated_BTF.astype(u_BTD.dtype)  # the activation is rounded once
-        # Remat "dots" computes the activation again, from the two products.
+        gated_BTF = gated_BTF.astype(u_BTD.dtype)
+        # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)
         return einsum("btf,fd->btd", gated_BTF, self.down[...])
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each with its norm, or with one norm for both (parallel)."""
+    """Attention and MLP, each with its norm; in schedule parallel they share one."""
 
     def __init__(self, model_config: config.Model, rngs: nnx.Rngs) -> None:
         residual_schedule = schedule.parse(model_config.residual, model_config.layers)
-        one_block = len(residual_schedule.layers[0]) == 1
+        is_parallel = len(residual_schedule.layers[0]) == 1
         self.attention = Attention(model_config, rngs)
-        self.mlp = MLP(model_config, rngs, norm=not one_block)
+        self.mlp = MLP(model_config, rngs, norm=not is_parallel)
 
 
 class Transformer(nnx.Module):
@@ -171,7 +174,10 @@ class Transformer(nnx.Module):
 
 
 class Unstacked(NamedTuple):
-    """A Transformer whose layers are a list: compiled decoding copies no slices."""
+    """A Transformer whose layers are a list.
+
+    With a stack of layers, compiled decoding would copy every layer's slice.
+    """
 
     embedding: nnx.Param
     layers: list[Layer]
@@ -180,7 +186,7 @@ class Unstacked(NamedTuple):
 
 
 def unstack(model: Transformer) -> Unstacked:
-    """`model` as an `Unstacked`, with arrays of its own for every layer."""
+    """`model` as an `Unstacked`: every layer has its own arrays."""
     count = model.layers.attention.norm.shape[0]
     layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count)]
     return Unstacked(model.embedding, layers, model.norm, model.unembedding)
@@ -201,7 +207,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 def _depth_scaled(model_config: config.Model) -> float:
-    """A standard deviation that keeps the stream's variance equal at any depth."""
+    """A standard deviation with which depth does not change the stream's variance."""
     return model_config.init_std * (2 * model_config.layers) ** -0.5
 
 
@@ -228,15 +234,15 @@ def hidden(
       model: the parameters' shards.
       model_config: the model's shape and residual schedule.
       tokens_BT: token ids.
-      positions_BT: each token's position: without a cache in its document, with one
-        its index in the cache.
-      segments_BT: without a cache, the number of the document that a token belongs to;
-        several documents are packed into a row.
+      positions_BT: without a cache, each token's position in its document; with a
+        cache, its index in the cache.
+      segments_BT: without a cache, the number of each token's document, as a row may
+        hold several documents.
       cache: None for whole sequences. For generation a kv_cache.KV [L, B, K, S, H] of
         past keys and values; if `model.layers` is a list, a list of KV [B, K, S, H].
-      read_BR: with a cache, the positions along T of which the result is read; None for
-        all. The other positions of the last layers then cost little more than their
-        keys and values (residual/layers.run).
+      read_BR: with a cache, the positions along T at which the caller reads the result;
+        None for all. The last layers then compute little more than keys and values for
+        the other positions (residual/layers.run).
       kernel: see attention.kernel_for.
       reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
       remat: a name in REMAT.
@@ -264,6 +270,7 @@ def hidden(
         read_BR: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         layer, cache = layer_and_cache
+        # "attention" and "mlp" -> the module with gathered parameters
         parts = {
             name: sharding.gather_parameters(getattr(layer, name), dtype, name)
             for name in block.parts
@@ -302,12 +309,12 @@ def hidden(
 def embed(
     model: Transformer | Unstacked, dtype: jnp.dtype, tokens_BT: jax.Array
 ) -> jax.Array:
-    """The embedding's partial [B, T, D]: zeros for tokens of other tensor shards."""
+    """The embedding's partial [B, T, D]: zeros where another shard has the token."""
     table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
     rows_BT = tokens_BT - sharding.vocabulary_offset(table_VD.shape[0])
-    held_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
-    x_BTD = table_VD[jnp.where(held_BT, rows_BT, 0)]
-    return jnp.where(held_BT[..., None], x_BTD, 0).astype(dtype)
+    is_local_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
+    x_BTD = table_VD[jnp.where(is_local_BT, rows_BT, 0)]
+    return jnp.where(is_local_BT[..., None], x_BTD, 0).astype(dtype)
 
 
 def logits(
@@ -326,7 +333,8 @@ def logits(
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log p(target) of every token [B, T], nats.
 
-    Every tensor shard has its share of the vocabulary; the logits are not gathered.
+    Every tensor shard has the logits of its share of the vocabulary, and does not
+    gather the others.
     """
     largest_BT = sharding.largest(logits_BTV.max(axis=-1))
     rows_BT = targets_BT - sharding.vocabulary_offset(logits_BTV.shape[-1])
@@ -342,14 +350,14 @@ def _softmax_terms(
     """The sum of exp(logit - largest), and the logit of row `rows_BT`: [B, T] each.
 
     The logit is 0 if another shard has the row. The backward pass computes the
-    exponentials again, so that nothing of the logits' size is stored beside them.
+    exponentials again, so that no second array of the logits' size is stored.
     """
     total_BT = jnp.exp(logits_BTV - largest_BT[..., None]).sum(axis=-1)
     V = logits_BTV.shape[-1]
-    held_BT = (rows_BT >= 0) & (rows_BT < V)
-    index_BT1 = jnp.where(held_BT, rows_BT, 0)[..., None]
+    is_local_BT = (rows_BT >= 0) & (rows_BT < V)
+    index_BT1 = jnp.where(is_local_BT, rows_BT, 0)[..., None]
     target_BT = jnp.take_along_axis(logits_BTV, index_BT1, axis=-1)[..., 0]
-    return total_BT, jnp.where(held_BT, target_BT, 0)
+    return total_BT, jnp.where(is_local_BT, target_BT, 0)
 
 
 def _softmax_terms_forward(*args: jax.Array) -> tuple[Any, Any]:
@@ -357,9 +365,9 @@ def _softmax_terms_forward(*args: jax.Array) -> tuple[Any, Any]:
 
 
 def _softmax_terms_backward(
-    saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+    operands: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, None, None]:
-    logits_BTV, largest_BT, rows_BT = saved
+    logits_BTV, largest_BT, rows_BT = operands
     dtotal_BT1, dtarget_BT1 = (cotangent[..., None] for cotangent in cotangents)
     is_target_BTV = rows_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     exp_BTV = jnp.exp(logits_BTV - largest_BT[..., None])
@@ -384,8 +392,8 @@ def loss(
       model: the parameters' shards.
       model_config: the model's shape and residual schedule.
       batch: tokens, targets, segments, positions, weights, each [B, T] (data/corpus).
-      chunk: if not 0, the logits of so many tokens exist at a time; the backward pass
-        computes them again.
+      chunk: if not 0, logits are computed for this many tokens at a time, and again
+        in the backward pass.
       options: of `hidden`: kernel, reduction, remat, unroll.
 
     Returns:
@@ -406,8 +414,8 @@ def loss(
     if not chunk:
         return weighted_sum(*arrays)
 
-    def add_chunk(total: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(weighted_sum)(*arrays), None
+    def add_chunk(total: jax.Array, chunk_arrays: Any) -> tuple[jax.Array, None]:
+        return total + jax.checkpoint(weighted_sum)(*chunk_arrays), None
 
     chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
     return lax.scan(add_chunk, jnp.float32(0), chunks)[0]

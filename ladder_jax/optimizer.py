@@ -19,8 +19,8 @@ def learning_rate(optimizer_config: Optimizer, steps: int) -> Callable[..., jax.
 
     Args:
       optimizer_config: its schedule.
-      steps: of the whole run. Any number: a run that ends when it is stopped has more
-        than it will ever take.
+      steps: of the whole run. It may exceed what optax can count: a run that a user
+        means to stop by hand has a very large number of steps.
     """
     steps = min(steps, LAST_STEP)
     peak, kind = optimizer_config.learning_rate, optimizer_config.lr_schedule
@@ -32,7 +32,7 @@ def learning_rate(optimizer_config: Optimizer, steps: int) -> Callable[..., jax.
     decay = max(min(decay, steps - warmup), 0)
 
     def rise(step: jax.Array) -> jax.Array:
-        # The first step learns already: warm-up takes the values 1/w, 2/w, ... 1.
+        # Warm-up of w steps takes 1/w, 2/w, ... 1 of the peak: the first is not 0.
         return peak * (step + 1) / max(warmup, 1)
 
     if kind == "cosine":
@@ -47,7 +47,7 @@ def learning_rate(optimizer_config: Optimizer, steps: int) -> Callable[..., jax.
 def make_optimizer(
     optimizer_config: Optimizer, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (arXiv 1711.05101) with decay of matrices alone, after clipping by norm.
+    """AdamW (arXiv 1711.05101) after clipping by norm. Only matrices decay.
 
     Args:
       optimizer_config: its hyperparameters.
@@ -74,7 +74,7 @@ def make_optimizer(
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, with an `update` that takes a known norm=..."""
+    """`optax.clip_by_global_norm` whose `update` takes the norm if it is known."""
 
     def init(parameters: Any) -> optax.EmptyState:
         return optax.EmptyState()

@@ -1,6 +1,6 @@
-"""What a training run shows of itself: lines, a progress bar, speed and MFU.
+"""Reports a training run's progress: lines, a progress bar, speed and MFU.
 
-Nothing here ends a run: lines that cannot be written are dropped.
+An error in the output does not end the run: a line that cannot be written is dropped.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from ladder_jax.metrics import Metrics
 class Output(contextlib.AbstractContextManager):
     """Lines on stdout and a progress bar on stderr, from the `leader` process alone.
 
-    A reader that goes away, a closed terminal or a full disk does not end the run: its
-    numbers are in metrics.jsonl too.
+    A closed pipe, a closed terminal or a full disk does not end the run: its numbers
+    are in metrics.jsonl too.
     """
 
     def __init__(self, leader: bool) -> None:
@@ -27,7 +27,7 @@ class Output(contextlib.AbstractContextManager):
         self._bar: Any = None
 
     def say(self, text: str) -> None:
-        """Writes one line above the progress bar, at once, also into a pipe."""
+        """Writes one line above the progress bar, and flushes it."""
         if self.leader and sys.stdout is not None:
             with contextlib.suppress(OSError, ValueError):
                 tqdm.write(text, file=sys.stdout)
@@ -52,7 +52,8 @@ class Output(contextlib.AbstractContextManager):
 
 
 class Measured(NamedTuple):
-    """Results of a step that the device may still compute, and when it has them."""
+    """The results of a step, which the device may not have computed yet, and the time
+    when it has."""
 
     step: int
     results: dict[str, jax.Array]
@@ -60,11 +61,11 @@ class Measured(NamedTuple):
 
 
 class Pace(contextlib.AbstractContextManager):
-    """Seconds a step between reports, by the moments at which steps are complete.
+    """Measures seconds a step, from the times at which the device completes steps.
 
     The host reads the results of a step late, while the next one runs. So a thread
-    waits for each reported step and takes the time. Evaluation and saving do not
-    count: call `restart` after them.
+    waits for each step that is reported, and takes the time. Evaluation and saving do
+    not count: call `restart` after them.
     """
 
     def __init__(self, step: int) -> None:
@@ -72,16 +73,16 @@ class Pace(contextlib.AbstractContextManager):
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Counts from now on: `step` steps are complete."""
+        """Starts to measure from now, with `step` steps complete."""
         self._step, self._time = step, time.perf_counter()
 
     def measure(self, step: int, results: dict[str, jax.Array]) -> Measured:
-        """`results` of `step`, together with the time when the device has them."""
+        """Starts to wait for the `results` of `step`; `lap` takes what this returns."""
         return Measured(step, results, self._waiter.submit(_time_of, results))
 
     def lap(self, measured: Measured) -> float | None:
-        """Seconds a step since the last lap or restart, or None without a step."""
-        assert measured.ready_at is not None, "measured by Pace.measure"
+        """Seconds a step since the last `lap` or `restart`. None if no step ended."""
+        assert measured.ready_at is not None, "lap takes what Pace.measure returned"
         ready_at = measured.ready_at.result()
         steps, seconds = measured.step - self._step, ready_at - self._time
         self._step, self._time = measured.step, ready_at
@@ -92,38 +93,41 @@ class Pace(contextlib.AbstractContextManager):
 
 
 def _time_of(results: dict[str, jax.Array]) -> float:
-    """Waits for `results`; the time when they are there. A failure shows when read."""
+    """Waits for `results`, and returns the time then.
+
+    An error in computing them is not raised here, but where the host reads them.
+    """
     with contextlib.suppress(Exception):
         jax.block_until_ready(results)
     return time.perf_counter()
 
 
 class Speed(NamedTuple):
-    """Turns seconds a step into tokens a second, MFU and the time that is left."""
+    """Turns seconds a step into tokens a second, MFU and the time to the run's end."""
 
-    tokens: int  # of a step
-    steps: int  # of the run
-    flops: float  # of the model, for one token
-    peak: float | None  # FLOP/s of all devices; None: not known
+    tokens: int  # in a step
+    steps: int  # in the run
+    flops: float  # model FLOPs of a token
+    peak: float | None  # FLOP/s of all devices; None: unknown
 
-    def of(self, seconds: float) -> dict[str, float]:
-        """The values of a row of metrics: tokens_per_s and, where known, mfu."""
+    def rates(self, seconds: float) -> dict[str, float]:
+        """tokens_per_s and, where the peak is known, mfu, at `seconds` a step."""
         tokens_per_s = self.tokens / seconds
         values = {"tokens_per_s": tokens_per_s}
         if self.peak:
             values["mfu"] = tokens_per_s * self.flops / self.peak
         return values
 
-    def left(self, step: int, seconds: float) -> float:
-        """Seconds that the steps after `step` take."""
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Seconds until the run's end after `step`, at `seconds` a step."""
         return seconds * (self.steps - step)
 
 
 class Reports:
-    """The rows of a run: each is a line of output and a row of metrics.
+    """Writes each report of a run as a line of output and as a row of metrics.
 
     Args:
-      metrics: where rows go; None in all processes but one.
+      metrics: the file of rows; None in all processes but one.
     """
 
     def __init__(
@@ -131,14 +135,14 @@ class Reports:
     ) -> None:
         self.output, self.metrics = output, metrics
         self.pace, self.speed = pace, speed
-        self.save_s: float | None = None  # of the last save, for the next row
+        self.save_s: float | None = None  # seconds of the last save, for the next row
 
     def step(self, measured: Measured, values: dict[str, float]) -> None:
-        """Reports the `values` of a training step, and the speed since the last one."""
+        """Reports a training step's `values`, and the speed since the last report."""
         seconds_left = None
         if seconds := self.pace.lap(measured):
-            values |= self.speed.of(seconds)
-            seconds_left = self.speed.left(measured.step, seconds)
+            values |= self.speed.rates(seconds)
+            seconds_left = self.speed.seconds_left(measured.step, seconds)
         if self.save_s is not None:
             values["save_s"], self.save_s = self.save_s, None
         self._row(measured.step, step_line(values, seconds_left), values)

@@ -1,13 +1,13 @@
 """The lease on a run's folder: one job at a time writes there.
 
-The job that holds the lease keeps a file, lease.json, in the folder. The file says
-which process it is, and its modification time is the process's heartbeat. A second job
-that wants the folder is refused while the holder runs. A job that died leaves its file
-behind: on the same machine the next job sees at once that the process is gone, on
-another machine it waits until the heartbeat is STALE_S seconds old.
+The job that holds the lease writes a file, lease.json, into the folder. The file names
+the job's process, and its modification time is the process's heartbeat. While that
+process runs, a second job cannot take the lease. A job that dies leaves its file: on
+the same machine the next job sees at once that the process does not run, on another
+machine it waits until the heartbeat is STALE_S seconds old.
 
-A job that was taken for dead and goes on later (a host that hung, a requeued job whose
-first process never ended) finds another job's name in the file, and stops.
+A job whose lease another job took (its host hung, or it was requeued while its first
+process ran) sees the other job's process in the file, and stops.
 """
 
 import contextlib
@@ -26,19 +26,23 @@ from ladder_jax.config import ConfigError
 
 FILE = "lease.json"
 HEARTBEAT_S = 10.0
-STALE_S = 120.0  # above the 60 s for which network file systems may show an old time
+# A heartbeat this old is that of a dead job. Network file systems may show a time that
+# is up to 60 s old.
+STALE_S = 120.0
 log = logging.getLogger(__name__)
 
-Holder = dict[str, Any]  # what the file says: host, machine, pid, started, token
+# The file's contents, about the process that holds the lease: host, machine, pid,
+# started, token.
+Holder = dict[str, Any]
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """The right to write into a run's folder, from `with` to its end.
+    """The right to write into a run's folder, inside a `with`.
 
-    Where several processes make one job, one of them holds the lease for all.
+    If a job has several processes, one of them holds the lease for all.
 
     Args:
-      folder: the run's folder (train.out); it is made.
+      folder: the run's folder (train.out). Entering the `with` makes it.
 
     Entering raises ConfigError while another job holds the lease, and OSError where the
     folder cannot be written to.
@@ -46,7 +50,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
 
     def __init__(self, folder: str | Path) -> None:
         self.file = Path(folder) / FILE
-        self._me: Holder = dict(
+        self._own: Holder = dict(
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
@@ -57,14 +61,14 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
 
     def __enter__(self) -> "Lease":
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._acquire()
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         with contextlib.suppress(OSError):
-            if _read(self.file)[0] == self._me:
+            if _read(self.file)[0] == self._own:
                 self.file.unlink()
 
     def check(self) -> None:
@@ -77,23 +81,26 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 "another write, as another job may go on with the run"
             ) from None
         except OSError:
-            return  # a network file system that does not answer is not another job
-        if holder.get("token") != self._me["token"]:
+            return  # the file system did not answer: that does not mean another job
+        if holder.get("token") != self._own["token"]:
             raise OSError(
                 f"{self.file.parent} is now written to by {_name(holder)}, which took "
                 "this job for dead: this job stops without another write"
             )
 
-    def _take(self) -> None:
-        """Makes the file, or replaces one whose process is gone."""
+    def _acquire(self) -> None:
+        """Writes the file. Replaces another job's file if that job does not run.
+
+        Raises ConfigError if the other job runs.
+        """
         first_beat: float | None = None
         while True:
             with contextlib.suppress(FileExistsError), self.file.open("x") as file:
-                json.dump(self._me, file)
+                json.dump(self._own, file)
                 return
             try:
                 holder, beat = _read(self.file)
-            except FileNotFoundError:  # its job has just ended
+            except FileNotFoundError:  # the other job has just ended
                 continue
             runs = _runs(holder)
             if runs is None and first_beat is None:
@@ -104,6 +111,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                     STALE_S,
                 )
                 first_beat = beat
+            # The holder is on another machine: a new heartbeat shows that it runs.
             if runs is None and first_beat is not None and beat > first_beat:
                 runs = True
             if runs:
@@ -118,35 +126,36 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 time.sleep(min(1.0, STALE_S / 10))
 
     def _remove(self, holder: Holder) -> None:
-        """Removes the file of `holder`, and no other that has taken its place."""
-        aside = self.file.with_name(f"{FILE}.{self._me['token']}")
+        """Removes the file if it is still `holder`'s."""
+        aside = self.file.with_name(f"{FILE}.{self._own['token']}")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.file, aside)  # of two jobs that try, one succeeds
+            os.rename(self.file, aside)  # if two jobs try this, one succeeds
             if _read(aside)[0] == holder:
                 aside.unlink()
             else:
                 os.rename(aside, self.file)
 
     def _now(self) -> float:
-        """The time by the clock of the folder's file system, as for the heartbeat."""
+        """The time by the file system's clock, which dates the heartbeat too."""
         with tempfile.NamedTemporaryFile(dir=self.file.parent, prefix=FILE) as probe:
             return os.stat(probe.name).st_mtime
 
     def _beat(self) -> None:
+        """Renews the file's modification time until the `with` ends (a thread)."""
         while not self._ended.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError):
-                if _read(self.file)[0] == self._me:
+                if _read(self.file)[0] == self._own:
                     os.utime(self.file)
 
 
 def _read(file: Path) -> tuple[Holder, float]:
-    """(what a lease says, its last heartbeat); {} where it is not yet written."""
-    with file.open() as opened:  # opening asks a network file system for news
+    """(holder, time of its last heartbeat); the holder is {} if the file is empty."""
+    with file.open() as stream:  # open() makes a network file system refresh the file
         try:
-            holder = json.load(opened)
+            holder = json.load(stream)
         except ValueError:
             holder = {}
-        beat = os.fstat(opened.fileno()).st_mtime
+        beat = os.fstat(stream.fileno()).st_mtime
     return holder if isinstance(holder, dict) else {}, beat
 
 
@@ -155,7 +164,7 @@ def _name(holder: Holder) -> str:
 
 
 def _runs(holder: Holder) -> bool | None:
-    """Whether the process runs; None where this machine cannot tell."""
+    """Whether the holder's process runs; None if it is on another machine."""
     if holder.get("machine") != _machine() or "pid" not in holder:
         return None
     started = _started(holder["pid"])
@@ -163,18 +172,19 @@ def _runs(holder: Holder) -> bool | None:
 
 
 def _machine() -> str:
-    """Names what numbers processes: a host since its start, or a container on it."""
+    """The name of this host's boot and container: process ids are unique within it."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # Linux alone
+    with contextlib.suppress(OSError):  # these files are Linux's
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, as the kernel counts; None where it does not run.
+    """When a process started, in the kernel's clock ticks; None if it does not run.
 
-    It tells a process from a later one with the same number.
+    A later process with the same id has another start time. Without /proc the result
+    is "running".
     """
     if Path("/proc/self/stat").exists():
         try:
@@ -182,7 +192,8 @@ def _started(pid: int) -> str | None:
         except OSError:
             return None
         state, *fields = text.rpartition(")")[2].split()  # the name may have spaces
-        return None if state in "ZX" else fields[18]  # ended, but not yet waited for
+        is_zombie = state in "ZX"  # the process has ended
+        return None if is_zombie else fields[18]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

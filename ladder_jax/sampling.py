@@ -3,7 +3,7 @@
 Every rule works on one row alone and leaves it as it is if its parameter is neutral.
 So the tokens of a request do not depend on its neighbours. Randomness depends on (seed,
 position) alone. Nothing is sorted: top-k and top-p find their threshold by bisection
-over the 32 bits of a float, which is exact and the same on every platform.
+over the 32 bits of a float, which is exact and has the same result everywhere.
 
 The rules apply in this order: penalties and bias, temperature, top-k, top-p, min-p,
 draw. The repetition penalty (CTRL, arXiv 1909.05858) looks at prompt and output; the
@@ -11,7 +11,7 @@ presence and the frequency penalty (OpenAI's API) look at the output. min-p: arX
 2407.01082.
 
 To add a sampling parameter, touch this file alone: a field of `SamplingParams`, a row
-of `ACCEPTED` (its default, type and limits), and its rule in `sample_tokens`.
+of `PARAMETERS` (its default, type and limits), and its rule in `sample_tokens`.
 
 B requests (rows), V vocabulary, T prompt tokens, E entries of a list.
 """
@@ -49,8 +49,8 @@ class SamplingParams(NamedTuple):
     bias: Array  # float32 [B, E]: added to the logits of these ids; padding: 0
 
 
-class Accepted(NamedTuple):
-    """Which values of a sampling parameter are accepted."""
+class Parameter(NamedTuple):
+    """A sampling parameter: its default, its type and the values that it accepts."""
 
     default: float  # neutral: the rule leaves every row as it is
     dtype: Any  # of its array
@@ -58,31 +58,32 @@ class Accepted(NamedTuple):
     text: str  # the accepted values, for messages
 
 
-# A logit that is divided by a much smaller number overflows a float32.
+# The smallest temperature and repetition penalty: a logit that is divided by a much
+# smaller number overflows a float32.
 SMALLEST = float(np.float32(1e-6))
 
-ACCEPTED = {
-    "temperature": Accepted(
+PARAMETERS = {
+    "temperature": Parameter(
         0.0,
         np.float32,
         lambda x: x == 0 or x >= SMALLEST,
         "0 (greedy) or more, and then at least 1e-6",
     ),
-    "top_k": Accepted(0, np.int32, lambda x: x >= 0, "0 (all) or more"),
-    "top_p": Accepted(1.0, np.float32, lambda x: 0 < x <= 1, "above 0, up to 1"),
-    "min_p": Accepted(0.0, np.float32, lambda x: 0 <= x < 1, "from 0 to below 1"),
-    "repetition_penalty": Accepted(
+    "top_k": Parameter(0, np.int32, lambda x: x >= 0, "0 (all) or more"),
+    "top_p": Parameter(1.0, np.float32, lambda x: 0 < x <= 1, "above 0, up to 1"),
+    "min_p": Parameter(0.0, np.float32, lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "repetition_penalty": Parameter(
         1.0, np.float32, lambda x: SMALLEST <= x <= 1e6, "from 1e-6 to 1e6 (1: none)"
     ),
-    "presence_penalty": Accepted(
+    "presence_penalty": Parameter(
         0.0, np.float32, lambda x: -100 <= x <= 100, "from -100 to 100"
     ),
-    "frequency_penalty": Accepted(
+    "frequency_penalty": Parameter(
         0.0, np.float32, lambda x: -100 <= x <= 100, "from -100 to 100"
     ),
-    "seed": Accepted(0, np.uint32, lambda x: 0 <= x < 2**32, "from 0 to 2 ** 32 - 1"),
+    "seed": Parameter(0, np.uint32, lambda x: 0 <= x < 2**32, "from 0 to 2 ** 32 - 1"),
 }
-MOST_BIAS = 1e4  # of logit_bias, up or down
+MOST_BIAS = 1e4  # the largest absolute value in logit_bias
 
 
 # ------------------------------------------------------- parameters, on the host
@@ -100,21 +101,21 @@ def make_params(
       logit_bias: {id: value to add to its logit}; an id may be text, as in JSON.
       max_logit_bias: E, the most ids that `logit_bias` may have.
       vocabulary: ids must be below it.
-      options: values for names in ACCEPTED, Python's numbers or NumPy's.
+      options: values for names in PARAMETERS, Python's numbers or NumPy's.
     Returns one row: arrays [1], and [1, E] for the bias.
     Raises ConfigError if a value is not accepted.
     """
     for name in options:
-        if name not in ACCEPTED:
+        if name not in PARAMETERS:
             raise ConfigError(
                 f"{name} is not a sampling parameter: it must be one of "
-                f"{', '.join(ACCEPTED)} or logit_bias"
+                f"{', '.join(PARAMETERS)} or logit_bias"
             )
     params: dict[str, Any] = {
-        name: _checked(name, options.get(name, row.default))
-        for name, row in ACCEPTED.items()
+        name: _check_value(name, options.get(name, parameter.default))
+        for name, parameter in PARAMETERS.items()
     }
-    bias = _checked_bias(logit_bias, max_logit_bias, vocabulary)
+    bias = _check_bias(logit_bias, max_logit_bias, vocabulary)
     padding = [0] * (max_logit_bias - len(bias))
     params["bias_ids"] = np.asarray([[*bias, *padding]], np.int32)
     params["bias"] = np.asarray([[*bias.values(), *padding]], np.float32)
@@ -124,7 +125,8 @@ def make_params(
 def neutral_params(count: int, max_logit_bias: int) -> SamplingParams:
     """Returns the default parameters of `count` requests, JAX arrays."""
     params: dict[str, Any] = {
-        name: jnp.full(count, row.default, row.dtype) for name, row in ACCEPTED.items()
+        name: jnp.full(count, parameter.default, parameter.dtype)
+        for name, parameter in PARAMETERS.items()
     }
     params["bias_ids"] = jnp.zeros((count, max_logit_bias), jnp.int32)
     params["bias"] = jnp.zeros((count, max_logit_bias), jnp.float32)
@@ -132,7 +134,7 @@ def neutral_params(count: int, max_logit_bias: int) -> SamplingParams:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite real number of Python or NumPy; bools are none."""
+    """Whether `value` is a finite real number of Python or NumPy, not a bool."""
     if isinstance(value, bool):
         return False
     if isinstance(value, (int, np.integer)):
@@ -140,22 +142,26 @@ def is_number(value: object) -> bool:
     return isinstance(value, (float, np.floating)) and math.isfinite(value)
 
 
-def _checked(name: str, value: Any) -> np.ndarray:
-    """Returns an option's value as an array [1]; ConfigError if it is not accepted."""
-    row = ACCEPTED[name]
-    # Python's numbers do not overflow in comparisons, as a float16 does.
+def _check_value(name: str, value: Any) -> np.ndarray:
+    """Returns a parameter as an array [1]; ConfigError if it is not accepted."""
+    parameter = PARAMETERS[name]
+    # A comparison with a float16 can overflow. Python's numbers do not.
     number = value.item() if isinstance(value, np.generic) else value
-    is_whole = np.issubdtype(row.dtype, np.integer)
+    is_whole = np.issubdtype(parameter.dtype, np.integer)
     kind = "a whole number" if is_whole else "a number"
-    require(is_number(number), name, value, f"{kind}, {row.text}")
-    require(row.accepts(number), name, value, row.text)
+    require(is_number(number), name, value, f"{kind}, {parameter.text}")
+    require(parameter.accepts(number), name, value, parameter.text)
     if is_whole:
-        require(number == int(number), name, value, f"{kind}, {row.text}")
-        return np.asarray([min(int(number), np.iinfo(row.dtype).max)], row.dtype)
+        require(number == int(number), name, value, f"{kind}, {parameter.text}")
+        # top_k has no upper limit: the largest int32 keeps all ids, too.
+        number = min(int(number), np.iinfo(parameter.dtype).max)
+        return np.asarray([number], parameter.dtype)
     rounded = _float32(number)
-    still_ok = math.isfinite(rounded) and row.accepts(rounded)
-    require(still_ok, name, value, f"{row.text}, also after rounding to float32")
-    return np.asarray([rounded], row.dtype)
+    is_accepted = math.isfinite(rounded) and parameter.accepts(rounded)
+    require(
+        is_accepted, name, value, f"{parameter.text}, also after rounding to float32"
+    )
+    return np.asarray([rounded], parameter.dtype)
 
 
 def _float32(value: Any) -> float:
@@ -167,7 +173,7 @@ def _float32(value: Any) -> float:
         return math.inf
 
 
-def _checked_bias(
+def _check_bias(
     logit_bias: Any, max_logit_bias: int, vocabulary: int | None
 ) -> dict[int, float]:
     """Returns `logit_bias` with int keys; raises ConfigError if it is not accepted."""
@@ -181,19 +187,19 @@ def _checked_bias(
             f"it must have at most {max_logit_bias}"
         )
     last_id = (vocabulary or 2**31) - 1
-    checked: dict[int, float] = {}
+    bias: dict[int, float] = {}
     for key, value in logit_bias.items():
-        name = f"logit_bias[{key!r}]"
         token = _token_id(key)
         if token is None or not 0 <= token <= last_id:
             require(False, "logit_bias id", key, f"a token id from 0 to {last_id}")
         assert token is not None
-        if token in checked:
+        if token in bias:
             raise ConfigError(f"logit_bias has the id {token} twice")
-        ok = is_number(value) and abs(value) <= MOST_BIAS
-        require(ok, name, value, f"a number, from {-MOST_BIAS:g} to {MOST_BIAS:g}")
-        checked[token] = float(value)
-    return checked
+        is_accepted = is_number(value) and abs(value) <= MOST_BIAS
+        accepted = f"a number, from {-MOST_BIAS:g} to {MOST_BIAS:g}"
+        require(is_accepted, f"logit_bias[{key!r}]", value, accepted)
+        bias[token] = float(value)
+    return bias
 
 
 def _token_id(key: object) -> int | None:
@@ -219,30 +225,32 @@ def prompt_history(tokens_BT: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def update_history(
-    history_BV: jax.Array, token_B: jax.Array, counts_B: jax.Array
+    history_BV: jax.Array, token_B: jax.Array, emits_B: jax.Array
 ) -> jax.Array:
-    """Adds one generated token to the history of the rows where `counts_B` is True."""
+    """Adds a generated token to the history of every row where `emits_B` is True."""
     rows_B = jnp.arange(token_B.size)
-    return history_BV.at[rows_B, token_B].add(2 * counts_B.astype(jnp.int32))
+    return history_BV.at[rows_B, token_B].add(2 * emits_B.astype(jnp.int32))
 
 
 # ------------------------------------------------------------------- the rules
 
-Maybe = Callable[[jax.Array, Callable[[Any], Any], Any], Any]
+# The type of `run_if` and `run_always`.
+RunRule = Callable[[jax.Array, Callable[[Any], Any], Any], Any]
 
 
 def run_if(predicate: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
-    """Returns `function(value)` if a scalar is True, else `value`, with a branch.
+    """Returns `function(value)` if `predicate`, a bool scalar, is True; else `value`.
 
-    It skips rules that change no row.
+    The branch saves the time of a rule that changes no row.
     """
     return lax.cond(predicate, function, lambda value: value, value)
 
 
 def run_always(predicate: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
-    """Returns `function(value)`, without a branch: on GPUs a branch waits for the host.
+    """Returns `function(value)`, whatever `predicate` is.
 
-    The rules take it in place of `run_if`: they change no row if `predicate` is False.
+    On GPUs a branch waits for the host, so `run_always` replaces `run_if` there. The
+    tokens stay the same: a rule changes no row if its predicate is False.
     """
     return function(value)
 
@@ -253,7 +261,7 @@ def sample_tokens(
     history_BV: jax.Array,
     position_B: jax.Array,
     vocabulary: int,
-    maybe: Maybe = run_if,
+    run: RunRule = run_if,
 ) -> jax.Array:
     """Returns the next token [B] int32 of every request.
 
@@ -261,8 +269,8 @@ def sample_tokens(
       logits_BV: float32; ids from `vocabulary` on are padding and are never sampled.
       params: the requests' parameters.
       history_BV: the requests' histories, see `prompt_history`.
-      position_B: where in its sequence the next token will stand.
-      maybe: `run_if` or `run_always`; the tokens are the same.
+      position_B: the index of the next token in its sequence.
+      run: `run_if` or `run_always`; the tokens are the same.
     """
     p = params
     logits_BV = _without_padding(logits_BV, vocabulary)
@@ -272,28 +280,30 @@ def sample_tokens(
         | (p.frequency_penalty != 0)
         | (p.bias != 0).any(axis=1)
     )
-    logits_BV = maybe(
-        is_adjusted_B.any(), lambda x: adjust(x, p, history_BV), logits_BV
-    )
+
+    def adjust_logits(x_BV: jax.Array) -> jax.Array:
+        return adjust(x_BV, p, history_BV)
+
+    logits_BV = run(is_adjusted_B.any(), adjust_logits, logits_BV)
     greedy_B = argmax(logits_BV)
 
     def draw(greedy_B: jax.Array) -> jax.Array:
         temperature_B = jnp.where(p.temperature > 0, p.temperature, 1)
         x_BV = logits_BV / temperature_B[:, None]
-        x_BV = maybe((p.top_k > 0).any(), lambda x: top_k(x, p.top_k), x_BV)
-        x_BV = maybe((p.top_p < 1).any(), lambda x: top_p(x, p.top_p), x_BV)
+        x_BV = run((p.top_k > 0).any(), lambda x: top_k(x, p.top_k), x_BV)
+        x_BV = run((p.top_p < 1).any(), lambda x: top_p(x, p.top_p), x_BV)
         x_BV = min_p(x_BV, p.min_p)
-        drawn_B = argmax(x_BV + gumbel_noise(p.seed, position_B, x_BV.shape[1]))
-        return jnp.where(p.temperature > 0, drawn_B, greedy_B)
+        noise_BV = gumbel_noise(p.seed, position_B, x_BV.shape[1])
+        return jnp.where(p.temperature > 0, argmax(x_BV + noise_BV), greedy_B)
 
-    return maybe((p.temperature > 0).any(), draw, greedy_B)
+    return run((p.temperature > 0).any(), draw, greedy_B)
 
 
 def argmax(logits_BV: jax.Array) -> jax.Array:
-    """Returns the id [B] int32 of every row's largest logit, of equals the first.
+    """Returns the id [B] int32 of every row's largest logit; of equals, the first.
 
-    A row with NaNs gets some id below V. XLA:CPU runs this, two passes over one array,
-    four times faster than `jnp.argmax`, one pass over values and indices.
+    A row with NaNs gets some id below V. On CPUs, XLA runs these two passes over one
+    array four times faster than the one pass of `jnp.argmax` over values and indices.
     """
     V = logits_BV.shape[1]
     top_B1 = logits_BV.max(axis=1, keepdims=True)
@@ -302,7 +312,7 @@ def argmax(logits_BV: jax.Array) -> jax.Array:
 
 
 def gumbel_noise(seed_B: jax.Array, position_B: jax.Array, size: int) -> jax.Array:
-    """Returns noise [B, size]: the argmax of logits plus it is a draw from softmax."""
+    """Returns noise [B, size]: argmax(logits + noise) samples from softmax(logits)."""
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
@@ -341,9 +351,9 @@ def top_k(logits_BV: jax.Array, k_B: jax.Array) -> jax.Array:
 
 
 def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    """Sets all but the fewest likeliest ids with total probability p to -inf.
+    """Keeps the likeliest ids, as few as have the total probability p.
 
-    Nucleus sampling, arXiv 1904.09751.
+    The other logits become -inf. This is nucleus sampling, arXiv 1904.09751.
     """
     probability_BV = jax.nn.softmax(logits_BV, axis=1)
     stays_BV = _largest_until(logits_BV, probability_BV, p_B)
@@ -359,14 +369,18 @@ def min_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
 def _largest_until(
     values_BV: jax.Array, weights_BV: jax.Array, enough_B: jax.Array
 ) -> jax.Array:
-    """Marks a row's largest values, until their weights together reach `enough`.
+    """Marks a row's largest values, as few as have weights that sum to `enough`.
 
-    Of equal values, the first count first. All are marked if `enough` is never reached.
-    It bisects twice: the threshold over the integers that order floats as their values
-    do, and then, among the values equal to it, the last index.
+    Returns bool [B, V]. Of equal values, those with a lower index are marked first. All
+    values are marked if their weights do not sum to `enough`.
+
+    1. It maps each float to an integer, so that larger floats have larger integers.
+    2. It bisects over these integers for the smallest value that is marked.
+    3. It bisects over the indices of that value for the last one that is marked.
     """
-    zero_is_positive_BV = jnp.where(values_BV == 0, 0, values_BV)  # -0 equals 0
-    bits_BV = lax.bitcast_convert_type(zero_is_positive_BV, jnp.uint32)
+    # -0 becomes 0, as the two are equal but have different bits.
+    unsigned_zero_BV = jnp.where(values_BV == 0, 0, values_BV)
+    bits_BV = lax.bitcast_convert_type(unsigned_zero_BV, jnp.uint32)
     order_BV = jnp.where(bits_BV >> 31, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
 
     def is_enough(marked_BV: jax.Array) -> jax.Array:
@@ -377,22 +391,24 @@ def _largest_until(
     index_V = jnp.arange(V, dtype=jnp.uint32)
     threshold_B1 = _bisect(lambda x_B1: is_enough(order_BV >= x_B1), 32, zero_B)
     above_BV, equal_BV = order_BV > threshold_B1, order_BV == threshold_B1
-    # The largest count of indices whose equal values are not enough yet: the value at
-    # that index is the last one to be marked.
-    count_B1 = _bisect(
-        lambda x_B1: ~is_enough(above_BV | (equal_BV & (index_V < x_B1))),
-        max(V.bit_length(), 1),
-        zero_B,
-    )
-    return above_BV | (equal_BV & (index_V <= count_B1))
+
+    def is_not_enough_before(index_B1: jax.Array) -> jax.Array:
+        return ~is_enough(above_BV | (equal_BV & (index_V < index_B1)))
+
+    # The largest index before which the equal values are not enough: with the value at
+    # this index, they are.
+    bits = max(V.bit_length(), 1)
+    last_B1 = _bisect(is_not_enough_before, bits, zero_B)
+    return above_BV | (equal_BV & (index_V <= last_B1))
 
 
 def _bisect(
     holds: Callable[[jax.Array], jax.Array], bits: int, zero_B: jax.Array
 ) -> jax.Array:
-    """Returns each row's largest number [B, 1] of `bits` bits for which `holds`.
+    """Returns the largest number [B, 1] of `bits` bits for which `holds` is True.
 
-    `holds`: [B, 1] -> bool [B], True up to some number and False above it.
+    `holds`: numbers [B, 1] -> bool [B], True up to some number and False above it. The
+    result is 0 if it is False for every number.
     """
 
     def set_bit(i: jax.Array, number_B: jax.Array) -> jax.Array:
@@ -406,13 +422,14 @@ def _bisect(
 def log_probabilities(
     logits_BV: jax.Array, token_B: jax.Array, count: int, vocabulary: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the model's log-probabilities, before any sampling rule.
+    """Returns log-probabilities of the model, before any sampling rule.
 
     Args:
       logits_BV: float32; ids from `vocabulary` on are padding.
       token_B: the sampled tokens.
       count: E, how many of the likeliest ids to return.
-    Returns (of `token_B` [B], the likeliest ids [B, E] int32, of these ids [B, E]).
+    Returns (log-probabilities of `token_B` [B], the likeliest ids [B, E] int32,
+    log-probabilities of these ids [B, E]).
     """
     logits_BV = _without_padding(logits_BV, vocabulary)
     total_B = jax.nn.logsumexp(logits_BV, axis=1)

@@ -1,11 +1,11 @@
 """Residual schedules as data.
 
-A schedule says for each block which parts it has, how stale a stream it reads, and
+A schedule says for each block what it computes, how stale a stream it reads, and
 whether its partial is reduced. With y_j block j's reduced output, block b with delay d
 reads `embedding + sum(y_j for j < b - d)`.
 Notation, the same in configs, on the command line and in checkpoints:
 
-    standard            every block reads all before it (delay 0)
+    standard            every block reads the outputs of all earlier blocks (delay 0)
     ladder              every block reads a stream one block stale (Ladder Residual,
                         arXiv 2501.06589, eq. 2)
     ladder:A,M          delay A for attention blocks, M for MLP blocks
@@ -13,8 +13,8 @@ Notation, the same in configs, on the command line and in checkpoints:
     hybrid:3,5-9        ladder for these layers, standard for the others
     delays:0,1,1,2,...  a delay for every block
     parallel            attention and MLP share a norm and a reduction (GPT-J, PaLM)
-    desync:n            one reduction every n blocks (published: 2, 4), with the mean
-                        rule for the ranks' streams
+    desync:n            one reduction every n blocks (published: 2, 4), which also
+                        replaces the tensor shards' streams by their mean
     upper-bound         no reduction at all: wrong outputs, at the speed of a machine
                         whose communication takes no time
 """
@@ -31,14 +31,15 @@ class Block(NamedTuple):
     # What it computes, on one shared norm: ("attention",), ("mlp",) or both.
     parts: tuple[str, ...]
     delay: int = 0  # how many of the newest partials it does not read
-    reduce: bool = True  # False: the partial stays on its own rank (desync)
+    reduce: bool = True  # False: each tensor shard adds only its own partial
 
 
 class Schedule(NamedTuple):
     """A model's blocks, layer by layer."""
 
     layers: tuple[tuple[Block, ...], ...]
-    local: bool = False  # ranks have streams of their own between reductions (desync)
+    # True (desync, upper-bound): every tensor shard has its own stream.
+    local: bool = False
 
 
 FORMS = (
@@ -64,7 +65,7 @@ def parse(notation: str, layers: int) -> Schedule:
                 raise ValueError("ladder:A,M takes two delays, attention's and MLP's")
             return _delayed(_ramp(pair * layers))
         case "hybrid":
-            stale = _layers(argument, layers)
+            stale = _hybrid_layers(argument, layers)
             delays = [int(layer in stale) for layer in range(layers)]
             return _delayed([delay for delay in delays for _ in range(2)])
         case "delays":
@@ -75,8 +76,8 @@ def parse(notation: str, layers: int) -> Schedule:
             numbers = _numbers(argument, "desync:N")
             if len(numbers) != 1 or numbers[0] < 1:
                 raise ValueError("desync:N takes one number of blocks, 1 or more")
-            every, last = numbers[0], 2 * layers - 1
-            return _desync(lambda b: (b + 1) % every == 0 or b == last, layers)
+            interval, last = numbers[0], 2 * layers - 1
+            return _desync(lambda b: (b + 1) % interval == 0 or b == last, layers)
         case "upper-bound":
             return _desync(lambda block: False, layers)
     raise ValueError(f"it must be {FORMS}")
@@ -89,7 +90,7 @@ def _delayed(delays: Sequence[int]) -> Schedule:
 
 
 def _ramp(delays: Iterable[int]) -> list[int]:
-    """`delays` with every rise spread over blocks, at most one a block.
+    """`delays`, lowered where needed so that they rise by at most one a block.
 
     So no block reads an older stream than the block before it.
     """
@@ -118,7 +119,7 @@ def _block_delays(argument: str, layers: int) -> list[int]:
 
 
 def _desync(reduces: Callable[[int], bool], layers: int) -> Schedule:
-    """A schedule of ranks' own streams; `reduces` says which blocks are reduced."""
+    """A schedule of shards' own streams; block b is reduced where `reduces(b)`."""
     blocks = [
         (Block(ATTENTION, 0, reduces(2 * i)), Block(MLP, 0, reduces(2 * i + 1)))
         for i in range(layers)
@@ -127,6 +128,7 @@ def _desync(reduces: Callable[[int], bool], layers: int) -> Schedule:
 
 
 def _numbers(text: str, form: str) -> list[int]:
+    """The whole numbers of "1,2,3"; `form` is for the error message."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -136,8 +138,8 @@ def _numbers(text: str, form: str) -> list[int]:
     return numbers
 
 
-def _layers(text: str, layers: int) -> set[int]:
-    """The layers that `hybrid:` names."""
+def _hybrid_layers(text: str, layers: int) -> set[int]:
+    """The layers with delay 1 that the argument of `hybrid:` names."""
     if text.startswith("last"):
         count, *more = _numbers(text[4:], "hybrid:lastK")
         if more:
@@ -145,12 +147,12 @@ def _layers(text: str, layers: int) -> set[int]:
         if count > layers:
             raise ValueError(f"{text} asks for more than the {layers} layers there are")
         return set(range(layers - count, layers))
-    named: set[int] = set()
+    stale: set[int] = set()
     for part in text.split(","):
         ends = _numbers(part.replace("-", ","), "hybrid:LAYERS")
         if len(ends) > 2 or ends[0] > ends[-1]:
             raise ValueError(f"{part} is not a layer or a range of layers such as 5-9")
-        named |= set(range(ends[0], ends[-1] + 1))
-    if not named or max(named) >= layers:
+        stale |= set(range(ends[0], ends[-1] + 1))
+    if not stale or max(stale) >= layers:
         raise ValueError(f"layers run from 0 to {layers - 1}")
-    return named
+    return stale

@@ -1,9 +1,9 @@
 """The mesh, the spec of every parameter and activation, and the collectives.
 
-The specs are on one screen; the collectives come with their derivative rules. The
-whole step runs inside one `jax.shard_map`: the model computes on local shards, and the
-only communication is what this file names. A value is a *partial* over the tensor axis
-when the true value is the sum of the shards' values.
+The collectives have their derivative rules here. A whole step runs inside one
+`jax.shard_map`: the model computes on local shards, and only the collectives of this
+file and of residual/reductions.py communicate. A value is a *partial* over the tensor
+axis when the true value is the sum of the shards' values.
 
 Gradients follow Megatron's pair of rules (arXiv 1909.08053, section 3). Every tensor
 shard computes the same loss, so the sum that ends a block passes its cotangent through
@@ -12,9 +12,9 @@ by the shards, so the cotangents that they send back to it are partials, and
 reductions.copy_to_tensor_axis sums them. One rule for parameters follows: a gradient is
 a partial over every axis that its parameter is not sharded over (`sum_gradients`).
 
-JAX's own check of these types (`check_vma`) cannot follow the rules: reductions made of
-exchanges have no type for their result. So it is off, and tests compare every mesh
-shape with a single-device reference.
+JAX's own check (`check_vma`) is off: it cannot tell that a reduction by exchanges gives
+the same sum on every shard. Tests compare every mesh shape with a single-device
+reference instead.
 """
 
 import math
@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import config
 from ladder_jax.config import ConfigError
 
-# The mesh's axes: always all three, of size 1 where unused.
+# A mesh always has all three axes; an unused axis has size 1.
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA, FSDP)  # sequences are divided over these
 
@@ -52,7 +52,7 @@ Role = Literal["embedding", "matrix", "norm", "bias"]
 class Parameter(NamedTuple):
     """A row of PARAMETERS."""
 
-    role: Role  # decides weight decay (optimizer.py) and the cast for decoding
+    role: Role  # decides on weight decay (optimizer.py) and on the cast for decoding
     axes: dict[str, str | None]  # dimension -> mesh axis, in the array's order
 
 
@@ -60,7 +60,7 @@ def _row(role: Role, **axes: str | None) -> Parameter:
     return Parameter(role, axes)
 
 
-# Layers stack a dimension before these.
+# Stacked layers have a layer dimension before these.
 PARAMETERS = {
     "embedding": _row("embedding", V=TENSOR, D=FSDP),
     "attention.norm": _row("norm", D=None),
@@ -96,7 +96,7 @@ def make_mesh(
 
     Args:
       mesh_config: the size of each axis; -1 stands for the devices that are left.
-      devices: default, all that JAX has.
+      devices: all of JAX's devices by default.
 
     Raises ConfigError where the sizes do not make up the number of devices.
     """
@@ -110,8 +110,10 @@ def make_mesh(
                 f"mesh {text} does not divide the {len(devices)} devices: "
                 "choose sizes whose product does"
             )
-        rest = len(devices) // product
-        sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+        devices_left = len(devices) // product
+        sizes = {
+            axis: devices_left if size == -1 else size for axis, size in sizes.items()
+        }
     elif product != len(devices):
         raise ConfigError(
             f"mesh {text} has {product} devices, but there are {len(devices)}: "
@@ -126,15 +128,16 @@ def make_mesh(
 
 
 def _compact_groups(devices: Sequence[jax.Device], tensor: int) -> list[jax.Device]:
-    """TPU devices in groups of `tensor` (a power of two), each compact in the slice.
+    """TPU devices, ordered so that each group of `tensor` is compact in the slice.
 
-    A bit of a shard's Gray code is a bit of one of its chip's coordinates; the lowest
-    bit is the shortest distance. Two shards whose codes differ in one bit
-    (reductions.exchange) are near each other, all such pairs at one distance along one
-    dimension: XLA makes no other exchange asynchronous in a large slice. The order of
-    the shards, which XLA's own rings follow there, goes from neighbour to neighbour.
-    jax.make_mesh lays a tensor axis of 8 on a line instead, and the other axes on whole
-    dimensions: that is better where every layer gathers parameters over them (fsdp).
+    `tensor` is a power of two. Each bit of a shard's Gray code is a bit of one of its
+    chip's coordinates; lower bits mean shorter distances. So all pairs of shards whose
+    codes differ in one given bit (reductions.exchange) are at one distance along one
+    dimension: in a large slice XLA makes no other exchange asynchronous. Consecutive
+    shards are neighbours, as XLA's own rings need there.
+
+    jax.make_mesh puts a tensor axis of 8 on a line instead, and the other axes on whole
+    dimensions. That is better where layers gather parameters over those axes (fsdp).
     """
     devices = sorted(devices, key=_z_order)
     groups = []
@@ -144,33 +147,34 @@ def _compact_groups(devices: Sequence[jax.Device], tensor: int) -> list[jax.Devi
 
 
 def _z_order(device: jax.Device) -> tuple[int, int]:
-    """A TPU device's place on a Z-order curve through its slice, slice by slice.
+    """(slice, index on a Z-order curve through the slice) of a TPU device.
 
     The curve's index interleaves the coordinates' bits, from the highest:
-    ... z1 y1 x1 core1 z0 y0 x0 core0. A host's chips, neighbours in x and y, are
-    neighbours on it.
+    ... z1 y1 x1 core1 z0 y0 x0 core0. So a host's chips, which are neighbours in x and
+    y, are neighbours on the curve.
     """
     x, y, z = device.coords
     core = getattr(device, "core_on_chip", 0)
     index = 0
     for bit in range(8):  # a side has fewer than 2^8 chips
         for position, coordinate in enumerate((core, x, y, z)):
-            index |= (coordinate >> bit & 1) << (4 * bit + position)
+            coordinate_bit = coordinate >> bit & 1
+            index |= coordinate_bit << (4 * bit + position)
     return getattr(device, "slice_index", 0), index
 
 
 def gray(index: Any) -> Any:
     """The Gray code of an index, an int or an integer array.
 
-    The codes of neighbours, and of the first and the last of 2^k, differ in one bit.
+    The codes of i and i + 1 differ in one bit; so do those of 0 and 2^k - 1.
     """
-    return index ^ index >> 1
+    return index ^ (index >> 1)
 
 
 def check_fits(
     model_config: config.Model, mesh: Mesh, batch: int | None = None
 ) -> None:
-    """Raises ConfigError where a model, or a batch of sequences, does not divide."""
+    """Raises ConfigError where the mesh cannot divide the model or the batch evenly."""
     for name, row in PARAMETERS.items():
         for dim, axis in row.axes.items():
             size = getattr(model_config, DIMS[dim])
@@ -190,10 +194,11 @@ def check_fits(
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` shares of a batch's rows this process holds.
+    """(index, count): which of `count` shares of a batch's rows this process loads.
 
-    Processes whose devices hold the same rows have the same index: a tensor axis that
-    spans hosts. Raises ConfigError where processes hold different numbers of rows.
+    Processes have the same index if their devices hold the same rows, as they do where
+    a tensor axis spans hosts. Raises ConfigError where processes hold different numbers
+    of rows.
     """
     rows_of: dict[int, set[int]] = {}  # process -> rows
     for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape[TENSOR])):
@@ -206,17 +211,20 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
             "choose mesh.tensor so that it divides, or is a multiple of, the devices "
             "of a process"
         )
-    mine = tuple(sorted(rows_of[jax.process_index()]))
-    return shares.index(mine), len(shares)
+    own_share = tuple(sorted(rows_of[jax.process_index()]))
+    return shares.index(own_share), len(shares)
 
 
 # ---------------------------------------------------------------- specs of a model
 
 
 def _name(path: Sequence[Any]) -> str:
-    """('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'."""
+    """A parameter's name: ('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'.
+
+    `path` is its path in JAX's tree of the model.
+    """
     keys = []
-    for entry in path:
+    for entry in path:  # GetAttrKey, DictKey or SequenceKey
         key = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", "")))
         if key not in ("layers", "value") and not str(key).isdigit():
             keys.append(str(key))
@@ -258,8 +266,8 @@ def abstract(shapes: Any, mesh: Mesh, specs: Any = None) -> Any:
 
     Args:
       shapes: a tree whose leaves have shape and dtype, such as model.abstract(...).
-      mesh: where the arrays are to live.
-      specs: a tree of PartitionSpec; default, `parameter_specs(shapes)`.
+      mesh: the mesh of the shardings.
+      specs: a tree of PartitionSpec; `parameter_specs(shapes)` by default.
     """
     specs = parameter_specs(shapes) if specs is None else specs
     return jax.tree.map(
@@ -272,9 +280,9 @@ def abstract(shapes: Any, mesh: Mesh, specs: Any = None) -> Any:
 def shard_map(
     function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`jax.shard_map` over the whole mesh, with this file's derivative rules.
+    """`jax.shard_map` over the whole mesh, without JAX's check of replicated values.
 
-    They take the place of JAX's types: see the top.
+    This file's derivative rules take its place: see the module's docstring.
     """
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -291,7 +299,7 @@ def axis_size(axis: str) -> int:
 
 
 def largest(value: jax.Array) -> jax.Array:
-    """The elementwise maximum over the tensor axis, a constant for derivatives."""
+    """The elementwise maximum over the tensor axis; no derivative passes through it."""
     return lax.pmax(lax.stop_gradient(value), TENSOR)
 
 
@@ -307,7 +315,7 @@ def _gather_forward(shard: jax.Array, dim: int, dtype: Any) -> tuple[jax.Array, 
 def _gather_backward(
     dim: int, dtype: Any, _: None, cotangent: jax.Array
 ) -> tuple[jax.Array]:
-    """Gradients are summed over data shards in float32."""
+    """Sums the gradient over the fsdp axis in float32; each shard gets its part."""
     cotangent = cotangent.astype(jnp.float32)
     return (lax.psum_scatter(cotangent, FSDP, scatter_dimension=dim, tiled=True),)
 
@@ -316,14 +324,14 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather_parameters(module: Any, dtype: Any, prefix: str = "") -> Any:
-    """`module` with every parameter gathered over the fsdp axis, in `dtype`.
+    """A copy of `module` whose parameters are gathered over the fsdp axis, in `dtype`.
 
-    The float32 shards stay as they are.
+    With an fsdp axis of size 1 it returns `module` itself, uncast.
 
     Args:
       module: a part of the model, with no layer dimension.
       dtype: of the gathered parameters.
-      prefix: where the module is in the model ("attention"), for its PARAMETERS.
+      prefix: the module's place in the model ("attention"): PARAMETERS has its names.
     """
     if axis_size(FSDP) == 1:
         return module
@@ -337,7 +345,7 @@ def gather_parameters(module: Any, dtype: Any, prefix: str = "") -> Any:
 
 
 def sum_gradients(gradients: Any, specs: Any) -> Any:
-    """`gradients` summed over every axis that their parameter is not sharded over.
+    """Sums each gradient over every axis that its parameter is not sharded over.
 
     `specs` are the parameters' (`parameter_specs`).
     """
@@ -353,10 +361,11 @@ def sum_gradients(gradients: Any, specs: Any) -> Any:
 def norm(tree: Any, specs: Any) -> jax.Array:
     """The Euclidean norm of a tree of arrays sharded by `specs`, on every device.
 
-    One sum over all devices serves the whole tree.
+    It takes one reduction for the whole tree.
     """
     squares = jnp.float32(0)
     for shard, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+        # The sum over all devices counts a shard once for each of its copies.
         copies = math.prod(axis_size(axis) for axis in AXES if axis not in spec)
         squares += jnp.sum(jnp.square(shard.astype(jnp.float32))) / copies
     axes = tuple(axis for axis in AXES if axis_size(axis) > 1)
@@ -364,7 +373,7 @@ def norm(tree: Any, specs: Any) -> jax.Array:
 
 
 def gather_vocabulary(logits: jax.Array) -> jax.Array:
-    """The whole vocabulary's logits [..., V] on every tensor shard, from its own."""
+    """Gathers all tensor shards' logits: [..., V] of the whole vocabulary."""
     if axis_size(TENSOR) == 1:
         return logits
     return lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)

@@ -1,7 +1,7 @@
-"""The training job, from start to end: mesh, data, model, optimizer, step, loop.
+"""Runs the training job from start to end: mesh, data, model, optimizer, step, loop.
 
 A run lives in the folder `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and
-where the configuration asks for them tensorboard/ and profile/.
+tensorboard/ and profile/ where the configuration turns them on.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ Say = Callable[[str], None]
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """The arrays that a training step updates."""
 
     model: model.Transformer
     optimizer: Any
@@ -101,9 +101,9 @@ def state_shardings(
 def init_state(
     config: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
 ) -> State:
-    """A fresh state, computed where it lives: no device holds more than its shards.
+    """A new state. Each device computes its own shards and never holds more than them.
 
-    It is the same on every mesh, except for the last bits.
+    The values are the same on every mesh, except for rounding.
     """
 
     def init() -> State:
@@ -122,15 +122,15 @@ def loss_and_gradients(
     Args:
       config: the run's.
       mesh: of the global arrays that the function takes and returns.
-      kernel: of attention. None: the one that suits the platform.
+      kernel: of attention. None: see attention.kernel_for.
     """
     platform = chips.platform(mesh)
     kernel = kernel or attention.kernel_for(
         platform, config.model, config.train.seq_len
     )
-    # XLA on CPUs converts a scan's whole stack of bfloat16 activations at every layer;
-    # unrolled layers have no stack. On an emulated mesh, which is for trying things
-    # out, time to compile counts for more.
+    # On a CPU, XLA converts a scan's whole stack of bfloat16 activations at every
+    # layer. Unrolled layers have no such stack, but take longer to compile. An emulated
+    # mesh is for trials, where a short compilation matters more.
     unroll = platform == "cpu" and mesh.size == 1
     reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
     options: dict[str, Any] = dict(
@@ -166,7 +166,7 @@ def accumulate(
     batch: Batch,
     parts: int,
 ) -> Any:
-    """The sum of `objective` (loss, gradients) over `parts` of a batch, one by one."""
+    """Splits a batch into `parts`, and sums `objective` (loss, gradients) over them."""
 
     def add(total: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, objective(parameters, part)), None
@@ -184,9 +184,9 @@ def make_step(
 ) -> Callable[..., Any]:
     """The compiled training step: (state, batch) -> (state, results).
 
-    It donates the state. results, scalars: loss (before the step), gradient_norm
-    (before clipping), parameter_norm (after the step: it says whether a checkpoint of
-    the new state would be finite).
+    It donates the state. `results` are scalars: loss (before the step), gradient_norm
+    (before clipping) and parameter_norm (after the step; it is finite only if a
+    checkpoint of the new state is).
     """
     gradients_of = loss_and_gradients(config, mesh, kernel)
     specs = sharding.parameter_specs(model.abstract(config.model))
@@ -242,11 +242,11 @@ def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., An
 def flops_per_token(model_config: Model, length: int) -> int:
     """Model FLOPs of training on one token: 6 N + 12 L heads H T.
 
-    N is the number of parameters without the input embedding, which is looked up, not
-    multiplied (a tied one is multiplied, as the output's). Attention counts in full,
-    not halved for causality; recomputation does not count. MFU is this times tokens a
-    second, over the devices' peak. Source: PaLM (arXiv 2204.02311), appendix B.
-    """
+    N is the number of parameters without the input embedding, which is not multiplied
+    (a tied embedding counts once, as the output's). Attention counts all T x T
+    products, not the causal half; recomputation does not count. MFU is this number
+    times tokens a second, over the devices' peak. Source: PaLM (arXiv 2204.02311),
+    appendix B."""
     count = parameter_count(model.abstract(model_config))
     if not model_config.tie_embeddings:
         count -= model_config.vocab_size * model_config.dim
@@ -263,7 +263,7 @@ def parameter_count(tree: Any) -> int:
 
 
 class Job(NamedTuple):
-    """A run whose configuration, data and folder are checked."""
+    """A run after `prepare` has checked its configuration, data and folder."""
 
     mesh: jax.sharding.Mesh
     tokenizer: tokenizers.Tokenizer
@@ -282,7 +282,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         for bit as if it had not stopped. Without a checkpoint the run starts.
     Returns step, out, parameters, plot (a path or None), stopped (the signal's name or
       None), saved (whether there is a checkpoint); held_out_loss and
-      held_out_bits_per_byte of the last evaluation; sample, where one was asked for.
+      held_out_bits_per_byte of the last evaluation; sample, if train.sample_tokens > 0.
     Raises ConfigError where the configuration, data or checkpoint does not fit, before
       it writes anything; FloatingPointError where a step is not finite (the last
       checkpoint stays good); OSError where a file cannot be written.
@@ -290,7 +290,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     leader = jax.process_index() == 0
     steps, out = config.train.steps, Path(config.train.out).expanduser()
     summary: dict[str, Any] = {}
-    # Everything that this stack holds is closed in the opposite order.
+    # The stack closes its contexts in the opposite order.
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(Output(leader))
         say = output.say
@@ -355,15 +355,15 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         while step < steps and not (stopped := stop.requested(step)):
             profile.before_step(step, state)
             state, results = train_step(state, to_devices(mesh, next(batches)))
-            # A small program of its own. Queued before the next step, it does not
-            # wait for that one.
+            # A small program of its own. The device runs it before the next step, since
+            # the host queues it first.
             results["learning_rate"] = rate(np.int32(step))
             step += 1
             output.advance()
-            if unread:  # the device works on this step while the host reports that one
+            if unread:  # the host reports the last step while the device runs this one
                 report(unread)
                 unread = None
-            if step == first + 1:  # this step's time is mostly XLA's, to compile it
+            if step == first + 1:  # this step took long because XLA compiled it
                 jax.block_until_ready(results)
                 pace.restart(step)
             evaluating = due(step, config.train.eval_every)
@@ -410,9 +410,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 def prepare(config: Config, resume: bool, say: Say) -> Job:
-    """Checks everything that can be wrong before the job writes anything but tokens.
+    """Checks the whole configuration. The only thing that it writes is the token cache.
 
-    Raises ConfigError on what it finds.
+    Raises ConfigError for the first mistake.
     """
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = tokenizers.load(config.data.tokenizer)
@@ -457,7 +457,7 @@ def check_vocabulary(
             f"data.tokenizer={config.data.tokenizer!r}: it must be at least that"
         )
     if size % tensor:
-        # Ids from the tokenizer's size on are in no text: the model learns not to
+        # No text contains the ids from the tokenizer's size on: the model learns not to
         # predict them, and sampling never draws them.
         raise ConfigError(
             f"model.vocab_size={size} does not divide by mesh.tensor={tensor}: use "
@@ -467,7 +467,7 @@ def check_vocabulary(
 
 
 def check_writable(out: Path, value: str) -> None:
-    """Raises ConfigError where train.out=`value`, the folder `out`, cannot be made."""
+    """Raises ConfigError where train.out=`value`, the folder `out`, is not writable."""
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ConfigError(
@@ -476,7 +476,7 @@ def check_writable(out: Path, value: str) -> None:
         )
 
 
-# What a resumed run may not change. None: every field of the section.
+# The fields that a resumed run may not change. None: every field of the section.
 FROZEN: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "data": ("text_field", "held_out_fraction"),
@@ -487,7 +487,7 @@ FROZEN: dict[str, tuple[str, ...] | None] = {
 def check_resumed(
     saved: Mapping[str, Any], now: Mapping[str, Any], where: object = "the run"
 ) -> None:
-    """Raises ConfigError where a resumed run would not be the run that was saved.
+    """Raises ConfigError where a resumed run would differ from the saved run.
 
     Args:
       saved: a checkpoint's meta (checkpoint.read_meta).
@@ -529,7 +529,7 @@ def check_resumed(
 def prepare_corpus(
     data_config: Data, tokenizer: tokenizers.Tokenizer
 ) -> corpora.Corpus:
-    """The corpus. One process tokenises it, then the others open its token cache."""
+    """The corpus. Process 0 tokenises it; then the others read its token cache."""
     several = jax.process_count() > 1
     if several and jax.process_index():
         multihost_utils.sync_global_devices("corpus")
@@ -546,7 +546,8 @@ def restore(
     checkpoints: Checkpoints,
     batches: Any,
 ) -> tuple[int, State]:
-    """(step, state) of the newest checkpoint; moves `batches` to its position."""
+    """(step, state) of the newest checkpoint. Moves the iterator `batches` to the batch
+    that follows it."""
     abstract = abstract_state(config, job.mesh, optimizer)._asdict()
     saved = job.meta["config"]
     step, arrays, _ = checkpoints.restore(abstract, batches, config=saved)
@@ -554,7 +555,7 @@ def restore(
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
-    """The line about a run's model and mesh."""
+    """A line of text about a run's model and mesh."""
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return (
@@ -564,7 +565,7 @@ def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
 
 
 def speed_of(config: Config, mesh: jax.sharding.Mesh) -> Speed:
-    """The numbers behind a run's tokens a second and MFU."""
+    """What a run's tokens a second and MFU are computed from."""
     options = config.train
     if options.peak_tflops:
         peak: float | None = options.peak_tflops * 1e12
@@ -588,7 +589,7 @@ def to_devices(mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, jax.Array]:
 
 
 def finite(measured: Measured, checkpoints: Checkpoints) -> dict[str, float]:
-    """The results of a step as numbers, once the device has them.
+    """Waits for the results of a step, and returns them as numbers.
 
     Raises FloatingPointError where one is not finite.
     """
@@ -623,7 +624,7 @@ def evaluate(
 
 
 def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
-    """Text that the trained model writes, from the beginning of a document."""
+    """Text that the trained model generates, from the beginning of a document."""
     tokenizer = job.tokenizer
     ids = generate(
         parameters,
@@ -640,7 +641,7 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
 
 
 class Profile(contextlib.AbstractContextManager):
-    """A profiler's trace of `count` steps after step `first`; none where count is 0."""
+    """Writes a profiler's trace of `count` steps after step `first`. 0: no trace."""
 
     def __init__(self, folder: Path, first: int, count: int, say: Say) -> None:
         self.folder, self.say = folder, say
@@ -648,7 +649,10 @@ class Profile(contextlib.AbstractContextManager):
         self.running = False
 
     def before_step(self, step: int, state: State) -> None:
-        """Starts or ends the trace where the next step is the first in or after it."""
+        """Starts the trace before its first step, and ends it after its last one.
+
+        Call it before every step: `step` steps are complete.
+        """
         if self.running == (step in self.steps):
             return
         jax.block_until_ready(state)

@@ -4,15 +4,16 @@
 #
 #     sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py [--train.steps 100 ...]
 #
-# Submitted again, the job continues from the newest checkpoint. It exits with status 0
-# after the last step, with 143 where Slurm stopped it and it has saved: submit it again.
-# Nodes times GPUs must be the product of the recipe's mesh. train.out, data.token_cache
+# The same command continues the run from its newest checkpoint. The job exits with
+# status 0 after the last step, and with 143 after Slurm has stopped it and it has saved:
+# submit it again.
+# Nodes times GPUs of a node must be the product of the recipe's mesh axes. train.out, data.token_cache
 # and data.source must be on a disk that all nodes see.
 #
-# Change here or on sbatch's command line: the GPUs of a node (both lines), the time, and
-# what the cluster asks for besides (--partition, --account). Environment: LADDER_JAX is
-# the command (default: .venv/bin/ladder-jax). XLA's options for GPUs are set by the
-# program: see ladder_jax/hardware/xla_options.py.
+# Change here or on sbatch's command line: the GPUs of a node (two lines), the time, and
+# other options that the cluster requires (--partition, --account). The environment
+# variable LADDER_JAX is the command (default: .venv/bin/ladder-jax). The program sets
+# XLA's options for GPUs itself: see ladder_jax/hardware/xla_options.py.
 #
 #SBATCH --job-name=ladder-jax
 # One process a GPU, as JAX expects under Slurm. Five minutes before the end of the time

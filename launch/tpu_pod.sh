@@ -12,8 +12,8 @@
 #     # saves a checkpoint and ends the run
 #     launch/tpu_pod.sh stop
 #
-# TPU, ZONE: the slice's name and zone. The product of the recipe's mesh must be its
-# number of chips.
+# TPU, ZONE: the name and the zone of the slice. The product of the recipe's mesh axes
+# must be the slice's number of chips.
 # SHARED: a folder that every worker has mounted, such as a Filestore. It holds the
 # folders `data` and `runs`, which the recipes name.
 set -euo pipefail
@@ -29,7 +29,7 @@ setup)
     archive=$(mktemp -d)/ladder_jax.tgz
     git archive --format tar.gz --output "$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone "$ZONE" --worker all
-    # uv installs a Python: that of the TPU images may be older than 3.11.
+    # uv installs a Python, since the Python of the TPU images may be older than 3.11.
     on all "mkdir -p ladder_jax $SHARED/data $SHARED/runs && cd ladder_jax && tar xzf ../ladder_jax.tgz &&
         ln -sfn $SHARED/data data && ln -sfn $SHARED/runs runs &&
         python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 .venv &&

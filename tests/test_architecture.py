@@ -27,7 +27,7 @@ ROWS = {
     ],
     "serving": ["serve"],
     "conversion": ["convert"],
-    "device programs": ["decode", "sampling", "optimizer"],
+    "device programs": ["decode", "decode_shapes", "sampling", "optimizer"],
     "model": ["model", "attention", "matmul", "kv_cache"],
     "residual": ["residual"],
     "data": ["data"],

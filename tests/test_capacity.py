@@ -59,13 +59,13 @@ def test_shapes_come_in_few_sizes():
 def test_moves_change_one_size_at_a_time():
     capacity = plan(slots=4)
     up = [(2, 64), (4, 64), (4, 128)]
-    assert capacity.moves((1, 64), (4, 128)) == up
-    assert capacity.moves((4, 128), (2, 64)) == [(2, 128), (2, 64)]
-    assert capacity.moves((2, 64), (2, 64)) == []
+    assert capacity.shapes_between((1, 64), (4, 128)) == up
+    assert capacity.shapes_between((4, 128), (2, 64)) == [(2, 128), (2, 64)]
+    assert capacity.shapes_between((2, 64), (2, 64)) == []
 
 
 @pytest.mark.parametrize(
-    "length, seen", [(64, [64]), (128, [128]), (256, [64, 256]), (512, [128, 512])]
+    "length, contexts", [(64, [64]), (128, [128]), (256, [64, 256]), (512, [128, 512])]
 )
-def test_a_prefill_call_sees_every_second_length(length, seen):
-    assert plan(slots=4).seen(length) == seen
+def test_the_context_of_a_prefill_call_is_every_second_length(length, contexts):
+    assert plan(slots=4).context_lengths(length) == contexts

@@ -64,30 +64,34 @@ def test_the_reduction_of_each_machine_work_and_size_is_as_before(machine, work)
         assert reduction == expected, f"{machine}, {work}, {kib} KiB"
 
 
-def scatter_and_gather(value):
+def start(value):
+    return value
+
+
+def scatter_and_gather(like):
     """Reduce-scatter, then all-gather, by XLA's own collectives."""
     scatter = lambda x: lax.psum_scatter(x, "tensor", tiled=True)
     gather = lambda x: lax.all_gather(x, "tensor", tiled=True)
     replace = lambda _, new: new
-    return value, [Round(scatter, replace), Round(gather, replace)], lambda total: total
+    return start, [Round(scatter, replace), Round(gather, replace)], lambda total: total
 
 
-def by_all_to_all(value):
+def by_all_to_all(like):
     send = lambda x: lax.all_to_all(x.reshape(8, -1), "tensor", 0, 0)
-    return value, [Round(send, lambda _, new: new)], lambda total: total
+    return start, [Round(send, lambda _, new: new)], lambda total: total
 
 
-def by_a_loop(value):
+def by_a_loop(like):
     def send(x):
         step = lambda _, x: lax.ppermute(x, "tensor", [(i, i ^ 1) for i in range(8)])
         return lax.fori_loop(0, 3, step, x)
 
-    return value, [Round(send, lambda _, new: new)], lambda total: total
+    return start, [Round(send, lambda _, new: new)], lambda total: total
 
 
-def by_a_jitted_sum(value):
+def by_a_jitted_sum(like):
     send = jax.jit(lambda x: lax.psum(x, "tensor"))
-    return value, [Round(send, lambda _, new: new)], lambda total: total
+    return start, [Round(send, lambda _, new: new)], lambda total: total
 
 
 @pytest.fixture

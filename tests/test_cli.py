@@ -472,8 +472,10 @@ def test_ctrl_c_and_resume(folder, trained, tmp_path, environment):
         first_lines += child.stdout.readline()
     child.send_signal(signal.SIGINT)
     rest, err = child.communicate(timeout=120)
-    assert child.returncode == 130
-    assert err == "\nSIGINT: stopping after this step; once more to stop now\n"
+    assert (
+        child.returncode == 130
+        and err == "\nSIGINT: stopping after this step; repeat it to stop at once\n"
+    )
     again = re.fullmatch(
         rf"stopped by SIGINT at step \d+, saved in {tmp_path}/run: "
         r"continue with ladder-jax (.*)",

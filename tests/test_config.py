@@ -20,6 +20,7 @@ from ladder_jax.config import (
     RopeScaling,
     Train,
     from_dict,
+    require,
     to_dict,
 )
 
@@ -292,6 +293,19 @@ def test_any_value_is_accepted_unchanged_or_refused_in_one_line(where, value):
         return
     assert getattr(built, name) is value
     assert from_dict(json.loads(json.dumps(to_dict(built))), section) == built
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, "x" * 400, [7] * 400],
+    ids=["an integer", "an integer without a repr", "text", "a list"],
+)
+def test_a_message_cuts_a_long_value(value):
+    with pytest.raises(ConfigError) as caught:
+        require(False, "name", value, "short")
+    message = str(caught.value)
+    assert message.startswith("name=") and len(message) < 120, message
+    assert message.endswith(" is not accepted: it must be short"), message
 
 
 def test_a_config_cannot_be_changed_and_a_changed_copy_is_checked():

@@ -179,7 +179,7 @@ def test_long_documents_are_tokenised_in_pieces(tmp_path, open_corpus, monkeypat
     )
     whole = open_corpus(folder)
     monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 16)
-    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 40)
     monkeypatch.setattr(token_cache, "FORMAT", -1)
     pieces = open_corpus(folder)
     np.testing.assert_array_equal(whole.train.ids, pieces.train.ids)
@@ -294,7 +294,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", CACHE_FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_written_again(tmp_path, open_corpus, name, damage):
+def test_a_damaged_cache_is_replaced(tmp_path, open_corpus, name, damage):
     folder = write_files(tmp_path / "in", LETTERS)
     before = open_corpus(folder)
     cache = only((tmp_path / "cache").iterdir())
@@ -302,7 +302,7 @@ def test_a_damaged_cache_is_written_again(tmp_path, open_corpus, name, damage):
     after = open_corpus(folder)
     assert both(after) == sorted(LETTERS.values())
     assert after.digest == before.digest
-    assert "the token cache was damaged and made again: " in after.report
+    assert "the token cache was damaged and has been replaced: " in after.report
     assert name in after.report
     assert only((tmp_path / "cache").iterdir()) == cache
     assert open_corpus(folder, Refusing()).report == before.report

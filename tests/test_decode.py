@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import decode, kv_cache
+from ladder_jax import decode, decode_shapes, kv_cache
 from ladder_jax.config import Model
 
 MODEL_CONFIG = Model(
@@ -60,7 +60,7 @@ def sources_by_trying(active, width):
 
 
 def test_the_memory_shuffle_makes_the_fewest_moves():
-    source_slots = jax.jit(decode.source_slots, static_argnames="width")
+    source_slots = jax.jit(decode_shapes.source_slots, static_argnames="width")
     for width in (1, 2, 4):
         for active in itertools.product([False, True], repeat=6):
             if sum(active) > width:
@@ -75,8 +75,8 @@ def test_the_memory_shuffle_makes_the_fewest_moves():
 
 
 def test_the_memory_shuffle_keeps_every_slot_when_there_are_more():
-    sources = decode.source_slots(jnp.array([True, False, True]), 5)
-    assert sources.tolist() == [0, 1, 2, 3, 3], "the new slots have no source: 3"
+    got = decode_shapes.source_slots(jnp.array([True, False, True]), 5)
+    assert got.tolist() == [0, 1, 2, 3, 3], "the new slots have no source: 3"
 
 
 @pytest.mark.parametrize("unroll_layers", [True, False])
@@ -98,11 +98,11 @@ def test_reshaping_keeps_active_requests_and_nothing_else(unroll_layers):
 
     before = marks_by_request(state)
     assert set(before) == {7, 9}
-    small = decode.reshape(state, 2, 4)
+    small = decode_shapes.reshape(state, 2, 4)
     assert marks_by_request(small) == before
     for x in jax.tree.leaves((small.slots.kv, small.staging.kv)):
         assert x.shape[-2] == 4
-    large = decode.reshape(small, 4, 8)
+    large = decode_shapes.reshape(small, 4, 8)
     assert marks_by_request(large) == before
     assert large.slots.state.active.sum() == 2
     assert (large.slots.state.request == decode.NO_REQUEST).sum() == 2

@@ -131,9 +131,11 @@ CHUNK_STEPS = []  # the iterations of shared_engine's chunks, if not empty
 def shared_engine():
     def chunks_of_drawn_length(load, limits):
         step = plan_step(load, limits)
-        if step.steps and CHUNK_STEPS:
-            return step._replace(steps=CHUNK_STEPS[0])
-        return step
+        return (
+            step._replace(chunk_steps=CHUNK_STEPS[0])
+            if step.chunk_steps and CHUNK_STEPS
+            else step
+        )
 
     engine = make_engine(scheduler=chunks_of_drawn_length)
     engine.warm_up()
@@ -364,7 +366,7 @@ def test_a_mistake_names_the_field_and_submits_nothing(wrong, name):
 def test_an_error_of_one_request_fails_no_other():
     engine = make_engine()
     good, bad = (engine.submit([i], max_tokens=9) for i in (1, 2))
-    bad.stopper = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
+    bad.text_filter = mock.Mock(push=mock.Mock(side_effect=ArithmeticError("its own")))
     with pytest.raises(RequestFailed, match="its own"):
         list(bad)
     assert bad.finish == "error" and good.result().tokens == tokens_alone(
@@ -374,8 +376,9 @@ def test_an_error_of_one_request_fails_no_other():
 
 def test_an_exception_on_the_device_fails_its_requests_and_the_engine_goes_on():
     engine = make_engine()
-    # As many as there are places in staging: a third one waits on the host.
-    live = [engine.submit([i], max_tokens=30) for i in range(2)]
+    live = [
+        engine.submit([i], max_tokens=30) for i in range(2)
+    ]  # as many as staging has rows
     engine.step()
     waiting = engine.submit([9], max_tokens=5)
     with mock.patch.object(
@@ -461,7 +464,7 @@ def test_memory_is_planned_and_never_overcommitted():
     caches = jax.tree.leaves((state.slots.kv, state.staging.kv))
     assert engine.capacity.memory["rows"] == 5 * row == sum(x.nbytes for x in caches)
     assert engine.report() == (
-        "3 slots and 2 places in staging, of 64 tokens in float32: 0.2 MiB, prefixes "
+        "3 slots and 2 rows of staging, of 64 tokens in float32: 0.2 MiB, prefixes "
         "0.0 MiB, reshaping 0.0 MiB, together 0.2 MiB a device"
     )
     with pytest.raises(ConfigError, match="kv_memory.*slots fit"):
@@ -738,7 +741,7 @@ def test_one_mistake_in_a_list_of_prompts_submits_none_of_them():
 
 @pytest.mark.parametrize("staging", [1, 6])
 def test_priorities_order_the_queue_and_staging_alike(staging):
-    """Priorities of the whole range. The device orders the 6 places of staging."""
+    """Over all that is accepted; with 6 rows of staging, the device orders them."""
     engine = make_engine(slots=1, staging=staging)
     blocker = engine.submit([1], max_tokens=40)
     while not blocker.tokens:

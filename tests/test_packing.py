@@ -20,17 +20,17 @@ def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
     while waiting := [
         (i, done[i], total) for i, total in enumerate(totals) if done[i] < total
     ]:
-        pieces, width = packing.pick_pieces(waiting, SIZES, budget)
-        if not pieces:
+        chosen, width = packing.pick_pieces(waiting, SIZES, budget)
+        if not chosen:
             assert budget < SIZES[0]
             return
-        assert width in SIZES and width * packing.rows(len(pieces)) <= max(
+        assert width in SIZES and width * packing.rows(len(chosen)) <= max(
             budget, SIZES[0]
         )
-        assert [piece.staging_index for piece in pieces] == [
-            place for place, _, _ in waiting[: len(pieces)]
+        assert [piece.staging_index for piece in chosen] == [
+            index for index, _, _ in waiting[: len(chosen)]
         ]
-        for piece in pieces:
+        for piece in chosen:
             assert (
                 piece.start == done[piece.staging_index] and 0 < piece.length <= width
             )
@@ -43,32 +43,34 @@ def test_pieces_fit_the_budget_and_finish_every_prompt(totals, budget):
 
 
 def test_a_call_takes_as_many_prompts_as_fit():
-    waiting = [(place, 0, 4) for place in range(9)]
+    waiting = [(index, 0, 4) for index in range(9)]
     assert [
         len(packing.pick_pieces(waiting, SIZES, budget)[0])
         for budget in (4, 16, 63, 64)
     ] == [1, 4, 4, 9]
 
 
-def test_rows_of_padding_have_no_place():
+def test_rows_of_padding_have_no_staging_index():
     row = decode.SlotState(
         *(np.zeros(1, np.int32),) * 8, sampling.make_params(None, 2, 32), None
     )
     pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]
     prompts = [np.arange(10, 17, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
-    call = packing.pack(pieces, 4, 8, prompts, [row, row], places=6, padding_id=99)
-    assert call.tokens.tolist() == [[10, 11, 12, 0], [22, 23, 0, 0], [0] * 4, [0] * 4]
-    assert call.staging_index.tolist() == [5, 2, 6, 6] and call.last.tolist() == [
+    made = packing.pack(
+        pieces, 4, 8, prompts, [row, row], staging_size=6, padding_id=99
+    )
+    assert made.tokens.tolist() == [[10, 11, 12, 0], [22, 23, 0, 0], [0] * 4, [0] * 4]
+    assert made.staging_index.tolist() == [5, 2, 6, 6] and made.last.tolist() == [
         False,
         True,
         False,
         False,
     ]
-    assert call.start.tolist() == [0, 2, 0, 0] and call.length.tolist() == [3, 2, 0, 0]
+    assert made.start.tolist() == [0, 2, 0, 0] and made.length.tolist() == [3, 2, 0, 0]
     assert (
-        call.prompt[1].tolist() == [20, 21, 22, 23, 99, 99, 99, 99]
-        and (call.prompt[0] == 99).all()
+        made.prompt[1].tolist() == [20, 21, 22, 23, 99, 99, 99, 99]
+        and (made.prompt[0] == 99).all()
     )
     assert all(
-        len(leaf) == 4 for leaf in (call.state.request, call.state.sampling.seed)
+        len(leaf) == 4 for leaf in (made.state.request, made.state.sampling.seed)
     )

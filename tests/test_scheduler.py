@@ -34,7 +34,7 @@ DECODES = work(emitted=5)
 
 # The name of a rule, a load, what the step must have, and changed limits.
 TABLE = [
-    ("nothing to do", load(), dict(admit=0, prefill_budget=0, steps=0)),
+    ("nothing to do", load(), dict(admit=0, prefill_budget=0, chunk_steps=0)),
     (
         "all candidates are admitted",
         load(queued=9, candidates=(work(), work())),
@@ -106,7 +106,7 @@ TABLE = [
     (
         "nothing decodes: the whole budget",
         load(prefilling=(work(),), prefill_spent=32),
-        dict(prefill_budget=32, steps=0),
+        dict(prefill_budget=32, chunk_steps=0),
     ),
     (
         "requests decode: what is left of the budget",
@@ -141,42 +141,42 @@ TABLE = [
     (
         "a full width decodes for the whole chunk",
         load(decoding=(DECODES,) * 4, queued=3),
-        dict(steps=16),
+        dict(chunk_steps=16),
     ),
     (
         "half the slots are empty and prefill can fill them: half the chunk",
         load(decoding=(DECODES,) * 2, prefilling=(work(),) * 2),
-        dict(steps=8),
+        dict(chunk_steps=8),
     ),
     (
         "requests that wait on the host can fill slots as well",
         load(decoding=(DECODES,), queued=8),
-        dict(steps=4),
+        dict(chunk_steps=4),
     ),
     (
         "a prompt that is longer than the next call does not shorten the chunk",
         load(decoding=(DECODES,), prefilling=(work(prompt=100),)),
-        dict(steps=16),
+        dict(chunk_steps=16),
     ),
     (
         "no more iterations than the longest has left",
         load(decoding=(work(emitted=97), work(emitted=99))),
-        dict(steps=3),
+        dict(chunk_steps=3),
     ),
     (
         "iterations of unread chunks count",
         load(decoding=(work(emitted=90, unread_steps=8),), unread_chunks=1),
-        dict(steps=2),
+        dict(chunk_steps=2),
     ),
     (
         "all tokens are under way: no chunk",
         load(decoding=(work(emitted=90, unread_steps=16),), unread_chunks=1),
-        dict(steps=0),
+        dict(chunk_steps=0),
     ),
     (
         "the first token comes with prefill",
         load(staged=(work(max_tokens=3),)),
-        dict(steps=2),
+        dict(chunk_steps=2),
     ),
     (
         "more requests than slots: a staged one may not have run",
@@ -185,22 +185,22 @@ TABLE = [
             decoding=(work(max_tokens=9, emitted=1, unread_steps=16),) * 4,
             unread_chunks=1,
         ),
-        dict(steps=8),
+        dict(chunk_steps=8),
     ),
     (
         "a cancellation needs a chunk",
         load(cancelled=1),
-        dict(steps=1),
+        dict(chunk_steps=1),
     ),
     (
         "a prefill's token comes to the host with a chunk",
         load(staged=(work(max_tokens=1),), unread_prefills=1),
-        dict(steps=1),
+        dict(chunk_steps=1),
     ),
     (
         "a loop that cannot end early gets a compiled size",
         load(decoding=(work(emitted=97),)),
-        dict(steps=4),
+        dict(chunk_steps=4),
         dict(fixed_trip_count=True),
     ),
 ]
@@ -247,9 +247,9 @@ def test_every_step_is_possible_and_there_is_always_one(load, fixed, fit):
     step = plan_step(load, limits)
     assert step.admit == len(load.candidates)
     assert 0 <= step.prefill_budget <= limits.prefill_budget
-    assert 0 <= step.steps <= limits.steps_per_call
-    if fixed and step.steps:
-        assert step.steps in limits.chunk_sizes
+    assert 0 <= step.chunk_steps <= limits.steps_per_call
+    if fixed and step.chunk_steps:
+        assert step.chunk_steps in limits.chunk_sizes
     if fit and (works := load.on_device + load.candidates):
         assert step.width in limits.widths and step.length in limits.lengths
         assert step.width >= min(len(works) + load.cancelled, limits.slots)
@@ -264,7 +264,7 @@ def test_every_step_is_possible_and_there_is_always_one(load, fixed, fit):
         for one in load.staged + load.decoding
     ]
     if max(left, default=0) > 0:
-        assert step.steps, "a request has tokens left, but no chunk decodes them"
+        assert step.chunk_steps, "a request has tokens left, but no chunk decodes them"
 
 
 # ---------------------------------------------------------------- phases
@@ -280,60 +280,62 @@ class FakeRequest:
 
 
 def test_a_request_passes_through_the_phases_and_leaves_nothing():
-    tracker = Tracker(places=2)
+    tracker = Tracker(staging_size=2)
     record = tracker.admit(FakeRequest(7), staging_index=0, ticket=1)
-    assert record.phase is Phase.PREFILLING and tracker.free_places() == [1]
+    assert record.phase is Phase.PREFILLING and tracker.free_staging_indices() == [1]
     tracker.stage(record, first_chunk=3)
     assert record.phase is Phase.STAGED and record.computed == 3
-    tracker.read(Chunk(number=2, steps=4), [-1, -1])
+    tracker.leave_staging(Chunk(number=2, steps=4), [-1, -1])
     assert record.phase is Phase.STAGED, "chunk 2 started before the request was staged"
-    tracker.read(Chunk(number=3, steps=4), [7, -1])
+    tracker.leave_staging(Chunk(number=3, steps=4), [7, -1])
     assert record.phase is Phase.STAGED, "it waits in staging after chunk 3"
-    tracker.read(Chunk(number=4, steps=4), [-1, -1])
-    assert record.phase is Phase.DECODING and tracker.free_places() == [0, 1]
-    tracker.finish(record, device_knows=True)
+    tracker.leave_staging(Chunk(number=4, steps=4), [-1, -1])
+    assert record.phase is Phase.DECODING and tracker.free_staging_indices() == [0, 1]
+    tracker.finish(record, device_ended=True)
     assert record.phase is Phase.DONE and not list(tracker)
 
 
 def test_iterations_of_unread_chunks_count_from_the_one_that_can_admit_it():
-    tracker = Tracker(places=2)
+    tracker = Tracker(staging_size=2)
     unread = [Chunk(number=4, steps=8), Chunk(number=5, steps=2)]
     for number, first_chunk in ((1, 4), (2, 5)):
-        record = tracker.admit(FakeRequest(number), tracker.free_places()[0], number)
+        record = tracker.admit(
+            FakeRequest(number), tracker.free_staging_indices()[0], number
+        )
         tracker.stage(record, first_chunk)
     assert [w.unread_steps for w in tracker.work(Phase.STAGED, unread)] == [10, 2]
-    tracker.read(Chunk(number=3, steps=8), [-1, -1])
-    assert len(tracker.phase(Phase.STAGED)) == 2
-    tracker.read(unread.pop(0), [-1, 2])
+    tracker.leave_staging(Chunk(number=3, steps=8), [-1, -1])
+    assert len(tracker.in_phase(Phase.STAGED)) == 2
+    tracker.leave_staging(unread.pop(0), [-1, 2])
     assert [w.unread_steps for w in tracker.work(Phase.DECODING, unread)] == [2]
 
 
 @pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.STAGED, Phase.DECODING])
 def test_a_cancelled_request_frees_its_place_when_the_device_has_dropped_it(phase):
-    tracker = Tracker(places=1)
+    tracker = Tracker(staging_size=1)
     record = tracker.admit(FakeRequest(1), staging_index=0, ticket=1)
     if phase is not Phase.PREFILLING:
         tracker.stage(record, first_chunk=0)
     if phase is Phase.DECODING:
-        tracker.read(Chunk(number=0, steps=4), [-1])
+        tracker.leave_staging(Chunk(number=0, steps=4), [-1])
     assert record.phase is phase
-    tracker.finish(record, device_knows=False)
+    tracker.finish(record, device_ended=False)
     assert not tracker.live()
     if phase is Phase.PREFILLING:  # the device does not decode it
-        assert not list(tracker) and tracker.free_places() == [0]
+        assert not list(tracker) and tracker.free_staging_indices() == [0]
         return
-    assert tracker.cancelled() == 1 and tracker.take_cancelled(4) == [1]
+    assert tracker.cancelled_count() == 1 and tracker.take_cancelled(4) == [1]
     if phase is Phase.STAGED:
-        assert tracker.free_places() == []
-        tracker.read(Chunk(number=1, steps=4), [-1])
-    assert not list(tracker) and tracker.free_places() == [0]
+        assert tracker.free_staging_indices() == []
+        tracker.leave_staging(Chunk(number=1, steps=4), [-1])
+    assert not list(tracker) and tracker.free_staging_indices() == [0]
 
 
 def test_a_chunk_cancels_no_more_than_it_has_room_for():
-    tracker = Tracker(places=5)
+    tracker = Tracker(staging_size=5)
     for number in range(5):
         record = tracker.admit(FakeRequest(number), number, number)
         tracker.stage(record, 0)
-        tracker.finish(record, device_knows=False)
+        tracker.finish(record, device_ended=False)
     assert tracker.take_cancelled(3) == [0, 1, 2]
     assert tracker.take_cancelled(3) == [3, 4] and tracker.take_cancelled(3) == []

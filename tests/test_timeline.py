@@ -504,7 +504,7 @@ def test_fastest_lossless_is_another_all_reduce_on_gpu_and_another_reduction_on_
     assert gpu["no communication"].request.config.model.residual == "upper-bound"
 
 
-def planned(title: str, step: float) -> compare.Planned:
+def planned(title: str, step: float) -> compare.VariantPlan:
     totals = dict(
         step_us=step,
         compute_us=900.0,
@@ -530,7 +530,7 @@ def planned(title: str, step: float) -> compare.Planned:
         totals=totals,
         memory=memory,
     )
-    return compare.Planned(title, report, Timeline([], []))
+    return compare.VariantPlan(title, report, Timeline([], []))
 
 
 def test_the_comparison_is_a_line_a_variant_with_speed_ups_over_the_first():
@@ -622,11 +622,11 @@ def test_rows_survive_the_file(tmp_path):
 
 
 def test_the_hideable_share_is_of_what_could_be_hidden():
-    assert ROW.of_hideable_hidden == pytest.approx(65.5 / 80)
+    assert ROW.hidden_share == pytest.approx(65.5 / 80)
     lucky = dataclasses.replace(ROW, exposed_us=10.0)
-    assert lucky.of_hideable_hidden == 1.0
+    assert lucky.hidden_share == 1.0
     nothing = dataclasses.replace(ROW, unavoidable_us=99.5)
-    assert nothing.of_hideable_hidden is None
+    assert nothing.hidden_share is None
 
 
 def test_schedules_stand_side_by_side_where_there_are_several():
@@ -708,5 +708,5 @@ def test_the_version_of_the_code_ignores_docstrings(tmp_path):
     first = version('def f(x):\n    """Adds one."""\n    return x + 1\n')
     assert version("def f(x):\n    # One more.\n    return (x + 1)\n") == first
     assert version("def f(x):\n    return x + 2\n") != first
-    for pattern in survey.PLANNED_BY:
+    for pattern in survey.HASHED_FILES:
         assert list(survey.PACKAGE.glob(pattern)), f"{pattern} names no file"

@@ -1,14 +1,15 @@
-"""Contenders measured in turns, each in a process of its own.
+"""Measures contenders (this project and others) in turns, each in its own process.
 
-They share the machine's noise and nothing else. The parent starts one contender after
-the other. Then one at a time takes its turn while the others wait for a line on stdin,
-so that no thread pools compete. A contender answers in lines of JSON on stdout: a
-message about its setup, then two times of every step of a turn, and at the end the peak
-of its resident set in bytes.
+Turns expose all contenders to the same noise of the machine. The parent starts one
+contender after the other. Then one contender at a time runs, while the others wait for
+a line on stdin, so that no thread pools compete. A contender writes lines of JSON to
+stdout: a message about its setup; for each turn, two times of every step; and at the
+end the peak of its resident set in bytes.
 
-The times are seconds on the clock, and seconds of all its threads on a processor. Other
+The two times are seconds on the clock, and processor seconds of all its threads. Other
 work on the machine hardly changes the latter. But threads that spin while they wait
-count, so that it is fair only where each contender has one core (`taskset -c 0`).
+take processor time too, so compare it only where each contender has one core
+(`taskset -c 0`).
 """
 
 import json
@@ -29,18 +30,19 @@ _stdout: TextIO = sys.stdout
 
 
 def quiet() -> None:
-    """Keeps stdout for `serve`. To be called before a contender's other imports."""
+    """Reserves stdout for `serve`; other output goes to stderr. Call it before a
+    contender's other imports."""
     global _stdout
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
 
 def serve(step: Callable[[], object], message: dict[str, Any]) -> None:
-    """Answers the parent until it ends.
+    """Runs the turns that the parent requests, until the parent closes stdin.
 
     Args:
-      step: what a turn repeats.
-      message: sent first, when the setup is complete.
+      step: a turn calls it several times.
+      message: the message about the setup, for the parent.
     """
     _send(message)
     for line in sys.stdin:
@@ -55,14 +57,14 @@ def serve(step: Callable[[], object], message: dict[str, Any]) -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has had resident, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _send(value: object) -> None:
     try:
         print(json.dumps(value), file=_stdout, flush=True)
-    except BrokenPipeError:  # the parent has ended with a message
+    except BrokenPipeError:  # the parent has ended, and printed why
         os._exit(1)
 
 
@@ -70,11 +72,11 @@ def _send(value: object) -> None:
 
 
 class Contender:
-    """A contender's process.
+    """A contender's process, as the parent sees it.
 
     Args:
-      name: for messages.
-      command: starts the process; the constructor returns when it has set up.
+      name: of the contender, for messages.
+      command: starts the process. The constructor waits for the end of its setup.
     Raises ConfigError where the process ends.
     """
 
@@ -86,18 +88,18 @@ class Contender:
         self.message = self._receive()
 
     def turn(self, steps: int) -> list[tuple[float, float]]:
-        """Lets it run `steps` steps: (seconds, processor seconds) of each."""
+        """Runs `steps` steps. Returns (seconds, processor seconds) of each."""
         assert self.process.stdin is not None
         print(steps, file=self.process.stdin, flush=True)
         return self._receive()
 
     def finish(self) -> int:
-        """Ends it. Returns its peak resident set in bytes."""
+        """Ends the process. Returns its peak resident set in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        most = self._receive()
+        peak = self._receive()
         self.process.wait()
-        return most
+        return peak
 
     def _receive(self) -> Any:
         assert self.process.stdout is not None

@@ -1,31 +1,36 @@
-"""Compares temporal fusion with the ways of batching that it replaces, under load:
+"""Compares temporal fusion with other ways of batching, under load:
 `ladder-jax bench decode`.
 
-One run has one model and one set of requests with one schedule of arrivals
-(workloads.py). Every policy decodes them with the same compiled forward pass, so that
-they differ in scheduling alone:
+One run has one model, and one set of requests with a schedule of arrivals
+(workloads.py). Every policy decodes these requests with the same compiled forward pass,
+so that policies differ in scheduling alone:
 
-    sequential     one request at a time
-    concurrent     every request has a decode state of its own, and they take turns (the
-                   baseline of Flover's figures: concurrent model instances)
-    static         a batch of the waiting requests, to the end of its longest request
-    dynamic        the same, but a batch that is not full first waits a window for more
+    sequential     decodes one request at a time
+    concurrent     gives every request a decode state of its own; the states take turns
+                   (the baseline of Flover's figures: concurrent model instances)
+    static         starts a batch with the requests that wait, and the next batch when
+                   the longest request of this one has ended. A batch of fewer requests
+                   than slots still takes requests that arrive while it runs, until it
+                   has had as many as there are slots
+    dynamic        as static, but a batch that is not full first waits for a window of
+                   time
     per-token      continuous batching by the host: one jitted call, one synchronization
-                   and one decision a token
+                   and one scheduling decision for every token
     no-shuffle     temporal fusion, always at full width and length
-    ours           temporal fusion: refill inside the chunk, a shape that fits the load
+    ours           temporal fusion: the device admits requests inside the jitted loop,
+                   and the compiled width and length follow the load
 
-The limit is the bare step: forward pass and argmax at full width and length in a loop,
-with no scheduling at all. It is measured before and after every policy, and "of bare"
-is a policy's rate over it; under saturated load, its rate until no request waits. "of
-matmul" is 2 FLOPs a token and parameter over the CPU's own rate of matrix products
-(machine.py).
+The upper bound is the bare step: forward pass and argmax at full width and length in a
+loop, without scheduling. The benchmark measures it before and after every policy. "of
+bare" is a policy's rate over the bare step's; under saturated load, the policy's rate
+until no request waits. "of matmul" is 2 FLOPs a token and parameter over the CPU's own
+rate of matrix products (machine.py).
 
-Gaps between arrivals are scaled by this model's step over that of the model for which
-Flover gives them, unless `--unscaled`.
+Flover gives gaps between arrivals for a model with a slower step. Unless `--unscaled`,
+the benchmark multiplies them by this model's step over that model's step.
 
-Tokens of a chunk reach the host together, so that inter-token latency has a median near
-0 and the chunk's length in its tail. Time per output token averages it out.
+Tokens of a chunk reach the host together, so that most inter-token latencies are near 0
+and a few are as long as a chunk. Time per output token is their mean.
 """
 
 import dataclasses
@@ -62,8 +67,9 @@ from ladder_jax.hardware import xla_options
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import Request
 
-PAPER_STEP = 5.8 / 512  # seconds of one iteration of GPT-J 6B in Flover's figures
-# Measurements of the bare step before and after every policy; their median counts.
+# Seconds of one iteration of GPT-J 6B in Flover's figures.
+PAPER_STEP = 5.8 / 512
+# How often the bare step is measured before and after every policy. The median counts.
 BARE_ROUNDS = 6
 
 
@@ -74,38 +80,48 @@ class Arguments:
     size: str = "tiny"
     """tiny, small, m125, 1b or 8b: a model with random weights."""
     dtype: str = "float32"
+    """float32 or bfloat16."""
     residual: str = "ladder"
+    """The residual schedule."""
     workload: str = "saturated"
     """saturated, constant, poisson, sharegpt, or several joined by commas."""
     gaps: tuple[float, ...] = (500.0,)
     """Milliseconds between arrivals (constant, poisson; the paper: 20 to 5000)."""
     unscaled: bool = False
-    """Takes gaps and windows as they are."""
+    """Do not scale gaps and windows by this model's step."""
     requests: int = 64
+    """Requests of a workload."""
     prompt: int = 4
-    """Tokens of a prompt (sharegpt: room for a prompt)."""
+    """Tokens of a prompt. sharegpt has its own lengths, scaled to --prompt + --most."""
     least: int = 128
+    """The fewest output tokens of a request."""
     most: int = 256
-    """Output tokens are Uniform(least, most)."""
+    """The most output tokens. Each request draws its own number uniformly."""
     slots: int = 8
+    """Requests that decode together."""
     chunk: int = 16
+    """Decode iterations of one jitted call."""
     tensor: int = 1
+    """Devices to shard the model over."""
     policies: tuple[str, ...] = ()
     """The batching policies to compare (default: all)."""
     windows: tuple[float, ...] = (500.0,)
-    """Milliseconds that dynamic batching waits for more (scaled as gaps are)."""
+    """Milliseconds that dynamic batching waits for requests (scaled as gaps are)."""
     goodput_ttft: float = 20.0
-    """Goodput limit: time to first token, in decode steps of one request alone."""
+    """Goodput counts requests up to this time to first token, in decode steps of one
+    request alone."""
     goodput_tpot: float = 3.0
-    """Goodput limit: mean time per output token, in the same steps."""
+    """Goodput counts requests up to this mean time per output token, in the same
+    steps."""
     rounds: int = 1
-    """Times that every policy runs the workload, the bare step before and after each.
-    The round with the median share of the bare step is shown."""
+    """How often every policy runs the workload. The table shows the run with the median
+    share of the bare step."""
     seed: int = 0
+    """Seeds the random numbers of the workload."""
     json: str | None = None
-    """A file for the results."""
+    """Write the results to this file."""
     plots: str | None = None
-    """A folder for PNGs: every slot's occupancy over time, latency curves."""
+    """Write PNGs to this folder: every slot's occupancy over time, latency curves."""
 
 
 # ---------------------------------------------------------------- measuring
@@ -114,9 +130,10 @@ class Arguments:
 def bare_step(
     engine: Engine, width: int, length: int, iterations: int
 ) -> Callable[[int], float]:
-    """Compiles forward pass and argmax alone, at half the length.
+    """Compiles the bare step: forward pass and argmax, at positions from length / 2 on.
 
-    Returns a function: number of measurements -> seconds of an iteration, their median.
+    Returns a function that measures it so many times, and returns the median seconds of
+    an iteration.
     """
     spec = engine.spec
     state = decode.empty(spec, width, 1, length)
@@ -166,24 +183,24 @@ def bare_step(
 def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
     """Submits every request at its arrival, and steps the engine until all are done.
 
-    Returns the requests, and the seconds that it took.
+    Returns the requests, and the seconds from start to end.
     """
     scheduler = getattr(engine, "scheduler", None)
     if isinstance(scheduler, StaticBatches):
         scheduler.expected = len(arrivals)
-    start, coming = time.perf_counter(), deque(arrivals)
+    start, future_arrivals = time.perf_counter(), deque(arrivals)
     requests: list[Request] = []
     unfinished: deque[Request] = deque()
-    while coming or unfinished:
+    while future_arrivals or unfinished:
         now = time.perf_counter() - start
-        while coming and coming[0].seconds <= now:
-            arrival = coming.popleft()
+        while future_arrivals and future_arrivals[0].seconds <= now:
+            arrival = future_arrivals.popleft()
             request = engine.submit(list(arrival.prompt), max_tokens=arrival.max_tokens)
             request.submitted = start + arrival.seconds
             requests.append(request)
             unfinished.append(request)
-        if not engine.step() and coming:
-            until_next = coming[0].seconds - (time.perf_counter() - start)
+        if not engine.step() and future_arrivals:
+            until_next = future_arrivals[0].seconds - (time.perf_counter() - start)
             time.sleep(max(0.0, min(until_next, 0.01)))
         while unfinished and unfinished[0].finish:
             unfinished.popleft()
@@ -191,7 +208,7 @@ def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
 
 
 class Turn(NamedTuple):
-    """One run of a policy."""
+    """One run of a policy on a workload."""
 
     figures: dict[str, Any]  # see latency.measure
     requests: list[Request]
@@ -199,25 +216,25 @@ class Turn(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What all workloads of a benchmark share."""
+    """The model, the devices and the limits that all workloads of a run share."""
 
     arguments: Arguments
     parameters: model.Transformer
     model_config: Model
     mesh: jax.sharding.Mesh
     length: int  # tokens of a row of the decode state
-    alone: float  # seconds of the bare step at width 1
-    bare: Callable[[int], float]  # see bare_step; at full width
+    single_step: float  # seconds of the bare step at width 1
+    measure_bare_step: Callable[[int], float]  # see bare_step; at full width
     cpu: machine.Machine | None  # None on an accelerator
 
     @property
     def scale(self) -> float:
-        """Seconds of this model for a second of the paper's."""
-        return 1.0 if self.arguments.unscaled else self.alone / PAPER_STEP
+        """The factor for gaps and windows."""
+        return 1.0 if self.arguments.unscaled else self.single_step / PAPER_STEP
 
 
 def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
-    """Runs all policies on one workload: {policy: its median turn}.
+    """Runs all policies on one workload. Returns {policy: its median turn}.
 
     Args:
       bench: the model and its devices.
@@ -256,7 +273,7 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
         engine.warm_up()
         serve(engine, _short(arrivals, arguments))
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
-    # The policies take turns, since the machine's speed changes.
+    # The policies take turns, since the speed of the machine changes with time.
     for _ in range(arguments.rounds):
         for name, engine in engines.items():
             turn = run_policy(bench, engine, arrivals, kind)
@@ -274,7 +291,7 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
 
 
 def _short(arrivals: list[Arrival], arguments: Arguments) -> list[Arrival]:
-    """A short run of a workload, after which everything is compiled."""
+    """The first requests of a workload, shortened. They make every engine compile."""
     return [
         dataclasses.replace(
             arrival,
@@ -290,12 +307,13 @@ def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) ->
     arguments = bench.arguments
     engine.counters.reset()
     getattr(engine, "history", []).clear()
-    before = bench.bare(BARE_ROUNDS)
+    before = bench.measure_bare_step(BARE_ROUNDS)
     requests, seconds = serve(engine, arrivals)
-    step = (before + bench.bare(BARE_ROUNDS)) / 2
+    after = bench.measure_bare_step(BARE_ROUNDS)
+    step = (before + after) / 2
     objective = Objective(
-        ttft=arguments.goodput_ttft * bench.alone,
-        tpot=arguments.goodput_tpot * bench.alone,
+        ttft=arguments.goodput_ttft * bench.single_step,
+        tpot=arguments.goodput_tpot * bench.single_step,
     )
     figures = measure(requests, arrivals, seconds, engine.counters, objective)
     saturated = kind == "saturated"
@@ -320,15 +338,16 @@ def run(arguments: Arguments) -> dict[str, Any]:
     kinds = arguments.workload.split(",")
     _check(arguments, kinds)
     bench = set_up(arguments)
-    full = bench.bare(BARE_ROUNDS)
-    rate = arguments.slots / full
-    gain = rate * bench.alone
+    single_step_ms = bench.single_step * 1e3
+    full_step = bench.measure_bare_step(BARE_ROUNDS)
+    rate = arguments.slots / full_step
+    gain = rate * bench.single_step
     device = jax.devices()[0].device_kind
     print(
         f"{arguments.size}, {arguments.dtype}, {arguments.residual}, "
         f"tensor {arguments.tensor}, {arguments.slots} slots, "
         f"chunks of {arguments.chunk}, {bench.cpu or device}\n"
-        f"bare step: {bench.alone * 1e3:.2f} ms at width 1, {full * 1e3:.2f} ms at "
+        f"bare step: {single_step_ms:.2f} ms at width 1, {full_step * 1e3:.2f} ms at "
         f"width {arguments.slots} = {rate:.0f} tokens/s, "
         f"so batching can gain {gain:.1f}x"
     )
@@ -354,7 +373,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         device=device,
         machine=bench.cpu._asdict() if bench.cpu else None,
         batch_gain=gain,
-        step_ms={"1": bench.alone * 1e3, str(arguments.slots): full * 1e3},
+        step_ms={"1": single_step_ms, str(arguments.slots): full_step * 1e3},
         bare_step_tokens_per_s=rate,
         workloads=results,
     )
@@ -384,7 +403,7 @@ def _check(arguments: Arguments, kinds: list[str]) -> None:
 
 
 def set_up(arguments: Arguments) -> Bench:
-    """Makes the model, and measures the bare step of one request alone."""
+    """Initializes the model, and measures the bare step at width 1."""
     length = -(-(arguments.prompt + arguments.most) // 64) * 64
     changes: Any = dict(
         residual=arguments.residual, dtype=arguments.dtype, max_length=length
@@ -411,8 +430,8 @@ def set_up(arguments: Arguments) -> Bench:
         model_config,
         mesh,
         length,
-        alone=bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS),
-        bare=bare_step(probe, arguments.slots, length, arguments.chunk),
+        single_step=bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS),
+        measure_bare_step=bare_step(probe, arguments.slots, length, arguments.chunk),
         cpu=machine.measure() if on_cpu else None,
     )
 

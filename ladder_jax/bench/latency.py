@@ -1,4 +1,4 @@
-"""The figures of one policy on one workload: rates, latencies, occupancy."""
+"""Computes the figures of a policy on a workload: rates, latencies, occupancy."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,20 +11,21 @@ from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.request import Request
 
 PERCENTILES = (50, 90, 99)
-# What each slot did: (seconds, request ids [K, W], negative where it made no token) of
-# every chunk.
+# For every chunk: seconds, and the request [K, W] that each of W slots decoded in each
+# of K iterations, or a negative number where the slot emitted no token.
 History = Sequence[tuple[float, np.ndarray]]
 
 
 class Objective(NamedTuple):
-    """The latencies up to which a request counts as good, in seconds."""
+    """The longest latencies, in seconds, with which a request counts for goodput."""
 
     ttft: float  # until its first token
     tpot: float  # for each other token, on average
 
 
 class Latencies(NamedTuple):
-    """The latencies of requests in seconds. All count from the scheduled arrival."""
+    """The latencies of requests in seconds. `ttft` and `e2e` count from the scheduled
+    arrival."""
 
     ttft: list[float]  # until the first token
     tpot: list[float]  # from the first to the last token, for each but the first
@@ -34,14 +35,16 @@ class Latencies(NamedTuple):
 
 def latencies_of(requests: Sequence[Request]) -> Latencies:
     """The latencies of finished requests."""
+    gaps = [np.diff(request.times) for request in requests]
     tpot = [
-        (one.times[-1] - one.times[0]) / max(len(one.times) - 1, 1) for one in requests
+        (request.times[-1] - request.times[0]) / max(len(request.times) - 1, 1)
+        for request in requests
     ]
     return Latencies(
-        ttft=[one.times[0] - one.submitted for one in requests],
+        ttft=[request.times[0] - request.submitted for request in requests],
         tpot=tpot,
-        itl=np.concatenate([np.diff(one.times) for one in requests]).tolist(),
-        e2e=[one.times[-1] - one.submitted for one in requests],
+        itl=np.concatenate(gaps).tolist(),
+        e2e=[request.times[-1] - request.submitted for request in requests],
     )
 
 
@@ -65,7 +68,7 @@ def measure(
     Args:
       requests: finished, in the order of `arrivals`.
       arrivals: the workload.
-      seconds: the whole run took.
+      seconds: of the whole run.
       counters: of the engine, for this run.
       objective: for goodput.
     Raises ArithmeticError where a request has another number of tokens than its
@@ -101,16 +104,16 @@ def measure(
 
 
 def saturated_rate(requests: Sequence[Request], start: float) -> float:
-    """Tokens a second while there is work for every slot: from `start` until the last
-    request begins to decode. (Its first token comes from prefill.)"""
+    """Tokens a second while every slot has work: from `start` until the last request
+    starts to decode, which its second token shows (prefill computes the first)."""
     end = max(request.times[min(1, len(request.times) - 1)] for request in requests)
     tokens = sum(time <= end for request in requests for time in request.times)
     return tokens / (end - start)
 
 
 def saturated_occupancy(history: History) -> float:
-    """The share of slot iterations that made a token, up to the iteration in which the
-    last request was admitted."""
+    """The share of slot iterations that emitted a token, until the iteration in which
+    the last request was admitted."""
     iterations = [row for _, chunk in history for row in chunk]
     seen: set[int] = set()
     last = 0
@@ -120,15 +123,16 @@ def saturated_occupancy(history: History) -> float:
             seen |= new
             last = number
     saturated = iterations[: last + 1]
-    slots = sum(row.size for row in saturated)
-    return sum(int((row >= 0).sum()) for row in saturated) / max(slots, 1)
+    slot_iterations = sum(row.size for row in saturated)
+    tokens = sum(int((row >= 0).sum()) for row in saturated)
+    return tokens / max(slot_iterations, 1)
 
 
 # ---------------------------------------------------------------- the table
 
 HEAD = """\
-occupancy: the share of slot iterations that made a token, in the whole run, from the
-first arrival until the last token; saturated: the same until the last request is
+occupancy: the share of slot iterations that emitted a token, from the first arrival
+until the last token; saturated: the same until the last request is
 admitted ("-": not traced, or not a saturated workload)"""
 
 

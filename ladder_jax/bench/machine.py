@@ -1,8 +1,8 @@
-"""The CPU that a benchmark runs on: its name and its rate of matrix products.
+"""Measures the CPU that a benchmark runs on: its name and its rate of matrix products.
 
-A tokens-per-second figure says little without the machine. The rate is measured in the
-same run, by the same libraries, in a process of its own, so that the share of it that a
-contender reaches can be compared between machines.
+Tokens a second cannot be compared between machines; the share of the CPU's own rate
+that a contender reaches can. A process of its own measures the rate in the same run,
+with the libraries that the contenders use.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Machine(NamedTuple):
-    """A CPU."""
+    """A CPU and its speed."""
 
     cpu: str
     cores: int  # that the process may use
@@ -39,10 +39,10 @@ def measure() -> Machine:
     """Measures this machine in a process of its own, which must have JAX."""
     command = [sys.executable, "-m", "ladder_jax.bench.machine"]
     environment = os.environ | dict(JAX_PLATFORMS="cpu")
-    done = subprocess.run(
+    process = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env=environment
     )
-    return Machine(**json.loads(done.stdout))
+    return Machine(**json.loads(process.stdout))
 
 
 def cpu_name() -> str:

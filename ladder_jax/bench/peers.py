@@ -3,9 +3,9 @@
 
 A batch of prompts of one length decodes greedily, and no token ends a sequence: every
 engine can do this, so that forward passes are compared and not scheduling. Tokens a
-second are batch x (N - 1) over the time of N new tokens less that of one, so that
-prefill does not count. Contenders take turns, each in its own process with all the
-cores that the process may use:
+second are batch x (N - 1) over a time: that of N new tokens minus that of one, so that
+prefill does not count. Contenders take turns, each in its own process, with all cores
+that this process may use:
 
     ladder_jax     the decode engine
     transformers   `generate`, sdpa, dynamic cache
@@ -17,8 +17,9 @@ schedule. The first tokens of a batch's first request must be the same everywher
 "of matmul" is 2 FLOPs a token and parameter, over the machine's own rate of matrix
 products in that dtype (machine.py); a batch of one is bound by memory instead.
 
-`pip install ladder_jax[peers]` brings transformers. The others are measured where they
-are installed: here, or in an environment of their own, which needs ladder_jax[peers]:
+`pip install ladder_jax[peers]` installs transformers. The benchmark leaves out the
+other engines unless they are installed, here or in an environment of their own, which
+needs ladder_jax[peers] too:
 
     ladder-jax bench peers \\
         --pythons vllm=../vllm/bin/python llama_cpp=../llama/bin/python
@@ -43,10 +44,10 @@ from ladder_jax.bench import contest, machine
 from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
 from ladder_jax.config import ConfigError, Decode, Mesh, Model, require
 
-# First tokens of the first request that all contenders must agree in (float32).
+# How many first tokens of the first request must be the same everywhere (float32).
 COMPARED = 8
 Prompts = list[list[int]]
-# Decodes prompts, so many new tokens each; returns the new tokens of the first.
+# (prompts, count) -> the `count` new tokens of the first prompt, after decoding all.
 Run = Callable[[Prompts, int], list[int]]
 
 
@@ -57,23 +58,27 @@ class Arguments:
     size: str = "m125"
     """tiny, small or m125: a model with random weights."""
     dtypes: tuple[str, ...] = ("float32",)
+    """float32, bfloat16 or both."""
     batches: tuple[int, ...] = (1, 8, 32)
+    """The batch sizes to measure, in requests."""
     prompt: int = 64
     """Tokens of a prompt."""
     tokens: int = 128
     """New tokens of a request."""
     rounds: int = 3
-    """Turns that each contender takes."""
+    """How often each contender is measured."""
     engines: tuple[str, ...] = ("transformers", "vllm", "llama_cpp")
-    """The peers. One that is not installed is left out, with a message."""
+    """The engines to compare with. The benchmark leaves out, with a message, those that
+    are not installed."""
     pythons: tuple[str, ...] = ()
-    """NAME=PATH: the Python that runs a contender, where it is not this one."""
+    """NAME=PATH: the Python at PATH runs the engine NAME. By default, this Python runs
+    all engines."""
     json: str | None = None
-    """A file for the results."""
+    """Write the results to this file."""
 
 
 def random_prompts(model_config: Model, batch: int, length: int) -> Prompts:
-    """The prompts [batch, length], ids."""
+    """Prompts of random token ids [batch, length]."""
     rng = np.random.default_rng(0)
     return rng.integers(0, model_config.vocab_size, (batch, length)).tolist()
 
@@ -186,8 +191,8 @@ def llama_cpp(model_config: Model, weights: str, batch: int, length: int) -> Run
     tokens = llama.llama_batch_init(batch * length, 0, 1)
 
     def forward(rows_BT: np.ndarray, start: int) -> np.ndarray:
-        """The likeliest tokens [B, 1] after new tokens, of which the first of each
-        sequence is at position `start`."""
+        """Decodes new tokens [B, T] from position `start` on. Returns the likeliest
+        next tokens [B, 1]."""
         tokens.n_tokens, last = rows_BT.size, rows_BT.shape[1] - 1
         for i, (sequence, offset) in enumerate(np.ndindex(rows_BT.shape)):
             tokens.token[i] = int(rows_BT[sequence, offset])
@@ -258,7 +263,7 @@ CONTENDERS = {
     "vllm": vllm,
     "llama_cpp": llama_cpp,
 }
-# Modules that each needs; transformers writes the weights under the peers' names.
+# Modules that each needs. The peers need transformers to convert the weights.
 NEEDS = {
     "ladder_jax": ("jax",),
     "transformers": ("torch", "transformers"),
@@ -268,7 +273,13 @@ NEEDS = {
 
 
 def contend(name: str, weights: str, work_json: str) -> None:
-    """Runs a contender's process; `work_json`: size, dtype, batch, prompt, tokens."""
+    """Runs a contender in this process.
+
+    Args:
+      name: of CONTENDERS.
+      weights: the folder of the weights.
+      work_json: a JSON object with size, dtype, batch, prompt and tokens.
+    """
     contest.quiet()
     work = json.loads(work_json)
     length = work["prompt"] + work["tokens"]
@@ -281,11 +292,11 @@ def contend(name: str, weights: str, work_json: str) -> None:
     prompts = random_prompts(model_config, work["batch"], work["prompt"])
     run = CONTENDERS[name](model_config, weights, work["batch"], length)
     counts = [1, work["tokens"]]
-    for _ in range(2):  # the second time nothing is left to compile
+    for _ in range(2):  # the first time compiles
         _, tokens = [run(prompts, count) for count in counts]
 
     def step() -> None:
-        """Decodes one token and all tokens in turn."""
+        """Decodes one token in odd calls, and all tokens in even ones."""
         run(prompts, counts[0])
         counts.reverse()
 
@@ -296,7 +307,7 @@ def contend(name: str, weights: str, work_json: str) -> None:
 
 
 def find_contenders(arguments: Arguments) -> dict[str, str]:
-    """The contenders that are installed: {name: the Python that runs it}.
+    """Finds the contenders that are installed: {name: the Python that runs it}.
 
     Raises ConfigError for an unknown name, or a path without a Python.
     """
@@ -335,11 +346,11 @@ def find_contenders(arguments: Arguments) -> dict[str, str]:
 
 def _has_modules(python: str, modules: list[str]) -> bool:
     """Whether a Python has all of these modules installed."""
-    look = (
+    script = (
         "import importlib.util as u, sys; "
         f"sys.exit(not all(map(u.find_spec, {modules})))"
     )
-    return not subprocess.run([python, "-c", look]).returncode
+    return not subprocess.run([python, "-c", script]).returncode
 
 
 def compare(
@@ -411,13 +422,13 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     rows = []
     for dtype in arguments.dtypes:
         for batch in arguments.batches:
-            able = {
+            supported = {
                 name: python
                 for name, python in pythons.items()
                 if (name, dtype) != ("llama_cpp", "bfloat16")
             }
             cells = []
-            rates = compare(dtype, batch, able, arguments)
+            rates = compare(dtype, batch, supported, arguments)
             for name, turns in rates.items():
                 rate = float(np.median(turns))
                 row = dict(

@@ -1,4 +1,4 @@
-"""Pictures of `ladder-jax bench decode`: occupancy of slots, and latency curves."""
+"""Draws the results of `ladder-jax bench decode`: slots over time, latency curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from ladder_jax.bench.latency import History, latencies_of
 from ladder_jax.serve.request import Request
 
-COLORS = 19  # requests get one of so many colors, in turn
+COLORS = 19  # requests take the colors one after another, and then again
 IDLE, NOT_COMPILED = -1, -2
 
 
@@ -40,8 +40,11 @@ def draw_occupancy(
 
 
 def slot_colors(history: History) -> np.ndarray:
-    """The color of each slot in each iteration [iterations, widest], or IDLE, or
-    NOT_COMPILED where the state was narrower then."""
+    """The color of each slot in each iteration [iterations, slots].
+
+    IDLE where the slot had no request, NOT_COMPILED where the decode state had fewer
+    slots.
+    """
     widest = max(chunk.shape[1] for _, chunk in history)
     rows = np.concatenate(
         [

@@ -1,4 +1,7 @@
-"""The ways of batching that `ladder-jax bench decode` compares: see decode.py."""
+"""Implements the ways of batching that `ladder-jax bench decode` compares.
+
+The docstring of decode.py describes them.
+"""
 
 import dataclasses
 import functools
@@ -24,8 +27,12 @@ class StaticBatches:
     """A scheduler of static batching: the next batch starts when this one has ended.
 
     A batch that is not full first waits `window` seconds, counted from the submission
-    of its oldest request; after it has started, it still takes requests until it is
-    full. expected: requests that are still to come in this run.
+    of its oldest request. After it has started, it still takes requests, until it has
+    had as many as there are slots. Before a run, set `expected` to its number of
+    requests, so that the last batch does not wait for more.
+
+    Args:
+      window: seconds. 0: static batching; more: dynamic batching.
     """
 
     def __init__(self, window: float) -> None:
@@ -35,26 +42,27 @@ class StaticBatches:
     def __call__(self, load: Load, limits: Limits) -> Step:
         busy = bool(load.on_device)
         if not busy and not load.unread_chunks and load.candidates:
-            waited = time.perf_counter() - min(w.submitted for w in load.candidates)
+            oldest = min(candidate.submitted for candidate in load.candidates)
+            waited = time.perf_counter() - oldest
             is_full = load.queued >= min(limits.slots, self.expected)
-            opens = is_full or waited >= self.window
-            self._room = limits.slots if opens else 0
+            starts = is_full or waited >= self.window
+            self._room = limits.slots if starts else 0
         candidates = load.candidates[: self._room]
         load = dataclasses.replace(
             load, candidates=candidates, queued=min(load.queued, self._room)
         )
-        # The batch keeps the width that it began with.
+        # The batch keeps the width that it started with.
         limits = dataclasses.replace(limits, patience=10**9 if busy else 0)
         step = plan_step(load, limits)
         self._room -= step.admit
         self.expected -= step.admit
-        if step.steps and not self._room:
-            step = step._replace(steps=limits.steps_per_call)
+        if step.chunk_steps and not self._room:
+            step = step._replace(chunk_steps=limits.steps_per_call)
         return step
 
 
-class Alone(NamedTuple):
-    """A request of `Concurrent`, with a decode state of its own."""
+class SingleRequest(NamedTuple):
+    """A request of `Concurrent`, and the decode state that it alone uses."""
 
     request: Request
     state: decode.DecodeState
@@ -65,12 +73,12 @@ class Concurrent:
     """Gives every request a state of its own, one slot wide. Their chunks take turns.
 
     Args:
-      engine: its programs are used; it never takes a step itself.
+      engine: its compiled programs decode the states. Its own state stays empty.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.running: deque[Alone] = deque()
+        self.running: deque[SingleRequest] = deque()
         self.counters = Counters()
 
     def submit(self, prompt: list[int], max_tokens: int) -> Request:
@@ -79,7 +87,7 @@ class Concurrent:
         self.engine.stepper.queue.remove(request)
         length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
         state = decode.empty(self.engine.spec, 1, 1, length)
-        self.running.append(Alone(request, state, False))
+        self.running.append(SingleRequest(request, state, False))
         return request
 
     def warm_up(self) -> None:
@@ -87,7 +95,7 @@ class Concurrent:
         self.engine.warm_up()
 
     def step(self) -> bool:
-        """Runs a chunk of the next request. Returns whether there was one."""
+        """Runs a chunk of the next request. Returns False if there is no request."""
         if not self.running:
             return False
         request, state, is_prefilled = self.running.popleft()
@@ -101,30 +109,30 @@ class Concurrent:
             programs.weights, state, no_cancels, np.int32(steps)
         )
         self.counters.syncs += 1
-        for read in jax.device_get([*outputs, events]):
-            self._hand_out(request, read)
+        for host_events in jax.device_get([*outputs, events]):
+            self._append_tokens(request, host_events)
         if not request.finish:
-            self.running.append(Alone(request, state, True))
+            self.running.append(SingleRequest(request, state, True))
         return True
 
     def _prefill(
         self, request: Request, state: decode.DecodeState
     ) -> tuple[decode.DecodeState, decode.Events]:
-        """Computes a whole prompt into staging."""
+        """Prefills a whole prompt into the staging of `state`."""
         engine, length = self.engine, len(request.prompt)
         width = round_up(engine.capacity.lengths, length)
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, :length] = request.prompt
 
-        def one(value: int | bool, dtype: Any = np.int32) -> Any:
+        def array_of(value: int | bool, dtype: Any = np.int32) -> Any:
             return np.asarray([value], dtype)
 
         prompts = decode.Prompts(
             tokens=tokens_1T,
-            start=one(0),
-            length=one(length),
-            staging_index=one(0),
-            last=one(True, bool),
+            start=array_of(0),
+            length=array_of(length),
+            staging_index=array_of(0),
+            last=array_of(True, bool),
             prompt=tokens_1T,
             state=slot_state(
                 request.number,
@@ -138,8 +146,8 @@ class Concurrent:
         )
         return state._replace(staging=staging), events
 
-    def _hand_out(self, request: Request, events: Any) -> None:
-        """Gives a request its tokens among the events of a call, NumPy arrays."""
+    def _append_tokens(self, request: Request, events: Any) -> None:
+        """Appends the tokens of a call's events, NumPy arrays, to a request."""
         for index in np.flatnonzero(events.flag):
             request.tokens.append(int(events.token.flat[index]))
             request.times.append(time.perf_counter())
@@ -156,11 +164,11 @@ def make_policies(
     mesh: jax.sharding.Mesh,
     windows: list[float],
 ) -> dict[str, Callable[[], Any]]:
-    """The policies of these names: {name: a function that makes its engine}.
+    """The policies of these names: {name: a function that builds its engine}.
 
     Args:
-      names: of policies, such as "dynamic"; none: all of them.
-      options: of the engines, as far as policies do not differ in them.
+      names: of policies, such as "dynamic". An empty tuple means all of them.
+      options: of the engines; some policies change some of them.
       parameters: the model's.
       model_config: the model.
       mesh: the engines' devices.
@@ -169,7 +177,7 @@ def make_policies(
     """
     weights: dict[Any, Any] = {}
 
-    def make(
+    def make_engine(
         scheduler: Scheduler = plan_step,
         pipelined: bool = True,
         trace: bool = False,
@@ -189,21 +197,37 @@ def make_policies(
         programs.weights = weights.setdefault(engine.spec, programs.weights)
         return engine
 
-    def batched(window: float) -> Engine:
-        return make(StaticBatches(window))
+    def make_static(window: float) -> Engine:
+        return make_engine(StaticBatches(window))
 
     policies: dict[str, Callable[[], Any]] = {
-        "sequential": lambda: make(slots=1, staging=1),
-        "concurrent": lambda: Concurrent(make(slots=1, staging=1, steps_per_call=4)),
-        "static": lambda: batched(0.0),
-        **{f"dynamic {w * 1e3:.0f} ms": functools.partial(batched, w) for w in windows},
-        "per-token": lambda: make(steps_per_call=1, pipelined=False, fit_shapes=True),
-        "no-shuffle": lambda: make(fit_shapes=False, trace=True),
-        "ours": lambda: make(trace=True),
+        "sequential": lambda: make_engine(slots=1, staging=1),
+        "concurrent": lambda: Concurrent(
+            make_engine(slots=1, staging=1, steps_per_call=4)
+        ),
+        "static": lambda: make_static(0.0),
+        **{
+            f"dynamic {window * 1e3:.0f} ms": functools.partial(make_static, window)
+            for window in windows
+        },
+        "per-token": lambda: make_engine(
+            steps_per_call=1, pipelined=False, fit_shapes=True
+        ),
+        "no-shuffle": lambda: make_engine(fit_shapes=False, trace=True),
+        "ours": lambda: make_engine(trace=True),
     }
-    kinds = {name.split()[0] for name in policies}
+
+    def kind_of(name: str) -> str:
+        """The name without a window, such as "dynamic"."""
+        return name.split()[0]
+
+    kinds = set(map(kind_of, policies))
     for name in names:
         known = ", ".join(policies)
-        require(name.split()[0] in kinds, "policies", name, f"among {known}")
-    wanted = {name.split()[0] for name in names} or kinds
-    return {name: make for name, make in policies.items() if name.split()[0] in wanted}
+        require(kind_of(name) in kinds, "policies", name, f"among {known}")
+    kinds_to_run = set(map(kind_of, names)) or kinds
+    return {
+        name: function
+        for name, function in policies.items()
+        if kind_of(name) in kinds_to_run
+    }

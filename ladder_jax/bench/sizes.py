@@ -1,4 +1,4 @@
-"""The models with random weights that the benchmarks measure, by name."""
+"""Defines the models, with random weights, that the benchmarks measure."""
 
 from ladder_jax.config import Model
 
@@ -76,7 +76,10 @@ DECODE_SIZES = {
 
 
 def multiplied_parameters(model_config: Model) -> int:
-    """The parameters that a token is multiplied by: all but the input embedding."""
+    """The number of parameters that a token is multiplied by.
+
+    The input embedding is looked up and does not count.
+    """
     import jax
 
     from ladder_jax import model

@@ -3,14 +3,16 @@
 
 Both train the same Llama (the standard residual schedule) from the same weights on the
 same batch, with the same AdamW and clipping, on one device, with all the cores that the
-process may use. They take turns. The losses of the first steps are compared, so that a
-ratio is one of the same work. transformers runs as its Trainer would: eager, sdpa
-attention, fused AdamW, bfloat16 by autocast. This project runs `train.make_step`. The
-peer needs `pip install ladder_jax[peers]`; `--alone` leaves it out.
+process may use. They take turns. The benchmark checks that their losses in the first
+steps agree, since a ratio of speeds needs the same work. transformers runs as its
+Trainer would: eager, sdpa attention, fused AdamW, bfloat16 by autocast. This project
+runs `train.make_step`. The peer needs `pip install ladder_jax[peers]`; `--alone` leaves
+it out.
 
-On a machine with other work the medians tell which contender bears that work better.
-The fastest steps on the clock ("best") and those that take the least processor time ("a
-core") tell which one is faster; the latter with one core each (`taskset -c 0`). "of
+Other programs on the machine change the medians, and may slow down one contender more
+than the other. They change two columns less: "best" is tokens a second of the fastest
+step, and "a core" is tokens per second of processor time, of the step that takes the
+least. Compare "a core" only where each contender has one core (`taskset -c 0`). "of
 matmul" is the model's FLOPs at the fastest step over the machine's own rate of matrix
 products in that dtype (machine.py).
 """
@@ -46,8 +48,8 @@ from ladder_jax.hardware import malloc
 if TYPE_CHECKING:
     from ladder_jax.model import Transformer
 
-CHECKED = 5  # first steps whose losses are compared
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of those losses, in nats
+CHECKED_STEPS = 5  # the first steps, whose losses must agree
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # between those losses, in nats
 Step = Callable[[], float]  # trains one step and returns its loss
 
 
@@ -56,17 +58,21 @@ class Arguments:
     """Compares tokens a second of training, and peak memory, with transformers."""
 
     sizes: tuple[str, ...] = ("m10", "m125")
+    """tiny, m10 or m125: models with random weights."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """float32, bfloat16 or both."""
     batch: int = 8
+    """Sequences of a step."""
     length: int = 256
+    """Tokens of a sequence."""
     rounds: int = 12
-    """Turns that each contender takes."""
+    """How many turns each contender takes."""
     seconds: float = 2.0
-    """Length of a turn, about; it has one step at least."""
+    """About the length of a turn, which has at least one step."""
     alone: bool = False
-    """Measures ladder_jax without the peer."""
+    """Measure ladder_jax without the peer."""
     json: str | None = None
-    """A file for the results."""
+    """Write the results to this file."""
 
 
 def config_of(size: str, dtype: str, batch: int = 8, length: int = 256) -> Config:
@@ -180,7 +186,7 @@ def transformers(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
 
 
 def save_weights(model: "Transformer", folder: str | Path) -> None:
-    """Writes a model's parameters for `load_llama`, a file each."""
+    """Writes each parameter of a model to a file of `folder`, for `load_llama`."""
     import jax
 
     from ladder_jax import sharding
@@ -213,7 +219,7 @@ MODULES = {
 
 
 def load_llama(model_config: Model, folder: str | Path) -> Any:
-    """The LlamaForCausalLM of the parameters that `save_weights` wrote."""
+    """A LlamaForCausalLM with the parameters that `save_weights` wrote."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -264,10 +270,16 @@ CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}
 
 
 def contend(name: str, weights: str, config: str) -> None:
-    """Runs a contender's process; `config` as JSON."""
+    """Runs a contender in this process.
+
+    Args:
+      name: of CONTENDERS.
+      weights: the folder of the initial weights.
+      config: a Config as JSON.
+    """
     contest.quiet()
     step, message = CONTENDERS[name](from_dict(json.loads(config)), weights)
-    losses = [step() for _ in range(CHECKED)]
+    losses = [step() for _ in range(CHECKED_STEPS)]
     contest.serve(step, message | dict(losses=losses))
 
 
@@ -322,7 +334,8 @@ def compare(
 
 
 def check_same_work(row: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Adds `losses_apart` to a row. Raises ArithmeticError where it is too large."""
+    """Compares a contender's losses with those of `ours`, and adds `losses_apart`, the
+    largest difference, to its row. Raises ArithmeticError where it is too large."""
     apart = np.abs(np.subtract(row["losses"], ours["losses"])).max()
     row["losses_apart"] = float(apart)
     if apart > TOLERANCE[row["dtype"]] or row["parameters"] != ours["parameters"]:
@@ -397,10 +410,10 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     rows = []
     for size in arguments.sizes:
         for dtype in arguments.dtypes:
-            compared = compare(size, dtype, arguments, names)
-            add_shares(compared, cpu)
-            print(table(compared), flush=True)
-            rows += compared
+            new_rows = compare(size, dtype, arguments, names)
+            add_shares(new_rows, cpu)
+            print(table(new_rows), flush=True)
+            rows += new_rows
     if arguments.json:
         results = dict(
             arguments=dataclasses.asdict(arguments), machine=cpu._asdict(), rows=rows

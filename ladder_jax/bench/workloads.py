@@ -1,4 +1,4 @@
-"""Requests with a schedule of arrivals: what `ladder-jax bench decode` serves.
+"""Generates the requests, with arrival times, that `ladder-jax bench decode` serves.
 
     saturated   all at once, with short prompts, so that scheduling is measured and not
                 prefill
@@ -8,7 +8,7 @@
     sharegpt    all at once, with log-normal lengths of 161 prompt and 338 output tokens
                 on average, scaled to fit (the means are from memory, not checked)
 
-Output lengths are Uniform(least, most) but for sharegpt.
+Output lengths are uniform from `least` to `most` tokens, except for sharegpt.
 """
 
 from dataclasses import dataclass
@@ -41,15 +41,15 @@ def make_workload(
     gap: float = 0.0,
     seed: int = 0,
 ) -> list[Arrival]:
-    """The requests of a workload, by arrival.
+    """The requests of a workload, in the order of arrival.
 
     Args:
       kind: of WORKLOADS.
       requests: how many.
       prompt: tokens of a prompt (not for sharegpt).
       outputs: the least and the most output tokens (not for sharegpt).
-      length: tokens that there is room for (for sharegpt, which is scaled to it).
-      vocabulary: prompts are random ids below it.
+      length: the most tokens of a request. Only sharegpt uses it, to scale its lengths.
+      vocabulary: the number of token ids that prompts are drawn from.
       gap: seconds between arrivals, on average (constant, poisson).
       seed: of all random numbers.
     """

@@ -5,13 +5,14 @@ The entry points, in the order in which a training job calls them:
 - `tokenizer.load(spec)`: the tokenizer of `data.tokenizer`.
 - `corpus.prepare(data_config, tokenizer)`: the documents as token ids, split into
   training and held-out sides; tokenised once and cached on disk.
-- `batches.train_iterator(corpus, ...)`: endless training batches, resumable exactly.
+- `batches.train_iterator(corpus, ...)`: endless training batches; the state of the
+  iterator can be saved and restored.
 - `batches.held_out_batches(corpus, ...)`: every held-out row once.
 
 Others:
 
 - `corpus.documents(data_config)`: the training documents as text.
-- `tokenizer.train(texts, vocab_size)`: a tokenizer learned from them.
+- `tokenizer.train(texts, vocab_size)`: a tokenizer trained on texts.
 - `tokenizer.from_json(text)`: the tokenizer of a checkpoint.
 - `jsonl.read_jsonl(file)`: the rows of a file of JSON Lines.
 

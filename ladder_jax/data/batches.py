@@ -10,7 +10,8 @@ and no row but the last of an epoch is padded:
 
 A row is a function of its number: the order of the documents in an epoch is a seeded
 permutation, and so is the order of rows. So the state of an iterator is the number of
-batches it has given. Restoring it takes no time, and memory does not grow with steps.
+batches it has returned. To restore it takes no time, and memory does not grow with
+steps.
 
 Dims: B batch of this process, T length of a row, D documents.
 """
@@ -30,7 +31,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Rows(grain.MapDataset):
-    """The rows of a side, with the documents in a new order each epoch.
+    """The packed rows of a side; each epoch has the documents in another order.
 
     `len` is one epoch; row `len + i` is row i of the second epoch, and so on.
 
@@ -38,7 +39,7 @@ class Rows(grain.MapDataset):
       side: the documents.
       length: T.
       seed: of the order of documents.
-      multiple: rows of padding are added until an epoch is a multiple of this many.
+      multiple: an epoch has a multiple of this many rows; the last ones are padding.
     """
 
     def __init__(self, side: Side, length: int, seed: int, multiple: int = 1) -> None:
@@ -52,9 +53,9 @@ class Rows(grain.MapDataset):
         return self._rows
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the epoch's documents in order, and where the targets of each stop.
+        """Returns (the documents of an epoch in order, where the targets of each stop).
 
-        The stops count the targets of all documents laid end to end.
+        A stop is the number of targets of a document and of all documents before it.
         """
         count = len(self._side.starts_D)
         raw_D = np.random.PCG64([self._seed, epoch]).random_raw(count)
@@ -65,6 +66,7 @@ class Rows(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, row = divmod(index, self._rows)
+        row_start = row * self._length  # in targets of the epoch
         order_D, stops_D = self._order(epoch)
         side, length = self._side, self._length
         tokens_T = np.full(length, side.pad, np.int32)
@@ -72,25 +74,26 @@ class Rows(grain.MapDataset):
         segments_T = np.zeros(length, np.int32)
         positions_T = np.zeros(length, np.int32)
         weights_T = np.zeros(length, np.float32)
-        filled = segment = 0
-        place = np.searchsorted(stops_D, row * length, side="right")
-        while filled < length and place < len(order_D):
-            document = order_D[place]
+        column = segment = 0
+        i = np.searchsorted(stops_D, row_start, side="right")
+        while column < length and i < len(order_D):
+            document = order_D[i]
             targets = side.targets_D[document]
+            document_start = stops_D[i] - targets  # in targets of the epoch
             # How many targets of the document are in earlier rows.
-            begin = row * length + filled - (stops_D[place] - targets)
-            size = min(targets - begin, length - filled)
+            begin = row_start + column - document_start
+            size = min(targets - begin, length - column)
             start = side.starts_D[document] + begin
             ids = side.ids[start : start + size + 1]
-            here = slice(filled, filled + size)
+            columns = slice(column, column + size)
             segment += 1
-            tokens_T[here] = ids[:-1]
-            targets_T[here] = ids[1:]
-            segments_T[here] = segment
-            positions_T[here] = np.arange(size)
-            weights_T[here] = 1
-            filled += size
-            place += 1
+            tokens_T[columns] = ids[:-1]
+            targets_T[columns] = ids[1:]
+            segments_T[columns] = segment
+            positions_T[columns] = np.arange(size)
+            weights_T[columns] = 1
+            column += size
+            i += 1
         return {
             "tokens": tokens_T,
             "targets": targets_T,
@@ -103,6 +106,7 @@ class Rows(grain.MapDataset):
 def _check_share(
     batch: int, length: int, process_index: int, process_count: int
 ) -> None:
+    """Raises ConfigError unless the arguments of an iterator are in range."""
     require(process_count >= 1, "process_count", process_count, "1 or more")
     require(batch >= 1, "batch", batch, "1 or more")
     require(length >= 1, "length", length, "1 or more")
@@ -125,12 +129,12 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over batches of training rows.
 
-    The iterator is Grain's: its get_state and set_state make it a checkpointable of
-    Orbax v1. Each batch is a dict of arrays [B, T]:
+    It is an iterator of Grain. Orbax v1 can save and restore it through its get_state
+    and set_state. Each batch is a dict of arrays [B, T]:
 
     - tokens, targets: int32 ids; targets_BT[b, t] follows tokens_BT[b, t] in the same
       document.
-    - segments: int32; 1, 2, ... for each document in the row, 0 where it is padded.
+    - segments: int32; 1, 2, ... for each document in the row, 0 in padding.
     - positions: int32; from 0 in each piece of a document in the row.
     - weights: float32; 1 where there is a target, 0 where the row is padded.
 
@@ -155,7 +159,7 @@ def train_iterator(
             f"length={length} is not accepted: it cuts the {corpus.train.tokens} "
             f"training tokens into {len(rows)} rows, more than {_MAX_ROWS}"
         )
-    # Repeated rows are endless, so no remainder is dropped.
+    # `drop_remainder` drops no rows: the repeated rows are endless.
     repeated = rows.shuffle(seed % 2**32).repeat()
     batches = repeated.batch(batch, drop_remainder=True)[process_index::process_count]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -174,8 +178,8 @@ def held_out_batches(
 
     The batches are like those of `train_iterator`. The sequence has a `len` and can be
     iterated again. Documents come in one fixed shuffled order, so that the first
-    batches are a fair sample. The end is padded, with weights 0, so that every process
-    has the same number of batches.
+    batches are a fair sample. The last batches have rows of padding, with weights 0, so
+    that every process has the same number of batches.
 
     Args and raises: as in `train_iterator`.
     """

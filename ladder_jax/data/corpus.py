@@ -1,11 +1,11 @@
 """The documents of a source as token ids, split into training and held-out sides.
 
-1. Read: the documents of a source (see `sources`).
-2. Tokenise once: the ids are cached on disk and memory-mapped (see `token_cache`).
-3. Split by document: a hash of its text decides its side. So copies of a document stay
-   on one side, and adding documents moves none.
+1. `sources` reads the documents of a source.
+2. `token_cache` tokenises them once: it writes the ids to disk and memory-maps them.
+3. A hash of a document's text decides its side. So copies of a document are on one
+   side, and new documents in the source do not move the others.
 
-`batches` makes rows and batches of a side.
+`batches` packs the documents of a side into rows and batches.
 
 Dims: D documents.
 """
@@ -31,8 +31,8 @@ class Side:
       ids: token ids of the whole corpus, each document as bos, text, eos.
       starts_D: where each document of this side begins in `ids`.
       targets_D: how many targets each document has: its text tokens and eos.
-      bytes: of the documents' text, in UTF-8.
-      pad: the id that fills rows.
+      bytes: the size of the documents' text in UTF-8.
+      pad: the id that fills rows of a batch.
     """
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Side:
 
     @functools.cached_property
     def tokens(self) -> int:
-        """Targets in an epoch: the text tokens, and one eos for each document."""
+        """The number of targets in an epoch: all text tokens, one eos per document."""
         return int(self.targets_D.sum())
 
     def bits_per_byte(self, loss: float) -> float:
@@ -62,10 +62,10 @@ class Corpus:
 
     Attributes:
       train, held_out: the sides.
-      digest: a hash of all documents in order. It does not depend on where their files
-        are. (Both sides of two corpora are equal if their digest, their tokenizer and
-        data.held_out_fraction are.)
-      report: one line: what was read, left out and repaired.
+      digest: a hash of all documents in order. It does not depend on the paths of their
+        files. Two corpora have the same sides if digest, tokenizer and
+        data.held_out_fraction are equal.
+      report: one line that counts what was read, left out and repaired.
     """
 
     train: Side
@@ -78,30 +78,31 @@ def documents(data_config: Data) -> Iterator[str]:
     """Yields the text of the training documents of `data.source`.
 
     Raises:
-      ConfigError: if there is none.
+      ConfigError: if there is no training document.
     """
-    tally, empty = sources.Tally(), True
+    tally = sources.Tally()
+    is_empty = True
     threshold = _threshold(data_config.held_out_fraction)
     for path in sources.files(data_config.source, tally):
         texts = sources.read(data_config.source, path, data_config.text_field, tally)
         for text in texts:
             if token_cache.document_hash(text.encode()) >= threshold:
-                empty = False
+                is_empty = False
                 yield text
-    if empty:
+    if is_empty:
         raise sources.no_document(data_config, tally)
 
 
 def _threshold(held_out_fraction: float) -> int:
-    """A document is held out if its 64-bit hash is below this."""
+    """Returns the limit: a document is held out if its 64-bit hash is below it."""
     return int(held_out_fraction * 2**64)
 
 
 def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
     """Returns the corpus of `data.source`; tokenises it if no cache has its ids yet.
 
-    What cannot be read is left out and counted in `Corpus.report`; bytes that are not
-    UTF-8 become U+FFFD.
+    It leaves out files and rows that it cannot read; `Corpus.report` counts them. Bytes
+    that are not UTF-8 become U+FFFD.
 
     Raises:
       ConfigError: if the source is missing or has no usable document, if the tokenizer
@@ -118,9 +119,10 @@ def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
 
 
 def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Side:
+    """Returns the documents for which `in_side_D` is True."""
     stops_D = cache.documents_D["stop"].astype(np.int64)
     starts_D = np.concatenate([[0], stops_D[:-1]])
-    targets_D = stops_D - starts_D - 1
+    targets_D = stops_D - starts_D - 1  # every id but bos
     return Side(
         ids=cache.ids,
         starts_D=starts_D[in_side_D],
@@ -131,6 +133,7 @@ def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Sid
 
 
 def _digest(documents_D: np.ndarray) -> str:
+    """Returns a hash of the sizes and hashes of all documents."""
     digest = hashlib.blake2b(digest_size=16)
     for field in ("bytes", "hash"):
         digest.update(np.ascontiguousarray(documents_D[field]).data)
@@ -140,6 +143,7 @@ def _digest(documents_D: np.ndarray) -> str:
 def _report(
     data_config: Data, cache: token_cache.TokenCache, train: Side, held_out: Side
 ) -> str:
+    """Returns `Corpus.report`."""
     parts = [
         f"{name} {len(side.starts_D):,} documents, {side.bytes / 1e6:.2f} MB, "
         f"{side.tokens:,} tokens"
@@ -152,7 +156,9 @@ def _report(
             f"repaired: {cache.repaired:,} documents with bytes that are not UTF-8"
         )
     if cache.damage:
-        parts.append(f"the token cache was damaged and made again: {cache.damage}")
+        parts.append(
+            f"the token cache was damaged and has been replaced: {cache.damage}"
+        )
     return f"data.source={data_config.source!r}: {'; '.join(parts)}"
 
 
@@ -167,10 +173,10 @@ def _check_split(data_config: Data, hash_D: np.ndarray, held_out_D: np.ndarray) 
             "copies), and training and held-out text are split by document: it must "
             "have two or more, as files or rows"
         )
-    lacking = "training" if held_out_D.all() else "evaluation"
+    empty_side = "training" if held_out_D.all() else "evaluation"
     raise ConfigError(
         f"data.held_out_fraction={data_config.held_out_fraction} leaves none of the "
-        f"{len(hash_D)} documents for {lacking}: for "
+        f"{len(hash_D)} documents for {empty_side}: for "
         f"data.source={data_config.source!r} it must be from "
         f"{math.ceil(low * 1e4) / 1e4} to {math.floor(high * 1e4) / 1e4}"
     )

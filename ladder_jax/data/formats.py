@@ -35,7 +35,7 @@ try:
 except ImportError:  # before Python 3.14
     _zstd = None
 
-# What opening and reading a damaged file raises.
+# The exceptions that opening or reading a damaged file raises.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -52,20 +52,21 @@ _PARQUET_MIN_BYTES = 12  # the magic number twice, and the length of the footer
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # The start of a JSON object or of an array of objects, arrays or strings.
 _JSON_START = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\[])')
-# So many lines show whether a file is JSON Lines: one of them may be damaged.
+# This many lines decide whether a file is JSON Lines. One line would not be enough, as
+# it may be damaged.
 _FIRST_LINES = 8
-# A file with more NUL bytes or undecodable characters than this is not text.
+# A file with a larger share of NUL bytes or undecodable characters is not text.
 _MAX_BROKEN_FRACTION = 0.01
 
 
 @dataclasses.dataclass
 class Tally:
-    """Counts of what happened while documents were read.
+    """Counts of documents, rows and files that the readers left out or changed.
 
     Attributes:
-      read: bytes read so far, for a progress bar; an estimate within a file.
-      left_out: how many things of each kind were not read.
-      noted: how many things of each kind were read, perhaps not as the user expects.
+      read: bytes read so far, for a progress bar; within a file it is an estimate.
+      left_out: {kind: how many were not read}.
+      noted: {kind: how many were read, but perhaps not as the user expects}.
       repaired: documents in which bytes that are not UTF-8 became U+FFFD.
     """
 
@@ -79,7 +80,7 @@ class Tally:
     repaired: int = 0
 
     def clean(self, value: bytes | str) -> str | None:
-        """Returns a document as valid Unicode, or None, counted, if it is blank."""
+        """Returns a document as valid Unicode; counts a blank one and returns None."""
         if isinstance(value, bytes):
             text = value.decode("utf-8-sig", "surrogateescape")
         else:
@@ -95,7 +96,7 @@ class Tally:
 
 
 class _NotText(Exception):
-    """A file holds something else than text."""
+    """The content of a file is not text."""
 
 
 def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
@@ -145,7 +146,7 @@ def _open_plain(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-# By the pattern of a file's first bytes.
+# {pattern of a file's first bytes: its opener}. The first pattern that matches counts.
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     rb"\x1f\x8b": gzip.open,
     rb"BZh[1-9]1AY&SY": bz2.open,
@@ -160,8 +161,9 @@ def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
     """Opens a file as a stream of bytes, decompressed; UTF-16 and UTF-32 as UTF-8."""
     with open(path, "rb") as file:
         start = file.read(16)
-    opener = next(o for pattern, o in _OPENERS.items() if re.match(pattern, start))
-    with opener(path) as file:
+    openers = (_OPENERS[pattern] for pattern in _OPENERS if re.match(pattern, start))
+    open_file = next(openers)
+    with open_file(path) as file:
         stream = io.BufferedReader(file)
         start = stream.peek(4)[:4]
         if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
@@ -173,7 +175,10 @@ def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
 
 
 def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
-    """Returns UTF-16 or UTF-32 as UTF-8. Raises _NotText if it is something else."""
+    """Returns UTF-16 or UTF-32 as UTF-8.
+
+    Raises _NotText if too many characters cannot be decoded.
+    """
     text = content.decode(encoding, "replace")
     broken = text.count("\ufffd")
     if broken > _MAX_BROKEN_FRACTION * len(text):
@@ -186,7 +191,7 @@ def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
 
 
 def _read_text(file: BinaryIO, tally: Tally) -> bytes:
-    """Returns a whole file. Raises _NotText if it is something else."""
+    """Returns the content of a text file. Raises _NotText if it is not text."""
     content = file.read()
     if b"\0" in content and not _is_text_with_nul(content):
         raise _NotText
@@ -196,7 +201,7 @@ def _read_text(file: BinaryIO, tally: Tally) -> bytes:
 
 
 def _is_text_with_nul(content: bytes) -> bool:
-    """Whether a file with NUL bytes is text all the same: UTF-8 with few of them."""
+    """Whether a file with NUL bytes is text: UTF-8 with few NUL bytes."""
     if content.count(0) > _MAX_BROKEN_FRACTION * len(content):
         return False
     try:
@@ -210,6 +215,7 @@ def _is_text_with_nul(content: bytes) -> bool:
 
 
 def _is_named_json_lines(path: Path) -> bool:
+    """Whether the name of a file, compressed or not, is that of JSON Lines."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -236,6 +242,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _no_text_field(text_field: str) -> str:
+    """Returns the kind of `Tally.left_out` for rows without the text field."""
     return f"rows without a text field {text_field!r}"
 
 
@@ -297,7 +304,7 @@ def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes |
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
                 tally.read += size * batch.num_rows // rows
-                # As bytes, because Parquet does not check that strings are UTF-8.
+                # As bytes: Parquet does not check that strings are UTF-8.
                 cells = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
                 tally.left_out[_no_text_field(text_field)] += cells.count(None)
                 yield from (cell for cell in cells if cell is not None)

@@ -1,6 +1,6 @@
-"""Reads JSON Lines: one JSON value a line, UTF-8, of a corpus or of a file of prompts.
+"""Reads JSON Lines, of a corpus or of a file of prompts: UTF-8, a JSON value a line.
 
-A line ends at \\n alone, and a \\r before it does not count. JSON strings may hold
+Only \\n ends a line; a \\r before it is removed. JSON strings may hold
 U+2028, U+0085 and other characters at which `str.splitlines` would cut them.
 """
 
@@ -36,10 +36,10 @@ def parse_line(line: bytes) -> Any:
 
 
 def read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, the line's JSON value or the ValueError of it).
+    """Yields (line number from 1, the line's JSON value or its ValueError).
 
-    Blank lines are skipped, but counted. The caller decides what an error means: a
-    row of its own, or the end.
+    Blank lines are skipped, but counted. A line that `parse_line` refuses does not end
+    the file: its ValueError is yielded, and the caller decides what to do with it.
     """
     for number, line in read_lines(file):
         if not line.strip():

@@ -1,6 +1,7 @@
-"""The source "builtin": the documentation inside of every CPython, as documents.
+"""The source "builtin": Python's own documentation, as documents.
 
-It is the same for one version of Python, and differs between versions.
+It comes with every CPython. It is the same wherever one version of Python is installed,
+and differs between versions.
 """
 
 import ast
@@ -39,49 +40,50 @@ def files() -> list[Path]:
 
 
 def read_file(path: Path) -> Iterator[str]:
-    """Yields the docstrings of a module as one document, laid out as `help` does.
+    """Yields the docstrings of a module as one document, in the layout of `help`.
 
-    `pydoc_data/topics.py` gives a document for each of its topics.
+    From `pydoc_data/topics.py` it yields a document for each topic.
 
     Raises:
       OSError, SyntaxError: if the file cannot be read.
     """
     with warnings.catch_warnings():
-        # The library has escapes in strings that Python warns of.
+        # Python warns of some escapes in strings of its standard library.
         warnings.simplefilter("ignore")
         module = ast.parse(path.read_bytes())
     if path.parts[-2:] == ("pydoc_data", "topics.py"):
         table = next(node for node in module.body if isinstance(node, ast.Assign))
         yield from ast.literal_eval(table.value).values()
         return
-    parts = list(_documented(module, ""))
-    top = ast.get_docstring(module)
-    if top:
-        parts.insert(0, top)
+    parts = list(_docstrings(module, ""))
+    module_docstring = ast.get_docstring(module)
+    if module_docstring:
+        parts.insert(0, module_docstring)
     if parts:
         yield "\n\n".join(parts) + "\n"
 
 
-def _documented(node: ast.AST, indent: str) -> Iterator[str]:
+def _docstrings(node: ast.AST, indent: str) -> Iterator[str]:
     """Yields heading and docstring of each documented class and function in `node`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.If, ast.Try)):
-            yield from _documented(child, indent)
+            yield from _docstrings(child, indent)
         elif isinstance(child, ast.ClassDef):
             bases = ", ".join(map(ast.unparse, child.bases))
             heading = f"class {child.name}" + (f"({bases})" if bases else "")
-            yield from _entry(child, heading, indent)
-            yield from _documented(child, indent + "    ")
+            yield from _heading_and_docstring(child, heading, indent)
+            yield from _docstrings(child, indent + "    ")
         elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             heading = f"{child.name}({ast.unparse(child.args)})"
-            yield from _entry(child, heading, indent)
+            yield from _heading_and_docstring(child, heading, indent)
 
 
-def _entry(
+def _heading_and_docstring(
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
     heading: str,
     indent: str,
 ) -> Iterator[str]:
+    """Yields the heading and the indented docstring, if there is a docstring."""
     text = ast.get_docstring(node)
     if text:
         lines = [heading, *("    " + line for line in text.splitlines())]

@@ -1,7 +1,7 @@
 """Finds the files of a source of text and reads them one document at a time.
 
 A source is a folder, file or glob of text, JSON Lines and Parquet files (see
-`formats`), or "builtin" (see `python_docs`). What is not read is counted and left out.
+`formats`), or "builtin" (see `python_docs`). It counts what it leaves out.
 """
 
 import functools
@@ -16,12 +16,12 @@ from ladder_jax.config import ConfigError, Data
 from ladder_jax.data import formats, python_docs
 from ladder_jax.data.formats import Tally
 
-# What a run writes into train.out, if the first two are there.
+# A folder that has both markers is the train.out of a run, which wrote these outputs.
 _RUN_MARKERS = {"checkpoints", "metrics.jsonl"}
 _RUN_OUTPUTS = _RUN_MARKERS | {"loss.png", "tensorboard", "profile"}
 # Orbax writes this file into each checkpoint.
 _CHECKPOINT_MARKER = "_CHECKPOINT_METADATA"
-# The folders of `token_cache`, complete or not.
+# The names of the folders that `token_cache` writes, complete or not.
 _TOKEN_CACHE = re.compile(r"tokens-[0-9a-f]{32}(\..*)?")
 _OUTPUTS_LEFT_OUT = "files and folders that ladder_jax wrote"
 
@@ -38,9 +38,10 @@ def size_and_time(path: Path) -> tuple[int, int]:
 def files(source: str, tally: Tally) -> list[Path]:
     """Returns the files of `data.source`, sorted.
 
-    Left out of a folder or a glob, and counted unless hidden: hidden files and folders,
-    what this project wrote (runs, checkpoints, token caches), links to folders, and
-    what is not a regular file, as opening a FIFO or a device may block for ever.
+    Of a folder or a glob, it leaves out and counts: outputs of this project (runs,
+    checkpoints, token caches), links to folders, and FIFOs, sockets and devices, as
+    opening one may block for ever. It leaves out hidden files and folders without
+    counting them.
 
     Args:
       source: a value of `data.source`.
@@ -63,7 +64,7 @@ def files(source: str, tally: Tally) -> list[Path]:
         reason = "matches no file" if glob.has_magic(source) else "does not exist"
     paths = [path for path in paths if _is_readable_kind(path, tally)]
     if not paths:
-        left_out = _left_out(tally)
+        left_out = _describe_left_out(tally)
         reason += f" that can be read ({left_out})" if left_out else ""
         raise ConfigError(
             f"data.source={source!r} {reason}: it must be 'builtin', or a folder, file "
@@ -87,7 +88,7 @@ def _outputs(folder: Path) -> set[str]:
 
 
 def _walk(root: Path, tally: Tally) -> Iterator[Path]:
-    """Yields what a folder holds, at any depth, that is not a folder."""
+    """Yields the files in a folder, at any depth: all that is not a folder."""
 
     def leave_out(error: OSError) -> None:
         tally.left_out["unreadable folders"] += 1
@@ -98,7 +99,7 @@ def _walk(root: Path, tally: Tally) -> Iterator[Path]:
         if outputs:
             tally.left_out[_OUTPUTS_LEFT_OUT] += len(outputs)
         links = [n for n in folders if (folder / n).is_symlink()]
-        if links:  # os.walk does not follow them, as they may lead back
+        if links:  # os.walk does not follow them: they may form a circle
             tally.left_out["links to folders"] += len(links)
         skipped = outputs | {n for n in (*folders, *names) if n.startswith(".")}
         folders[:] = [n for n in folders if n not in skipped]
@@ -106,23 +107,27 @@ def _walk(root: Path, tally: Tally) -> Iterator[Path]:
 
 
 def _glob(pattern: Path, tally: Tally) -> Iterator[Path]:
-    """Yields what a glob matches that is not a folder."""
+    """Yields the matches of a glob that are not folders."""
     parts = pattern.parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), 0)
-    base = Path(*parts[:fixed])
+    # The base is the folder in front of the first part with a wildcard.
+    wildcards = [i for i, part in enumerate(parts) if glob.has_magic(part)]
+    base = Path(*parts[: wildcards[0]]) if wildcards else Path()
     outputs_of = functools.cache(_outputs)
-    for name in glob.glob(str(pattern), recursive=True):
-        path = Path(name)
-        steps = path.relative_to(base).parts
-        folders = [base.joinpath(*steps[:i]) for i in range(len(steps))]
-        if any(step in outputs_of(at) for at, step in zip(folders, steps)):
+    for match in glob.glob(str(pattern), recursive=True):
+        path = Path(match)
+        names = path.relative_to(base).parts
+        folders = [base.joinpath(*names[:i]) for i in range(len(names))]
+        if any(name in outputs_of(folder) for folder, name in zip(folders, names)):
             tally.left_out[_OUTPUTS_LEFT_OUT] += 1
         elif not path.is_dir():
             yield path
 
 
 def _is_readable_kind(path: Path, tally: Tally) -> bool:
-    """Whether a path is a regular file, or cannot be seen: reading it tells why."""
+    """Whether to read a path: a regular file, or one without access.
+
+    `read` counts a file without access as unreadable.
+    """
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -162,8 +167,8 @@ def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str
 
 
 def no_document(data_config: Data, tally: Tally) -> ConfigError:
-    """Returns the error for a source without a usable document: it says why."""
-    reason = _left_out(tally) or "all of it is held out"
+    """Returns the error for a source without a usable document, with the reason."""
+    reason = _describe_left_out(tally) or "all of it is held out"
     return ConfigError(
         f"data.source={data_config.source!r} has no usable document ({reason}): it "
         f"must hold text, or rows with a text field {data_config.text_field!r} "
@@ -171,6 +176,7 @@ def no_document(data_config: Data, tally: Tally) -> ConfigError:
     )
 
 
-def _left_out(tally: Tally) -> str:
-    counts = +tally.left_out
+def _describe_left_out(tally: Tally) -> str:
+    """Returns the counts of what was left out, as text."""
+    counts = +tally.left_out  # without the kinds whose count is 0
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())

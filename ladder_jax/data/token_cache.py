@@ -1,4 +1,4 @@
-"""Token ids of a corpus on disk: tokenised once, then memory-mapped.
+"""Tokenises a corpus once, writes the ids to disk and memory-maps them.
 
 A cache is a folder `tokens-<fingerprint>` in `data.token_cache`:
 
@@ -6,8 +6,8 @@ A cache is a folder `tokens-<fingerprint>` in `data.token_cache`:
 - documents.npy: an array of `DOCUMENT`, one element a document.
 - about.json: dtype, sizes and checksums of both, and what reading left out.
 
-It is written in a folder of its own, which is then renamed: it is complete or absent.
-A cache that was damaged later is made again.
+The process that tokenises writes the files in a folder of its own and then renames it:
+a cache is complete or absent. If a cache is damaged later, it is written again.
 
 Dims: D documents.
 """
@@ -16,6 +16,7 @@ import array
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,13 +33,14 @@ from ladder_jax.config import ConfigError, Data
 from ladder_jax.data import sources
 from ladder_jax.data.tokenizer import Tokenizer
 
-# The version of the layout, and of how sources are read. Raise it with either.
+# The version of a cache's contents. Raise it if the layout of its files changes, or the
+# documents that `sources` reads from a file.
 FORMAT = 2
 # A longer document is tokenised in pieces of this many characters, cut at line ends.
 PIECE_CHARACTERS = 1 << 20
-# Characters in one call of the tokenizer.
-CHUNK_CHARACTERS = 1 << 22
-# An unfinished cache without a write for so long was left by a process that died.
+# One call of the tokenizer has about this many characters.
+BATCH_CHARACTERS = 1 << 22
+# If no process has written to an unfinished cache for so long, its process has died.
 STALE_SECONDS = 86400
 # A checksum covers at most this many bytes, in blocks spread over the file.
 CHECKSUM_BYTES = 1 << 30
@@ -51,13 +53,13 @@ DOCUMENT = np.dtype([("stop", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """The token ids of a corpus, and where each document is in them.
+    """The token ids of a corpus, and the position of each document in them.
 
     Attributes:
       ids: all ids, memory-mapped.
       documents_D: `DOCUMENT` of each document.
       left_out, noted, repaired: as in `sources.Tally`.
-      damage: what was wrong with the cache that this one replaces, or None.
+      damage: the damage of the cache that this one replaces, or None.
     """
 
     ids: np.ndarray
@@ -69,15 +71,15 @@ class TokenCache:
 
 
 def document_hash(raw: bytes) -> int:
-    """Returns 64 bits of a hash of a document's UTF-8."""
+    """Returns a 64-bit hash of a document, which is given as UTF-8."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
-    """Opens the token ids of `data.source`, and tokenises it first if they are absent.
+    """Opens the cache of `data.source`; tokenises the source first if there is none.
 
-    Of two processes that tokenise the same corpus, the second one to finish drops its
-    own result.
+    If two processes tokenise the same corpus, the second one to finish deletes its own
+    files and opens those of the first.
 
     Raises:
       ConfigError: if the source is missing or has no usable document, if the tokenizer
@@ -111,9 +113,10 @@ def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
 
 
 def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> str:
-    """Names a cache: it changes with all that decides its contents.
+    """Returns the name of a cache: a hash of everything that decides its contents.
 
-    That is the path, size or time of any file, the tokenizer, the text field, FORMAT.
+    These are the path, size and time of every file, the tokenizer, the text field and
+    FORMAT.
     """
     values = [
         FORMAT,
@@ -126,15 +129,16 @@ def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> 
 
 
 def _remove_stale(root: Path, name: str) -> None:
-    """Removes the unfinished caches that killed processes left."""
+    """Removes the unfinished caches of processes that have died."""
     for working in root.glob(f"{name}.*"):
-        written = (sources.size_and_time(p)[1] for p in (working, working / "ids.bin"))
-        if time.time_ns() - max(written) > STALE_SECONDS * 10**9:
+        paths = working, working / "ids.bin"
+        last_write = max(sources.size_and_time(path)[1] for path in paths)
+        if time.time_ns() - last_write > STALE_SECONDS * 10**9:
             shutil.rmtree(working, ignore_errors=True)
 
 
 def _rename(working: Path, folder: Path) -> None:
-    """Renames a complete cache, unless there is a good one by now."""
+    """Renames a complete cache, unless another process has written it by now."""
     try:
         working.rename(folder)
     except OSError:
@@ -142,16 +146,17 @@ def _rename(working: Path, folder: Path) -> None:
             raise
         if find_damage(folder) is None:
             return
-        aside = working.with_name(f"{working.name}.damaged")
-        folder.rename(aside)
+        damaged = working.with_name(f"{working.name}.damaged")
+        folder.rename(damaged)
         working.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ reading
 
 
 def _open(folder: Path, damage: str | None) -> TokenCache:
+    """Opens a complete cache. damage: see `TokenCache`."""
     about = _read_about(folder)
     return TokenCache(
         ids=np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r")),
@@ -164,6 +169,7 @@ def _open(folder: Path, damage: str | None) -> TokenCache:
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Writes about.json, with a checksum of its own contents."""
     checksum = zlib.crc32(json.dumps(about).encode())
     (folder / "about.json").write_text(json.dumps(about | {"checksum": checksum}))
 
@@ -178,7 +184,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns what is wrong with the cache in `folder`, or None."""
+    """Returns a description of the damage to the cache in `folder`, or None."""
     try:
         files = _read_about(folder)["files"]
         for name, expected in files.items():
@@ -192,13 +198,17 @@ def find_damage(folder: Path) -> str | None:
 
 
 def size_and_checksum(path: Path) -> list[int]:
-    """Returns [bytes, CRC-32]: of the whole file, or of blocks of a very large one."""
+    """Returns [bytes, CRC-32] of a file.
+
+    The checksum of a file of more than CHECKSUM_BYTES is that of every n-th block, and
+    of the last one.
+    """
     size = path.stat().st_size
-    blocks = range(0, size, CHECKSUM_BLOCK)
-    stride = -(-len(blocks) * CHECKSUM_BLOCK // CHECKSUM_BYTES) or 1
+    block_starts = range(0, size, CHECKSUM_BLOCK)
+    stride = math.ceil(len(block_starts) * CHECKSUM_BLOCK / CHECKSUM_BYTES) or 1
     checksum = 0
     with open(path, "rb") as file:
-        for start in sorted({*blocks[::stride], *blocks[-1:]}):
+        for start in sorted({*block_starts[::stride], *block_starts[-1:]}):
             file.seek(start)
             checksum = zlib.crc32(file.read(CHECKSUM_BLOCK), checksum)
     return [size, checksum]
@@ -208,17 +218,15 @@ def size_and_checksum(path: Path) -> list[int]:
 
 
 class _Piece(NamedTuple):
-    """A part of a document.
-
-    document: (bytes, hash) of the whole document, in its last piece.
-    """
+    """A part of a document."""
 
     text: str
-    begins: bool
-    document: tuple[int, int] | None
+    is_first: bool  # of its document
+    document: tuple[int, int] | None  # in the last piece: the document's (bytes, hash)
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
+    """Yields the pieces of a document."""
     raw, start = text.encode(), 0
     while len(text) - start > PIECE_CHARACTERS:
         end = start + PIECE_CHARACTERS
@@ -228,22 +236,22 @@ def _pieces(text: str) -> Iterator[_Piece]:
     yield _Piece(text[start:], start == 0, (len(raw), document_hash(raw)))
 
 
-def _chunks(
+def _batches(
     data_config: Data, files: list[Path], tally: sources.Tally
 ) -> Iterator[list[_Piece]]:
-    """Yields the pieces of all documents, about CHUNK_CHARACTERS at once."""
-    chunk: list[_Piece] = []
+    """Yields the pieces of all documents, about BATCH_CHARACTERS at once."""
+    batch: list[_Piece] = []
     size = 0
     for path in files:
         texts = sources.read(data_config.source, path, data_config.text_field, tally)
         for text in texts:
             for piece in _pieces(text):
-                chunk.append(piece)
+                batch.append(piece)
                 size += len(piece.text)
-                if size >= CHUNK_CHARACTERS:
-                    yield chunk
-                    chunk, size = [], 0
-    yield chunk
+                if size >= BATCH_CHARACTERS:
+                    yield batch
+                    batch, size = [], 0
+    yield batch
 
 
 def _tokenise(
@@ -255,32 +263,34 @@ def _tokenise(
 ) -> None:
     """Writes the three files of a cache into `folder`."""
     dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
-    # stop, bytes and hash of each document: 24 bytes, where a list would take 150.
-    columns = array.array("Q")
+    # stop, bytes and hash of each document, one after the other. An array takes 24
+    # bytes a document; a list would take 150.
+    document_fields = array.array("Q")
     stop = 0
     total = sum(sources.size_and_time(path)[0] for path in files)
     progress = tqdm(
         total=total, unit="B", unit_scale=True, desc="tokenise", disable=None
     )
     with open(folder / "ids.bin", "wb") as file, progress:
-        for chunk in _chunks(data_config, files, tally):
-            encoded = tokenizer.encode_batch([piece.text for piece in chunk])
-            for ids, piece in zip(encoded, chunk):
-                if piece.begins:
+        for batch in _batches(data_config, files, tally):
+            batch_ids = tokenizer.encode_batch([piece.text for piece in batch])
+            for ids, piece in zip(batch_ids, batch):
+                if piece.is_first:
                     ids = [tokenizer.bos, *ids]
                 if piece.document:
                     ids = [*ids, tokenizer.eos]
                 file.write(np.array(ids, dtype).tobytes())
                 stop += len(ids)
                 if piece.document:
-                    columns.extend((stop, *piece.document))
+                    document_fields.extend((stop, *piece.document))
             progress.update(tally.read - progress.n)
-    if not columns:
+    if not document_fields:
         raise sources.no_document(data_config, tally)
-    documents_D = np.frombuffer(columns, np.uint64).view(DOCUMENT)
+    documents_D = np.frombuffer(document_fields, np.uint64).view(DOCUMENT)
     np.save(folder / "documents.npy", documents_D)
     about: dict[str, Any] = {
         "dtype": dtype.str,
+        # Without the kinds whose count is 0.
         "left_out": +tally.left_out,
         "noted": +tally.noted,
         "repaired": tally.repaired,

@@ -1,9 +1,9 @@
 """Tokenizers: bytes, any Hugging Face tokenizer.json, and byte-level BPE.
 
-All have one interface, `Tokenizer`. `encode` reads text as text: the name of a special
-token in it is not that token. `prompt` encodes text for a model to continue, and reads
-special tokens. `load` opens the tokenizer of a configuration, `from_json` that of a
-checkpoint, and `train` learns one from text.
+All have one interface, `Tokenizer`. `encode` treats the name of a special token in a
+text, such as "<|eos|>", as plain text. `prompt` encodes text for a model to continue,
+and converts such names to the special tokens. `load` opens the tokenizer of a
+configuration, `from_json` opens that of a checkpoint, and `train` trains BPE on texts.
 """
 
 import codecs
@@ -23,8 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.config import ConfigError, require
 
-# The usual names of special tokens. The first one that a tokenizer.json has is used;
-# the first one of each kind is ours.
+# The usual names of special tokens. `load` uses the first one that a tokenizer.json
+# has. Tokenizers of this project use the first name of each kind.
 NAMES = {
     "bos": (
         "<|bos|>",
@@ -44,15 +44,16 @@ NAMES = {
     ),
     "pad": ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"),
 }
-_OURS = [names[0] for names in NAMES.values()]
-# Halves of a UTF-16 pair, which JSON can hold and text cannot.
+_OWN_NAMES = [names[0] for names in NAMES.values()]
+# Halves of a UTF-16 surrogate pair: JSON can contain them, UTF-8 cannot.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's characters for bytes: {character: byte}.
+    """Returns the characters by which GPT-2's BPE writes bytes: {character: byte}.
 
-    A byte that prints is its own character; the others are those from 256 on.
+    A printable byte is the character of the same number. The other bytes are the
+    characters from 256 on.
     """
     printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printing)
@@ -83,7 +84,7 @@ class Stream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Returns the characters that this id completes, often ""; never a half one."""
+        """Returns the characters that this id completes; "" if it completes none."""
         token = int(token)
         data = self._token_bytes(token, self._previous)
         if data is None:
@@ -92,15 +93,15 @@ class Stream:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Returns U+FFFD if the ids ended within a character, else ""."""
+        """Returns U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 class Tokenizer:
     """The interface of all tokenizers.
 
-    An id stands for some bytes, or for none (special tokens, rows of a padded
-    vocabulary).
+    An id stands for some bytes, or for none: special tokens, and ids of a padded
+    vocabulary that are no tokens.
 
     Attributes:
       size: one more than the largest id.
@@ -114,7 +115,7 @@ class Tokenizer:
     pad: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` alone: no special token is added or read."""
+        """Returns the ids of `text`, none of them a special token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -126,10 +127,11 @@ class Tokenizer:
         raise NotImplementedError
 
     def prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, at least one; special tokens in it are read.
+        """Returns the ids of a prompt, at least one.
 
-        They start with bos if the tokenizer asks for that. Without any text, they are
-        bos alone (eos, if the tokenizer has no bos): the model starts a new document.
+        A name of a special token in the text becomes that token. The ids start with bos
+        if the tokenizer is configured so. The ids of "" are bos alone (eos, if the
+        tokenizer has no bos): the model starts a new document.
 
         Raises:
           ConfigError: if the tokenizer cannot encode the text.
@@ -154,7 +156,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer_json` to `path`; a failed write changes nothing there.
+        """Writes `tokenizer_json` to `path`; a failed write does not change it.
 
         Raises:
           ValueError: if it cannot be written.
@@ -182,6 +184,7 @@ class Tokenizer:
 
 
 def _without_surrogates(text: str) -> str:
+    """Returns the text with U+FFFD instead of every surrogate."""
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
@@ -189,7 +192,7 @@ def _without_surrogates(text: str) -> str:
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes are the ids 0 to 255; then bos, eos, pad."""
+    """A tokenizer with the bytes of UTF-8 as ids 0 to 255, and bos, eos, pad after."""
 
     bos, eos, pad, size = 256, 257, 258, 259
 
@@ -204,7 +207,7 @@ class ByteTokenizer(Tokenizer):
 
     def tokenizer_json(self) -> str:
         library_tokenizer = tokenizers.Tokenizer(models.BPE(_ALPHABET, []))
-        library_tokenizer.add_special_tokens(_OURS)
+        library_tokenizer.add_special_tokens(_OWN_NAMES)
         _make_byte_level(library_tokenizer, use_regex=False)
         return library_tokenizer.to_str()
 
@@ -235,10 +238,11 @@ def _library_errors(message: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stderr_only_without_error() -> Iterator[None]:
-    """Drops what is written to stderr inside, if that ends in an exception.
+def _drop_stderr_on_error() -> Iterator[None]:
+    """Drops the output of its body to stderr if the body raises an exception.
 
-    Rust writes a panic's backtrace to the file descriptor before Python can catch it.
+    Rust writes the backtrace of a panic to the file descriptor before Python can catch
+    the panic.
     """
     sys.stderr.flush()
     try:
@@ -246,25 +250,25 @@ def _stderr_only_without_error() -> Iterator[None]:
     except OSError:  # there is no stderr
         yield
         return
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-        captured.seek(0)
-        os.write(2, captured.read())
+        output.seek(0)
+        os.write(2, output.read())
 
 
 def _parse(text: str) -> tokenizers.Tokenizer:
-    """Returns the library's tokenizer of the text of a tokenizer.json."""
+    """Returns the library's tokenizer for the content of a tokenizer.json."""
     with (
         _library_errors("this is not a Hugging Face tokenizer.json that can be read"),
-        _stderr_only_without_error(),
+        _drop_stderr_on_error(),
     ):
         library_tokenizer = tokenizers.Tokenizer.from_str(text)
-    # Some files ask for both.
+    # Some files switch truncation and padding on.
     library_tokenizer.no_truncation()
     library_tokenizer.no_padding()
     return library_tokenizer
@@ -275,8 +279,8 @@ class HuggingFace(Tokenizer):
 
     Args:
       text: the content of tokenizer.json.
-      names: the names of its special tokens: "eos", and perhaps "bos" and "pad".
-      origin: what messages call it.
+      names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
+      origin: its name in messages.
 
     Raises:
       ConfigError: if `text` is no tokenizer or has no token of these names.
@@ -287,7 +291,7 @@ class HuggingFace(Tokenizer):
     ) -> None:
         self._json, self.names, self._origin = text, names, origin
         self._plain = _parse(text)
-        # Names of special tokens in a text are read as text.
+        # It encodes names of special tokens in a text as plain text.
         self._plain.encode_special_tokens = True
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         for kind, name in names.items():
@@ -304,23 +308,23 @@ class HuggingFace(Tokenizer):
         decoder = json.loads(text).get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
         self._decoders = {part["type"] for part in parts if part}
-        # A byte-level token stands for the same bytes wherever it is.
+        # Only the bytes of a byte-level token do not depend on the token before it.
         self._needs_previous = "ByteLevel" not in self._decoders
-        # The engine decodes each token that it generates, and most of them recur.
+        # The engine decodes each token that it generates, most of them many times.
         self._cached_bytes = functools.lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     @functools.cached_property
-    def _reader(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer, which reads names of special tokens as tokens."""
+    def _with_special_tokens(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer; it encodes names of special tokens as such."""
         return _parse(self._json)
 
     @functools.cached_property
     def _starts_with_bos(self) -> bool:
         """Whether the tokenizer's post-processor puts bos before a text."""
-        names = sorted(self._reader.get_vocab(with_added_tokens=False))
+        names = sorted(self._with_special_tokens.get_vocab(with_added_tokens=False))
         for text in ("a", *names[:100]):
             try:
-                return self._reader.encode(text).ids[:1] == [self.bos]
+                return self._with_special_tokens.encode(text).ids[:1] == [self.bos]
             except Exception:  # a tokenizer without a token for unknown characters
                 continue
         return False
@@ -334,7 +338,7 @@ class HuggingFace(Tokenizer):
     def prompt(self, text: str) -> list[int]:
         text = _without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
-            ids = self._reader.encode(text, add_special_tokens=False).ids
+            ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
         if not ids or (self._starts_with_bos and ids[0] != self.bos):
             ids = [self.bos, *ids]
         return ids
@@ -361,25 +365,26 @@ class HuggingFace(Tokenizer):
             return name.encode()
         if "ByteFallback" in self._decoders and re.fullmatch("<0x[0-9A-F]{2}>", name):
             return bytes.fromhex(name[3:5])
-        # The library decodes a token by what stands before it: it puts spaces between
-        # words, or drops a space at the start. One token before it is enough.
-        before = [] if previous is None else [previous]
-        known = self._plain.decode(before) if before else ""
-        return self._plain.decode([*before, token])[len(known) :].encode()
+        # The text of a token depends on the token before it: the library puts a space
+        # between words, or drops it at the start of a text.
+        ids_before = [] if previous is None else [previous]
+        text_before = self._plain.decode(ids_before) if ids_before else ""
+        text = self._plain.decode([*ids_before, token])
+        return text[len(text_before) :].encode()
 
 
 def _make_byte_level(
     library_tokenizer: tokenizers.Tokenizer, use_regex: bool = True
 ) -> None:
-    """Completes a tokenizer over bytes that has our special tokens.
+    """Makes a tokenizer with special tokens of _OWN_NAMES work on bytes.
 
-    Prompts then start with bos.
+    It also makes prompts start with bos.
     """
     library_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=use_regex
     )
     library_tokenizer.decoder = decoders.ByteLevel()
-    bos_name = _OURS[0]
+    bos_name = _OWN_NAMES[0]
     library_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos_name} $A",
         special_tokens=[(bos_name, library_tokenizer.token_to_id(bos_name))],
@@ -390,7 +395,7 @@ def _make_byte_level(
 
 
 def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
-    """Learns byte-level BPE from texts: 256 bytes, 3 special tokens, then merges.
+    """Trains byte-level BPE on texts: 256 bytes, 3 special tokens, then merges.
 
     The same texts in the same order give the same tokenizer.
 
@@ -401,31 +406,31 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     Raises:
       ConfigError: if `vocab_size` is too small.
     """
-    minimum = 256 + len(_OURS)
+    minimum = 256 + len(_OWN_NAMES)
     require(
         vocab_size >= minimum,
         "vocab_size",
         vocab_size,
-        f"at least {minimum}, for 256 bytes and {len(_OURS)} special tokens",
+        f"at least {minimum}, for 256 bytes and {len(_OWN_NAMES)} special tokens",
     )
     library_tokenizer = tokenizers.Tokenizer(models.BPE())
     library_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_OURS,
+        special_tokens=_OWN_NAMES,
         initial_alphabet=sorted(_ALPHABET),
         show_progress=False,
     )
     library_tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
     _make_byte_level(library_tokenizer)
-    return HuggingFace(library_tokenizer.to_str(), dict(zip(NAMES, _OURS)))
+    return HuggingFace(library_tokenizer.to_str(), dict(zip(NAMES, _OWN_NAMES)))
 
 
 def from_json(text: str) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.to_json` wrote.
 
     Raises:
-      ValueError: if `text` is something else.
+      ValueError: if `text` does not come from `to_json`.
     """
     try:
         values = json.loads(text)
@@ -447,8 +452,9 @@ def from_json(text: str) -> Tokenizer:
 def load(spec: str) -> Tokenizer:
     """Returns the tokenizer of `data.tokenizer`.
 
-    tokenizer.json does not say which token ends a text. tokenizer_config.json or
-    special_tokens_map.json beside it do; else it is the first of `NAMES` that it has.
+    tokenizer.json does not say which token ends a text. tokenizer_config.json and
+    special_tokens_map.json in the same folder do. Without these, the token is the first
+    of `NAMES` in tokenizer.json.
 
     Args:
       spec: "bytes", or the path of a tokenizer.json or of a folder that holds one.
@@ -475,11 +481,11 @@ def load(spec: str) -> Tokenizer:
 
 
 def _special_names(text: str, folder: Path) -> dict[str, str]:
-    """Returns the names of special tokens: "eos", and perhaps "bos" and "pad".
+    """Returns {kind: name} of the special tokens: "eos", perhaps "bos" and "pad".
 
     Args:
       text: the content of a tokenizer.json.
-      folder: where it is; other files there may name the tokens.
+      folder: the folder of the file; other files there may name the tokens.
     """
     settings: dict[str, Any] = {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
@@ -494,7 +500,8 @@ def _special_names(text: str, folder: Path) -> dict[str, str]:
         name = settings.get(field)
         if isinstance(name, dict):
             name = name["content"]
-        # A null says that there is no such token; but each tokenizer needs eos.
+        # A null says that there is no such token. It does not count for eos, which
+        # every tokenizer needs.
         if name is None and (kind == "eos" or field not in settings):
             name = next((usual for usual in usual_names if usual in added), None)
         if name is not None:

@@ -1,1 +1,1 @@
-"""The machine: its chips, XLA's options, costs, and how a process starts."""
+"""What machines do: chips, XLA's options, costs, compile targets, process start."""

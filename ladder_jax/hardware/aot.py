@@ -1,4 +1,4 @@
-"""Machines that a program can be compiled for ahead of time, without having them.
+"""Machines that JAX can compile a program for ahead of time, on any other machine.
 
 Names: TPU slices as JAX names them (v5e:2x4, v5p:2x2x2, v5e:16x16), GPUs as
 h100:NODESxGPUS (h100:1x8).
@@ -17,7 +17,8 @@ from ladder_jax.hardware.chips import CHIPS, Chip
 
 INSTALL = "python -m pip install 'ladder_jax[plan]'"
 
-# GpuTargetConfigProto of an H100 80GB SXM5. With a GPU, XLA:GPU asks its driver for it.
+# GpuTargetConfigProto of an H100 80GB SXM5. On a machine with a GPU, XLA:GPU gets these
+# numbers from the driver.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -37,15 +38,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-    """A machine by name."""
+    """A machine to compile for."""
 
     name: str
-    kind: str  # of CHIPS
-    shape: tuple[int, ...]  # of the slice, in chips; GPUs: nodes, GPUs a node
+    kind: str  # the chip's name in CHIPS
+    shape: tuple[int, ...]  # TPU: the slice's sides in chips; GPU: nodes, GPUs a node
 
     @property
     def platform(self) -> str:
-        """As `chips.platform` names it."""
+        """The platform, "tpu" or "cuda", as in `chips.platform`."""
         return "tpu" if self.chip.is_tpu else "cuda"
 
     @property
@@ -53,11 +54,11 @@ class Target(NamedTuple):
         return CHIPS[self.kind]
 
     def options(self, workload: str | None) -> dict[str, Any]:
-        """XLA's options for a program here; `workload` as in `xla_options.options`."""
+        """XLA's options for programs here; see xla_options.options for `workload`."""
         return xla_options.options_of(self.platform, self.kind, workload)
 
     def devices(self) -> list[Any]:
-        """Its JAX devices, which can be compiled for and not run on.
+        """Its JAX devices: JAX can compile for them, but not run on them.
 
         Raises ConfigError where the compiler is not installed (the [plan] extra) or
         does not know the machine.
@@ -83,13 +84,13 @@ class Target(NamedTuple):
 
 
 def parse(name: str) -> Target:
-    """The `Target` of a name. Raises ConfigError, which says what names there are."""
+    """The `Target` of a name. Raises ConfigError, with the accepted names."""
     kind, _, shape = name.partition(":")
     sides = tuple(int(side) for side in shape.split("x") if side.isdigit())
-    known = kind in CHIPS and len(sides) == CHIPS[kind].target_sides
-    written_so = "x".join(map(str, sides)) == shape
+    is_known = kind in CHIPS and len(sides) == CHIPS[kind].target_sides
+    is_well_formed = "x".join(map(str, sides)) == shape  # only numbers between the "x"
     require(
-        known and written_so and math.prod(sides) > 0,
+        is_known and is_well_formed and math.prod(sides) > 0,
         "target",
         name,
         "a TPU slice (v5e:2x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, v5e:16x16, ...) or "
@@ -112,7 +113,7 @@ def _require_compiler(platform: str) -> None:
 def prepare() -> None:
     """Makes JAX run on the CPU and lets libtpu load without TPUs.
 
-    Call it before JAX starts. Variables that the user has set stay.
+    Call it before JAX starts. It does not change variables that the user has set.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -121,9 +122,9 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Drops what is written to standard error, from C++ too.
+    """Discards everything written to standard error, by C++ too.
 
-    The compilers warn there about chips that this machine does not have.
+    The compilers print warnings about chips that this machine does not have.
     """
     sys.stderr.flush()
     stderr = os.dup(2)

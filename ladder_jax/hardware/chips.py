@@ -1,7 +1,7 @@
-"""What each chip can do, in one table; and which platform and chip a JAX device is.
+"""A table of chips, and the platform and chip of a JAX device.
 
-To add a chip, add a row to CHIPS. Nothing here imports JAX at the top: `aot.prepare`
-must run before JAX starts, and needs the table.
+To add a chip, add a row to CHIPS. This file imports JAX only inside functions:
+`aot.prepare` must run before JAX starts, and needs the table.
 """
 
 import functools
@@ -9,42 +9,45 @@ import time
 from typing import Any, NamedTuple
 
 GPUS = ("cuda", "rocm")  # what `platform` calls GPUs
-# Words by which an AMD GPU's `device_kind` is known ("AMD Instinct MI300X", "gfx942").
+# An AMD GPU has one of these words in its `device_kind`, such as "AMD Instinct MI300X".
 AMD_WORDS = ("amd", "radeon", "instinct", "gfx")
 
 
 class Chip(NamedTuple):
-    """One JAX device: half a chip on TPU7x, a chip elsewhere.
+    """The properties of one JAX device: half a chip on TPU7x, a chip elsewhere.
 
     The cost model (cost.py) needs the fields from `hbm_bandwidth` on. Where only the
     peak is known, these are 0 and `modelled` is False. Bandwidths are of one direction.
     """
 
-    device_kinds: tuple[str, ...]  # parts of `device_kind` in JAX, in lower case
+    # The device is this chip if one of these, in lower case, is in its `device_kind`.
+    device_kinds: tuple[str, ...]
     peak_flops: float  # FLOP/s, dense bfloat16
     hbm_bandwidth: float = 0.0  # bytes/s
     hbm_bytes: float = 0.0  # capacity
-    # bytes/s. TPU: one link to a neighbour. GPU: bytes over seconds of a long
-    # all-reduce within a node.
+    # bytes/s. TPU: of one link to a neighbour. GPU: the bytes of a long all-reduce
+    # within a node, divided by its seconds.
     link_bandwidth: float = 0.0
-    hop_latency_s: float = 0.0  # a message's time for one hop, at any length
-    collective_launch_s: float = 0.0  # a collective's time beside its hops and bytes
-    # How many sides a machine's name has (v5e:2x4 has 2, v5p:2x2x2 has 3; GPUs: nodes
-    # and GPUs of a node); 0: the planner has no compiler for the chip.
+    hop_latency_s: float = 0.0  # a message's latency for each hop
+    collective_launch_s: float = 0.0  # a collective's latency without any hop
+    # How many numbers a machine's name has: v5e:2x4 has 2, v5p:2x2x2 has 3, GPUs have 2
+    # (nodes, GPUs a node). 0: the planner has no compiler for the chip.
     target_sides: int = 0
 
     # TPU alone
     clock_hz: float = 0.0  # the unit of XLA:TPU's estimated_cycles
-    torus_min_side: int = 0  # chips: a slice's side this long has links round its ends
-    # From this size on, XLA runs its own all-reduce asynchronously, and that is best.
+    # From this length on, in chips, a slice's side is a ring: its ends are linked.
+    torus_min_side: int = 0
+    # From this size on, XLA runs its own all-reduce asynchronously, which is fastest.
     async_all_reduce_min_bytes: int = 0
-    # XLA reorders the backward passes of blocks unless each waits for the one before.
+    # Whether the program must force the order of the blocks' backward passes, because
+    # XLA would change it.
     in_order: bool = False
 
     # GPU alone
     internode_bandwidth: float = 0.0  # bytes/s, as link_bandwidth, between nodes
-    internode_latency_s: float = 0.0  # more than within a node
-    kernel_launch_s: float = 0.0  # a kernel's time beside its bytes and its FLOPs
+    internode_latency_s: float = 0.0  # added to the latency within a node
+    kernel_launch_s: float = 0.0  # added to a kernel's time for its bytes or its FLOPs
     hbm_efficiency: float = 1.0  # share of hbm_bandwidth that kernels reach
     # Seconds that one second of hidden communication adds to the kernels beside it.
     interference: float = 0.0
@@ -56,7 +59,7 @@ class Chip(NamedTuple):
 
     @property
     def is_tpu(self) -> bool:
-        """Whether a modelled chip is a TPU; else it is a GPU."""
+        """Whether the chip is a TPU, not a GPU; meaningful only for a modelled chip."""
         return self.torus_min_side > 0
 
 
@@ -136,8 +139,8 @@ H100 = Chip(
     interference=0.295,
 )
 
-# A device is the first row of which one of `device_kinds` is in its `device_kind`: the
-# longer name stands above the shorter ("h200" above "h20").
+# The first row that matches a device's `device_kind` is its chip: so the longer of two
+# names comes first ("h200" before "h20").
 CHIPS = {
     "v4": Chip(("tpu v4",), 275e12),
     "v5e": V5E,
@@ -145,7 +148,7 @@ CHIPS = {
     "v6e": V6E,
     "tpu7x": TPU7X,
     "a100": Chip(("a100", "a800"), 312e12),
-    # The two slower cards take the SXM5 card's costs; they are no targets.
+    # Slower cards, with the SXM5 card's costs. The planner cannot compile for them.
     "h100-pcie": H100._replace(
         device_kinds=("h100 pcie",), peak_flops=756e12, target_sides=0
     ),
@@ -167,9 +170,8 @@ CHIPS = {
 def platform(where: Any) -> str:
     """The platform of a JAX device, or of a mesh's devices: cpu, tpu, cuda or rocm.
 
-    JAX calls both kinds of GPU "gpu". The client's version tells them apart (JAX's own
-    tests look there too); a device without a client, which is only compiled for, is
-    told by its kind.
+    JAX calls both kinds of GPU "gpu". The client's version tells which it is (JAX's own
+    tests use it too). A device to compile for has no client: its kind tells.
     """
     device = where.devices.flat[0] if hasattr(where, "devices") else where
     if device.platform != "gpu":
@@ -192,9 +194,9 @@ def kind_of(device: Any) -> str | None:
 def peak_flops(device: Any, dtype: str) -> float | None:
     """Peak FLOP/s of `device` in `dtype`, or None where it is not known.
 
-    An accelerator's is from the table, in bfloat16 whatever `dtype` is: the slower
-    float32 products then show as a lower share of that peak. A CPU's is measured once,
-    and divided among the devices that share the machine.
+    An accelerator's peak is that of CHIPS, in bfloat16 for any `dtype`: a program in
+    float32 thus shows a lower share of the peak. A CPU's peak is measured once, and
+    divided by the number of JAX devices on the machine.
 
     Args:
       device: a jax.Device.
@@ -203,14 +205,14 @@ def peak_flops(device: Any, dtype: str) -> float | None:
     if device.platform == "cpu":
         import jax
 
-        return _measured(dtype) / jax.local_device_count()
+        return _measure_flops(dtype) / jax.local_device_count()
     kind = kind_of(device)
     return None if kind is None else CHIPS[kind].peak_flops
 
 
 @functools.cache
-def _measured(dtype: str, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of several products of square matrices here."""
+def _measure_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a product of square matrices on this machine, best of `repeats`."""
     import jax
     import jax.numpy as jnp
 

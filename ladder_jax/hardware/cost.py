@@ -1,7 +1,7 @@
-"""How long a collective takes, and a GPU's kernels: closed formulas.
+"""Formulas for the time of a collective, and for the bytes and FLOPs of a GPU's kernel.
 
-Their terms are bytes, hops, bandwidths and latencies. XLA:TPU writes an estimate of
-every computation into its schedule, but none of communication; XLA:GPU writes none.
+XLA:TPU writes an estimate of each computation's time into its schedule, but none of
+communication; XLA:GPU writes no estimates.
 """
 
 import math
@@ -12,16 +12,16 @@ from ladder_jax.hardware.chips import Chip
 
 SLICES = ("dynamic-slice", "gather", "slice")
 UPDATES = ("dynamic-update-slice", "scatter")
-RING = {"all-reduce": 2}  # times round the ring; other collectives: once
+RING = {"all-reduce": 2}  # how often a message goes around the ring; others: once
 
 Groups = Sequence[Sequence[int]]  # of logical devices, or pairs (source, target)
 
 
 class Transfer(NamedTuple):
-    """How long a collective takes, all its devices at once."""
+    """The time of a collective, which all its devices run at once."""
 
-    latency_s: float  # however short the message is
-    bandwidth_s: float  # bytes over bandwidth: its links are busy for so long
+    latency_s: float  # the part that does not depend on the message's size
+    bandwidth_s: float  # bytes over bandwidth: `links` are busy for this time
     links: frozenset[Any] = frozenset()
 
     @property
@@ -33,10 +33,10 @@ class Network:
     """How a target's devices are connected.
 
     Args:
-      chip: what each device is; one with `modelled`.
-      places: by logical device, its coordinates (TPU) or its node's number (GPU).
-      all_reduce: seconds that a GPU's all-reduce of a short message takes, where a
-        library other than NCCL makes it.
+      chip: the chip of every device; it must be `modelled`.
+      places: for each logical device, its coordinates (TPU) or its node's number (GPU).
+      all_reduce: seconds of a short message's all-reduce within a GPU node, where a
+        library other than NCCL runs it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Network:
             self.shape = [max(place[d] for place in places) + 1 for d in dimensions]
 
     def collective(self, kind: str, groups: Groups, size: float) -> Transfer:
-        """The `Transfer` of one of XLA's own collectives.
+        """The time of one of XLA's collectives.
 
         Args:
           kind: XLA's opcode.
@@ -89,7 +89,7 @@ class Network:
         )
 
     def _load(self, pairs: Groups) -> tuple[int, dict[Any, int]]:
-        """(longest path in hops, messages by link) of a message a pair."""
+        """(longest path in hops, messages on each link) for one message a pair."""
         load: dict[Any, int] = {}
         hops = 0
         for source, target in pairs:
@@ -102,8 +102,8 @@ class Network:
     def route(self, source: int, target: int) -> Iterator[tuple[int, ...]]:
         """The links from one device to another, as (*coordinates, dimension, step).
 
-        It goes dimension by dimension, around the ends where links are there and the
-        path is shorter so.
+        The path goes dimension by dimension. In a dimension that is a ring it takes the
+        shorter way around.
         """
         here, there = list(self.places[source]), self.places[target]
         for d, side in enumerate(self.shape):
@@ -115,39 +115,41 @@ class Network:
                 yield (*here, d, step)
                 here[d] = (here[d] + step) % side
 
-    # GPU: a switch in the node, a network between nodes; one collective at a time
+    # GPU: a switch in each node, a network between nodes; one collective at a time
 
     def _gpu(self, kind: str, groups: Groups, size: float) -> Transfer:
         chip, is_permute = self.chip, kind == "collective-permute"
-        devices = sorted({d for g in groups for d in g}) if is_permute else groups[0]
+        devices: Sequence[int] = groups[0]
+        if is_permute:
+            devices = sorted({device for pair in groups for device in pair})
         nodes = [self.places[device] for device in devices]
         crosses_nodes = len(set(nodes)) > 1
         bandwidth = chip.internode_bandwidth if crosses_nodes else chip.link_bandwidth
-        transfer_s = size / bandwidth
+        transfer_s = size / bandwidth  # the time of an all-reduce
         if is_permute:
             latency_s = chip.collective_launch_s + chip.hop_latency_s
-            transfer_s /= 2
+            transfer_s /= 2  # an all-reduce sends about twice the message's bytes
         elif kind == "all-reduce" and self.all_reduce and not crosses_nodes:
             latency_s = self.all_reduce
         else:
-            hops = nodes.count(nodes[0]) - 1
-            share = RING.get(kind, 1) / 2
+            hops = nodes.count(nodes[0]) - 1  # around the devices of one node
+            share = RING.get(kind, 1) / 2  # of an all-reduce's time
             latency_s = share * (chip.collective_launch_s + hops * chip.hop_latency_s)
             transfer_s = share * transfer_s
         latency_s += crosses_nodes * chip.internode_latency_s
         return Transfer(0.0, latency_s + transfer_s, frozenset(["network"]))
 
 
-# What an instruction does. `module` is a planner.hlo.Module, `instruction` one of its
-# instructions, `body` the computation that the instruction is in, by name.
+# The bytes and FLOPs of an instruction. `module` is a planner.hlo.Module, `instruction`
+# one of its instructions, `body` the instructions beside it, by name.
 
 
 def traffic(module: Any, instruction: Any, body: Mapping[str, Any]) -> int:
     """Bytes of main memory that an instruction reads and writes, each array once.
 
-    Slices and gathers count the bytes that they read, in-place updates the bytes that
-    they write; every other operand counts in full. Arrays in other memories (`space`
-    other than 0) are free.
+    A slice or gather counts only the bytes that it takes from its operand, an in-place
+    update only the bytes that it changes; other operands count in full. Arrays outside
+    main memory (`space` not 0) do not count.
     """
     outputs = [array for array in instruction.outputs if array.space == 0]
     if instruction.opcode == "fusion":
@@ -165,35 +167,37 @@ def traffic(module: Any, instruction: Any, body: Mapping[str, Any]) -> int:
 
 
 def _fusion_traffic(fused: Mapping[str, Any], outputs: Sequence[Any]) -> int:
-    """`traffic` of a fusion: `fused` are its instructions by name."""
+    """`traffic` of a fusion; `fused` has its instructions by name."""
     users: dict[str, list[Any]] = {}
     for inner in fused.values():
         for name in inner.operands:
             users.setdefault(name, []).append(inner)
-    total, updated = 0, set()
+    total, updated_dims = 0, set()
     for inner in fused.values():
         if inner.opcode in UPDATES:
             index = -1 if inner.opcode == "scatter" else 1
             update = fused[inner.operands[index]].outputs[0]
             total += 2 * update.bytes
-            updated.add(inner.outputs[0].dims)
+            updated_dims.add(inner.outputs[0].dims)
     for parameter in fused.values():
         if parameter.opcode != "parameter":
             continue
         readers = _readers(users, parameter.name)
         only_sliced = readers and all(reader.opcode in SLICES for reader in readers)
         for array in parameter.outputs:
-            if array.space or array.dims in updated:
+            # An array of an update's shape is taken for the one updated in place.
+            if array.space or array.dims in updated_dims:
                 continue
             if only_sliced:
                 total += sum(reader.outputs[0].bytes for reader in readers)
             else:
                 total += array.bytes
-    return total + sum(array.bytes for array in outputs if array.dims not in updated)
+    new_outputs = [array for array in outputs if array.dims not in updated_dims]
+    return total + sum(array.bytes for array in new_outputs)
 
 
 def _readers(users: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
-    """The instructions that use a fused parameter, looking through bitcasts."""
+    """The instructions that use a fused parameter, directly or after a bitcast."""
     readers = []
     for user in users.get(name, ()):
         if user.opcode in ("bitcast", "reshape"):
@@ -214,8 +218,10 @@ def flops(module: Any, instruction: Any, body: Mapping[str, Any]) -> float:
         out = math.prod(instruction.outputs[0].dims)
         # [m, k] x [k, n] -> [m, n]: m k * k n = k^2 * m n
         return 2 * math.sqrt(math.prod(left.dims) * math.prod(right.dims) * out)
-    calls = instruction.opcode in ("fusion", "call") and instruction.named("calls")
-    if not calls:
+    if instruction.opcode not in ("fusion", "call"):
         return 0
-    fused = module.computations[calls]
+    computation = instruction.named("calls")
+    if not computation:
+        return 0
+    fused = module.computations[computation]
     return sum(flops(module, inner, fused) for inner in fused.values())

@@ -1,4 +1,4 @@
-"""How a process starts: on emulated devices, or as one of several."""
+"""The start of a process: with emulated devices, or as one of a run's processes."""
 
 import os
 
@@ -20,7 +20,7 @@ def emulate(devices: int | None) -> None:
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins this process to the others of one run.
+    """Connects this process to the other processes of its run.
 
     Call it before anything asks JAX for devices.
 
@@ -28,25 +28,25 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
       coordinator: HOST:PORT of process 0.
       processes: how many processes the run has.
       process: the number of this process, from 0.
-      All three are None where a TPU pod, Slurm or MPI tells each process its place.
+      All three are None where JAX gets them from a TPU pod, Slurm or MPI.
 
-    Raises ConfigError where only some of the three are given, or where no cluster
-    tells them.
+    Raises ConfigError where only one or two of the three are given, or where they are
+    None and there is no such cluster.
     """
-    given = dict(coordinator=coordinator, processes=processes, process=process)
-    named = [name for name, value in given.items() if value is not None]
-    if named and len(named) < 3:
-        missing = " and ".join(name for name in given if name not in named)
-        raise ConfigError(f"{named[0]} comes with {missing}: give all three")
+    options = dict(coordinator=coordinator, processes=processes, process=process)
+    present = [name for name, value in options.items() if value is not None]
+    if present and len(present) < 3:
+        missing = " and ".join(name for name in options if name not in present)
+        raise ConfigError(f"{present[0]} comes with {missing}: give all three")
     import jax
 
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
-        why = str(error)
-        if not named:
-            why = (
+        reason = str(error)
+        if not present:
+            reason = (
                 "no cluster tells this process its place: give --coordinator HOST:PORT "
                 "--processes N --process I"
             )
-        raise ConfigError(f"--distributed: {why}") from error
+        raise ConfigError(f"--distributed: {reason}") from error

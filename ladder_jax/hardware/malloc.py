@@ -1,4 +1,4 @@
-"""How this process uses the memory of the machine it runs on."""
+"""Settings of glibc's malloc for programs that JAX runs on CPUs."""
 
 import ctypes
 import importlib.util
@@ -16,7 +16,7 @@ ACCELERATORS = (
 def computes_here() -> bool:
     """Whether JAX will compute on this machine's CPUs.
 
-    Before JAX starts only JAX_PLATFORMS and the installed plugins can be asked.
+    JAX has not started yet, so JAX_PLATFORMS and the installed plugins decide.
     """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
@@ -34,10 +34,10 @@ def installed(module: str) -> bool:
 def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory, where JAX will compute on CPUs.
 
-    Call it before JAX starts. XLA allocates the temporaries of a step as one block and
-    frees it afterwards. glibc maps such a block anew each time, so every step pays for
-    a fault a page: a third of a small model's time (docs/log.md). The price is that
-    this process never gives memory back.
+    Call it before JAX starts. XLA allocates the temporaries of a step as one piece of
+    memory and frees it afterwards. By default glibc returns it to the kernel and maps
+    new pages in every step. The page faults take a third of a small model's time
+    (docs/log.md). With these settings the process never returns memory to the kernel.
 
     Returns whether malloc took the settings: False on accelerators and where malloc is
     not glibc's.

@@ -1,4 +1,4 @@
-"""Which options XLA compiles programs with, by platform, chip and workload."""
+"""XLA's compiler options, by platform, chip and workload."""
 
 from typing import Any
 
@@ -7,23 +7,23 @@ from ladder_jax.hardware import chips
 # By platform ("gpu": both kinds), by chip, and by chip and workload. Later rows win.
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {
-        # The pass removes optimization barriers. Without barriers, loops compute
-        # again in every iteration what was to be computed once before them, and XLA
-        # merges a recomputation (remat) with the values that it replaces.
+        # The pass removes optimization barriers. Without barriers, XLA moves values
+        # that were computed once before a loop into every iteration, and merges a
+        # recomputation (remat) with the values that it replaces.
         "xla_disable_hlo_passes": "cse_barrier_expander",
     },
     "tpu": {
-        # XLA merges reductions that are ready together. Those of attention and MLP
-        # then wait for the later of the two, with no compute left to hide them.
+        # 0: XLA merges no reductions. By default it merges those of attention and MLP,
+        # which then start after both blocks, with no compute left to hide them.
         "xla_jf_crs_combiner_threshold_in_bytes": "0",
-        # XLA moves the cross-entropy's gather to v5p's SparseCores, and the compiled
-        # program cannot be read back then ("async-update instruction should have 1
-        # operands but sees 3").
+        # By default XLA moves the cross-entropy's gather to v5p's SparseCores, and JAX
+        # cannot read the compiled program back then ("async-update instruction should
+        # have 1 operands but sees 3").
         "xla_tpu_offload_gather_to_sparsecore": "false",
         # SparseCores (v5p, v6e, TPU7x) run all-reduces of 64 KiB and more
-        # asynchronously. XLA estimates far too short a time for them, hence the
-        # multiplier: without it they start too late. Where XLA loads SparseCore
-        # programs ahead of time, the compiled program cannot be read back, as above.
+        # asynchronously. XLA's estimate of their time is far too short, and without the
+        # multiplier they start too late. 0: XLA does not load SparseCore programs ahead
+        # of time; else JAX cannot read the compiled program back, as above.
         "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
         "xla_tpu_sparse_core_all_reduce_latency_multiplier": "20",
         "xla_tpu_sparse_core_maximum_preloaded_async_calls": "0",
@@ -35,18 +35,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     },
     "v5e decode": {
-        # Without it, the compilation of two layers that are written out one after
-        # the other, not in a scan, may never end.
+        # Without it, XLA may never finish compiling two layers that are not in a scan.
         "xla_tpu_async_collective_fusion_with_start_done_only": "true",
     },
     "v5e prefill": {
         "xla_tpu_async_collective_fusion_with_start_done_only": "true",  # as above
-        # XLA halves its estimate of a product's time, and so fuses a long all-reduce
-        # into two products: one is too short.
+        # Halves XLA's estimate of a product's time. XLA then fuses a long all-reduce
+        # into two products, because one is too short.
         "xla_lhs_output_fusion_latency_multiplier": "0.5",
     },
     "gpu": {
-        # No merged reductions, as on TPU: psum, one-shot, exchanges.
+        # 0: XLA merges no reductions, as on TPU: psum, one-shot, exchanges.
         "xla_gpu_all_reduce_combine_threshold_bytes": 0,
         "xla_gpu_all_gather_combine_threshold_bytes": 0,
         "xla_gpu_collective_permute_combine_threshold_bytes": 0,
@@ -58,8 +57,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         # scheduler expects it to take several products, and it starts with its block.
         "xla_gpu_enable_analytical_sol_latency_estimator": False,
         # XLA merges matrix products that read the same array by concatenating their
-        # weights. Where it cannot fuse that (parallel at batch 16: 138 MB a layer) it
-        # copies them in every step. Costs ladder 1% where XLA could fuse it.
+        # weights. Where it cannot fuse the concatenation (schedule parallel, batch 16:
+        # 138 MB a layer), it copies the weights in every step. 0 turns the merge off;
+        # this makes ladder 1% slower where XLA could fuse the concatenation.
         "xla_gpu_dot_merger_threshold_mb": 0,
     },
 }
@@ -70,8 +70,8 @@ def options(mesh: Any, workload: str | None = None) -> dict[str, Any]:
 
     Args:
       mesh: a jax.sharding.Mesh.
-      workload: "decode" or "prefill" of the engine, whose layers are a list; None for
-        every other program.
+      workload: "decode" or "prefill" for the engine's programs, whose layers are a
+        list; None for all other programs.
     """
     kind = chips.kind_of(mesh.devices.flat[0])
     return options_of(chips.platform(mesh), kind, workload)

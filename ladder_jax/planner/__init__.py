@@ -1,1 +1,1 @@
-"""Compiles programs for chips that are not here, and says what they hide and cost."""
+"""Compiles programs for other chips, and reports how well communication overlaps."""

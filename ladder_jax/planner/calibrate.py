@@ -1,10 +1,10 @@
-"""Compares the H100 cost model with the published measurements:
+"""Compares this project's H100 cost model with published measurements:
 `python -m ladder_jax.planner.calibrate` prints the tables.
 
 The measurements are of the reference implementation of Ladder Residual
 (arXiv 2501.06589; mayank31398/ladder-residual-inference): float16, NCCL, CUDA graphs,
-8 H100 with NVLink, prompts of 1024 tokens, 512 new tokens. The model adds up a step
-from its blocks:
+8 H100 with NVLink, prompts of 1024 tokens, 512 new tokens. The cost model adds up the
+seconds of a decode step from those of its blocks:
 
   block     = weights / (`hbm_efficiency` x HBM bandwidth) + OVERHEAD
   no comm.  = blocks + the replicated unembedding
@@ -14,9 +14,9 @@ from its blocks:
   ladder    = no comm. + the part of a block's all-reduce that the next block does not
               cover + `interference` x the part that it covers
 
-Six numbers were fitted to 70B on 8 GPUs (the rows called calibration, and the
-communication derived from them). An all-reduce of 16 KiB takes 24.0 us among 8 GPUs and
-14.5 us among 4, one of 1 MiB 31.4 us: they give `collective_launch_s`,
+Six numbers are fitted to 70B on 8 GPUs (the rows called calibration, and the
+communication times that follow from them). An all-reduce of 16 KiB takes 24.0 us among
+8 GPUs and 14.5 us among 4, one of 1 MiB 31.4 us: they give `collective_launch_s`,
 `hop_latency_s` and `link_bandwidth` of chips.CHIPS["h100"]. OVERHEAD comes from the
 step without communication at batch 1, ROW from the one at batch 64. `interference`
 (NCCL takes SMs and HBM bandwidth from the kernels beside it) comes from ladder at all
@@ -33,7 +33,8 @@ from ladder_jax.planner import tables
 
 CHIP = chips.CHIPS["h100"]
 OVERHEAD = 13.7e-6  # seconds a block: launches, norms, rotary embedding, cache writes
-# Seconds a row of the batch: attention over repeated keys and values, with a full mask.
+# Seconds for each row of the batch: the reference repeats keys and values for every
+# query head, and its attention reads a full mask.
 ROW = 0.155e-3
 
 
@@ -59,8 +60,8 @@ MODELS = {
     "405B": Model(16384, 126, 128, 16, 53248, 128256),
 }
 
-# Published speed-ups over standard, in tokens a second: of ladder, parallel and no
-# communication. Calibration: 70B on 8 GPUs, by batch.
+# Published ratios of tokens a second to those of standard: for ladder, for parallel and
+# without communication. Calibration: 70B on 8 GPUs, by batch.
 FIT = {
     1: (1.308, 1.217, 1.429),
     4: (1.282, 1.189, 1.376),
@@ -89,7 +90,7 @@ NODES = {
 }
 # Seconds of an all-reduce of 32 KiB among 8 H100 with NVLink, by SGLang's and by vLLM's
 # kernel (SGLang pull request 2904).
-LOSSLESS = (7.8e-6, 11.8e-6)
+LOSSLESS_ALL_REDUCES = (7.8e-6, 11.8e-6)
 
 
 class Step(NamedTuple):
@@ -124,30 +125,32 @@ def model_step(
       model: the model.
       gpus: tensor-parallel GPUs, 8 a node.
       batch: rows.
-      all_reduce: seconds of a short all-reduce, if it is not NCCL's.
+      all_reduce: seconds of a short all-reduce. None: NCCL's.
     """
     head_dim = model.dim // model.heads
 
-    def read(weights: float) -> float:
-        """Seconds to read float16 weights from HBM."""
+    def read_seconds(weights: float) -> float:
+        """Seconds to read so many float16 weights from HBM."""
         return 2 * weights / (CHIP.hbm_efficiency * CHIP.hbm_bandwidth)
 
     projections = model.dim * (2 * model.dim + 2 * model.kv_heads * head_dim)
-    attention = read(projections / gpus) + OVERHEAD
-    mlp = read(3 * model.dim * model.ffn / gpus) + OVERHEAD
+    attention = read_seconds(projections / gpus) + OVERHEAD
+    mlp = read_seconds(3 * model.dim * model.ffn / gpus) + OVERHEAD
     keys = model.heads * head_dim * model.layers / gpus
     keys_of_70b = 64 * 128 * 80 / 8
     attention += batch * ROW * keys / keys_of_70b / model.layers
-    bound = model.layers * (attention + mlp) + read(model.dim * model.vocab)
+    unembedding = read_seconds(model.dim * model.vocab)
+    bound = model.layers * (attention + mlp) + unembedding
     network = cost.Network(CHIP, [gpu // 8 for gpu in range(gpus)], all_reduce)
-    message = batch * model.dim * 2
-    reduce = network.collective("all-reduce", [list(range(gpus))], message).seconds
-    hidden = min(reduce, mlp) + min(reduce, attention)
-    slowed = CHIP.interference * hidden
+    group, message_bytes = list(range(gpus)), 2 * batch * model.dim
+    reduction = network.collective("all-reduce", [group], message_bytes).seconds
+    # Of a layer: its attention's reduction runs during its MLP, and so on.
+    hidden = min(reduction, mlp) + min(reduction, attention)
+    slowdown = CHIP.interference * hidden
     return Step(
-        standard=bound + 2 * model.layers * reduce,
-        ladder=bound + model.layers * (2 * reduce - hidden + slowed),
-        parallel=bound + model.layers * reduce,
+        standard=bound + 2 * model.layers * reduction,
+        ladder=bound + model.layers * (2 * reduction - hidden + slowdown),
+        parallel=bound + model.layers * reduction,
         bound=bound,
     )
 
@@ -168,7 +171,13 @@ def _rows(
     cases: dict[Any, Any],
     setting: Callable[[Any], tuple[str, int, int]],
 ) -> list[Row]:
-    """The rows of one table; `setting`: a case -> model, GPUs, batch."""
+    """The rows of one table.
+
+    Args:
+      table: its title.
+      cases: the published speed-ups of every case.
+      setting: a case -> the name of its model, its GPUs, its batch.
+    """
     rows = []
     for case, published in cases.items():
         size, gpus, batch = setting(case)
@@ -190,8 +199,9 @@ COLUMNS = [
 ]
 
 
-def _against(name: str, all_reduce: float | None) -> tables.Column:
-    """A column: ladder's speed-up over standard with another all-reduce, by batch."""
+def _ladder_over_standard(name: str, all_reduce: float | None) -> tables.Column:
+    """A column with the speed-up, by batch, of ladder with NCCL over standard with
+    another all-reduce."""
 
     def cell(batch: int) -> str:
         ladder = model_step(MODELS["70B"], 8, batch).ladder
@@ -203,24 +213,24 @@ def _against(name: str, all_reduce: float | None) -> tables.Column:
 
 def markdown() -> str:
     """The tables in Markdown."""
-    compared = rows()
-    parts = [tables.markdown_table(COLUMNS, compared)]
-    for table in dict.fromkeys(row.table for row in compared):
-        errors = [abs(row.error) for row in compared if row.table == table]
+    all_rows = rows()
+    parts = [tables.markdown_table(COLUMNS, all_rows)]
+    for table in dict.fromkeys(row.table for row in all_rows):
+        errors = [abs(row.error) for row in all_rows if row.table == table]
         mean = sum(errors) / len(errors)
         parts.append(f"{table}: mean error {mean:.1%}, largest {max(errors):.1%}")
-    over_fast = [
+    columns_by_batch = [
         tables.Column("70B, 8 GPUs, batch", str),
-        _against("ladder over standard, NCCL", None),
-        _against("over standard, 11.8 us", LOSSLESS[1]),
-        _against("over standard, 7.8 us", LOSSLESS[0]),
+        _ladder_over_standard("ladder over standard, NCCL", None),
+        _ladder_over_standard("over standard, 11.8 us", LOSSLESS_ALL_REDUCES[1]),
+        _ladder_over_standard("over standard, 7.8 us", LOSSLESS_ALL_REDUCES[0]),
     ]
-    parts.append(tables.markdown_table(over_fast, FIT))
+    parts.append(tables.markdown_table(columns_by_batch, FIT))
     return "\n\n".join(parts)
 
 
 def page() -> str:
-    """docs/overlap/published.md."""
+    """The text of docs/overlap/published.md."""
     return (
         "# The H100 model beside the published numbers\n\n"
         "Speed-ups over the standard schedule.\n"

@@ -1,4 +1,4 @@
-"""The command `ladder-jax plan`: from its arguments to what it prints."""
+"""Runs the command `ladder-jax plan`, from its arguments to the text it prints."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ from ladder_jax.planner.report import make_report, make_timeline
 
 
 def run(config: Config, args: Any) -> str:
-    """Runs the command. Returns what to print, and writes the files that it names.
+    """Runs the command. Writes the files that `args` names, and returns the text to
+    print.
 
     Args:
       config: the recipe's.
@@ -26,33 +27,35 @@ def run(config: Config, args: Any) -> str:
     if args.hlo:
         with open(args.hlo, "w", encoding="utf-8") as file:
             file.write(compiled.text)
-    played = make_timeline(compiled)
+    timeline = make_timeline(compiled)
     if args.plot:
-        lanes.draw(args.plot, [(request.config.model.residual, played)])
-    report = make_report(compiled, played)
+        lanes.draw(args.plot, [(request.config.model.residual, timeline)])
+    report = make_report(compiled, timeline)
     return json.dumps(report) if args.json else plan_text(report)
 
 
 def _run_comparison(request: Request, args: Any) -> str:
+    """`run` with --compare: plans several residual schedules."""
     if args.hlo:
         raise ConfigError("--hlo writes one program: leave out --compare")
-    planned = compare.plan_variants(request)
+    plans = compare.plan_variants(request)
     if args.plot:
-        lanes.draw(args.plot, [(one.title, one.timeline) for one in planned])
+        lanes.draw(args.plot, [(plan.title, plan.timeline) for plan in plans])
     if args.json:
-        return json.dumps([dict(variant=one.title, **one.report) for one in planned])
-    return compare.comparison_text(planned)
+        rows = [dict(variant=plan.title, **plan.report) for plan in plans]
+        return json.dumps(rows)
+    return compare.comparison_text(plans)
 
 
 def make_request(config: Config, args: Any) -> Request:
     """The `Request` of a recipe's config and the command's arguments."""
-    longest = config.model.max_length
-    context = min(2048, longest) if args.context is None else args.context
+    max_length = config.model.max_length
+    context = min(2048, max_length) if args.context is None else args.context
     require(
-        1 <= context <= longest,
+        1 <= context <= max_length,
         "context",
         context,
-        f"from 1 to model.max_length={longest}",
+        f"from 1 to model.max_length={max_length}",
     )
     require(args.batch >= 1, "batch", args.batch, "1 or more")
     mesh_config = config.mesh
@@ -70,6 +73,12 @@ def make_request(config: Config, args: Any) -> Request:
     return Request(args.recipe, config, target, args.workload, args.batch, context)
 
 
+def _where(row: dict[str, Any]) -> str:
+    """A collective's block, and how many collectives XLA merged into it."""
+    merged = f", {row['merged']} merged" if row["merged"] > 1 else ""
+    return row["block"] + merged
+
+
 COLLECTIVE_COLUMNS = [
     tables.Column("collective", lambda row: row["name"][-34:], left=True),
     tables.Column("kind", lambda row: row["kind"], left=True),
@@ -81,18 +90,12 @@ COLLECTIVE_COLUMNS = [
     tables.Column("window", tables.number("window_compute_us", ".1f")),
     tables.Column("hidden", tables.number("hidden_us", ".1f")),
     tables.Column("exposed", tables.number("exposed_us", ".1f")),
-    tables.Column(
-        "where",
-        lambda row: (
-            row["block"] + (f", {row['merged']} merged" if row["merged"] > 1 else "")
-        ),
-        left=True,
-    ),
+    tables.Column("where", _where, left=True),
 ]
 
 
 def plan_text(report: dict[str, Any]) -> str:
-    """The plan as text: a line a collective, then the totals and the memory.
+    """The plan as text: one line for each collective, then the totals and the memory.
 
     Args:
       report: see report.make_report.

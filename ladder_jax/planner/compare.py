@@ -14,29 +14,31 @@ FASTEST_ALL_REDUCE = 7.8e-6
 
 
 class Variant(NamedTuple):
-    """One of the plans that are compared."""
+    """A program to plan and compare with others."""
 
     title: str
     request: Request
-    all_reduce: float | None = None  # seconds of a short one, where it is not NCCL's
+    # Seconds of a short all-reduce. None: as the chip's network has it.
+    all_reduce: float | None = None
 
 
-class Planned(NamedTuple):
-    """A variant that has been planned."""
+class VariantPlan(NamedTuple):
+    """The plan of a variant."""
 
     title: str
-    report: dict[str, Any]
+    report: dict[str, Any]  # see report.make_report
     timeline: Timeline
 
 
 def variants(request: Request) -> list[Variant]:
-    """The plans to compare; the first is the one that speed-ups refer to.
+    """The programs to compare; speed-ups are over the first one.
 
-    "Fastest lossless" is the standard schedule with the fastest all-reduce there is: of
-    this project's reductions on TPU, of other engines' kernels on GPU.
+    "Fastest lossless" is the standard schedule with the fastest all-reduce that exists:
+    on TPU the fastest of this project's reductions, on GPU the fastest kernel of other
+    engines.
     """
-    half = f"hybrid:last{request.config.model.layers // 2}"
-    own = request.config.mesh.reduction
+    hybrid = f"hybrid:last{request.config.model.layers // 2}"
+    reduction = request.config.mesh.reduction
     on_gpu = request.target.platform != "tpu"
     return [
         Variant("standard, psum", with_schedule(request, "standard", "psum")),
@@ -45,45 +47,51 @@ def variants(request: Request) -> list[Variant]:
             with_schedule(request, "standard", "psum" if on_gpu else "auto"),
             FASTEST_ALL_REDUCE if on_gpu else None,
         ),
-        Variant("parallel", with_schedule(request, "parallel", own)),
-        Variant("ladder", with_schedule(request, "ladder", own)),
-        Variant(half, with_schedule(request, half, own)),
-        Variant("desync:2", with_schedule(request, "desync:2", own)),
-        Variant("no communication", with_schedule(request, "upper-bound", own)),
+        Variant("parallel", with_schedule(request, "parallel", reduction)),
+        Variant("ladder", with_schedule(request, "ladder", reduction)),
+        Variant(hybrid, with_schedule(request, hybrid, reduction)),
+        Variant("desync:2", with_schedule(request, "desync:2", reduction)),
+        Variant("no communication", with_schedule(request, "upper-bound", reduction)),
     ]
 
 
 def with_schedule(request: Request, residual: str, reduction: Any) -> Request:
     """The request with another residual schedule and another reduction."""
-    whole = request.config
-    return request._replace(
-        config=dataclasses.replace(
-            whole,
-            model=dataclasses.replace(whole.model, residual=residual),
-            mesh=dataclasses.replace(whole.mesh, reduction=reduction),
-        )
+    config = dataclasses.replace(
+        request.config,
+        model=dataclasses.replace(request.config.model, residual=residual),
+        mesh=dataclasses.replace(request.config.mesh, reduction=reduction),
     )
+    return request._replace(config=config)
 
 
-def plan_variants(request: Request) -> list[Planned]:
-    """Plans all variants of a request. Variants of one program compile it once."""
+def plan_variants(request: Request) -> list[VariantPlan]:
+    """Plans all variants of a request. Variants with the same program share one
+    compilation."""
     programs: dict[Any, Compiled] = {}
-    planned = []
-    for title, wanted, all_reduce in variants(request):
-        compiled = programs.get(wanted.config)
-        if compiled is None:
-            compiled = programs[wanted.config] = build(wanted)
-        played = make_timeline(compiled, all_reduce)
-        planned.append(Planned(title, make_report(compiled, played), played))
-    return planned
+    plans = []
+    for variant in variants(request):
+        config = variant.request.config
+        if config not in programs:
+            programs[config] = build(variant.request)
+        compiled = programs[config]
+        timeline = make_timeline(compiled, variant.all_reduce)
+        report = make_report(compiled, timeline)
+        plans.append(VariantPlan(variant.title, report, timeline))
+    return plans
 
 
-def comparison_text(planned: list[Planned]) -> str:
-    """The comparison as text: a line a variant, speed-ups over the first."""
-    first = planned[0].report
+def comparison_text(plans: list[VariantPlan]) -> str:
+    """The comparison as text: one line for each variant, speed-ups over the first."""
+    first = plans[0].report
+
+    def speed_up(plan: VariantPlan) -> str:
+        ratio = first["totals"]["step_us"] / plan.report["totals"]["step_us"]
+        return f"{ratio:.3f}"
+
     columns = [
-        tables.Column("us a step", lambda one: one.title, left=True),
-        tables.Column("reduction", lambda one: one.report["reduction"], left=True),
+        tables.Column("us a step", lambda plan: plan.title, left=True),
+        tables.Column("reduction", lambda plan: plan.report["reduction"], left=True),
         *(
             tables.Column(title, _microseconds(name))
             for title, name in (
@@ -95,12 +103,7 @@ def comparison_text(planned: list[Planned]) -> str:
                 ("at least", "unavoidable"),
             )
         ),
-        tables.Column(
-            "speed-up",
-            lambda one: (
-                f"{first['totals']['step_us'] / one.report['totals']['step_us']:.3f}"
-            ),
-        ),
+        tables.Column("speed-up", speed_up),
     ]
     memory = first["memory"]
     parts = "weights_bytes", "kv_bytes", "temporary_bytes"
@@ -110,11 +113,12 @@ def comparison_text(planned: list[Planned]) -> str:
         [
             f"{first['workload']} of {first['recipe']} on {first['target']}, "
             f"batch {first['batch']}, context {first['context']}",
-            tables.text_table(columns, planned),
+            tables.text_table(columns, plans),
             f"{needed:.1f} of {memory['capacity_bytes'] / 1e9:.0f} GB a device: {fits}",
         ]
     )
 
 
 def _microseconds(name: str) -> Any:
-    return lambda one: f"{one.report['totals'][f'{name}_us']:,.0f}"
+    """A cell with one of a plan's totals, such as "hidden"."""
+    return lambda plan: f"{plan.report['totals'][f'{name}_us']:,.0f}"

@@ -1,4 +1,7 @@
-"""What each hint of residual/overlap.py buys: a table, a row a program.
+"""Shows how much the hints that residual/overlap.py gives to XLA shorten a step.
+
+The command prints a Markdown table. A row is a program; its columns have the modelled
+step with no hint, with some hints, and with all of them.
 
 python -m ladder_jax.planner.hints decode
 python -m ladder_jax.planner.hints train --recipes llama3_70b --targets v6e:2x4
@@ -14,12 +17,12 @@ from ladder_jax.config import ConfigError, Mesh, from_recipe
 from ladder_jax.hardware import aot
 
 TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")
-# Batch x context, and the sets of hints that differ: only training has a backward pass.
-SHAPES = {
+SHAPES = {  # batch x context
     "decode": ("1x2048", "16x2048", "64x2048"),
     "prefill": ("1x1024",),
     "train": ("1x2048",),
 }
+# The columns, see `only`. Programs without a backward pass have no hints for it.
 HINTS = {
     "decode": ("none", "forward"),
     "prefill": ("none", "forward"),
@@ -29,11 +32,12 @@ HINTS = {
 
 @contextlib.contextmanager
 def only(hints: str) -> Iterator[None]:
-    """Traces programs with some hints alone.
+    """A context in which traced programs contain only some of the hints.
 
     Args:
-      hints: "none"; "forward", the ties of the forward pass; "carried", those and
-        backward reductions that XLA may end anywhere; or "all".
+      hints: "none"; "forward", the hints of the forward pass; "carried", the forward
+        hints, and backward reductions that pass from block to block and that XLA may
+        end anywhere; or "all".
     """
     from ladder_jax.residual import layers, overlap, stream
 
@@ -53,7 +57,8 @@ def only(hints: str) -> Iterator[None]:
 
 
 def cell(recipe: str, target: str, workload: str, shape: str, hints: str) -> str:
-    """A ladder model's step in microseconds, and how much of the hideable is hidden."""
+    """One cell of the table: a ladder model's step in microseconds, and the share of
+    its hideable communication that is hidden."""
     from ladder_jax.planner import plan, report
 
     config = from_recipe(f"configs/{recipe}.py")
@@ -70,8 +75,9 @@ def cell(recipe: str, target: str, workload: str, shape: str, hints: str) -> str
     except ConfigError as error:
         return str(error)
     totals = report.make_report(compiled, report.make_timeline(compiled))["totals"]
-    sent, least = totals["communication_us"], totals["unavoidable_us"]
-    hidden = min((sent - totals["exposed_us"]) / (sent - least), 1)
+    sent = totals["communication_us"]
+    hideable = sent - totals["unavoidable_us"]
+    hidden = min((sent - totals["exposed_us"]) / hideable, 1)
     return f"{totals['step_us']:,.0f} ({hidden:.0%})"
 
 
@@ -86,16 +92,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
     args = parser.parse_args()
     aot.prepare()
-    hints = HINTS[args.workload]
-    print("| |", args.workload, "|", " | ".join(hints), "|")
-    print("|" + "---|" * (len(hints) + 2))
+    columns = HINTS[args.workload]
+    print("| |", args.workload, "|", " | ".join(columns), "|")
+    print("|" + "---|" * (len(columns) + 2))
     for recipe in args.recipes:
         for target in args.targets:
             for shape in args.shapes or SHAPES[args.workload]:
                 print(f"| {recipe}, {target} | {shape} |", end="", flush=True)
-                for name in hints:
-                    row = cell(recipe, target, args.workload, shape, name)
-                    print(f" {row} |", end="", flush=True)
+                for hints in columns:
+                    text = cell(recipe, target, args.workload, shape, hints)
+                    print(f" {text} |", end="", flush=True)
                 print()
 
 

@@ -1,8 +1,7 @@
 """Reads the text of a program that XLA has scheduled: `compiled.as_text()`.
 
 A computation of a scheduled module lists its instructions in the order in which a
-device issues them. This file knows XLA's text and nothing about time; operations.py
-gives the instructions their durations.
+device issues them. This file parses the text; operations.py adds the durations.
 """
 
 import functools
@@ -16,8 +15,8 @@ import numpy as np
 # Bits of an element, where the name of the dtype does not tell them (f32, s8, ...).
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 
-# Collectives by opcode. An asynchronous one is a pair of opcodes that end on -start and
-# -done, or is wrapped in another instruction.
+# The opcodes of collectives. An asynchronous collective is two instructions, whose
+# opcodes end on -start and -done, or one that another instruction wraps.
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -27,7 +26,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Opcodes that can wrap a collective -> the attribute that names the computation inside.
+# Opcodes that can wrap a collective -> the attribute that names the computation with
+# the collective in it.
 WRAPPED = {
     "async-start": "calls",
     "fusion": "calls",
@@ -110,16 +110,16 @@ Body: TypeAlias = dict[str, Instruction]  # a computation's instructions, in ord
 
 
 class WrappedCollective(NamedTuple):
-    """A collective, and where it stands."""
+    """A collective instruction, and the computation that it is in."""
 
     kind: str  # one of COLLECTIVES
     instruction: Instruction
-    body: Body  # the computation that `instruction` is in
+    body: Body  # the computation
 
 
 @dataclass(frozen=True)
 class Module:
-    """A scheduled program: computations by name."""
+    """A scheduled program: its computations, by name."""
 
     computations: dict[str, Body]
     entry: str
@@ -138,7 +138,8 @@ class Module:
         inside = instruction.named(WRAPPED[instruction.opcode])
         return self._first_collective(inside) if inside else None
 
-    # The cache keeps the module alive: a plan reads few of them, and then ends.
+    # The cache keeps every module alive. That is acceptable: a plan parses few modules,
+    # and then the process ends.
     @functools.cache  # noqa: B019
     def _first_collective(self, computation: str) -> WrappedCollective | None:
         body = self.computations[computation]
@@ -158,8 +159,8 @@ class Module:
 def groups(instruction: Instruction) -> Groups:
     """The devices that exchange data in a collective.
 
-    Returns lists of logical device numbers; for a collective-permute, (source, target)
-    pairs. An empty list: all devices together.
+    Returns a list of logical device numbers for each group; for a collective-permute,
+    (source, target) pairs. An empty list means that all devices are one group.
     """
     text = instruction.text
     if match := re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text):
@@ -182,7 +183,12 @@ def groups(instruction: Instruction) -> Groups:
 
 
 def _groups_of_axes(mesh: str, axes: str) -> list[list[int]]:
-    """The groups along some axes of a mesh: ("'data'=2,'tensor'=2", "'tensor'")."""
+    """The groups along some axes of a mesh.
+
+    Args:
+      mesh: axes and sizes as XLA writes them, such as "'data'=2,'tensor'=2".
+      axes: the axes that a group spans, such as "'tensor'".
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     inside = re.findall(r"'(\w+)'", axes)
     outside = [name for name in sizes if name not in inside]
@@ -200,7 +206,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def parse(text: str) -> Module:
-    """The `Module` of XLA's text. Raises ValueError where it is not one."""
+    """Parses the text of a compiled program. Raises ValueError for any other text."""
     header = re.match(r"HloModule ([^\n]*)", text)
     if not header:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Draws timelines: what a device computes and what it sends, one above the other."""
+"""Draws timelines: what a device computes above what it sends."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,13 @@ from ladder_jax.planner.timeline import Timeline
 
 BLOCKS = {"attention": "#4c78a8", "mlp": "#72b7b2", "attention+mlp": "#5f97ad"}
 HIDDEN, EXPOSED, OTHER = "#59a14f", "#e15759", "#bab0ac"
-COMPUTE_LANE, SEND_LANE = (1.05, 0.8), (0.15, 0.8)  # bottom and height
+# Each lane's bottom edge and height.
+COMPUTE_LANE, SEND_LANE = (1.05, 0.8), (0.15, 0.8)
 US = 1e6  # microseconds in a second
 
 
 class Bar(NamedTuple):
-    """A stretch of a lane. Seconds from the lane's start."""
+    """A colored stretch of a lane. Times are seconds from the lane's start."""
 
     start: float
     end: float
@@ -26,14 +27,15 @@ class Lanes(NamedTuple):
 
     seconds: float  # their length
     compute: list[Bar]
-    send: list[Bar]  # bars of exposed time lie over those of the whole transfer
+    # A bar for every whole transfer, and bars for exposed time, drawn over the former.
+    send: list[Bar]
 
 
 def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
     """Writes a PNG with two lanes for every timeline: compute above communication.
 
-    Two layers from the middle of the stack are shown, for as long as the slowest
-    timeline takes for them. Green: the device works while it sends (or would wait for
+    The picture shows two layers from the middle of the stack, and is as wide as the
+    slowest timeline. Green: the device works while it sends (or would wait for
     prefetched weights in any case). Red: it waits for the transfer.
 
     Args:
@@ -99,31 +101,33 @@ def lanes_of(timeline: Timeline) -> Lanes:
     start, end = _middle(timeline)
 
     def bars(stretches: list[tuple[float, float, str]]) -> list[Bar]:
-        """Cuts (start, end, color) to the two layers."""
-        cut = [
-            Bar(max(a, start) - start, min(b, end) - start, color)
-            for a, b, color in stretches
+        """The parts of (start, end, color) stretches that lie in the two layers."""
+        parts = [
+            Bar(max(first, start) - start, min(last, end) - start, color)
+            for first, last, color in stretches
         ]
-        return [bar for bar in cut if bar.end > bar.start]
+        return [bar for bar in parts if bar.end > bar.start]
 
     compute = [
         (span.start, span.end, BLOCKS.get(place_of(span.scope).block, OTHER))
         for span in timeline.spans
     ]
     send = []
-    for one in timeline.collectives:
-        send.append((one.start, one.end, HIDDEN))
-        send += [
-            (max(a, one.start), min(b, one.end), EXPOSED) for a, b in timeline.waits
-        ]
+    for collective in timeline.collectives:
+        send.append((collective.start, collective.end, HIDDEN))
+        for wait_start, wait_end in timeline.waits:
+            exposed_start = max(wait_start, collective.start)
+            exposed_end = min(wait_end, collective.end)
+            send.append((exposed_start, exposed_end, EXPOSED))
     return Lanes(end - start, bars(compute), bars(send))
 
 
 def _middle(timeline: Timeline) -> tuple[float, float]:
-    """(start, end) of two layers from the middle of the stack; of few layers, of all.
+    """(start, end) of two layers from the middle of the stack, or of the whole stack
+    where it has three layers or fewer.
 
-    XLA mixes neighbouring layers. Here a layer begins with the longest instruction of
-    its attention.
+    XLA mixes the instructions of neighbouring layers. Here a layer starts with the
+    longest instruction of its attention.
     """
     spans = [(span, place_of(span.scope)) for span in timeline.spans]
     layers = list(dict.fromkeys(place.layer for _, place in spans if place.layer))
@@ -131,7 +135,7 @@ def _middle(timeline: Timeline) -> tuple[float, float]:
         inside = [span for span, place in spans if place.layer]
         return inside[0].start, max(span.end for span in inside)
 
-    def begins(layer: str) -> float:
+    def start_of(layer: str) -> float:
         attention = [
             span
             for span, place in spans
@@ -142,4 +146,4 @@ def _middle(timeline: Timeline) -> tuple[float, float]:
         return max(attention, key=lambda span: span.end - span.start).start
 
     middle = (len(layers) - 1) // 2
-    return begins(layers[middle]), begins(layers[middle + 2])
+    return start_of(layers[middle]), start_of(layers[middle + 2])

@@ -1,7 +1,8 @@
-"""Turns a scheduled program into the list of operations that a device issues, timed.
+"""Turns a scheduled program into a list of the operations that a device issues.
 
-Loops and calls are inlined, and every operation has its duration and the number of
-executions that it stands for. timeline.py plays such a list on a clock.
+The list has the operations of loops and calls in place of the loops and calls. Every
+operation has its duration and the number of executions that it stands for. timeline.py
+simulates such a list.
 """
 
 import re
@@ -29,16 +30,17 @@ FREE = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of the device. Subclasses say which."""
+    """Something that the device does. Each kind is a subclass."""
 
     name: str  # of the instruction
-    scope: str  # JAX's name stack, or that of the operation before
+    scope: str  # JAX's name stack; without one, the previous operation's
     count: float  # executions in a full step that this one stands for
 
 
 @dataclass(frozen=True)
 class Compute(Operation):
-    """The device computes for `seconds`; HBM is idle for `spare_hbm` of them."""
+    """The device computes for `seconds`. HBM is idle for `spare_hbm` seconds of
+    them."""
 
     seconds: float
     spare_hbm: float
@@ -46,7 +48,7 @@ class Compute(Operation):
 
 @dataclass(frozen=True)
 class StartPrefetch(Operation):
-    """Starts an asynchronous copy that takes HBM `seconds` at full bandwidth."""
+    """Starts an asynchronous copy. HBM needs `seconds` for it at full bandwidth."""
 
     seconds: float
 
@@ -101,7 +103,8 @@ def operations(
 
 
 class _Lister:
-    """One walk over a module: the last scope, and the collectives not yet ended."""
+    """Lists a module's operations. Remembers the last scope, and which collectives have
+    started and not ended."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Compiles the project's own programs for chips that are not here.
+"""Compiles the project's own programs for chips that this machine does not have.
 
-The programs are a decode step, a prefill and a training step. report.py reads the
-compiled program back and says what its communication hides behind.
+The programs are a decode step, a prefill and a training step. report.py parses the
+compiled program and reports which communication overlaps with compute.
 """
 
 import dataclasses
@@ -35,9 +35,8 @@ class Request(NamedTuple):
     target: aot.Target
     workload: str  # "decode", "prefill" or "train"
     batch: int  # rows (decode, prefill) or sequences (train), over all devices
-    context: (
-        int  # tokens: of the cache (decode), a prompt (prefill), a sequence (train)
-    )
+    # Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train).
+    context: int
     most: int = 4  # layers of each kind to compile
 
 
@@ -55,14 +54,17 @@ class Compiled(NamedTuple):
     mesh: jax.sharding.Mesh
     stack: Stack
     text: str  # the scheduled program of the short stack
-    # Bytes on a device, of the deep model.
+    # Bytes on a device for the model of the request, with all its layers.
     weights: float  # parameters and, in training, the optimizer's state
     kv: float  # the cache
     temporary: float  # everything else, while the program runs
 
 
 def build(request: Request) -> Compiled:
-    """Compiles the program of a request. Raises ConfigError where it cannot exist."""
+    """Compiles the program of a request.
+
+    Raises ConfigError where the model does not fit the mesh or XLA cannot compile it.
+    """
     target, model_config = request.target, request.config.model
     mesh = make_mesh_for(request.config.mesh, target.devices(), request.workload)
     sharding.check_fits(model_config, mesh, request.batch)
@@ -96,9 +98,9 @@ def make_mesh_for(
 ) -> jax.sharding.Mesh:
     """The recipe's mesh on a target's devices.
 
-    Where the recipe's mesh has another size than the target, its tensor axis is kept:
-    the other devices shard the parameters (training) or hold copies that decode other
-    rows.
+    Where the recipe's mesh has another size than the target, its tensor axis keeps its
+    size. The other devices then shard the parameters (training), or hold replicas that
+    decode other rows.
     """
     sizes = mesh_config.data, mesh_config.fsdp, mesh_config.tensor
     takes_all = -1 in sizes[:2] or np.prod(sizes) == len(devices)
@@ -109,7 +111,7 @@ def make_mesh_for(
 
 
 def short_stack(request: Request) -> Stack:
-    """The stack to compile in place of the model of a request."""
+    """The stack of few layers to compile in place of the model of a request."""
     notation, layers = request.config.model.residual, request.config.model.layers
     ends = 1
     if request.workload == "prefill":
@@ -121,7 +123,7 @@ def short_stack(request: Request) -> Stack:
 
 
 def _explain(error: Exception, request: Request, stack: Stack) -> str | None:
-    """What an error of XLA means to the user; None where only XLA's text helps."""
+    """The message for an error of XLA that the user can mend; None for other errors."""
     name, text = request.target.name, str(error)
     first_line = text.splitlines()[0]
     if "RET_CHECK" in text:
@@ -141,7 +143,7 @@ def _explain(error: Exception, request: Request, stack: Stack) -> str | None:
 def make_program(
     request: Request, mesh: jax.sharding.Mesh, stack: Stack | None = None
 ) -> Program:
-    """The program of a request; with `stack`, that of the short model."""
+    """The program of a request; with `stack`, the program of its short model."""
     model_config = request.config.model
     if stack is not None:
         model_config = dataclasses.replace(
@@ -280,8 +282,11 @@ def bytes_per_device(tree: Any) -> int:
 def growth_with_depth(
     module: hlo.Module, stack: Stack, arguments: tuple[Any, ...]
 ) -> float:
-    """Bytes of temporaries that the deep model has more than the short one: arrays with
-    a row for every layer, which a scan keeps for the backward pass."""
+    """Bytes by which the temporaries of the deep model exceed those of the short one.
+
+    They are arrays with a row for every layer, which a scan keeps for the backward
+    pass.
+    """
     argument_shapes = sorted(
         x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(arguments)
     )
@@ -298,7 +303,8 @@ def growth_with_depth(
 def _saved_by_layer(
     loop: hlo.Instruction, trips: int, argument_shapes: list[tuple[int, ...]]
 ) -> int:
-    """Bytes of the loop's arrays in HBM with a row a trip that are not arguments."""
+    """Bytes of the loop's arrays in HBM that have a row for every trip and are not
+    arguments of the program."""
     total = 0
     for array in loop.outputs:
         if array.dims in argument_shapes:

@@ -1,6 +1,6 @@
-"""The plans of docs/overlap as rows of a CSV file, and the Markdown tables of them.
+"""Reads and writes docs/overlap: plans as rows of a CSV file, and Markdown tables.
 
-`python -m ladder_jax.planner.survey` adds rows and writes the tables anew.
+`python -m ladder_jax.planner.survey` adds rows and writes the tables again.
 """
 
 import csv
@@ -27,9 +27,9 @@ TIMES = (
 
 @dataclass(frozen=True)
 class Record:
-    """One plan. Times in microseconds a step."""
+    """One plan: a row of the file. Times are in microseconds a step."""
 
-    # The request: no two rows have the same.
+    # The request. No two rows have the same request (see `key`).
     recipe: str
     target: str
     workload: str
@@ -38,9 +38,10 @@ class Record:
     tensor: int
     schedule: str
     mesh_reduction: str  # mesh.reduction, such as "auto"
-    all_reduce_us: float = 0.0  # of a short one; 0: as the chip's network has it
+    # Duration of a short all-reduce. 0: as the chip's network has it.
+    all_reduce_us: float = 0.0
     # The result.
-    reduction: str = ""  # that "auto" takes
+    reduction: str = ""  # the reduction in use; for "auto", the one that it picks
     step_us: float = 0.0
     compute_us: float = 0.0
     sent_us: float = 0.0  # simultaneous transfers over different links count once
@@ -48,20 +49,21 @@ class Record:
     exposed_us: float = 0.0
     unavoidable_us: float = 0.0
     error: str = ""  # why there is no plan
-    # The versions that planned it.
+    # What planned it.
     jaxlib: str = ""
     date: str = ""
-    code: str = ""  # see survey.code_version; "": not known
+    code: str = ""  # see survey.code_version; "": unknown
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The request."""
+        """The fields of the request, from `recipe` to `mesh_reduction` and
+        `all_reduce_us`."""
         return dataclasses.astuple(self)[:9]
 
     @property
-    def of_hideable_hidden(self) -> float | None:
-        """The share of the communication that could be hidden that is hidden; None if
-        hardly anything could be."""
+    def hidden_share(self) -> float | None:
+        """The share of the hideable communication that is hidden, or None if less than
+        1% of the communication is hideable."""
         hideable = self.sent_us - self.unavoidable_us
         if hideable <= 0.01 * self.sent_us:
             return None
@@ -72,7 +74,7 @@ class Record:
 
 
 def read(folder: str | Path) -> list[Record]:
-    """The rows of a folder's CSV file; none if there is no file."""
+    """The rows of a folder's CSV file; an empty list if there is no file."""
     path = Path(folder) / CSV
     if not path.exists():
         return []
@@ -86,10 +88,10 @@ def read(folder: str | Path) -> list[Record]:
 
 
 def write(folder: str | Path, records: Iterable[Record]) -> None:
-    """Writes the CSV file, sorted, and the tables of it."""
+    """Writes the rows, sorted, to the CSV file, and writes their tables."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    records = sorted(records, key=_order)
+    records = sorted(records, key=_sort_key)
     with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
         names = [field.name for field in dataclasses.fields(Record)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -106,7 +108,7 @@ def write(folder: str | Path, records: Iterable[Record]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _order(record: Record) -> tuple[object, ...]:
+def _sort_key(record: Record) -> tuple[object, ...]:
     """Slices of eight chips first, as SLICES lists them; then by size and schedule."""
     target: tuple[int, str] = (len(SLICES), record.target)
     if record.target in SLICES:
@@ -132,12 +134,12 @@ def _order(record: Record) -> tuple[object, ...]:
 
 
 class View(NamedTuple):
-    """One file of tables."""
+    """A Markdown file with a table of some of the rows."""
 
     title: str
     text: str
-    command: str  # that plans its rows
-    holds: Callable[[Record], bool]  # whether a row is in it
+    command: str  # the arguments of survey.py that plan its rows
+    includes: Callable[[Record], bool]
 
 
 VIEWS = {
@@ -145,13 +147,15 @@ VIEWS = {
         "Ladder, decode",
         "Tensor parallel over eight devices.",
         "decode",
-        lambda record: _is(record, "decode", "ladder") and record.target in SLICES,
+        lambda record: _matches(record, "decode", "ladder") and record.target in SLICES,
     ),
     "standard.md": View(
         "Standard, decode",
         "The same without delays: hardly any communication can be hidden.",
         "decode --schedules standard",
-        lambda record: _is(record, "decode", "standard") and record.target in SLICES,
+        lambda record: (
+            _matches(record, "decode", "standard") and record.target in SLICES
+        ),
     ),
     "pods.md": View(
         "Ladder, decode, on other machines",
@@ -159,27 +163,30 @@ VIEWS = {
         "devices decode other rows.",
         "decode --recipes llama3_8b --shapes 512x2048 "
         "--targets h100:2x8 tpu7x:2x2x1 v5e:16x16 v5p:8x8x8",
-        lambda record: _is(record, "decode", "ladder") and record.target not in SLICES,
+        lambda record: (
+            _matches(record, "decode", "ladder") and record.target not in SLICES
+        ),
     ),
     "prefill.md": View(
         "Ladder, prefill",
         "Tensor parallel over eight devices. The stack's end computes the last "
         "positions alone, as in the engine.",
         "prefill",
-        lambda record: _is(record, "prefill", "ladder"),
+        lambda record: _matches(record, "prefill", "ladder"),
     ),
     "train.md": View(
         "A training step, ladder and standard",
         "One sequence, forward and backward, rematerialized as in the recipe; tensor "
         "parallel over eight devices.",
         "train --schedules ladder standard",
-        lambda record: _is(record, "train", "ladder", "standard"),
+        lambda record: _matches(record, "train", "ladder", "standard"),
     ),
 }
 SIDE_BY_SIDE = "schedules.md"  # see `_side_by_side`
 
 
-def _is(record: Record, workload: str, *schedules: str) -> bool:
+def _matches(record: Record, workload: str, *schedules: str) -> bool:
+    """Whether a row is of this workload, of one of these schedules, and of "auto"."""
     return (
         record.workload == workload
         and record.schedule in schedules
@@ -189,10 +196,10 @@ def _is(record: Record, workload: str, *schedules: str) -> bool:
 
 def markdown_files(records: Iterable[Record]) -> dict[str, str]:
     """The tables of the rows: {file name: its text}."""
-    records = sorted(records, key=_order)
+    records = sorted(records, key=_sort_key)
     files = {}
     for name, view in VIEWS.items():
-        rows = [record for record in records if view.holds(record)]
+        rows = [record for record in records if view.includes(record)]
         table = tables.markdown_table(
             [PLAN, SHAPE, SCHEDULE, *NUMBERS, SHARE, JAXLIB], rows
         )
@@ -224,8 +231,10 @@ def _page(title: str, text: str, command: str, body: str) -> str:
 
 
 def _side_by_side(records: list[Record]) -> str:
-    """A table for every machine and batch size that decodes with at least four
-    schedules; speed-ups are over the standard schedule with XLA's own all-reduce."""
+    """The file with a table for every request that has rows of four schedules or more.
+
+    Speed-ups are over the standard schedule with XLA's own all-reduce.
+    """
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.workload == "decode":
@@ -235,13 +244,8 @@ def _side_by_side(records: list[Record]) -> str:
     for (recipe, target, batch, context), rows in groups.items():
         if len({record.schedule for record in rows}) < 4:
             continue
-        first = next(
-            row
-            for row in rows
-            if (row.schedule, row.mesh_reduction, row.all_reduce_us)
-            == ("standard", "psum", 0.0)
-        )
-        speed_up = tables.Column("speed-up", _speed_up_over(first))
+        baseline = next(row for row in rows if _is_baseline(row))
+        speed_up = tables.Column("speed-up", _speed_up_over(baseline))
         heading = f"## {recipe}, {target}, batch {batch}, context {context}"
         table = tables.markdown_table([SCHEDULE, *NUMBERS, speed_up, JAXLIB], rows)
         parts += [heading, "", table, ""]
@@ -255,8 +259,14 @@ def _side_by_side(records: list[Record]) -> str:
     )
 
 
-def _speed_up_over(first: Record) -> Callable[[Record], str]:
-    return lambda record: f"{first.step_us / record.step_us:.3f}"
+def _is_baseline(record: Record) -> bool:
+    """Whether a row is the standard schedule with XLA's own all-reduce."""
+    reduction = record.mesh_reduction, record.all_reduce_us
+    return record.schedule == "standard" and reduction == ("psum", 0.0)
+
+
+def _speed_up_over(baseline: Record) -> Callable[[Record], str]:
+    return lambda record: f"{baseline.step_us / record.step_us:.3f}"
 
 
 def _schedule_cell(record: Record) -> str:
@@ -270,12 +280,12 @@ def _schedule_cell(record: Record) -> str:
     return f"{record.schedule}, {reduction}"
 
 
-def _number(name: str) -> Callable[[Record], str]:
+def _number_cell(name: str) -> Callable[[Record], str]:
     return lambda record: "" if record.error else f"{getattr(record, name):,.0f}"
 
 
 def _share_cell(record: Record) -> str:
-    share = None if record.error else record.of_hideable_hidden
+    share = None if record.error else record.hidden_share
     return "-" if share is None else f"{share:.0%}"
 
 
@@ -286,7 +296,7 @@ SHAPE = tables.Column(
 SCHEDULE = tables.Column("schedule, reduction", _schedule_cell, left=True)
 TITLES = dict(sent_us="sent", unavoidable_us="at least")
 NUMBERS = [
-    tables.Column(TITLES.get(name, name.removesuffix("_us")), _number(name))
+    tables.Column(TITLES.get(name, name.removesuffix("_us")), _number_cell(name))
     for name in TIMES
 ]
 SHARE = tables.Column("of the hideable, hidden", _share_cell)

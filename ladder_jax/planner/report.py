@@ -1,4 +1,4 @@
-"""Says what the communication of a compiled program hides behind, and what it costs."""
+"""Reports which communication overlaps with compute, and the cost of the rest."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ US = 1e6  # microseconds in a second
 
 
 def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeline:
-    """Plays a compiled program on a clock.
+    """Simulates a step of a compiled program.
 
     Args:
       compiled: the program.
@@ -57,8 +57,8 @@ def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
     """The plan as plain values, ready for JSON.
 
     In the totals, simultaneous transfers over different links count once. A step is
-    compute, exposed communication and, on a GPU, what hidden communication takes from
-    the kernels beside it.
+    compute, exposed communication and, on a GPU, the time by which hidden communication
+    slows down the kernels that run beside it.
     """
     request = compiled.request
     return dict(
@@ -134,7 +134,8 @@ def _memory(compiled: Compiled) -> dict[str, Any]:
 
 
 def reduction_of(compiled: Compiled) -> str:
-    """The name of the reduction of a block's partial; with "auto", of the one taken."""
+    """The name of the reduction of a block's partial. For "auto", the name of the
+    reduction that `choose` picks."""
     request, mesh = compiled.request, compiled.mesh
     model_config = request.config.model
     reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
@@ -163,9 +164,9 @@ def mesh_axes(groups: hlo.Groups, mesh: jax.sharding.Mesh) -> str:
 def unavoidable(compiled: Compiled, played: Timeline) -> float:
     """Seconds of tensor-axis communication that no order of the instructions hides.
 
-    A reduction can run behind the compute of the block in whose scope it is, if that
-    block has a delay: max(0, communication - compute) stays exposed at least. Without a
-    delay, and outside of the layers, all of it does. Where XLA names a layer and no
+    If a block has a delay, the reduction in its scope can run while the block computes:
+    at least max(0, communication - compute) stays exposed. Without a delay, and outside
+    of the layers, all communication stays exposed. Where XLA names a layer and no
     block, all of the layer's compute counts.
     """
     stack = compiled.stack
@@ -205,8 +206,8 @@ def _has_delay(place: Place, layers: tuple[tuple[schedule.Block, ...], ...]) -> 
 
 
 def roofline(compiled: Compiled) -> float:
-    """Seconds that a step takes at least: the larger of its FLOPs at the chip's peak,
-    and of one pass of the weights and the cache through HBM."""
+    """A lower bound on a step's seconds: the larger of the time for its FLOPs at the
+    chip's peak, and the time for HBM to read the weights and the cache once."""
     request, chip = compiled.request, compiled.request.target.chip
     training, decoding = request.workload == "train", request.workload == "decode"
     flops = (3 if training else 1) * forward_flops(

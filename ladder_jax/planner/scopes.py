@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-# A fusion may be named by a weight, such as layers[3].mlp.up; a scan of layers has one
+# XLA may name a fusion by a weight, such as layers[3].mlp.up. A scan of layers has one
 # scope for all of them, such as layers0to3.
 LAYER = re.compile(r"\b(layers?)\[?(\d+)(to\d+)?")
 BLOCK = re.compile(r"(?<=[/(.])(attention\+mlp|attention|mlp|embedding|last)(?=[/).])")
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
     @property
     def number(self) -> int | None:
-        """The number of the layer, of the first one of a scan; None outside."""
+        """The layer's number; in a scan, the first layer's; outside of layers, None."""
         match = re.search(r"\d+", self.layer)
         return int(match[0]) if match else None
 

@@ -1,5 +1,8 @@
-"""A model of few layers that stands for one of many: layers repeat, so that a plan need
-not compile all of them."""
+"""Builds the short model that a plan compiles in place of the deep one.
+
+Layers repeat, so that a plan need not compile all of them: an instruction of the short
+model stands for several executions in the deep model.
+"""
 
 from typing import NamedTuple
 
@@ -14,12 +17,16 @@ class Stack(NamedTuple):
     """The short model."""
 
     notation: str  # its residual schedule
-    counts: tuple[float, ...]  # of the deep model's layers, by layer of the short one
+    # For each layer of the short model: the number of deep layers that it stands for.
+    counts: tuple[float, ...]
     trips: tuple[tuple[str, int], ...]  # scope of a scan -> its trips in the deep model
 
     def trips_of(self, loop: Instruction) -> float:
-        """How often a loop runs in the deep model: other loops than scans of layers, as
-        often as XLA knows."""
+        """How often a loop's body runs in the deep model.
+
+        Scans of layers run as often as `trips` says. For other loops it is the number
+        that XLA knows, or 1.
+        """
         for scope, trips in self.trips:
             if scope in loop.scope:
                 return trips
@@ -27,10 +34,10 @@ class Stack(NamedTuple):
 
 
 class LayerCounter:
-    """Says how many executions in the deep model an instruction stands for.
+    """The number of executions in the deep model that an instruction stands for.
 
-    It is called in the order of issue. An instruction that XLA adds without a layer's
-    scope belongs to the layer of the instructions around it.
+    Call it with the scopes of instructions, in the order of issue. An instruction that
+    XLA adds without a layer's scope belongs to the layer of the instructions around it.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -54,7 +61,8 @@ def shorten(notation: str, layers: int, most: int, ends: int = 1) -> Stack:
       notation: the deep model's residual schedule.
       layers: its depth.
       most: repetitions to compile of every pattern of layers that the schedule repeats.
-      ends: the last few repetitions that stand for themselves alone, as the first does.
+      ends: how many of the last repetitions stand for themselves alone, as the first
+        one does.
     Raises ConfigError where no short model has such a schedule.
     """
     deep = schedule.parse(notation, layers)

@@ -1,4 +1,4 @@
-"""Plans the rows of docs/overlap and writes its tables.
+"""Plans many programs: adds rows to docs/overlap/plans.csv and writes the tables there.
 
     python -m ladder_jax.planner.survey decode
     python -m ladder_jax.planner.survey prefill --recipes llama3_8b --targets v5p:2x2x2
@@ -6,9 +6,10 @@
     python -m ladder_jax.planner.survey tables
 
 `decode`, `prefill` and `train` plan a row for every recipe, target, shape and schedule;
-`compare` plans residual schedules side by side; `tables` plans nothing and writes the
-tables of the rows that there are. Each row is written as soon as it is planned. A row
-that the same code has planned with the same jaxlib is left out, unless `--again`.
+`compare` plans residual schedules side by side; `tables` plans nothing, and only writes
+the tables of the existing rows. The program writes each row as soon as it is planned.
+It leaves out a row that the same code has planned with the same jaxlib, unless
+`--again` is given.
 """
 
 import argparse
@@ -46,8 +47,8 @@ COMPARED = [
     ("llama3_70b", "h100:1x8", 64, "psum"),
     ("llama3_70b", "v5p:2x2x2", 16, "auto"),
 ]
-# The files of ladder_jax that decide what a plan says.
-PLANNED_BY = (
+# The files of ladder_jax that determine a plan: see `code_version`.
+HASHED_FILES = (
     *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
     *("optimizer.py", "schedule.py", "sharding.py", "train.py"),
     *("hardware/*.py", "residual/*.py"),
@@ -57,10 +58,10 @@ PLANNED_BY = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; `arguments`: the process's own by default."""
+    """Runs the command line `arguments`, by default the process's own."""
     args = parse(arguments)
     aot.prepare()
-    if args.what == "tables":
+    if args.command == "tables":
         write_tables(args.folder)
         return
     for record in survey(args):
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_tables(folder: str | Path) -> None:
-    """Writes the tables of a folder's CSV file, and that of the calibration."""
+    """Writes the tables of a folder's CSV file, and the calibration's table."""
     records.write(folder, records.read(folder))
     (Path(folder) / "published.md").write_text(calibrate.page(), encoding="utf-8")
 
@@ -83,13 +84,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=[*SHAPES, "compare", "tables"])
+    parser.add_argument("command", choices=[*SHAPES, "compare", "tables"])
     parser.add_argument("--recipes", nargs="+", default=["llama3_8b", "llama3_70b"])
     parser.add_argument("--targets", nargs="+", default=records.SLICES)
     parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
     parser.add_argument("--schedules", nargs="+", default=["ladder"])
     parser.add_argument("--reduction", default="auto")
-    parser.add_argument("--again", action="store_true", help="plan all rows anew")
+    parser.add_argument(
+        "--again", action="store_true", help="plan the existing rows again too"
+    )
     parser.add_argument("--folder", default="docs/overlap")
     return parser.parse_args(arguments)
 
@@ -102,8 +105,8 @@ def survey(args: argparse.Namespace) -> Iterator[Record]:
         record = dataclasses.replace(
             request_record(request, all_reduce), jaxlib=jaxlib, code=code
         )
-        before = rows.get(record.key)
-        up_to_date = before and (before.jaxlib, before.code) == (jaxlib, code)
+        existing = rows.get(record.key)
+        up_to_date = existing and (existing.jaxlib, existing.code) == (jaxlib, code)
         if up_to_date and not args.again:
             continue
         rows[record.key] = record = plan_record(record, request, all_reduce)
@@ -112,8 +115,8 @@ def survey(args: argparse.Namespace) -> Iterator[Record]:
 
 
 def requests(args: argparse.Namespace) -> Iterator[tuple["Request", float | None]]:
-    """The requests of a command line, with the `all_reduce` of cost.Network."""
-    if args.what == "compare":
+    """The requests of a command line, and the `all_reduce` of cost.Network for each."""
+    if args.command == "compare":
         from ladder_jax.planner import compare
 
         for recipe, target, batch, reduction in COMPARED:
@@ -123,12 +126,12 @@ def requests(args: argparse.Namespace) -> Iterator[tuple["Request", float | None
             for variant in compare.variants(request):
                 yield variant.request, variant.all_reduce
         return
-    shapes = args.shapes or SHAPES[args.what]
+    shapes = args.shapes or SHAPES[args.command]
     for recipe, target, shape, schedule in itertools.product(
         args.recipes, args.targets, shapes, args.schedules
     ):
         request = make_request(
-            recipe, target, args.what, shape, schedule, args.reduction
+            recipe, target, args.command, shape, schedule, args.reduction
         )
         yield request, None
 
@@ -136,10 +139,10 @@ def requests(args: argparse.Namespace) -> Iterator[tuple["Request", float | None
 def make_request(
     recipe: str, target: str, workload: str, shape: str, schedule: str, reduction: Any
 ) -> "Request":
-    """The request to plan a recipe's model, tensor-parallel over eight devices.
+    """The request for a recipe's model, with tensor parallelism over eight devices.
 
     Args:
-      recipe: its name in configs/.
+      recipe: the name of its file in configs/, such as "llama3_8b".
       target: see aot.parse.
       workload: "decode", "prefill" or "train".
       shape: batch x context, such as "4x2048".
@@ -202,10 +205,9 @@ def plan_record(record: Record, request: "Request", all_reduce: float | None) ->
 
 
 def code_version(package: Path = PACKAGE) -> str:
-    """A hash of the code that decides what a plan says; comments and docstrings do not
-    count."""
+    """A hash of the code that determines a plan, without comments and docstrings."""
     digest = hashlib.sha256()
-    for pattern in PLANNED_BY:
+    for pattern in HASHED_FILES:
         for path in sorted(package.glob(pattern)):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             digest.update(ast.dump(_without_docstrings(tree)).encode())

@@ -1,31 +1,33 @@
-"""Plays a scheduled program on a clock, to see what its communication hides behind.
+"""Simulates a scheduled program, to find which communication overlaps with compute.
 
 A device issues its operations one after another. A synchronous collective stops the
-device until the transfer has ended. An asynchronous one uses links while the operations
-between its start and its done are computed; its done waits for the rest:
+device until the transfer has ended. An asynchronous one is two operations, `start` and
+`done`. Its transfer uses links while the device computes the operations between the
+two, and `done` waits for the rest of the transfer:
 
-    device   | start | product ............ | done: wait | next
+    device   | start | product ............ | done: wait | next product
     links            | transfer ........................ |
                        hidden                 exposed
 
 Two collectives that share a link send one after the other; the latency of the second
-runs while the first still sends.
+passes while the first still sends.
 
-On TPU, XLA prefetches weights from HBM into VMEM by asynchronous copies. They get the
-HBM bandwidth that the instructions meanwhile leave, the oldest first, and their done
-waits for the rest. HBM goes on while the device waits for a collective, so that such a
-wait may shorten a later wait for a prefetch.
+On TPU, XLA prefetches weights from HBM into VMEM by asynchronous copies. A copy uses
+the HBM bandwidth that the running instructions leave free, the oldest copy first, and
+its `done` waits for the rest. Copies continue while the device waits for a collective,
+so that such a wait may shorten a later wait for a prefetch.
 
-Hence `play` runs the clock twice: once as scheduled, and once with asynchronous
+Hence `play` simulates the program twice: once as scheduled, and once with asynchronous
 collectives that take no time.
 
-    exposed   what the step would save if its asynchronous collectives took no time: the
-              difference of the two clocks; and the whole time of synchronous ones
+    exposed   the time by which the second simulation is shorter, plus the whole time of
+              synchronous collectives
     compute   the rest of the step: instructions, and waits for prefetched weights
 
-A short stack stands for a deep one, so that operations count differently from layer to
-layer (`Operation.count`), and the difference of two weighted sums would mean nothing.
-`attribute` therefore takes it wait by wait, and a wait counts with its own layer.
+The program has few layers and stands for one with many, so that the operations of one
+layer may count more often than those of another (`Operation.count`). The difference of
+the two total times would mix such layers. So `attribute` compares the simulations wait
+by wait, and each wait counts as often as its own layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,11 +45,11 @@ class Collective:
     """One collective of the schedule. Times in seconds, of one execution."""
 
     operation: ops.StartCollective
-    start: float  # on the clock, when its transfer begins
+    start: float  # when its transfer starts, from the start of the program
     end: float
-    window: float = 0.0  # the device works so long between its start and its done
-    exposed: float = 0.0  # the device waits so long during its transfer
-    unoverlapped: float = 0.0  # its transfer while no earlier one runs on other links
+    window: float = 0.0  # time that the device works between `start` and `done`
+    exposed: float = 0.0  # time that the device waits during the transfer
+    unoverlapped: float = 0.0  # time of the transfer in which no earlier one runs
 
     @property
     def name(self) -> str:
@@ -87,7 +89,7 @@ class Collective:
 
 
 class Span(NamedTuple):
-    """A stretch of time in which the device works, or waits for prefetched weights."""
+    """A period in which the device works, or waits for prefetched weights."""
 
     name: str  # of the instruction, or "prefetch"
     scope: str
@@ -98,13 +100,15 @@ class Span(NamedTuple):
 
 @dataclass
 class Event:
-    """A stretch of the device's time: it works or waits. Waits may have length 0."""
+    """A period in which the device works or waits. A wait may have length 0."""
 
-    kind: str  # "compute", "prefetch" or "collective": what it works on or waits for
+    # "compute": the device works. "prefetch", "collective": it waits for one.
+    kind: str
     operation: ops.Operation
     start: float
     end: float
-    exposed: float = 0.0  # of a wait for a collective: what counts, see `attribute`
+    # Seconds of a wait for a collective that `attribute` counts as exposed.
+    exposed: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -113,7 +117,8 @@ class Event:
 
 @dataclass
 class Timeline:
-    """A step of the program. Totals weigh every operation by its count. Seconds."""
+    """The simulated step of a program. Totals are in seconds, and count every operation
+    as often as its `count` says."""
 
     collectives: list[Collective]
     events: list[Event]
@@ -124,7 +129,7 @@ class Timeline:
 
     @property
     def exposed(self) -> float:
-        """What communication adds to the step."""
+        """The time that communication adds to the step."""
         return sum(event.exposed * event.operation.count for event in self.events)
 
     @property
@@ -143,8 +148,11 @@ class Timeline:
 
     @property
     def spans(self) -> list[Span]:
-        """When the device works. The part of a wait that is not exposed counts as a
-        prefetch: without communication the device would wait for weights instead."""
+        """The periods in which the device works or waits for prefetched weights.
+
+        The part of a wait for a collective that is not exposed counts as a prefetch:
+        without communication the device would wait for weights instead.
+        """
         return list(self._spans())
 
     def _spans(self) -> Iterator[Span]:
@@ -176,7 +184,7 @@ def play(
     count: Callable[[str], float] = lambda scope: 1.0,
     trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1,
 ) -> Timeline:
-    """Plays a scheduled module. Arguments: those of `operations.operations`."""
+    """Simulates a scheduled module. Arguments: see `operations.operations`."""
     listed = ops.operations(module, seconds, hbm_seconds, collective, count, trips)
     real, free = _Clock(), _Clock(asynchronous_is_free=True)
     for operation in listed:
@@ -192,7 +200,7 @@ def play(
 
 @dataclass
 class _Clock:
-    """One play of a list of operations."""
+    """The state of one simulation."""
 
     asynchronous_is_free: bool = False  # asynchronous collectives take no time
     now: float = 0.0
@@ -200,9 +208,10 @@ class _Clock:
     events: list[Event] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     links: dict[object, float] = field(default_factory=dict)  # when each is free
-    # By the name of the start: a collective and `busy` at its start; HBM's seconds left
-    # for a prefetch, the oldest first.
+    # By the name of the start operation: the collective, and `busy` at its start.
     started: dict[str, tuple[Collective, float]] = field(default_factory=dict)
+    # By the name of the start operation, the oldest first: the seconds that HBM still
+    # needs for the prefetch.
     prefetches: dict[str, float] = field(default_factory=dict)
 
     def run(self, operation: ops.Operation) -> None:
@@ -223,7 +232,7 @@ class _Clock:
                 self.wait(operation, collective)
 
     def spend(self, kind: str, operation: ops.Operation, seconds: float) -> None:
-        """Lets time pass, and records what the device does meanwhile."""
+        """Advances the clock, and records what the device does in that time."""
         end = self.now + seconds
         self.events.append(Event(kind, operation, self.now, end))
         self.now = end
@@ -238,7 +247,7 @@ class _Clock:
             spare -= used
 
     def end_prefetch(self, name: str) -> float:
-        """Ends a prefetch and all older ones. Returns HBM's seconds left for them."""
+        """Ends a prefetch and all older ones. Returns the seconds that HBM needed."""
         waited = 0.0
         for other in self.prefetches:
             waited += self.prefetches[other]
@@ -262,7 +271,7 @@ class _Clock:
             self.wait(operation, collective)
 
     def wait(self, operation: ops.Operation, collective: Collective) -> None:
-        """Waits for the end of a collective; HBM goes on with the prefetches."""
+        """Waits for the end of a collective, while HBM continues the prefetches."""
         seconds = max(collective.end - self.now, 0.0)
         self.drain(seconds)
         self.spend("collective", operation, seconds)
@@ -274,24 +283,24 @@ class _Clock:
 def attribute(
     real: list[Event], free: list[Event], collectives: list[Collective]
 ) -> None:
-    """Divides the exposed time among the waits (`Event.exposed`) and the collectives
+    """Sets the exposed time of every wait (`Event.exposed`) and of every collective
     (`Collective.exposed`, `window`).
 
-    The events of both clocks are those of the same operations. A wait in `real` that is
-    longer than in `free` is exposed, unless a later wait for a prefetch is that much
-    shorter: then the device would have waited for HBM in any case. Such a saving counts
-    against the latest waits first.
+    Both simulations have the same operations, and so the same events. A wait for a
+    collective is exposed, unless a later wait for a prefetch is shorter in `real` than
+    in `free`: then the device would have waited for HBM in any case. What the later
+    wait saves is subtracted from the latest exposed waits first.
 
     Args:
       real: the events of the schedule.
-      free: those with asynchronous collectives that take no time.
-      collectives: those of `real`.
+      free: the events where asynchronous collectives take no time.
+      collectives: the collectives of `real`.
     """
     exposed: list[Event] = []
     for event, other in zip(real, free, strict=True):
         if event.kind == "collective" and event.seconds > 0:
             event.exposed = event.seconds
-            # A synchronous collective is exposed in full: nothing is taken off it.
+            # A synchronous collective is exposed in full: no saving reduces it.
             if isinstance(event.operation, ops.EndCollective):
                 exposed.append(event)
         elif event.kind == "prefetch":
@@ -308,7 +317,7 @@ def attribute(
 
 
 def _share(wait: Event, collectives: list[Collective]) -> None:
-    """Adds a wait to the collectives that transfer meanwhile."""
+    """Adds a wait to the collectives whose transfers run during it."""
     exposed = wait.exposed / wait.seconds
     for collective in collectives:
         end, start = min(collective.end, wait.end), max(collective.start, wait.start)

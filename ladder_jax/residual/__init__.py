@@ -1,1 +1,1 @@
-"""How blocks meet: the stream between them, and reductions that run behind compute."""
+"""The residual stream between blocks, and reductions that run beside compute."""

@@ -1,7 +1,8 @@
-"""Chooses a reduction by the planner's cost model: for a machine, a mesh, a message.
+"""Chooses the cheapest reduction for a machine, a mesh and a message.
 
-It needs no compiler of that machine. What a reduction sends is read from its own
-rounds, as JAX traces them, so there is no second list that could go out of date.
+The costs are those of hardware/cost.py; no compiler of the machine is needed. JAX
+traces a reduction's rounds to find what it sends, so that no second description of the
+reduction has to be kept up to date.
 """
 
 import functools
@@ -19,14 +20,15 @@ from ladder_jax.hardware import chips, cost
 from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Like, Policy
 from ladder_jax.sharding import TENSOR
 
-# Seconds that a TPU computes for each message beyond the first, to cut it out and to
-# put it in its place: the difference in compute between direct and recursive doubling
-# in the schedules of 70B decode at batch 64 (docs/overlap.md).
+# Seconds that a TPU computes for each message beyond the first: it slices the message
+# out of the array and writes the received one into it. The number is the difference in
+# compute between direct and recursive doubling in the schedules of 70B decode at batch
+# 64 (docs/overlap.md).
 MESSAGE_S = 2e-6
-# What a second on a TPU's links counts for where compute hides it. It is below 1, the
-# weight of a second of compute.
+# The cost of a second of communication that a TPU's compute hides; a second of compute
+# costs 1.
 HIDDEN_WEIGHT = 0.5
-# A JAX primitive -> the opcode of XLA that cost.py knows.
+# A JAX primitive -> XLA's opcode, for which cost.py has a formula.
 COLLECTIVES = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -34,30 +36,32 @@ COLLECTIVES = {
     "reduce_scatter": "reduce-scatter",
     "ppermute": "collective-permute",
 }
-NOT_SENT = {"axis_index", "pvary"}  # they name an axis and send nothing
+# Primitives that have a mesh axis as a parameter and send nothing.
+SILENT = {"axis_index", "pvary"}
 
 
 class Send(NamedTuple):
     """One collective of a round."""
 
     kind: str  # XLA's opcode
-    pairs: tuple[tuple[int, int], ...] | None  # of a collective-permute, within a group
+    # (source, target) shards of a collective-permute; None for other collectives.
+    pairs: tuple[tuple[int, int], ...] | None
     size: int  # bytes of the whole message on one device
 
 
 @functools.cache
 def rounds(name: str, n: int, size: int) -> list[list[Send]]:
-    """What reduction `name` of `size` bytes over `n` shards sends, round by round.
+    """The collectives of each round of reduction `name`, for `size` bytes on n shards.
 
-    Raises ValueError where the reduction uses a collective that has no formula here:
-    at no cost, "auto" would always choose it.
+    Raises ValueError where cost.py has no formula for a collective of the reduction. A
+    collective without a cost would make "auto" choose the reduction always.
     """
 
     def program(value: jax.Array) -> Any:
         start, steps, _ = REDUCTIONS[name](value)
         state = start(value)
         for step in steps:
-            # names mark where a round starts: one for each array of the state
+            # One "name" equation for each array of the state marks a round's start.
             state = jax.tree.map(lambda x: checkpoint_name(x, "round"), state)
             state = step.merge(state, step.send(state))
         return state
@@ -65,12 +69,12 @@ def rounds(name: str, n: int, size: int) -> list[list[Send]]:
     value = jax.ShapeDtypeStruct((max(size // 2, 1),), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(program, axis_env=[(TENSOR, n)])(value).jaxpr
     by_round: list[list[Send]] = []
-    after_mark = False
+    previous_is_mark = False
     for equation in jaxpr.eqns:
         is_mark = equation.primitive.name == "name"
-        if is_mark and not after_mark:
+        if is_mark and not previous_is_mark:
             by_round.append([])
-        after_mark = is_mark
+        previous_is_mark = is_mark
         sends = [_send(name, collective) for collective in _collectives(equation)]
         if sends and not by_round:
             raise ValueError(f"reduction {name!r} sends before its first round")
@@ -80,27 +84,35 @@ def rounds(name: str, n: int, size: int) -> list[list[Send]]:
 
 
 def _collectives(equation: Any) -> Iterator[Any]:
-    """The collectives in `equation`, itself and those of jaxprs inside it.
+    """The collectives of a jaxpr's equation: itself, and those of jaxprs inside it.
 
-    A collective is known by a mesh axis among its parameters.
+    A collective is an equation with a mesh axis among its parameters.
     """
     primitive = equation.primitive.name
     axes = [equation.params.get(key) for key in ("axes", "axis_name")]
-    if TENSOR in jax.tree.leaves(axes) and primitive not in NOT_SENT:
+    if TENSOR in jax.tree.leaves(axes) and primitive not in SILENT:
         yield equation
+    for inner_equation in _inner_equations(equation):
+        for collective in _collectives(inner_equation):
+            if primitive in ("scan", "while", "cond"):
+                raise ValueError(
+                    f"a reduction has {collective.primitive.name} inside "
+                    f"{primitive}, which the cost model cannot count"
+                )
+            yield collective
+
+
+def _inner_equations(equation: Any) -> Iterator[Any]:
+    """The equations of the jaxprs among an equation's parameters."""
     parameters = list(equation.params.values())
-    for inner in jax.tree.leaves(parameters, is_leaf=lambda x: hasattr(x, "eqns")):
-        for nested in getattr(inner, "eqns", ()):
-            for collective in _collectives(nested):
-                if primitive in ("scan", "while", "cond"):
-                    raise ValueError(
-                        f"a reduction has {collective.primitive.name} inside "
-                        f"{primitive}, which the cost model cannot count"
-                    )
-                yield collective
+    is_jaxpr = lambda x: hasattr(x, "eqns")
+    for leaf in jax.tree.leaves(parameters, is_leaf=is_jaxpr):
+        if is_jaxpr(leaf):
+            yield from leaf.eqns
 
 
 def _send(name: str, equation: Any) -> Send:
+    """The `Send` of a collective's equation; `name` is the reduction's, for errors."""
     primitive = equation.primitive.name
     if primitive not in COLLECTIVES:
         raise ValueError(
@@ -116,20 +128,22 @@ def _send(name: str, equation: Any) -> Send:
 def seconds(
     name: str, network: cost.Network, groups: Sequence[Sequence[int]], size: int
 ) -> list[float]:
-    """How long each round takes, all groups of devices at once."""
+    """Seconds that each round takes; all groups of devices reduce at the same time."""
     round_s = []
     for sends in rounds(name, len(groups[0]), size):
-        link_free: dict[Any, float] = {}  # link -> when it has sent all before
-        end = 0.0
-        for kind, pairs, bytes_ in sends:
-            who: Sequence[Sequence[int]] = groups
+        link_free_s: dict[Any, float] = {}  # link -> when it is free again
+        end_s = 0.0
+        for kind, pairs, message_bytes in sends:
+            devices: Sequence[Sequence[int]] = groups
             if pairs is not None:
-                who = [(group[a], group[b]) for group in groups for a, b in pairs]
-            transfer = network.collective(kind, who, bytes_)
-            start = max([0.0, *(link_free.get(link, 0.0) for link in transfer.links)])
-            link_free |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
-            end = max(end, start + transfer.seconds)
-        round_s.append(end)
+                devices = [(group[a], group[b]) for group in groups for a, b in pairs]
+            transfer = network.collective(kind, devices, message_bytes)
+            free_s = [link_free_s.get(link, 0.0) for link in transfer.links]
+            start_s = max([0.0, *free_s])
+            busy_until_s = start_s + transfer.bandwidth_s
+            link_free_s |= dict.fromkeys(transfer.links, busy_until_s)
+            end_s = max(end_s, start_s + transfer.seconds)
+        round_s.append(end_s)
     return round_s
 
 
@@ -142,20 +156,23 @@ def choose_reduction(
 ) -> str:
     """The name of the reduction that costs least for a message of `size` bytes.
 
-    Cost is the seconds that the device waits for the reduction (exposed), plus the
-    seconds that the device computes for it. `hidden` is the time of the first PRODUCTS
-    rounds, as a block has so many products to end a round behind.
+    The cost of a reduction is the seconds that the device waits for it (exposed), plus
+    the seconds that the device computes for it. `all` is the time of all rounds,
+    `hidden` that of the first PRODUCTS rounds: a block has compute for so many.
 
-    ============================  ================  ==================================
-    machine, compute beside it    reductions        exposed
-    ============================  ================  ==================================
-    TPU, none                     all               all rounds
-    GPU, none                     psum, one-shot    all rounds
-    GPU, any                      psum, one-shot    all - (1 - interference) * hidden
-    TPU, bound by weights         asynchronous      all - (1 - HIDDEN_WEIGHT) * hidden
-    TPU, bound by products        all               all - min(hidden, block), summed
-                                                    over blocks; synchronous: all
-    ============================  ================  ==================================
+    =================================  ==============  ================================
+    machine, and what bounds the       candidates      exposed
+    compute beside the reduction
+    =================================  ==============  ================================
+    TPU, no compute                    all             all
+    GPU, no compute                    psum, one-shot  all
+    GPU, either                        psum, one-shot  all - (1 - interference) hidden
+    TPU, reads of weights (decode)     asynchronous    all - (1 - HIDDEN_WEIGHT) hidden
+    TPU, products (prefill, training)  asynchronous    all - min(hidden, block)
+                                       synchronous     all
+    =================================  ==============  ================================
+
+    In the last two rows the cost is the sum over `blocks`.
 
     Args:
       network: the machine.
@@ -163,12 +180,12 @@ def choose_reduction(
       size: bytes.
       hides: whether a block computes while the reduction runs (the residual schedule
         has delays).
-      blocks: seconds that each block of a layer computes, where products of many rows
-        bound them (`block_seconds`); None where reading the weights does.
+      blocks: seconds that each block of a layer computes, where its products bound its
+        time (`block_seconds`); None where the reads of its weights do.
     """
     chip = network.chip
-    # XLA:GPU runs a kernel for every exchange, and each takes most of an all-reduce's
-    # time: only one kernel's reductions can be the fastest there.
+    # XLA:GPU runs a kernel for every exchange, and each kernel takes nearly as long as
+    # an all-reduce. So only reductions of one kernel can be the fastest there.
     names = list(REDUCTIONS) if chip.is_tpu else ["psum", "one-shot"]
     n = len(groups[0])
     if chip.is_tpu and hides and not blocks:
@@ -201,9 +218,9 @@ def exposed_on_gpu(round_s: Sequence[float], interference: float) -> float:
 
 
 def exposed_on_tpu_decode(round_s: Sequence[float]) -> float:
-    """Seconds that a TPU waits where blocks are as long as reading their weights.
+    """Seconds that a TPU waits where the reads of weights bound a block's time.
 
-    Hidden rounds count for HIDDEN_WEIGHT of their time.
+    Hidden rounds count HIDDEN_WEIGHT of their time.
     """
     return sum(round_s) - (1 - HIDDEN_WEIGHT) * sum(round_s[:PRODUCTS])
 
@@ -217,7 +234,10 @@ def exposed_on_tpu_long_message(round_s: Sequence[float], block_s: float) -> flo
 
 
 def _is_asynchronous(chip: chips.Chip, name: str, n: int, size: int) -> bool:
-    """Whether XLA:TPU runs the reduction beside compute: exchanges, long psums."""
+    """Whether XLA:TPU runs the reduction beside compute.
+
+    It does so for collective-permutes, and for an all-reduce of a long message.
+    """
     kinds = {send.kind for sends in rounds(name, n, size) for send in sends}
     if "all-reduce" in kinds and size < chip.async_all_reduce_min_bytes:
         return False
@@ -225,22 +245,24 @@ def _is_asynchronous(chip: chips.Chip, name: str, n: int, size: int) -> bool:
 
 
 def _extra_compute(chip: chips.Chip, sends: Sequence[Send]) -> float:
-    """Seconds that a device computes for a reduction: it cuts, places and sums."""
-    extra_s = MESSAGE_S * (len(sends) - 1) if chip.is_tpu else 0.0
-    gathered = sum(send.size for send in sends if send.kind == "all-gather")
-    return extra_s + gathered / chip.hbm_bandwidth  # all that was gathered is read
+    """Seconds that a device computes for a reduction: copies of messages, and sums."""
+    copies_s = MESSAGE_S * (len(sends) - 1) if chip.is_tpu else 0.0
+    gathered_bytes = sum(send.size for send in sends if send.kind == "all-gather")
+    # The device reads all gathered bytes to sum them.
+    return copies_s + gathered_bytes / chip.hbm_bandwidth
 
 
 def block_seconds(
     model_config: Model, chip: chips.Chip, rows: int, shards: int
 ) -> list[float] | None:
-    """How long attention's and MLP's products of `rows` tokens take at a chip's peak.
+    """Seconds of attention's and of MLP's products of `rows` tokens at a chip's peak.
 
-    None where `rows` is so small that reading the weights takes longer.
+    None where there are so few rows that the reads of the weights take longer.
     """
+    # A bfloat16 weight is 2 bytes and 2 FLOPs a row.
     if rows < chip.peak_flops / chip.hbm_bandwidth:
         return None
-    heads = 2 * (model_config.heads + model_config.kv_heads)
+    heads = 2 * (model_config.heads + model_config.kv_heads)  # wq, wo; wk, wv
     widths = (heads * model_config.head_dim, 3 * model_config.ffn_dim)
     return [
         2 * rows * model_config.dim * width / shards / chip.peak_flops
@@ -251,9 +273,9 @@ def block_seconds(
 def network_of(
     devices: Sequence[Any], all_reduce: float | None = None
 ) -> cost.Network | None:
-    """The `cost.Network` of JAX devices in a mesh's order.
+    """The `cost.Network` of JAX devices, in a mesh's order.
 
-    None where the cost model does not know the machine. `all_reduce`: see Network.
+    None where the cost model does not know the chip. `all_reduce`: see cost.Network.
     """
     kind = chips.kind_of(devices[0])
     if kind is None or not chips.CHIPS[kind].modelled:
@@ -266,7 +288,7 @@ def network_of(
 def reduction_for(
     name: str, model_config: Model, mesh: jax.sharding.Mesh
 ) -> str | Policy:
-    """What the model takes for mesh.reduction=`name`: `name`, or "auto"'s choice.
+    """The reduction for mesh.reduction=`name`: `name`, or for "auto" the cheapest.
 
     Raises ConfigError where XLA cannot compile the reduction for the mesh.
     """
@@ -279,23 +301,24 @@ def reduction_for(
     ):
         raise ConfigError(
             "mesh.reduction='one-shot' is not accepted on v5e with "
-            f"model.residual={model_config.residual!r}: XLA's fusion of its "
-            "all-gathers does not come to an end; choose 'auto' or another reduction"
+            f"model.residual={model_config.residual!r}: XLA does not "
+            "finish compiling its all-gathers; choose 'auto' or another reduction"
         )
     return name
 
 
 def _has_delays(model_config: Model) -> bool:
-    """Whether a block reads a stale stream, so that it can hide a reduction."""
-    blocks = schedule.parse(model_config.residual, model_config.layers).layers
-    return any(block.delay for layer in blocks for block in layer)
+    """Whether some block reads a stale stream, so that it can hide a reduction."""
+    residual_schedule = schedule.parse(model_config.residual, model_config.layers)
+    return any(block.delay for layer in residual_schedule.layers for block in layer)
 
 
 @functools.lru_cache(maxsize=32)
 def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
-    """The reductions that suit a model on a mesh: a name, or a Policy by message.
+    """The cheapest reduction of each message of a model on a mesh, as a Policy.
 
-    It is psum on machines that the cost model does not know, CPUs among them.
+    "psum" on chips that the cost model does not know, on CPUs, and without a tensor
+    axis.
     """
     network = network_of(list(mesh.devices.flat))
     tensor = mesh.shape[TENSOR]

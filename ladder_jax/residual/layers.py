@@ -1,7 +1,7 @@
-"""Runs a model's blocks along the residual stream, as a schedule says.
+"""Runs a model's blocks on the residual stream, as a schedule says.
 
-`run` goes through the layers, in `lax.scan` or one after another; `run_block` is what a
-schedule with delays means, `run_desync_block` what desync means.
+`run` runs the layers, in a `lax.scan` or one after another. `run_block` defines what a
+delay does, `run_desync_block` what desync does.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,15 +25,16 @@ from ladder_jax.residual.stream import Stream, backward_reduction
 from ladder_jax.schedule import Block, Schedule
 
 Remat = Callable[..., Any] | None  # a policy of jax.checkpoint; None: no remat
-# (x_BTD, progress, read_BR) -> (partial_BTD, output): a block with its parameters.
+# Computes a block with its parameters: (x_BTD, progress, read_BR) -> (partial_BTD,
+# output).
 ComputeBlock = Callable[..., tuple[jax.Array, Any]]
 
 
 class Rows(NamedTuple):
     """The positions along T, [B, R], that a block computes; None: all of them."""
 
-    partial: jax.Array | None = None  # of its partial
-    stream: jax.Array | None = None  # of the stream after it
+    partial: jax.Array | None = None  # the positions of its partial
+    stream: jax.Array | None = None  # the positions of the stream after the block
 
 
 def take(x: jax.Array, read_BR: jax.Array | None) -> jax.Array:
@@ -52,7 +53,7 @@ def run_block(
     reduction: str | Policy,
     rows: Rows,
 ) -> tuple[Stream, Any]:
-    """Reads the stream, computes a block beside the reductions in progress, and writes.
+    """Computes a block beside the pending reductions, and adds it to the stream.
 
     Args:
       stream: the stream before the block.
@@ -66,20 +67,20 @@ def run_block(
       The stream after the block, with the block's partial not yet reduced, and
       compute's output.
     """
-    x_BTD, sums, newest = stream.split(block.delay, reduction)
+    x_BTD, sums, pending = stream.split(block.delay, reduction)
     total_BTD = take(x_BTD, rows.stream)
     if stream.token is None:
         x_BTD = copy_to_tensor_axis(x_BTD, reduction)
     else:
         x_BTD = with_gradient_of(x_BTD, stream.token)
-    newer = sums if newest is None else (*sums, newest.partial)
+    newer = sums if pending is None else (*sums, pending.partial)
     backward = backward_reduction(total_BTD, newer, next_delay, reduction)
-    overlap = Overlap(newest, backward)
+    overlap = Overlap(pending, backward)
     partial_BTD, output = compute(overlap.enter(x_BTD), overlap.progress, rows.partial)
     partial_BTD = overlap.leave(partial_BTD)
     token = None if backward is None else backward.next_input()
-    if newest is not None:
-        sums = (*sums, newest.wait())
+    if pending is not None:
+        sums = (*sums, pending.wait())
     return Stream(total_BTD, sums, partial_BTD, token), output
 
 
@@ -121,18 +122,18 @@ def run(
     Args:
       schedule: the residual schedule.
       embedded_BTD: the embedding's partial over the tensor axis.
-      layers: a tree whose leaves lead with a layer dimension (`lax.scan` runs repeated
-        layers), or a list of trees, one a layer (they run one after another: compilers
-        copy each slice of a stack).
+      layers: a tree whose arrays lead with a layer dimension: `lax.scan` runs repeated
+        layers. Or a list of trees, one a layer: they run one after another, and XLA
+        copies no layer's slice out of a stack.
       compute: (layer tree, block, x_BTD, progress, read_BR) -> (partial_BTD, output).
         It calls `progress` (overlap.Overlap) between its products. With `read_BR` its
         partial is of those positions of x_BTD alone.
       reduction: a name in REDUCTIONS, or a Policy.
       remat: a policy of `jax.checkpoint` for each layer, or None for none.
       unroll: whether the compiled program repeats a scan's body for every layer.
-      read_BR: the positions along T of which the caller reads the result, or None for
-        all. A list's last blocks then compute no others (`narrow_blocks`). A scan's
-        layers are alike: there the last reduction alone is of these positions.
+      read_BR: the positions along T at which the caller reads the result, or None for
+        all. If `layers` is a list, its last blocks compute no others (`narrow_blocks`).
+        A scan computes all its layers alike: only the last reduction is narrow then.
 
     Returns:
       The stream after the last block [B, T or R, D], ready for column-parallel work,
@@ -149,17 +150,22 @@ def run(
     ) -> tuple[Stream, tuple[Any, ...]]:
         outputs = []
         next_delays = [*(block.delay for block in blocks[1:]), next_delay]
-        for block, following, some in zip(blocks, next_delays, rows):
+        for block, next_block_delay, block_rows in zip(blocks, next_delays, rows):
             compute_block = partial(compute, layer, block)
             # Profiles and the planner tell blocks apart by this name.
             with jax.named_scope("+".join(block.parts)):
                 if schedule.local:
                     stream, output = run_desync_block(
-                        stream, block, compute_block, reduction, some
+                        stream, block, compute_block, reduction, block_rows
                     )
                 else:
                     stream, output = run_block(
-                        stream, block, following, compute_block, reduction, some
+                        stream,
+                        block,
+                        next_block_delay,
+                        compute_block,
+                        reduction,
+                        block_rows,
                     )
             outputs.append(output)
         return stream, tuple(outputs)
@@ -183,7 +189,7 @@ def run(
 def _first_stream(
     schedule: Schedule, embedded_BTD: jax.Array, reduction: str | Policy
 ) -> Stream:
-    """The stream before the first block, which reads the embedding for any delay."""
+    """The stream before the first block, which reads the embedding at any delay."""
     if schedule.local:
         total_BTD = reduce(embedded_BTD, reduction)
         return Stream(copy_to_tensor_axis(total_BTD, reduction))
@@ -192,8 +198,8 @@ def _first_stream(
     return Stream(partial=embedded_BTD)
 
 
-# (stream, layer tree, blocks, delay of the block after them, rows by block) -> (stream
-# after the layer, outputs by block)
+# Runs the blocks of a layer: (stream, layer tree, blocks, delay of the next layer's
+# first block, rows by block) -> (stream after the layer, outputs by block).
 RunLayer = Callable[..., tuple[Stream, tuple[Any, ...]]]
 
 
@@ -207,19 +213,20 @@ def _run_list(
 ) -> tuple[Stream, list[Any]]:
     """Runs one layer after another; outputs are a list, by layer."""
     narrow = range(0) if read_BR is None else narrow_blocks(schedule)
-    first, outputs = 0, []
+    first_block, outputs = 0, []
     for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
         next_delay = _delay_after(schedule, index)
         rows = []
-        for number in range(first, first + len(blocks)):
+        for number in range(first_block, first_block + len(blocks)):
             partial_BR = read_BR if number in narrow else None
-            stream_BR = read_BR if number in narrow[-1:] else None
+            is_last_narrow = number in narrow and number == narrow[-1]
+            stream_BR = read_BR if is_last_narrow else None
             rows.append(Rows(partial_BR, stream_BR))
         step = partial(run_layer, blocks=blocks, next_delay=next_delay, rows=rows)
         with jax.named_scope(f"layer{index}"):
             stream, output = _remat(step, remat)(stream, layer)
         outputs.append(output)
-        first += len(blocks)
+        first_block += len(blocks)
     return stream, outputs
 
 
@@ -233,16 +240,17 @@ def _run_scans(
     unroll: bool,
 ) -> tuple[Stream, Any]:
     """Runs each stretch of repeated layers in a `lax.scan`; outputs are stacked."""
-    pieces = []
+    outputs_by_run = []
     for start, stop, period in repeats(schedule.layers):
         pattern = schedule.layers[start : start + period]
         next_delays = [_delay_after(schedule, start + i) for i in range(period)]
         group = partial(_group, start=start, stop=stop, period=period)
-        groups = jax.tree.map(group, layers)
+        groups = jax.tree.map(group, layers)  # [repetition, layer in the pattern, ...]
         if stop - start == period:
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             stream, output = step(stream, jax.tree.map(lambda x: x[0], groups))
         else:
+            # In the scan the pattern's first layer follows its last layer.
             first_delay = next_delays[-1] = pattern[0][0].delay
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             if not schedule.local:
@@ -252,12 +260,12 @@ def _run_scans(
                 stream, output = lax.scan(step, stream, groups, unroll=unroll)
             output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             if first_delay != _delay_after(schedule, stop - 1):
-                # The token's reduction is for a block with the first delay.
+                # The next block has another delay than the token's reduction is for.
                 stream = stream._replace(token=None)
-        pieces.append(output)
-    if len(pieces) == 1:
-        return stream, pieces[0]
-    return stream, jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        outputs_by_run.append(output)
+    if len(outputs_by_run) == 1:
+        return stream, outputs_by_run[0]
+    return stream, jax.tree.map(lambda *xs: jnp.concatenate(xs), *outputs_by_run)
 
 
 def _run_pattern(
@@ -268,7 +276,7 @@ def _run_pattern(
     stream: Stream,
     group: Any,
 ) -> tuple[Stream, Any]:
-    """Runs the layers of a pattern, which are the rows of `group`'s leaves."""
+    """Runs the layers of a pattern once; row i of `group`'s arrays is layer i."""
     outputs = []
     for i, (blocks, next_delay) in enumerate(zip(pattern, next_delays)):
 
@@ -279,7 +287,7 @@ def _run_pattern(
             blocks: Sequence[Block] = blocks,
             next_delay: int = next_delay,
         ) -> tuple[Stream, Any]:
-            # Inside remat, which then saves no copy of the layer's slice.
+            # The slice is inside remat, so that remat saves no copy of it.
             layer = jax.tree.map(lambda x: x[i], group)
             rows = [Rows()] * len(blocks)
             return run_layer(stream, layer, blocks, next_delay, rows)
@@ -290,34 +298,39 @@ def _run_pattern(
 
 
 def narrow_blocks(schedule: Schedule) -> range:
-    """The numbers of the blocks that read all positions but write only those read last.
+    """The numbers of the blocks that need to write only the positions of `read_BR`.
 
-    They are the last block with attention, which begins the last layer, and the blocks
-    before it that it does not read. The blocks after it compute nothing else.
+    They read a stream of all positions. They are the last block with attention, which
+    is the last layer's first, and the blocks before it whose partials it does not read.
+    The stream after them has only those positions, so later blocks compute no others.
     """
-    last = sum(map(len, schedule.layers[:-1]))
-    return range(max(last - schedule.layers[-1][0].delay, 0), last + 1)
+    last_attention = sum(map(len, schedule.layers[:-1]))
+    delay = schedule.layers[-1][0].delay
+    return range(max(last_attention - delay, 0), last_attention + 1)
 
 
 def carried_sums(pattern: Sequence[Sequence[Block]]) -> int:
-    """How many sums a Stream has wherever a scan repeats `pattern`.
+    """How many sums the Stream has at the start of each repetition of `pattern`.
 
-    A block with delay d leaves d of the sums before its partial, or fewer; each block
-    after it adds one.
+    After a block with delay d the stream has at most d sums; each block after it adds
+    at most one. So the count is the least of these bounds.
     """
     blocks = [block for layer in pattern for block in layer]
-    return min(block.delay + k for k, block in enumerate(reversed(blocks)))
+    return min(
+        block.delay + blocks_after
+        for blocks_after, block in enumerate(reversed(blocks))
+    )
 
 
 def repeats(layers: Sequence[Any]) -> list[tuple[int, int, int]]:
-    """`layers` cut into runs (start, stop, period) that repeat a pattern of `period`.
+    """Splits `layers` into runs (start, stop, period), each of a repeated pattern.
 
-    At every start the pattern that covers the most layers is taken, the shortest among
-    equals.
+    `period` is the pattern's length. Each run takes the pattern that covers the most
+    layers, the shortest among equals. Layers without a repetition are runs of one.
     """
     runs, start = [], 0
     while start < len(layers):
-        best = (start + 1, 1)
+        best = (start + 1, 1)  # stop, period
         for period in range(1, (len(layers) - start) // 2 + 1):
             stop, pattern = start + period, layers[start : start + period]
             while layers[stop : stop + period] == pattern:
@@ -336,8 +349,9 @@ def _delay_after(schedule: Schedule, layer: int) -> int:
 
 
 def _group(x: jax.Array, start: int, stop: int, period: int) -> jax.Array:
-    """Rows `start` to `stop` of a stack of layers, in groups of `period`."""
-    rows = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
+    """Layers `start` to `stop` of a stack, in groups of `period`."""
+    is_whole_stack = (start, stop) == (0, x.shape[0])
+    rows = x if is_whole_stack else x[start:stop]  # no slice in the program if whole
     return rows.reshape(-1, period, *x.shape[1:])
 
 

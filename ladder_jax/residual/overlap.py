@@ -1,15 +1,15 @@
-"""Makes XLA compute while reductions run: no other file talks to its scheduler.
+"""Makes XLA compute while reductions run.
 
-XLA sends a message asynchronously, but only if it finds compute to put between the
-send's start and its end, and by default it often finds none. Here the program says
-where each round of a reduction ends: `lax.optimization_barrier` ties the merge of a
-message to a matrix product, so that XLA computes the product before it waits.
+XLA sends a message asynchronously only if it finds compute to put between the start and
+the end of the send, and by default it often finds none. This file, and no other, gives
+XLA's scheduler hints: `lax.optimization_barrier` ties the merge of a message to a
+matrix product, so that XLA computes the product before it waits for the message.
 
-Hints to XLA, and what each buys (docs/overlap.md, "What each hint buys"):
-- `AsyncReduction.progress`: rounds of the forward pass end after a block's products.
-- `BackwardReduction`: the reduction of a block's cotangent is carried, unfinished, to
-  the block that the backward pass computes next, across the layer scan's boundary too.
-- `BackwardReduction.progress`: its rounds end after that block's products.
+The hints (docs/overlap.md, "What each hint buys", has the gain of each):
+- `AsyncReduction.progress`: a round of the forward pass ends after a product.
+- `BackwardReduction`: the reduction of a cotangent runs beside the block that the
+  backward pass computes next, across the layer scan's boundary too.
+- `BackwardReduction.progress`: a round of it ends after a product of that block.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,57 +37,61 @@ class AsyncReduction:
         self.partial = value
         self._program = program_for(reduction, value)
         self._pending = self._program.begin(lax.stop_gradient(value))
-        self._ended = 0  # rounds
-        self._products = 0  # products of the block so far
+        self._rounds_ended = 0
+        self._products_done = 0  # of the block beside which it runs
 
     def progress(self, product: Any) -> Any:
         """Ends a round after `product` (arrays) is computed. Returns `product`.
 
-        If there are fewer rounds than products, the last products end them.
+        If there are fewer rounds than products, the block's last products end them.
         """
-        self._products += 1
+        self._products_done += 1
         rounds = len(self._program.rounds)
-        # XLA ends the last of several rounds best by itself, where the sum is read. It
-        # would end an only round right after its start.
-        untied = 1 if rounds > 1 else 0
-        if rounds - self._ended <= max(PRODUCTS - self._products, untied):
+        rounds_left = rounds - self._rounds_ended
+        products_left = PRODUCTS - self._products_done
+        # XLA itself places the end of the last of several rounds well: where the sum is
+        # read. It would end a single round right after its start.
+        is_only_round = rounds == 1
+        rounds_for_xla = 0 if is_only_round else 1
+        if rounds_left <= max(products_left, rounds_for_xla):
             return product
-        pending, after = lax.optimization_barrier((self._pending, product))
-        # The barrier has a derivative rule; the state must not take part in it.
+        pending, tied_product = lax.optimization_barrier((self._pending, product))
+        # No derivative may pass through the state: the barrier has a derivative rule.
         self._end_round(lax.stop_gradient(pending))
-        # The next product need not wait for an only round.
-        return after if untied else product
+        # With a single round, the next product need not wait for its message.
+        return product if is_only_round else tied_product
 
     def wait(self) -> jax.Array:
         """Ends the rounds that are left. Returns the sum, named "reduced" for remat."""
-        while self._ended < len(self._program.rounds):
+        while self._rounds_ended < len(self._program.rounds):
             self._end_round(self._pending)
         total = self._program.finish(self._pending.state)
         return checkpoint_name(with_gradient_of(total, self.partial), "reduced")
 
     def _end_round(self, pending: Pending) -> None:
-        self._pending = self._program.end_round(self._ended, pending)
-        self._ended += 1
+        self._pending = self._program.end_round(self._rounds_ended, pending)
+        self._rounds_ended += 1
 
 
 class BackwardReduction:
     """Sums the cotangent of the next block's input during this block's backward pass.
 
     This block's backward pass does not need that sum if the next block reads a stale
-    stream. Autodiff visits the points of the forward trace in reverse order, so that
-    the trace registers the end of the reduction first and its start last:
+    stream. JAX differentiates the operations of the forward pass in reverse order, so
+    the forward pass must call the end of the reduction first and its start last:
 
-        trace of the forward pass, left to right:
+        calls in the forward pass, left to right:
           create      enter     product 1    product 2    next_input
         the backward pass, right to left:
           sum <-- end round 2 <-- end round 1 <-- end round 0 <-- send round 0
 
-    In the forward pass a token of zeros, never read, goes from point to point. Its
-    cotangent is the state of the reduction (`Pending`), which goes the other way.
+    The forward pass hands a token of zeros from call to call and never reads it. The
+    token's cotangent is the state of the reduction (`Pending`): the backward pass hands
+    it from right to left.
     """
 
     def __init__(self, sources: Sequence[jax.Array], reduction: str | Policy) -> None:
-        """Registers the end of the reduction.
+        """Places the end of the reduction in the backward pass.
 
         Args:
           sources: the terms whose sum the next block reads; each gets the summed
@@ -100,58 +104,69 @@ class BackwardReduction:
         self._in_order = isinstance(reduction, Policy) and reduction.in_order
         self._states = self._pending_shapes()
         rounds, count = len(self._program.rounds), len(sources)
-        # Rounds that the backward pass ends before it comes to the point of the trace.
-        self._rounds_before = min(rounds, PRODUCTS)
-        tied = self._rounds_before
+        # How many rounds the backward pass has ended when it comes to this call. Each
+        # product ends one (`progress`); the rounds beyond PRODUCTS end here.
+        rounds_before = self._rounds_before = min(rounds, PRODUCTS)
+
+        def forward(sources: tuple[jax.Array, ...]) -> Pending:
+            return _zeros(self._states[rounds_before])
 
         def backward(pending: Pending) -> tuple[tuple[jax.Array, ...]]:
-            for number in range(tied, rounds):
+            for number in range(rounds_before, rounds):
                 pending = self._program.end_round(number, pending)
             total = self._program.finish(pending.state)
             return ((total,) * count,)
 
-        self._token = _with_backward(
-            lambda sources: _zeros(self._states[tied]), backward, tuple(sources)
-        )
+        self._token = _with_backward(forward, backward, tuple(sources))
 
     def progress(self, operands: Any) -> Any:
-        """Ends a round, in the backward pass, after the cotangents of `operands`.
+        """Makes the backward pass end a round once it has `operands`' cotangents.
 
-        Returns `operands`. If there are fewer rounds than products, the products that
-        the backward pass comes to last end them.
+        Returns `operands`. If there are fewer rounds than products, the last products
+        of the backward pass end them.
         """
-        if not self._rounds_before:
+        if self._rounds_before == 0:
             return operands
-        number = self._rounds_before = self._rounds_before - 1
-        last = number == len(self._program.rounds) - 1
+        self._rounds_before -= 1
+        number = self._rounds_before
+        is_last = number == len(self._program.rounds) - 1
+        # The next product need not wait for the last round, unless XLA would then
+        # compute that product first (Policy.in_order).
+        next_product_waits = self._in_order or not is_last
 
         def forward(token: Pending, operands: Any) -> tuple[Pending, Any]:
             return _zeros(self._states[number]), operands
 
         def backward(cotangents: tuple[Pending, Any]) -> tuple[Pending, Any]:
-            pending, after = lax.optimization_barrier(cotangents)
+            _, free_cotangents = cotangents
+            pending, tied_cotangents = lax.optimization_barrier(cotangents)
             pending = self._program.end_round(number, pending)
-            # The next product need not wait for the last round, unless XLA would then
-            # compute that product first (Policy.in_order).
-            return pending, after if self._in_order or not last else cotangents[1]
+            return pending, tied_cotangents if next_product_waits else free_cotangents
 
         self._token, operands = _with_backward(forward, backward, self._token, operands)
         return operands
 
     def next_input(self) -> jax.Array:
-        """Zeros whose cotangent starts the reduction: see `with_gradient_of`."""
-        left = self._rounds_before
+        """Zeros whose cotangent the reduction sums; the backward pass starts it here.
+
+        The next block passes them to `with_gradient_of` beside its input.
+        """
+        # Rounds for which the block did not call `progress`.
+        rounds_left = self._rounds_before
+
+        def forward(token: Pending) -> jax.Array:
+            return _zeros(self._like)
 
         def backward(cotangent: jax.Array) -> tuple[Pending]:
             pending = self._program.begin(cotangent)
-            for number in range(left):  # rounds for which the block had no products
+            for number in range(rounds_left):
                 pending = self._program.end_round(number, pending)
             return (pending,)
 
-        return _with_backward(lambda _: _zeros(self._like), backward, self._token)
+        return _with_backward(forward, backward, self._token)
 
     def _pending_shapes(self) -> list[Pending]:
-        """The shapes of the reduction's state before each round ends and at its end."""
+        """The shapes of the reduction's state after 0, 1, ... rounds have ended."""
 
         def states(value: jax.Array) -> list[Pending]:
             pending = [self._program.begin(value)]
@@ -166,7 +181,7 @@ class Overlap(NamedTuple):
     """The reductions that run beside one block."""
 
     forward: AsyncReduction | None  # of an earlier block's partial
-    backward: BackwardReduction | None  # of the next block's input's cotangent
+    backward: BackwardReduction | None  # of the cotangent of the next block's input
 
     def enter(self, x: Any) -> Any:
         """Marks the operand of the block's first products. Returns it."""
@@ -180,7 +195,7 @@ class Overlap(NamedTuple):
         non-blocking collective: Hoefler, Lumsdaine, Rehm, SC 2007.)
 
         Args:
-          x: what the first of the two products gave: arrays.
+          x: the result of the first of the two products, one array or several.
           saved: whether a remat that saves products saves `x`.
 
         Returns:

@@ -1,8 +1,8 @@
 """Ways to sum a partial over the tensor axis, as rounds of messages.
 
-A reduction is a `Program`: a start, a list of rounds and a finish. A round sends a part
-of the state to other shards and merges the message that arrives. Compute can run while
-a message travels: overlap.py decides where in the program a round ends. All shards end
+A reduction is a `Program`: a start, a list of rounds and a finish. In a round each
+shard sends part of its state to other shards and merges the message that it receives.
+Compute can run between the two: overlap.py decides when a round ends. All shards end
 with bit-identical sums.
 
 Derivatives do not pass through the rounds. The cotangent of the sum is the cotangent of
@@ -22,10 +22,12 @@ from ladder_jax.sharding import TENSOR, axis_size, gray
 # A round can end after each of the three matrix-product steps of a block (model.py):
 # QKV, attention, output; or gate, activation, down.
 PRODUCTS = 3
-# A TPU's registers hold 8 x 128 values. Pieces cut at multiples of them are not moved.
+# A TPU stores arrays in tiles of 8 x 128 values. Where pieces consist of whole tiles,
+# XLA cuts an array without a copy.
 SUBLANES, LANES = 8, 128
 
-Like = jax.Array | jax.ShapeDtypeStruct  # only shape and dtype are read
+# An array, or a description of one: a reduction reads its shape and dtype alone.
+Like = jax.Array | jax.ShapeDtypeStruct
 
 
 class Round(NamedTuple):
@@ -36,10 +38,10 @@ class Round(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A reduction between two rounds."""
+    """The state of a reduction in progress on one shard."""
 
     state: Any
-    message: Any  # on its way to this shard; None after the last round
+    message: Any  # the message to this shard in the current round; None: no round left
 
 
 class Program(NamedTuple):
@@ -59,28 +61,29 @@ class Program(NamedTuple):
         return self._send(number + 1, state)
 
     def _send(self, number: int, state: Any) -> Pending:
-        last = number == len(self.rounds)
-        return Pending(state, None if last else self.rounds[number].send(state))
+        if number == len(self.rounds):
+            return Pending(state, None)
+        return Pending(state, self.rounds[number].send(state))
 
 
 class Policy(NamedTuple):
-    """Chooses a reduction for each message (choose.auto_reduction makes one)."""
+    """A reduction for each message (see choose.auto_reduction)."""
 
     name_for: Callable[[Like], str]  # a message -> a name in REDUCTIONS
-    # The backward pass computes a block only after the block before it, so that XLA
-    # cannot swap them and leave a reduction without compute (chips.Chip.in_order).
+    # Whether XLA must keep the blocks of the backward pass in order. If it swapped
+    # them, a reduction would have no compute beside it (chips.Chip.in_order).
     in_order: bool = False
 
 
 def name_for(reduction: str | Policy, value: Like) -> str:
-    """The name in REDUCTIONS that `reduction`, a name or a Policy, gives a message."""
+    """The name in REDUCTIONS of the reduction for a message like `value`."""
     return reduction if isinstance(reduction, str) else reduction.name_for(value)
 
 
 def program_for(reduction: str | Policy, like: Like) -> Program:
-    """The `Program` that sums messages like `like`; a single shard needs no rounds."""
+    """The `Program` for messages of `like`'s shape and dtype; one shard: no rounds."""
     if axis_size(TENSOR) == 1:
-        return Program(_same, [], _same)
+        return Program(_identity, [], _identity)
     return REDUCTIONS[name_for(reduction, like)](like)
 
 
@@ -126,7 +129,10 @@ copy_to_tensor_axis.defvjp(_copy_forward, _copy_backward)
 
 @jax.custom_vjp
 def with_gradient_of(value: jax.Array, source: jax.Array) -> jax.Array:
-    """`value`; its cotangent goes to `source`, of the same shape, instead."""
+    """Returns `value`, and in the backward pass gives its cotangent to `source`.
+
+    `value` itself gets no cotangent. Both have the same shape.
+    """
     return value
 
 
@@ -146,30 +152,34 @@ with_gradient_of.defvjp(_gradient_forward, _gradient_backward)
 
 def psum(like: Like) -> Program:
     """XLA's own all-reduce, in one round; XLA chooses its algorithm."""
-    return Program(_same, [Round(lambda x: lax.psum(x, TENSOR), _message)], _same)
+    all_reduce = Round(lambda x: lax.psum(x, TENSOR), _take_message)
+    return Program(_identity, [all_reduce], _identity)
 
 
 def one_shot(like: Like) -> Program:
-    """Every shard gathers all partials and sums them in float32.
+    """Every shard gathers all partials and sums them in float32, in one round.
 
-    It has the lowest latency, sends n - 1 times the bytes, and rounds once.
+    It has the lowest latency, rounds the sum once, and sends n - 1 times the bytes.
     """
     dtype = like.dtype
 
     def total(_: jax.Array, parts: jax.Array) -> jax.Array:
         return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
 
-    return Program(_same, [Round(lambda x: lax.all_gather(x, TENSOR), total)], _same)
+    gather_and_sum = Round(lambda x: lax.all_gather(x, TENSOR), total)
+    return Program(_identity, [gather_and_sum], _identity)
 
 
 def recursive_doubling(like: Like) -> Program:
     """log2 n exchanges of the whole message (Thakur et al. 2005, section 4).
 
-    Partners differ in one bit of their Gray codes (sharding.gray); in the paper, in one
-    bit of their indices. The highest bit goes first: its partners are the farthest
-    apart, and the first products of a block give it the most time. If n is no power of
-    two, the shards beyond the largest one first send their partials to other shards,
-    and receive the sum in a last round.
+    Two shards that exchange differ in one bit of their Gray codes (sharding.gray); in
+    the paper, in one bit of their indices. The highest bit comes first: its shards are
+    farthest apart, and the first products of a block take longest.
+
+    If n is no power of two, only the first `core` shards exchange, the largest power of
+    two. Each other shard sends them its partial in a round before, and receives the sum
+    in a round after.
     """
     n = axis_size(TENSOR)
     core = 1 << (n.bit_length() - 1)
@@ -180,58 +190,68 @@ def recursive_doubling(like: Like) -> Program:
     def replace(x: jax.Array, message: jax.Array) -> jax.Array:
         return jnp.where(lax.axis_index(TENSOR) < core, x, message)
 
-    rounds = [Round(_permute(exchange(core, bit)), add) for bit in _bits(core)[::-1]]
+    highest_first = reversed(_bits(core))
+    rounds = [Round(_permute(exchange(core, bit)), add) for bit in highest_first]
     if n > core:
-        fold = [(i, i - core) for i in range(core, n)]
-        unfold = [(b, a) for a, b in fold]
-        first, last = Round(_permute(fold), add), Round(_permute(unfold), replace)
+        into_core = [(i, i - core) for i in range(core, n)]
+        out_of_core = [(target, source) for source, target in into_core]
+        first = Round(_permute(into_core), add)
+        last = Round(_permute(out_of_core), replace)
         rounds = [first, *rounds, last]
-    return Program(_same, rounds, _same)
+    return Program(_identity, rounds, _identity)
 
 
 def halving_doubling(like: Like) -> Program:
     """Reduce-scatter by recursive halving, then all-gather (Rabenseifner 2004).
 
-    It sends 2 (n - 1) / n of the bytes in 2 log2 n rounds. Halves go to the nearest
-    shard, eighths to the farthest. If n is no power of two, `ring` takes its place.
+    It sends 2 (n - 1) / n of the bytes in 2 log2 n rounds. If n is no power of two,
+    it is `ring`. With n = 8, shard 0 sums and sends these of the 8 pieces; the largest
+    part goes to the nearest shard:
+
+        step 0   sums 0 1 2 3   sends 4 5 6 7
+        step 1   sums 0 1       sends 2 3
+        step 2   sums 0         sends 1
     """
     n = axis_size(TENSOR)
     if n & (n - 1):
         return ring(like)
     bits = _bits(n)
 
-    def offset(k: int) -> jax.Array:
-        """Where, in pieces, the half begins that bit k of a shard's Gray code names."""
-        half = n >> (k + 1)
-        return (gray(lax.axis_index(TENSOR)) & bits[k] != 0) * half
+    def upper(k: int) -> jax.Array:
+        """Whether the shard keeps the upper half in step k: bit k of its Gray code."""
+        return gray(lax.axis_index(TENSOR)) & bits[k] != 0
 
-    def bounds(k: int) -> tuple[int, Any, Any]:
-        """The pieces that a shard keeps and sends in step k: length, start, start."""
+    def split(k: int) -> tuple[int, Any, Any]:
+        """Step k: the pieces in a half, and where the own and the other half start."""
         half = n >> (k + 1)
-        start = sum((offset(j) for j in range(k)), 0)
-        return half, start + offset(k), start + half - offset(k)
+        start = sum((upper(j) * (n >> (j + 1)) for j in range(k)), 0)
+        return half, start + upper(k) * half, start + half - upper(k) * half
 
     def halve(k: int) -> Round:
+        """Sends the other half to the partner, and adds the message to the own half."""
+
         def send(x: jax.Array) -> jax.Array:
-            half, _, sent = bounds(k)
-            return permute(lax.dynamic_slice_in_dim(x, sent, half, axis=0))
+            half, _, other = split(k)
+            return permute(lax.dynamic_slice_in_dim(x, other, half, axis=0))
 
         def merge(x: jax.Array, message: jax.Array) -> jax.Array:
-            half, kept, _ = bounds(k)
-            total = lax.dynamic_slice_in_dim(x, kept, half, axis=0) + message
-            return lax.dynamic_update_slice_in_dim(x, total, kept, axis=0)
+            half, own, _ = split(k)
+            total = lax.dynamic_slice_in_dim(x, own, half, axis=0) + message
+            return lax.dynamic_update_slice_in_dim(x, total, own, axis=0)
 
         permute = _permute(exchange(n, bits[k]))
         return Round(send, merge)
 
     def double(k: int) -> Round:
+        """Sends the own half to the partner, and stores the other half."""
+
         def send(x: jax.Array) -> jax.Array:
-            half, kept, _ = bounds(k)
-            return permute(lax.dynamic_slice_in_dim(x, kept, half, axis=0))
+            half, own, _ = split(k)
+            return permute(lax.dynamic_slice_in_dim(x, own, half, axis=0))
 
         def merge(x: jax.Array, message: jax.Array) -> jax.Array:
-            _, _, sent = bounds(k)
-            return lax.dynamic_update_slice_in_dim(x, message, sent, axis=0)
+            _, _, other = split(k)
+            return lax.dynamic_update_slice_in_dim(x, message, other, axis=0)
 
         permute = _permute(exchange(n, bits[k]))
         return Round(send, merge)
@@ -244,11 +264,12 @@ def halving_doubling(like: Like) -> Program:
 def direct(like: Like) -> Program:
     """Reduce-scatter and all-gather, each in one round of n - 1 messages.
 
-    It has the fewest rounds at the fewest bytes, 2 (n - 1) / n in all; its messages
-    share links. It rounds once: each shard sums its piece in float32.
+    It sends 2 (n - 1) / n of the bytes, the fewest possible, in the fewest rounds. Its
+    messages share links. Each shard sums its piece in float32 and rounds once.
     """
     n, dtype = axis_size(TENSOR), like.dtype
     distances = range(1, n)
+    # shift[s](x) sends x to the shard at distance s.
     shift = [_permute([(i, (i + s) % n) for i in range(n)]) for s in range(n)]
 
     def scatter(pieces: jax.Array) -> list[jax.Array]:
@@ -265,54 +286,59 @@ def direct(like: Like) -> Program:
         return [shift[s](piece) for s in distances]
 
     def join(piece: jax.Array, messages: list[jax.Array]) -> jax.Array:
-        # The message from the shard at distance s is piece (index - s).
-        place = (lax.axis_index(TENSOR) - jnp.arange(n)) % n
-        return jnp.concatenate([piece, *messages])[place]
+        # Entry s came from shard index - s, which sums the piece of that number; so
+        # piece p is entry index - p.
+        entry = (lax.axis_index(TENSOR) - jnp.arange(n)) % n
+        return jnp.concatenate([piece, *messages])[entry]
 
     rounds = [Round(scatter, total), Round(gather, join)]
     return Program(partial(_pieces, count=n), rounds, _whole(like))
 
 
 def ring(like: Like) -> Program:
-    """Reduce-scatter and all-gather round a ring, half of the message each way.
+    """Reduce-scatter and all-gather around a ring, half of the message each way.
 
     It takes 2 (n - 1) rounds, each of 1 / n of the bytes.
     """
     n = axis_size(TENSOR)
-    clockwise = _permute([(i, (i + 1) % n) for i in range(n)])
-    counter = _permute([(i, (i - 1) % n) for i in range(n)])
-    ways = [(+1, clockwise), (-1, counter)]
-    States = tuple[jax.Array, ...]
+    to_next = _permute([(i, (i + 1) % n) for i in range(n)])
+    to_previous = _permute([(i, (i - 1) % n) for i in range(n)])
+    directions = [(+1, to_next), (-1, to_previous)]
+    Halves = tuple[jax.Array, ...]  # of the message, n pieces each: one a direction
 
-    def both(step: int, summing: bool) -> Round:
-        """Passes one piece to each neighbour, to be added or to be stored."""
+    def pass_on(step: int, add: bool) -> Round:
+        """Sends a piece to each neighbour, which adds it to its own or stores it."""
 
-        def send(states: States) -> States:
+        def send(halves: Halves) -> Halves:
             index = lax.axis_index(TENSOR)
             return tuple(
-                permute(_piece(x, (index - way * step) % n))
-                for x, (way, permute) in zip(states, ways)
+                permute(_piece(x, (index - direction * step) % n))
+                for x, (direction, permute) in zip(halves, directions)
             )
 
-        def merge(states: States, messages: States) -> States:
+        def merge(halves: Halves, messages: Halves) -> Halves:
             merged = []
-            for x, message, (way, _) in zip(states, messages, ways):
-                place = (lax.axis_index(TENSOR) - way * (step + 1)) % n
-                new = _piece(x, place) + message if summing else message
+            for x, message, (direction, _) in zip(halves, messages, directions):
+                place = (lax.axis_index(TENSOR) - direction * (step + 1)) % n
+                new = _piece(x, place) + message if add else message
                 merged.append(lax.dynamic_update_slice_in_dim(x, new, place, axis=0))
             return tuple(merged)
 
         return Round(send, merge)
 
-    def start(value: jax.Array) -> States:
+    def start(value: jax.Array) -> Halves:
         pieces = _pieces(value, 2 * n)
         return pieces[:n], pieces[n:]
 
-    # After n - 1 sums, shard i has the sum of piece i + 1 (i - 1 the other way).
-    sums = [both(step, True) for step in range(n - 1)]
-    copies = [both(step - 1, False) for step in range(n - 1)]
     whole = _whole(like)
-    return Program(start, sums + copies, lambda states: whole(jnp.concatenate(states)))
+
+    def finish(halves: Halves) -> jax.Array:
+        return whole(jnp.concatenate(halves))
+
+    # After n - 1 sums, shard i has the sum of piece i + 1 (i - 1 the other way).
+    sums = [pass_on(step, add=True) for step in range(n - 1)]
+    copies = [pass_on(step - 1, add=False) for step in range(n - 1)]
+    return Program(start, sums + copies, finish)
 
 
 REDUCTIONS: dict[str, Callable[[Like], Program]] = {
@@ -326,26 +352,29 @@ REDUCTIONS: dict[str, Callable[[Like], Program]] = {
 
 
 def exchange(n: int, bit: int) -> list[tuple[int, int]]:
-    """The pairs of shards, of n, whose Gray codes differ in `bit`.
+    """(source, target) for all of n shards whose Gray codes differ in `bit` alone.
 
-    Their indices differ in this bit and in all lower ones.
+    The indices of such shards differ in this bit and in all lower bits.
     """
-    return [(i ^ (2 * bit - 1), i) for i in range(n)]
+    flipped_bits = 2 * bit - 1
+    return [(i ^ flipped_bits, i) for i in range(n)]
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
-def _message(_: Any, message: Any) -> Any:
+def _take_message(_: Any, message: Any) -> Any:
     return message
 
 
 def _permute(pairs: list[tuple[int, int]]) -> Callable[[jax.Array], jax.Array]:
+    """A function that sends an array from source to target for each of `pairs`."""
     return lambda x: lax.ppermute(x, TENSOR, pairs)
 
 
 def _bits(n: int) -> list[int]:
+    """The bits of the indices below n, a power of two: 8 -> [1, 2, 4]."""
     return [1 << k for k in range(n.bit_length() - 1)]
 
 
@@ -354,13 +383,15 @@ def _piece(pieces: jax.Array, index: Any) -> jax.Array:
 
 
 def _columns(like: Like) -> int:
+    """The size of the last dimension; 1 for a scalar."""
     return like.shape[-1] if like.ndim else 1
 
 
 def _cut(like: Like, count: int) -> str:
-    """Whether "rows" or "columns" are cut into `count` pieces; "" if neither divides.
+    """The dimension to cut into `count` pieces: "rows", "columns", or "" for neither.
 
-    Cuts at multiples of a TPU's tiles come first: such rows are not moved in memory.
+    It prefers pieces of whole TPU tiles, then any equal pieces. It returns "" where
+    `count` divides neither dimension.
     """
     columns = _columns(like)
     rows = like.size // columns
@@ -373,7 +404,7 @@ def _cut(like: Like, count: int) -> str:
 
 
 def _pieces(value: jax.Array, count: int) -> jax.Array:
-    """`value` in equal pieces [count, rows, columns], padded with zeros if need be."""
+    """`value` in equal pieces [count, rows, columns], padded where `_cut` is ""."""
     columns = _columns(value)
     cut = _cut(value, count)
     if cut == "rows":

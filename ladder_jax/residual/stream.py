@@ -1,8 +1,7 @@
 """The residual stream between two blocks, and how a block reads it.
 
-The stream is a pytree of arrays that can cross a layer scan's boundary. A partial is
-still to be reduced when it does: the reduction starts with the next block and runs
-beside it.
+The stream is a pytree of arrays that a layer scan can carry. The newest partial is
+carried unreduced: its reduction starts with the next block and runs beside it.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +17,18 @@ from ladder_jax.residual.reductions import Policy
 class Stream(NamedTuple):
     """The residual stream between two blocks; arrays are [B, T, D]."""
 
-    total: jax.Array | None = None  # the sum of what all later blocks read; None: zero
-    sums: tuple[jax.Array, ...] = ()  # reduced, too new for some blocks; oldest first
-    partial: jax.Array | None = None  # the newest block's, not yet reduced
-    # Zeros. Their cotangent is that of the next block's input, not yet reduced.
+    # The sum of the terms that every later block reads; None stands for zero.
+    total: jax.Array | None = None
+    # Reduced partials, oldest first, that a later block may not read yet.
+    sums: tuple[jax.Array, ...] = ()
+    # The newest block's partial, not yet reduced.
+    partial: jax.Array | None = None
+    # Zeros. The backward pass passes the unreduced cotangent of the next block's input
+    # as the cotangent of this array.
     token: jax.Array | None = None
 
     def read(self, reduction: str | Policy) -> jax.Array:
-        """The sum of all that was written, which a block with delay 0 reads."""
+        """The sum of all terms, which a block with delay 0 reads."""
         total, _, _ = self.split(0, reduction)
         return total
 
@@ -34,32 +37,36 @@ class Stream(NamedTuple):
     ) -> tuple[jax.Array, tuple[jax.Array, ...], AsyncReduction | None]:
         """Splits the stream into what a block with this delay reads and the rest.
 
+        It starts the reduction of the newest partial.
+
         Returns:
           The sum that the block reads, the sums that are too new for it, and the
-          reduction of the newest partial if that is too new, too: it is started here.
+          pending reduction; None if there is none, or if the block reads its sum.
         """
-        sums, newest = self.sums, None
-        if self.partial is not None:
-            newest = AsyncReduction(self.partial, reduction)
-            if not delay:
-                sums, newest = (*sums, newest.wait()), None
-        unread = delay - (newest is not None)
-        due = max(len(sums) - unread, 0)
-        return _add(self.total, *sums[:due]), sums[due:], newest
+        if self.partial is None:
+            readable, unread = _split_newest(self.sums, delay)
+            return _add(self.total, *readable), unread, None
+        pending = AsyncReduction(self.partial, reduction)
+        if delay == 0:
+            return _add(self.total, *self.sums, pending.wait()), (), None
+        # The pending reduction is one of the `delay` terms that the block skips.
+        readable, unread = _split_newest(self.sums, delay - 1)
+        return _add(self.total, *readable), unread, pending
 
     def as_carry(self, count: int, delay: int, reduction: str | Policy) -> "Stream":
-        """The same stream with all fields set and `count` sums, for a scan to carry.
+        """The same stream in the one structure that all iterations of a scan carry.
 
-        Sums beyond that number are added to the total; missing arrays become zeros.
+        All fields are set, and there are `count` sums: older sums are added to the
+        total, and missing arrays become zeros.
 
         Args:
           count: see `carried_sums`.
           delay: the delay of the next block.
           reduction: a name in REDUCTIONS, or a Policy.
         """
-        surplus = max(len(self.sums) - count, 0)
-        total, sums = _add(self.total, *self.sums[:surplus]), self.sums[surplus:]
-        like: Any = self.partial if total is None else total
+        older, sums = _split_newest(self.sums, count)
+        total = _add(self.total, *older)
+        like: Any = self.partial if total is None else total  # one of them is set
         zeros = jnp.zeros_like(like)
         total = zeros if total is None else total
         partial = zeros if self.partial is None else self.partial
@@ -74,11 +81,11 @@ class Stream(NamedTuple):
 def backward_reduction(
     total: jax.Array, newer: tuple[jax.Array, ...], delay: int, reduction: str | Policy
 ) -> BackwardReduction | None:
-    """The reduction of the next block's input's cotangent, to run beside this block.
+    """Sums the cotangent of the next block's input beside this block's backward pass.
 
     Args:
       total, newer: the terms of the stream, without this block's own partial.
-      delay: the next block's delay: it does not read this block's partial and the
+      delay: the next block's delay. The next block skips this block's partial and the
         `delay - 1` terms before it.
       reduction: a name in REDUCTIONS, or a Policy.
 
@@ -87,12 +94,20 @@ def backward_reduction(
     """
     if not delay or sharding.axis_size(sharding.TENSOR) == 1:
         return None
-    due = max(len(newer) - (delay - 1), 0)
-    return BackwardReduction((total, *newer[:due]), reduction)
+    readable, _ = _split_newest(newer, delay - 1)
+    return BackwardReduction((total, *readable), reduction)
+
+
+def _split_newest(
+    terms: tuple[jax.Array, ...], count: int
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Splits off the newest `count` terms, or all if there are fewer."""
+    split = max(len(terms) - count, 0)
+    return terms[:split], terms[split:]
 
 
 def _add(total: jax.Array | None, *sums: jax.Array) -> Any:
-    """The sum of all; None, which means zero, if there is nothing."""
+    """The sum of the arguments; None, which stands for zero, if there are none."""
     for value in sums:
         total = value if total is None else total + value
     return total

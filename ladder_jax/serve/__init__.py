@@ -1,1 +1,1 @@
-"""The host side of serving: requests come in, their tokens come out."""
+"""Serving: the engine and its parts on the host, from requests to tokens and text."""

@@ -21,11 +21,12 @@ def round_up(sizes: Sequence[int], needed: int) -> int:
 
 
 def between(sizes: Sequence[int], start: int, stop: int) -> list[int]:
-    """Returns the sizes on the way from `start` to `stop`, up or down.
+    """Returns the sizes after `start` up to and including `stop`, in that order.
 
-    `start` is left out, and `stop` is the last one; both must be among `sizes`.
+    The order is descending if `stop` is the smaller one. Both must be in `sizes`.
+    between([16, 32, 64], 64, 16) is [32, 16].
     """
     i, j = sizes.index(start), sizes.index(stop)
     if i < j:
         return list(sizes[i + 1 : j + 1])
-    return list(sizes[j:i])[::-1]
+    return list(reversed(sizes[j:i]))

@@ -6,12 +6,11 @@ from ladder_jax.config import ConfigError, Decode, to_bytes
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import between, bucket_sizes
 
-# A chunk that always runs all its iterations is compiled at two sizes: steps_per_call,
-# and this many times fewer.
-SHORT_CHUNK = 4
-# The shortest compiled length of the state, and width of a prefill call, in tokens.
-SHORTEST_LENGTH = 64
-SHORTEST_PIECE = 16
+# A chunk that always runs all its iterations is compiled for two numbers of iterations:
+# steps_per_call, and steps_per_call / SHORT_CHUNK_FACTOR.
+SHORT_CHUNK_FACTOR = 4
+SHORTEST_LENGTH = 64  # the shortest compiled length of a row, in tokens
+SHORTEST_PIECE = 16  # the smallest compiled width of a prefill call, in tokens
 
 
 class Capacity:
@@ -19,14 +18,14 @@ class Capacity:
 
     Args:
       options: config.Decode.
-      length: most tokens of a request, prompt and output.
-      token_bytes: of one token's keys and values on one device.
-      arrays: how many arrays of equal size the keys and values are.
+      length: the most tokens of a request, prompt and output together.
+      token_bytes: bytes of one token's keys and values on one device.
+      arrays: the number of arrays, equal in size, that hold the keys and values.
       prefix_bytes: memory for shared prefixes on one device.
       fixed_trip_count: whether a chunk always runs all iterations it is compiled for.
 
-    slots, places: the most requests in the slots and in staging.
-    memory: {use: bytes on one device}, all that is ever allocated for keys and values.
+    slots, staging_size: the most requests in the slots and in staging.
+    memory: {use: bytes on one device}, the most that keys and values ever take.
     widths, lengths: the compiled shapes of the decode state, ascending.
     chunk_sizes: the compiled iterations of a chunk, ascending.
     pieces: the compiled widths of a prefill call, ascending.
@@ -46,7 +45,7 @@ class Capacity:
         self.arrays, self.prefix_bytes = arrays, prefix_bytes
         self.row_bytes = token_bytes * length
         self.slots = self._most_slots()
-        self.places = self.staging_places(self.slots)
+        self.staging_size = self.staging_size_for(self.slots)
         self.memory = self.budget(self.slots)
         steps, prefill_budget = options.steps_per_call, options.prefill_budget
         self.widths, self.lengths = [self.slots], [length]
@@ -55,19 +54,19 @@ class Capacity:
             self.lengths = bucket_sizes(min(SHORTEST_LENGTH, length), length)
         self.chunk_sizes = [steps]
         if fixed_trip_count:
-            self.chunk_sizes = sorted({-(-steps // SHORT_CHUNK), steps})
+            self.chunk_sizes = sorted({-(-steps // SHORT_CHUNK_FACTOR), steps})
         self.pieces = bucket_sizes(
             min(SHORTEST_PIECE, prefill_budget), min(prefill_budget, length)
         )
 
-    def staging_places(self, slots: int) -> int:
-        """Returns the places in staging beside so many slots."""
+    def staging_size_for(self, slots: int) -> int:
+        """Returns the number of staging rows of an engine with so many slots."""
         return self.options.staging or max(2, slots // 2)
 
     def budget(self, slots: int) -> dict[str, int]:
         """Returns {use: bytes on one device, "total": their sum} for so many slots."""
-        rows = (slots + self.staging_places(slots)) * self.row_bytes
-        # A reshape moves array by array, so one array exists twice.
+        rows = (slots + self.staging_size_for(slots)) * self.row_bytes
+        # A reshape copies array by array, so one array exists twice.
         one_array = slots * self.row_bytes // self.arrays
         reshaping = one_array if self.options.fit_shapes else 0
         total = rows + self.prefix_bytes + reshaping
@@ -76,9 +75,9 @@ class Capacity:
         )
 
     def _most_slots(self) -> int:
-        """Returns decode.slots if the memory holds them; if None, as many as it holds.
+        """Returns decode.slots; if it is None, as many as decode.kv_memory holds.
 
-        Raises ConfigError if the memory does not hold them.
+        Raises ConfigError if the memory does not hold them, or not even one.
         """
         slots, kv_memory = self.options.slots, self.options.kv_memory
         if kv_memory is None:
@@ -99,22 +98,23 @@ class Capacity:
         )
 
     def report(self, kv_dtype: str) -> str:
-        """Describes the plan in one line."""
+        """Returns slots, staging and their memory as one line of text."""
         mib = {use: f"{size / 2**20:.1f} MiB" for use, size in self.memory.items()}
         return (
-            f"{self.slots} slots and {self.places} places in staging, of "
+            f"{self.slots} slots and {self.staging_size} rows of staging, of "
             f"{self.length} tokens in {kv_dtype}: {mib['rows']}, prefixes "
             f"{mib['prefixes']}, reshaping {mib['reshaping']}, together "
             f"{mib['total']} a device"
         )
 
-    def moves(
+    def shapes_between(
         self, start: tuple[int, int], stop: tuple[int, int]
     ) -> list[tuple[int, int]]:
-        """Returns the shapes (width, length) on the way from one shape to another.
+        """Returns the shapes (width, length) through which a reshape to `stop` goes.
 
-        Each differs from the one before by one size of width or of length, so that few
-        reshapes are compiled.
+        From each shape to the next, either the width or the length changes to the
+        neighbouring compiled size, so that few reshapes are compiled. The last shape is
+        `stop`; the list is empty if `start` is equal to it.
         """
         (width, length), (new_width, new_length) = start, stop
         return [
@@ -122,26 +122,27 @@ class Capacity:
             *((new_width, size) for size in between(self.lengths, length, new_length)),
         ]
 
-    def seen(self, length: int) -> list[int]:
-        """Returns how many tokens of a cache row a prefill call can be compiled to see.
+    def context_lengths(self, length: int) -> list[int]:
+        """Returns the compiled contexts of a prefill call, for rows of `length` tokens.
 
-        These are the compiled lengths up to `length`, without every second one: for
-        lengths 64, 128, 256, 512 and `length` 512, they are 128 and 512.
+        The context is how many tokens at the beginning of a row the call reads and
+        writes. It is every second compiled length, `length` included: for the lengths
+        64, 128, 256, 512 and `length` 512, the contexts are 128 and 512.
         """
-        shorter = self.lengths[: self.lengths.index(length) + 1]
-        first = (len(shorter) - 1) % 2  # so that the last one is among them
-        return shorter[first::2]
+        up_to_length = self.lengths[: self.lengths.index(length) + 1]
+        return up_to_length[::-2][::-1]
 
-    def prefills(self, length: int) -> list[tuple[int, int, int]]:
-        """Returns (tokens seen, rows, width) of every prefill call for a length."""
+    def prefill_shapes(self, length: int) -> list[tuple[int, int, int]]:
+        """Returns (context, rows, width) of the prefill calls on rows of `length`."""
         shapes = packing.call_shapes(self.pieces, self.options.prefill_budget)
-        return [(seen, *shape) for seen in self.seen(length) for shape in shapes]
+        contexts = self.context_lengths(length)
+        return [(context, *shape) for context in contexts for shape in shapes]
 
     def most_programs(self) -> int:
-        """Returns how many programs there can be, reshapes not included."""
+        """Returns the most programs that are compiled, reshapes not included."""
         chunks = len(self.widths) * len(self.chunk_sizes)
-        prefix_blocks = 2  # reading one and writing one
+        prefix_programs = 2  # one reads a block, one writes it
         return sum(
-            chunks + prefix_blocks + len(self.prefills(length))
+            chunks + prefix_programs + len(self.prefill_shapes(length))
             for length in self.lengths
         )

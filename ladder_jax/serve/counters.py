@@ -1,15 +1,15 @@
-"""What an engine has done so far, in numbers."""
+"""Counts of an engine's work: requests, tokens, chunks, prefill calls."""
 
 from dataclasses import dataclass, fields
 
 
 @dataclass
 class Counters:
-    """Counts of one engine since its start."""
+    """Counts of one engine since its start, or since `reset`."""
 
     submitted: int = 0  # requests
     finished: int = 0  # requests, however they ended
-    tokens: int = 0  # that the device emitted
+    tokens: int = 0  # output tokens that the device emitted
     chunks: int = 0
     syncs: int = 0  # times that the host waited for the device
     iterations: int = 0  # of the decode loop
@@ -29,5 +29,5 @@ class Counters:
 
     def reset(self) -> None:
         """Sets every count to 0."""
-        for one in fields(self):
-            setattr(self, one.name, 0)
+        for field in fields(self):
+            setattr(self, field.name, 0)

@@ -1,4 +1,4 @@
-"""The host side of serving: requests come in, and their tokens go out.
+"""The engine: decodes many requests of one model together.
 
     engine = Engine(model, config.model, mesh, Decode(slots=32), tokenizer)
     for token in engine.submit("Once upon", max_tokens=50, temperature=0.8, seed=1):
@@ -11,9 +11,10 @@ the device once a chunk:
     host    | start chunk 1 | start chunk 2, read chunk 1 | start chunk 3, read chunk 2
     device  |               | chunk 1                     | chunk 2
 
-Whoever iterates a request takes the steps, or the engine's own thread does once it is
-started (`with engine:`), which asyncio needs. serve/scheduler.py decides what a step
-does, and decode.py is what the device runs.
+The thread that iterates a request takes the steps. With `with engine:`, or after
+`engine.start()`, a thread of the engine takes them instead. `async for` over a request
+starts this thread. serve/scheduler.py decides what a step does, and the device runs the
+programs of decode.py.
 """
 
 import dataclasses
@@ -31,7 +32,6 @@ from ladder_jax.data.tokenizer import Tokenizer
 from ladder_jax.hardware import chips
 from ladder_jax.model import Transformer
 from ladder_jax.residual import choose
-from ladder_jax.serve import submission
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.prefix_cache import PrefixCache
 from ladder_jax.serve.programs import Programs
@@ -40,7 +40,12 @@ from ladder_jax.serve.request_queue import RequestQueue
 from ladder_jax.serve.scheduler import Scheduler, plan_step
 from ladder_jax.serve.stepper import Stepper
 from ladder_jax.serve.stop_strings import StopStringFilter
-from ladder_jax.serve.submission import Accepts, Submission, SubmitOptions
+from ladder_jax.serve.submission import (
+    Accepts,
+    Submission,
+    SubmitOptions,
+    check_request,
+)
 
 
 class Engine:
@@ -52,17 +57,19 @@ class Engine:
       mesh: of size 1 along data and fsdp. To serve data-parallel, make an engine for
         every replica.
       options: config.Decode.
-      tokenizer: for text in prompts, stop strings and outputs. None: ids alone.
+      tokenizer: reads prompts and stop strings, and writes outputs. None: prompts and
+        outputs are ids alone.
       reduction: a name of reductions.REDUCTIONS, or "auto", see choose.reduction_for.
       scheduler: decides what a step does, see scheduler.plan_step.
-      trace: record which request every slot served in every iteration: `history` is a
-        list of (seconds, request numbers [K, W] or -1), an entry a chunk.
-      pipelined: False: read every chunk before the next one starts.
+      trace: whether `history` records which request every slot decoded in every
+        iteration. It has an entry per chunk: (seconds, request numbers [K, W] or -1).
+      pipelined: whether the host starts a chunk before it reads the events of the
+        previous one.
     Raises ConfigError if the options do not fit the model, the mesh or the memory.
 
     On a mesh of several hosts, make an engine on each, and make the same calls in the
     same order on all of them; then all take the same steps. The engine has no thread
-    there. `plan_step` does not look at the time, so that the hosts agree.
+    there. `plan_step` does not read the clock, so that the hosts agree.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class Engine:
         self.model_config, self.mesh, self.tokenizer = model_config, mesh, tokenizer
         self.length = options.max_length or model_config.max_length
         self.vocabulary = tokenizer.size if tokenizer else model_config.vocab_size
-        self._check()
+        self._check_sizes()
         self.spec = _spec(
             model_config, mesh, self.vocabulary, options, reduction=reduction
         )
@@ -128,12 +135,14 @@ class Engine:
         self.counters, self.history = self.stepper.counters, self.stepper.history
         self._numbers = itertools.count(1)
         self._stepping = threading.RLock()  # held during a step
-        self._lock = threading.Lock()  # of submission, of starting and of closing
+        self._lock = threading.Lock()  # held to submit, to start and to close
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()  # ends the thread's wait for something to do
-        self._closing, self._running, self._users = False, False, 0
+        self._closing = self._running = False
+        self._users = 0  # `with` blocks that are open
 
-    def _check(self) -> None:
+    def _check_sizes(self) -> None:
+        """Raises ConfigError unless model, mesh, length and tokenizer fit together."""
         data, fsdp = self.mesh.shape[sharding.DATA], self.mesh.shape[sharding.FSDP]
         if data * fsdp != 1:
             raise ConfigError(
@@ -161,65 +170,68 @@ class Engine:
 
         Args:
           prompt: text, or ids.
-          max_tokens: most tokens it may emit (default: 200, or as many as fit).
-          stop: a string or several; the output ends before the first that it would
-            contain.
-          stop_token_ids: ids that end it and are not part of it (default: the
+          max_tokens: the most tokens of the output (default: 200, or as many as
+            `length` leaves room for).
+          stop: a string or several; the output ends before the first of them that the
+            model generates.
+          stop_token_ids: ids that end the output and are not part of it (default: the
             tokenizer's eos).
           logprobs: how many alternatives' log-probabilities come with every token's
             own, 0 or more (default: None, no log-probabilities).
           priority: -1000 to 1000; higher goes first, equals in order of submission.
-          logit_bias: {id: added to its logit}.
+          logit_bias: {id: value to add to its logit}.
           temperature, ..., seed: see sampling.SamplingParams.
         Raises ConfigError for a value that is not accepted, and QueueFull if
         decode.queue_size requests wait already.
         """
-        return self._enqueue(submission.check(prompt, options, self._accepts))
+        return self._enqueue(check_request(prompt, options, self._accepts))
 
     def generate(
         self, prompts: Iterable[Any], **options: Unpack[SubmitOptions]
     ) -> list[Request]:
-        """Runs all prompts (texts or ids) to their end; returns them in order.
+        """Generates from all prompts (texts or ids); returns the requests, finished.
 
-        It checks all prompts before it submits the first, and cancels all of them if
+        It checks all prompts before it submits the first, and cancels all requests if
         one fails. options: those of `submit`.
         """
         is_several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         require(is_several, "prompts", prompts, "a list of prompts")
-        checked = [submission.check(p, options, self._accepts) for p in prompts]
+        submissions = [check_request(p, options, self._accepts) for p in prompts]
         requests: list[Request] = []
         try:
-            for one in checked:
-                requests.append(self._enqueue_or_wait(one))
+            for submission in submissions:
+                requests.append(self._enqueue_or_wait(submission))
             return [request.result() for request in requests]
         except BaseException:  # the caller has no handle to end the others with
             for request in requests:
                 request.cancel()
             raise
 
-    def _enqueue_or_wait(self, checked: Submission) -> Request:
+    def _enqueue_or_wait(self, submission: Submission) -> Request:
+        """Queues a request as soon as the queue has room."""
         while True:
             try:
-                return self._enqueue(checked)
+                return self._enqueue(submission)
             except QueueFull:
                 if self.running:
                     time.sleep(0.001)
                 else:
                     self.step()
 
-    def _enqueue(self, checked: Submission) -> Request:
-        stopper = None
+    def _enqueue(self, submission: Submission) -> Request:
+        """Queues a request. Raises QueueFull if the queue has no room."""
+        text_filter = None
         if self.tokenizer:
-            stopper = StopStringFilter(self.tokenizer.stream(), checked.stop)
+            text_filter = StopStringFilter(self.tokenizer.stream(), submission.stop)
         with self._lock:
-            request = Request(self, next(self._numbers), checked, stopper)
+            request = Request(self, next(self._numbers), submission, text_filter)
             self._queue.add(request)
             self.counters.submitted += 1
         self._wake.set()
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, see Request.cancel. A place in the queue is free at once."""
+        """Ends a request, see Request.cancel. A queued request leaves the queue."""
         self.stepper.cancel(request)
         self._wake.set()
 
@@ -256,9 +268,9 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Ends the engine's thread after its step.
+        """Ends the engine's thread after its current step.
 
-        Unfinished requests stay: whoever iterates them takes the steps again. A
+        Unfinished requests stay: a thread that iterates one takes the steps again. A
         coroutine that iterates one now gets EngineClosed.
         """
         self._closing = True
@@ -276,8 +288,8 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            others = self._users
-        if not others:
+            users = self._users
+        if not users:
             self.close()
 
     def _run(self) -> None:
@@ -310,9 +322,9 @@ class Engine:
     ) -> None:
         """Compiles every program that the engine can need.
 
-        Without it, each program is compiled when it is first needed. It also hides all
-        objects of this process from Python's garbage collector (`gc.freeze`), see
-        Programs.warm_up.
+        Without this call, each program is compiled when it is first needed. The call
+        also excludes all objects of this process from Python's garbage collection
+        (`gc.freeze`), see Programs.warm_up.
 
         progress: wraps the list of shapes, as tqdm does.
         Raises RuntimeError if the device works on requests.
@@ -320,7 +332,7 @@ class Engine:
         with self._stepping:
             self.stepper.warm_up(progress)
 
-    # ------------------------------------------------------------ figures
+    # ------------------------------------------------------------ numbers
 
     @property
     def waiting(self) -> int:
@@ -333,7 +345,7 @@ class Engine:
         return len(self.stepper.tracker.live())
 
     def report(self) -> str:
-        """Describes the planned memory in one line."""
+        """Returns slots, staging and their memory as one line of text."""
         return self.capacity.report(self.spec.kv_dtype)
 
     def compiled(self) -> tuple[int, int]:
@@ -348,7 +360,7 @@ def _spec(
     options: Decode,
     reduction: str,
 ) -> decode.DecodeSpec:
-    """Returns what the compiled programs depend on."""
+    """Returns the DecodeSpec of an engine, with values instead of "auto"."""
     platform = chips.platform(mesh)
     is_gpu = platform in chips.GPUS
     kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)

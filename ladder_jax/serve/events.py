@@ -1,4 +1,4 @@
-"""Hands the events that a device call emitted to the requests that they belong to."""
+"""Appends the events of a device call to the output of their requests."""
 
 from typing import Any, NamedTuple
 
@@ -10,77 +10,86 @@ from ladder_jax.serve.request import Request, Token
 from ladder_jax.serve.tracker import Record, Tracker
 
 
-class Emitted(NamedTuple):
+class RequestEvent(NamedTuple):
     """One event of a request."""
 
     token: int
     flag: int  # decode.TOKEN, LENGTH or STOP
-    at: tuple[int, int]  # where in Events [K, W]
+    position: tuple[int, int]  # in the arrays [K, W] of decode.Events
 
 
-def hand_out(events: Any, tracker: Tracker, counters: Counters) -> None:
-    """Gives every request its events, in the order of the iterations.
+def deliver_events(events: Any, tracker: Tracker, counters: Counters) -> None:
+    """Delivers all events to their requests, in the order of the iterations.
 
     events: decode.Events [K, W], NumPy arrays.
     """
     requests, tokens = events.request.tolist(), events.token.tolist()
     flags = events.flag.tolist()
-    by_request: dict[int, list[Emitted]] = {}
-    for i, j in np.argwhere(events.flag).tolist():
-        emitted = Emitted(tokens[i][j], flags[i][j], (i, j))
-        by_request.setdefault(requests[i][j], []).append(emitted)
-    for number, own in by_request.items():
-        counters.tokens += len(own)
+    by_request: dict[int, list[RequestEvent]] = {}
+    for i, j in np.argwhere(events.flag != decode.IDLE).tolist():
+        event = RequestEvent(tokens[i][j], flags[i][j], (i, j))
+        by_request.setdefault(requests[i][j], []).append(event)
+    for number, request_events in by_request.items():
+        counters.tokens += len(request_events)
         if record := tracker.get(number):
-            counters.finished += hand_to(record, own, events, tracker)
+            ended = deliver_to_request(record, request_events, events, tracker)
+            counters.finished += ended
 
 
-def hand_to(record: Record, own: list[Emitted], events: Any, tracker: Tracker) -> bool:
-    """Gives one request its own events, up to its end; returns whether they end it."""
+def deliver_to_request(
+    record: Record,
+    request_events: list[RequestEvent],
+    events: Any,
+    tracker: Tracker,
+) -> bool:
+    """Delivers one request's events, up to its end. Returns whether they end it."""
     request = record.request
-    device_ended = own[-1].flag != decode.TOKEN
-    if request.finish:  # it is cancelled, or a stop string has ended it
+    device_ended = request_events[-1].flag != decode.TOKEN
+    if request.finish:  # the client cancelled it, or a stop string ended it
         if device_ended:
-            tracker.finish(record, device_knows=True)
+            tracker.finish(record, device_ended=True)
         return False
     output: list[Token] = []
     finish: str | None = None
     error: Exception | None = None
-    for emitted in own:
+    for event in request_events:
         try:
-            finish = read_event(request, emitted, events, output)
-        except Exception as raised:  # of this request alone, as by its tokenizer
-            finish, error = "error", raised
+            finish = append_output(request, event, events, output)
+        except Exception as exception:  # the tokenizer's: it ends this request alone
+            finish, error = "error", exception
         if finish:
             break
     ended = request.put(output, finish, error)
     if finish:
-        tracker.finish(record, device_knows=device_ended)
+        tracker.finish(record, device_ended=device_ended)
     return ended
 
 
-def read_event(
-    request: Request, emitted: Emitted, events: Any, output: list[Token]
+def append_output(
+    request: Request, event: RequestEvent, events: Any, output: list[Token]
 ) -> str | None:
-    """Appends what an event means for the client; returns how it ends the request."""
-    finish = {decode.STOP: "stop", decode.LENGTH: "length"}.get(emitted.flag)
-    is_stop_id = emitted.flag == decode.STOP
+    """Appends the token and the text of an event to `output`.
+
+    Returns Request.finish if the event ends the request, else None.
+    """
+    finish = {decode.STOP: "stop", decode.LENGTH: "length"}.get(event.flag)
+    is_stop_id = event.flag == decode.STOP
     text = ""
-    if request.stopper:
+    if request.text_filter:
         if not is_stop_id:
-            text, stopped = request.stopper.push(emitted.token)
-            finish = "stop" if stopped else finish
+            text, is_stopped = request.text_filter.push(event.token)
+            finish = "stop" if is_stopped else finish
         if finish:
-            text += request.stopper.flush()
+            text += request.text_filter.flush()
     if is_stop_id:
         if text:
             output.append(Token(None, text))
         return finish
     if request.logprobs is None:
-        output.append(Token(emitted.token, text))
+        output.append(Token(event.token, text))
         return finish
-    at = emitted.at
-    top = list(zip(events.top_ids[at].tolist(), events.top_logprobs[at].tolist()))
-    logprob = float(events.logprob[at])
-    output.append(Token(emitted.token, text, logprob, tuple(top[: request.logprobs])))
+    ids = events.top_ids[event.position].tolist()[: request.logprobs]
+    logprobs = events.top_logprobs[event.position].tolist()[: request.logprobs]
+    logprob = float(events.logprob[event.position])
+    output.append(Token(event.token, text, logprob, tuple(zip(ids, logprobs))))
     return finish

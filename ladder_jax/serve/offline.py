@@ -9,10 +9,10 @@ Output: a JSON object a line, in the order in which requests finish:
     index      number of the input line, from 0
     digest     of the row's prompt and options
     text, tokens, finish, and logprobs if requested;
-    or error   why the row has no output; the other rows are done all the same
+    or error   why the row has no output; an error does not end the run
 
-A run with an output file that exists adds the rows that are missing in it. It refuses a
-file that holds anything but outputs for the same prompts and options.
+If the output file exists, a run adds the rows that the file lacks. It refuses a file
+that holds anything but outputs for the same prompts and options.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ from ladder_jax.serve.request import QueueFull, Request, RequestFailed
 class Row:
     """One line of the input."""
 
-    index: int  # of its line, from 0
-    digest: str  # of prompt and options: 16 hexadecimal digits
-    options: dict[str, Any]  # of Engine.submit, the prompt included
-    error: str | None  # why the line is no row
+    index: int  # the number of the line, from 0
+    digest: str  # a hash of prompt and options: 16 hexadecimal digits
+    options: dict[str, Any]  # options of Engine.submit, the prompt included
+    error: str | None  # why the line is not a request, or None
 
     @property
     def line(self) -> int:
@@ -61,10 +61,10 @@ class Row:
 
 
 class Summary(NamedTuple):
-    """What a run did, in rows."""
+    """Numbers of rows of a run."""
 
     generated: int  # written by this run, errors included
-    before: int  # that the output file held already
+    before: int  # in the output file before this run
     failed: int  # written by this run as errors
 
 
@@ -77,16 +77,20 @@ def row_seed(seed: int, index: int) -> int:
 
 
 def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
-    """Reads the input. A line that is no row becomes a Row with an error.
+    """Reads the input. A line that is not a request becomes a Row with an error.
 
     Args:
-      path: of the prompts file. Blank lines are skipped, but counted.
+      path: the prompts file. Blank lines are skipped, but counted.
       defaults: options for rows that do not give them. Its `seed` (default 0) is the
         run's seed, see `row_seed`.
     Raises ConfigError if the file cannot be read or a default is not accepted.
     """
     sampling.make_params(
-        **{name: value for name, value in defaults.items() if name in sampling.ACCEPTED}
+        **{
+            name: value
+            for name, value in defaults.items()
+            if name in sampling.PARAMETERS
+        }
     )
     try:
         with open(path, "rb") as file:
@@ -100,6 +104,7 @@ def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
 
 
 def _row(index: int, value: Any, defaults: Mapping[str, Any]) -> Row:
+    """Returns the Row of a line. value: its JSON value, or the error of reading it."""
     error = None
     if isinstance(value, ValueError):
         error = str(value)
@@ -129,11 +134,11 @@ def _sha256(data: bytes) -> bytes:
 
 
 def prepare_out(out: str | Path, prompts: str | Path, rows: list[Row]) -> set[int]:
-    """Checks that the output file can be added to. Returns the rows that it holds.
+    """Prepares the output file for new lines. Returns the indices of the rows in it.
 
-    It removes from the file: a last line that was cut off while it was written; error
-    records of rows that changed since; error records of a failed device. All other
-    content stays.
+    It removes from the file: a last line that is incomplete because a run was killed;
+    error records of rows that changed since; error records of a failed device. All
+    other content stays.
 
     Raises ConfigError, before it changes anything, if the file is the prompts file or
     holds anything else than outputs for these rows.
@@ -148,7 +153,7 @@ def prepare_out(out: str | Path, prompts: str | Path, rows: list[Row]) -> set[in
     content = out.read_bytes()
     *lines, cut_line = content.split(b"\n")
     rows_by_index = {row.index: row for row in rows}
-    keeps: list[bytes] = []
+    lines_to_keep: list[bytes] = []
     indices: set[int] = set()
     for number, line in enumerate(lines, 1):
         record = _parse_record(line)
@@ -164,22 +169,23 @@ def prepare_out(out: str | Path, prompts: str | Path, rows: list[Row]) -> set[in
                 f"its line {number} is the output for another prompt or other options "
                 f"than line {record['index'] + 1} of the prompts file has",
             )
-        keeps.append(line)
+        lines_to_keep.append(line)
         indices.add(record["index"])
     if cut_line and not any(_begins_record(cut_line, row) for row in rows):
         raise _refusal(out, "its last line is no output of this command")
-    new_content = b"".join(line + b"\n" for line in keeps)
+    new_content = b"".join(line + b"\n" for line in lines_to_keep)
     if new_content != content:
         _replace(out, new_content)
     return indices
 
 
 def _refusal(out: Path, reason: str) -> ConfigError:
+    """Returns the error for an output file that is not accepted."""
     return ConfigError(f"out={str(out)!r} is not accepted: {reason}; choose a new file")
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-    """Returns an output line as a dict, or None if it is none."""
+    """Returns an output line as a dict, or None if this command did not write it."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -223,20 +229,22 @@ def run(
       prompts: the input file.
       out: the output file; it and its folder are created if needed.
       defaults: options of `Engine.submit` for rows that do not give them; `seed` is
-        the run's, see `row_seed`.
-      show: show a progress bar on stderr.
+        the seed of the run, see `row_seed`.
+      show: whether to show a progress bar on stderr.
     Raises ConfigError, before anything is generated or written, if a file or a default
     is not accepted. A row that is not accepted becomes an error record.
     """
     rows = read_rows(prompts, defaults)
-    done = prepare_out(out, prompts, rows)
-    missing = [row for row in rows if row.index not in done]
+    indices_in_out = prepare_out(out, prompts, rows)
+    missing = [row for row in rows if row.index not in indices_in_out]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     generated = failed = 0
-    bar = tqdm(total=len(rows), initial=len(done), unit="prompt", disable=not show)
-    # UTF-8 has no lone surrogates. backslashreplace writes them as JSON's "\udc80".
+    before = len(indices_in_out)
+    bar = tqdm(total=len(rows), initial=before, unit="prompt", disable=not show)
+    # UTF-8 cannot encode half of a surrogate pair. backslashreplace writes it as JSON
+    # does: "\udc80".
     file = open(out, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
-    with file, bar, contextlib.closing(_outputs(engine, missing)) as outputs:
+    with file, bar, contextlib.closing(_generate(engine, missing)) as outputs:
         for row, values in outputs:
             file.write(row.record(values))
             file.flush()
@@ -244,30 +252,30 @@ def run(
             failed += "error" in values
             bar.set_postfix_str(f"{engine.counters.tokens} tokens", refresh=False)
             bar.update()
-    return Summary(generated, len(done), failed)
+    return Summary(generated, before, failed)
 
 
-def _outputs(
+def _generate(
     engine: Engine, rows: list[Row]
 ) -> Generator[tuple[Row, dict[str, Any]], None, None]:
     """Yields (row, the values of its output line) as requests finish."""
     waiting = deque(rows)
     running: list[tuple[Row, Request]] = []
     slots = engine.options.slots or 1
-    most = max(1, min(engine.options.queue_size, 4 * slots))
+    most_running = max(1, min(engine.options.queue_size, 4 * slots))
     try:
         while waiting or running:
-            while waiting and len(running) < most:
+            while waiting and len(running) < most_running:
                 row = waiting[0]
                 if row.error is not None:
-                    yield waiting.popleft(), _error(row, row.error)
+                    yield waiting.popleft(), _error_values(row, row.error)
                     continue
                 try:
                     request = engine.submit(**row.options)
-                except QueueFull:  # of other requests than these
+                except QueueFull:  # another client filled the queue
                     break
-                except Exception as error:  # of this row alone
-                    yield waiting.popleft(), _error(row, error)
+                except Exception as error:  # the other rows are still generated
+                    yield waiting.popleft(), _error_values(row, error)
                     continue
                 running.append((waiting.popleft(), request))
             if running or waiting:
@@ -275,18 +283,18 @@ def _outputs(
             finished = [(row, request) for row, request in running if request.finish]
             running = [(row, request) for row, request in running if not request.finish]
             for row, request in finished:
-                yield row, _values(row, request)
+                yield row, _output_values(row, request)
     finally:
         for _, request in running:
             request.cancel()
 
 
-def _values(row: Row, request: Request) -> dict[str, Any]:
+def _output_values(row: Row, request: Request) -> dict[str, Any]:
     """Returns the values of a finished request's output line."""
     try:
         tokens = list(request)
     except RequestFailed as error:
-        return _error(row, error) | dict(retry=True)
+        return _error_values(row, error) | dict(retry=True)
     values: dict[str, Any] = dict(
         text=request.text, tokens=request.tokens, finish=request.finish
     )
@@ -294,7 +302,7 @@ def _values(row: Row, request: Request) -> dict[str, Any]:
     return values | (dict(logprobs=logprobs) if logprobs else {})
 
 
-def _error(row: Row, error: Exception | str) -> dict[str, Any]:
+def _error_values(row: Row, error: Exception | str) -> dict[str, Any]:
     """Returns the values of the output line of a row that failed."""
     message = " ".join(str(error).split()) or type(error).__name__
     return dict(error=f"line {row.line}: {message}")

@@ -1,6 +1,7 @@
 """Chooses the pieces of prompts that one prefill call computes, and packs them.
 
-A call has few shapes: its width is one of the compiled sizes, its rows a power of four.
+A call has one of few shapes: its width is a compiled size, and its number of rows a
+power of four.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,20 @@ import numpy as np
 from ladder_jax import decode
 from ladder_jax.serve.buckets import round_up
 
-ROWS_FACTOR = 4  # between two compiled numbers of rows
+ROWS_FACTOR = 4  # each compiled number of rows is this many times the one before
 
 
 class Piece(NamedTuple):
     """A part of a prompt, in tokens."""
 
-    staging_index: int  # of its request
-    start: int  # prompt tokens that are computed already
+    staging_index: int  # the staging row of its request
+    start: int  # how many prompt tokens have been computed before
     length: int
     last: bool  # the prompt ends with it
 
     @property
     def stop(self) -> int:
+        """How many prompt tokens have been computed after this piece."""
         return self.start + self.length
 
 
@@ -42,14 +44,14 @@ def pick_pieces(
     """Picks the next pieces of as many prompts as fit a budget.
 
     Args:
-      waiting: (staging index, tokens computed, tokens in all) of every prompt, in the
-        order in which they take part.
+      waiting: (staging index, tokens computed so far, tokens in total) of every
+        prompt; the first ones are computed first.
       sizes: compiled widths, ascending; the last is the longest piece.
       budget: tokens, padding included. If the first prompt's piece does not fit, it is
         shortened to the largest compiled width that fits.
-    Returns (pieces, the width that they are padded to). There are none, and the width
-    is 0, if no compiled width fits the budget. There are fewer than fit if more than
-    half of the call's rows would be padding.
+    Returns (pieces, the width that they are padded to). If no compiled width fits the
+    budget, there are no pieces, and the width is 0. If more than half of the call's
+    rows would be padding, it takes fewer pieces, so that no row is.
     """
     pieces: list[Piece] = []
     width = 0
@@ -66,8 +68,9 @@ def pick_pieces(
         last = computed + length == total
         pieces.append(Piece(index, computed, length, last))
         width = padded
-    if 2 * len(pieces) < rows(len(pieces)):
-        pieces = pieces[: rows(len(pieces)) // ROWS_FACTOR]
+    call_rows = rows(len(pieces))
+    if 2 * len(pieces) < call_rows:  # for example 5 to 7 pieces: 4 instead of 16 rows
+        pieces = pieces[: call_rows // ROWS_FACTOR]
     widths = [round_up(sizes, piece.length) for piece in pieces]
     return pieces, max(widths, default=0)
 
@@ -86,10 +89,10 @@ def call_shapes(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
 def pack(
     pieces: Sequence[Piece],
     width: int,
-    seen: int,
+    context: int,
     prompts: Sequence[np.ndarray],
     states: Sequence[decode.SlotState],
-    places: int,
+    staging_size: int,
     padding_id: int,
 ) -> decode.Prompts:
     """Packs pieces into the arguments of a prefill call, NumPy arrays.
@@ -97,10 +100,10 @@ def pack(
     Args:
       pieces: at least one; the call has `rows(len(pieces))` rows, the rest is padding.
       width: tokens that every piece is padded to.
-      seen: how many tokens of a cache row the call reads and writes.
+      context: how many tokens at the beginning of a row the call reads and writes.
       prompts: the whole prompt (int32) of every piece.
       states: the decode.SlotState [1] of every piece's request.
-      places: how many there are in staging; it is the staging index of a padding row.
+      staging_size: rows of staging; as a staging index, it marks a row of padding.
       padding_id: pads a prompt; an id outside the vocabulary.
     """
     count = rows(len(pieces))
@@ -108,17 +111,17 @@ def pack(
     tokens: Any = np.zeros((count, width), np.int32)
     start: Any = np.zeros(count, np.int32)
     length: Any = np.zeros(count, np.int32)
-    staging_index: Any = np.full(count, places, np.int32)
+    staging_index: Any = np.full(count, staging_size, np.int32)
     last: Any = np.zeros(count, bool)
-    whole: Any = np.full((count, seen), padding_id, np.int32)
+    whole_prompts: Any = np.full((count, context), padding_id, np.int32)
     for i, (piece, prompt) in enumerate(zip(pieces, prompts)):
         tokens[i, : piece.length] = prompt[piece.start : piece.stop]
         staging_index[i] = piece.staging_index
         start[i], length[i], last[i] = piece.start, piece.length, piece.last
         if piece.last:
-            whole[i, : len(prompt)] = prompt
+            whole_prompts[i, : len(prompt)] = prompt
 
-    def stack(*leaves: Any) -> np.ndarray:
+    def stack(*leaves: Any) -> np.ndarray:  # copies of the first row are padding
         padding = [leaves[0]] * (count - len(leaves))
         return np.concatenate([*leaves, *padding])
 
@@ -128,6 +131,6 @@ def pack(
         length=length,
         staging_index=staging_index,
         last=last,
-        prompt=whole,
+        prompt=whole_prompts,
         state=jax.tree.map(stack, *states),
     )

@@ -1,8 +1,8 @@
-"""Keys and values of prompt beginnings, kept on the device for later prompts.
+"""Stores keys and values of prompt beginnings on the device, for later prompts.
 
-A prefix is a chain of blocks. A block is looked up by its tokens and all tokens before
-it, so two prompts share exactly the blocks that their common beginning fills. Without
-an evicted block, the blocks after it are not reached either.
+A prefix is a chain of blocks. The key of a block is its tokens and all tokens before
+it, so two prompts share exactly the blocks that their common beginning fills. If a
+block is evicted, `find` does not return the blocks after it any more.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class PrefixCache:
-    """Blocks of prompt tokens, the least recently used evicted first.
+    """Stores blocks of prompt tokens; the least recently used one is evicted first.
 
     Args:
       size: tokens of a block.
@@ -31,13 +31,13 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
         self.evicted = 0
-        # The bytes of all tokens up to a block's end -> its keys and values.
+        # {the bytes of all tokens up to a block's end: the block's keys and values}
         self._blocks: OrderedDict[bytes, Any] = OrderedDict()
 
     def find(self, prompt: np.ndarray) -> list[Any]:
         """Returns the blocks that `prompt` [T] int32 begins with.
 
-        The last token of a prompt is never part of them: the model must compute it.
+        No block has the last token of the prompt: the model must compute that one.
         """
         blocks = []
         for key in self._keys(prompt, len(prompt) - 1):
@@ -51,10 +51,10 @@ class PrefixCache:
         return blocks
 
     def missing(self, prompt: np.ndarray) -> list[tuple[int, bytes]]:
-        """Returns (start, key) of the blocks of `prompt` that are still to be stored.
+        """Returns (start, key) of the blocks of `prompt` that are not stored yet.
 
-        Only the first `room` blocks of a prompt count: a later one would evict one of
-        them, without which it is not reached.
+        It returns none after the first `room` blocks of the prompt: to store such a
+        block would evict one before it, and then `find` would not return it.
         """
         keys = itertools.islice(self._keys(prompt, len(prompt)), self.room)
         return [

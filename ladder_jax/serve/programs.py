@@ -1,4 +1,4 @@
-"""An engine's compiled programs, and the decode state that they work on."""
+"""An engine's compiled programs, and the decode state on the device."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode
+from ladder_jax import decode, decode_shapes
 from ladder_jax.model import Transformer
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -16,9 +16,9 @@ from ladder_jax.serve.submission import Submission
 
 
 class Programs:
-    """Runs chunks and prefill calls; every method returns before the device is done.
+    """Starts chunks and prefill calls; it does not wait for the device.
 
-    weights: the model as the programs take it. state: decode.DecodeState.
+    weights: from decode.prepare_weights. state: decode.DecodeState.
     width, length: the compiled shape of the state, slots and tokens.
     chunks: {iterations: compiled chunk}. prefill: the compiled prefill call.
     padding_id: a token id outside the vocabulary.
@@ -33,7 +33,7 @@ class Programs:
     ) -> None:
         self.spec, self.capacity = spec, capacity
         self.padding_id = padding_id
-        self.weights = decode.place_weights(spec, model)
+        self.weights = decode.prepare_weights(spec, model)
         self.chunks = {
             size: decode.make_chunk(spec, size) for size in capacity.chunk_sizes
         }
@@ -47,17 +47,18 @@ class Programs:
 
     def reset(self) -> None:
         """Replaces the state by an empty one of the smallest shape."""
-        self.state = None  # before the allocation: the two need not fit together
+        # Frees the old state first: the memory may not hold two states.
+        self.state = None
         self.width, self.length = self.capacity.widths[0], self.capacity.lengths[0]
         self.state = decode.empty(
-            self.spec, self.width, self.capacity.places, self.length
+            self.spec, self.width, self.capacity.staging_size, self.length
         )
 
     def reshape(self, width: int, length: int) -> bool:
-        """Gives the state another shape; returns whether it had another one before."""
+        """Changes the shape of the state; returns False if it has it already."""
         start, stop = (self.width, self.length), (width, length)
-        for shape in self.capacity.moves(start, stop):
-            self.state = decode.reshape(self.state, *shape)
+        for shape in self.capacity.shapes_between(start, stop):
+            self.state = decode_shapes.reshape(self.state, *shape)
         self.width, self.length = width, length
         return start != stop
 
@@ -66,6 +67,8 @@ class Programs:
 
         Args:
           cancelled: request numbers to remove first, at most `most_cancelled`.
+          steps: after how many iterations to end; some chunks run all that they are
+            compiled for, see decode.make_chunk.
         Returns (decode.Events [K, W], request numbers in staging [R]).
         """
         padded = np.full(self.most_cancelled, decode.NO_REQUEST, np.int32)
@@ -79,7 +82,7 @@ class Programs:
     @property
     def most_cancelled(self) -> int:
         """The most requests that one chunk can remove: all that the device can hold."""
-        return self.capacity.slots + self.capacity.places
+        return self.capacity.slots + self.capacity.staging_size
 
     def run_prefill(self, prompts: decode.Prompts) -> decode.Events:
         """Starts a prefill call. Returns its events [P]."""
@@ -91,20 +94,27 @@ class Programs:
         self,
         pieces: Sequence[packing.Piece],
         width: int,
-        seen: int,
+        context: int,
         prompts: Sequence[np.ndarray],
-        rows: Sequence[decode.SlotState],
+        states: Sequence[decode.SlotState],
     ) -> decode.Prompts:
         """Returns the arguments of a prefill call, see packing.pack."""
-        places = self.capacity.places
-        return packing.pack(pieces, width, seen, prompts, rows, places, self.padding_id)
+        return packing.pack(
+            pieces,
+            width,
+            context,
+            prompts,
+            states,
+            self.capacity.staging_size,
+            self.padding_id,
+        )
 
     def read_block(self, index: int, start: int) -> Any:
-        """Returns a copy of the keys and values of a block of tokens in staging."""
+        """Returns a copy of a block, from token `start` on in staging row `index`."""
         return self._read_block(self.state.staging, np.int32(index), np.int32(start))
 
     def write_block(self, index: int, start: int, block: Any) -> None:
-        """Copies a block that `read_block` returned into staging."""
+        """Copies a block of `read_block` to row `index`, from token `start` on."""
         staging = self.state.staging
         self._set_staging(
             self._write_block(staging, np.int32(index), np.int32(start), block)
@@ -127,12 +137,14 @@ class Programs:
         return count, self.capacity.most_programs()
 
     def warm_up(self, progress: Callable[[list[Any]], Any]) -> None:
-        """Compiles every program that these shapes can need, and resets the state.
+        """Compiles every program that the engine can need, and resets the state.
 
         progress: wraps the list of shapes, as tqdm does.
         """
         widths, lengths = self.capacity.widths, self.capacity.lengths
-        for width in widths:  # all moves between neighbours, up and down
+        # Each reshape goes through all shapes between its start and its end, so these
+        # loops compile all reshapes between neighbouring shapes, in both directions.
+        for width in widths:
             self.reshape(width, lengths[-1])
             self.reshape(width, lengths[0])
         for length in lengths:
@@ -141,27 +153,28 @@ class Programs:
         shapes: list[tuple[int, int, Any]] = []
         for length in lengths:
             shapes += [(length, width, None) for width in widths]
-            calls = self.capacity.prefills(length)
-            shapes += [(length, widths[-1], call) for call in calls]
-        for length, width, call in progress(shapes):
+            prefill_shapes = self.capacity.prefill_shapes(length)
+            shapes += [(length, widths[-1], shape) for shape in prefill_shapes]
+        for length, width, prefill_shape in progress(shapes):
             self.reshape(width, length)
-            if call is None:
+            if prefill_shape is None:
                 for steps in self.capacity.chunk_sizes:
                     self.run_chunk([], steps)
             else:
-                self._warm_up_prefill(*call)
+                self._warm_up_prefill(*prefill_shape)
         self.reset()
-        # Python's garbage collector would walk a million objects of JAX's otherwise,
-        # which holds up the requests that decode for most of a second.
+        # Without `freeze`, Python's garbage collector visits a million objects of JAX
+        # now and then, and all requests wait for most of a second.
         gc.collect()
         gc.freeze()
 
-    def _warm_up_prefill(self, seen: int, count: int, width: int) -> None:
-        padding_row = packing.Piece(self.capacity.places, 0, width, False)
+    def _warm_up_prefill(self, context: int, count: int, width: int) -> None:
+        """Runs a prefill call of `count` rows of padding."""
+        padding_row = packing.Piece(self.capacity.staging_size, 0, width, False)
         prompt = np.zeros(width, np.int32)
-        row = decode.empty_slots(1, self.spec)._replace(history=None)
+        state = decode.empty_slots(1, self.spec)._replace(history=None)
         prompts = self.pack(
-            [padding_row] * count, width, seen, [prompt] * count, [row] * count
+            [padding_row] * count, width, context, [prompt] * count, [state] * count
         )
         self.run_prefill(prompts)
 
@@ -171,23 +184,23 @@ def slot_state(
 ) -> decode.SlotState:
     """Returns the decode.SlotState [1] of a request, NumPy arrays.
 
-    admission_order: the device admits staged requests in ascending order.
+    admission_order: the device admits the staged request with the lowest one first.
     """
 
-    def one(value: Any, dtype: Any = np.int32) -> Any:
+    def array(value: Any, dtype: Any = np.int32) -> Any:
         return np.asarray([value], dtype)
 
     stop_ids = submission.stop_token_ids
     padding = [decode.NO_REQUEST] * (max_stop_ids - len(stop_ids))
     return decode.SlotState(
-        request=one(number),
-        active=one(False, bool),
-        admission_order=one(admission_order),
-        token=one(0),
-        position=one(0),
-        remaining=one(submission.max_tokens),
-        stops=one([*stop_ids, *padding]),
-        logprobs=one(submission.logprobs is not None, bool),
+        request=array(number),
+        active=array(False, bool),
+        admission_order=array(admission_order),
+        token=array(0),
+        position=array(0),
+        remaining=array(submission.max_tokens),
+        stops=array([*stop_ids, *padding]),
+        logprobs=array(submission.logprobs is not None, bool),
         sampling=submission.params,
         history=None,  # prefill sets it
     )

@@ -1,7 +1,6 @@
-"""A request of the decode engine as its client sees it: iterate, cancel and read it."""
+"""A request of the engine as its client sees it: iterate, cancel and read it."""
 
 import asyncio
-import collections
 import contextlib
 import threading
 import time
@@ -25,24 +24,26 @@ class RequestFailed(RuntimeError):
 
 
 class EngineClosed(RuntimeError):
-    """`async for` over a request raises it if the engine's thread ended meanwhile.
+    """`async for` over a request raises it if the engine's thread ends before it.
 
-    The request is not lost: iterate it again, and the engine continues with it.
+    The engine keeps the request: iterate it again, and the engine continues with it.
     """
 
 
 class Token(NamedTuple):
     """One token of a request's output."""
 
-    id: int | None  # None: no token, but text that was held back until the end
-    text: str  # the text that it completes; "" if none, or if text is held back
-    logprob: float | None = None  # of the model, if the request has `logprobs`
-    # The likeliest ids and their log-probabilities, as many as `logprobs` says.
+    id: int | None  # None: the rest of the text, which follows the last token
+    # The text that it completes. "": it completes no character, or its text may begin a
+    # stop string and comes with a later token.
+    text: str
+    logprob: float | None = None  # of the model; None if not requested
+    # The likeliest ids and their log-probabilities, as many as requested.
     top: tuple[tuple[int, float], ...] = ()
 
 
 class Runner(Protocol):
-    """What a request needs of its engine."""
+    """The methods of the engine that a request calls."""
 
     @property
     def running(self) -> bool: ...
@@ -55,7 +56,7 @@ class Runner(Protocol):
 
 
 class Request:
-    """A request's handle: iterate it, also with `async for`, for its tokens.
+    """A client's handle of a request: `for` and `async for` over it yield its tokens.
 
     tokens: all ids so far, without the stop id. text: their text, cut at a stop string.
     finish: None while it runs, then "stop", "length", "cancelled" or "error".
@@ -69,12 +70,12 @@ class Request:
         engine: Runner,
         number: int,
         submission: Submission,
-        stopper: StopStringFilter | None,
+        text_filter: StopStringFilter | None,
     ) -> None:
         self.number, self.submission = number, submission
         self.prompt, self.max_tokens = submission.prompt, submission.max_tokens
         self.priority, self.logprobs = submission.priority, submission.logprobs
-        self.stopper = stopper
+        self.text_filter = text_filter
         self.tokens: list[int] = []
         self.text = ""
         self.finish: str | None = None
@@ -84,18 +85,19 @@ class Request:
         self._engine = engine
         self._unread: deque[Token] = deque()
         self._changed = threading.Condition()
-        self._wakers: list[Callable[[], object]] = []  # of `async for` loops that wait
+        self._wakers: list[Callable[[], object]] = []  # one per `async for` loop
 
     def cancel(self) -> None:
-        """Ends it; its slot is free from the next chunk on.
+        """Ends the request; the next chunk frees its slot.
 
         It does nothing if the request has finished.
         """
         self._engine.cancel(self)
 
     def result(self) -> "Request":
-        """Runs it to its end and returns it. Raises RequestFailed as iterating does."""
-        collections.deque(self, maxlen=0)
+        """Iterates the request to its end and returns it. May raise RequestFailed."""
+        for _ in self:
+            pass
         return self
 
     def __iter__(self) -> Iterator[Token]:
@@ -103,6 +105,7 @@ class Request:
             yield token
 
     def _next(self) -> Token | None:
+        """Waits for the next token, or takes steps for it; None at the end."""
         while True:
             with self._changed:
                 if self._unread or self.finish:
@@ -126,11 +129,11 @@ class Request:
             while True:
                 event.clear()
                 with self._changed:
-                    ready = bool(self._unread or self.finish)
-                    token = self._take() if ready else None
+                    has_ended = bool(self.finish) and not self._unread
+                    token = self._take()
                 if token is not None:
                     yield token
-                elif ready:
+                elif has_ended:
                     return
                 elif not self._engine.running:
                     raise EngineClosed(
@@ -144,6 +147,7 @@ class Request:
                 self._wakers.remove(wake)
 
     def _take(self) -> Token | None:
+        """Returns the next unread token or None; a failed request raises instead."""
         if self._unread:
             return self._unread.popleft()
         if self.error is not None:
@@ -160,9 +164,9 @@ class Request:
         finish: str | None = None,
         error: BaseException | None = None,
     ) -> bool:
-        """Appends tokens and, with `finish`, ends it; a finished one stays as it is.
+        """Appends tokens and, with `finish`, ends the request.
 
-        Returns whether this call ended it.
+        It does nothing if the request has finished. Returns whether this call ended it.
         """
         with self._changed:
             if self.finish:
@@ -179,7 +183,7 @@ class Request:
         return finish is not None
 
     def notify(self) -> None:
-        """Wakes the threads and coroutines that iterate it."""
+        """Wakes the threads and coroutines that iterate the request."""
         with self._changed:
             self._changed.notify_all()
             wakers = list(self._wakers)

@@ -9,7 +9,9 @@ from ladder_jax.serve.request import QueueFull, Request
 
 
 class RequestQueue:
-    """At most `size` requests: higher priority first, of equals the earlier number.
+    """A queue of at most `size` requests, in the order of their admission.
+
+    The highest priority comes first; of equal priorities, the lowest request number.
 
     Every method is safe to call from any thread.
     """
@@ -54,7 +56,7 @@ class RequestQueue:
         return [request for *_, request in entries]
 
     def remove_finished(self) -> None:
-        """Removes requests that are done, which an interrupted `cancel` can leave."""
+        """Removes finished requests: an interrupt in `cancel` can leave one behind."""
         for request in self:
             if request.finish:
                 self.remove(request)

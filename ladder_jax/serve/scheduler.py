@@ -1,13 +1,17 @@
-"""Decides what one step of the engine does, from counts alone: no device, no requests.
+"""Decides what one step of the engine does, from counts alone.
 
     queued -> prefilling -> staged -> decoding -> done
 
 A request is *queued* on the host, *prefilling* while the device computes its prompt in
 staging, *staged* while it waits there for a slot, and *decoding* in a slot. The host
-reads a chunk's events after it has started the next chunk, so a staged request may
-decode already; it counts as staged until the host has read that it left staging.
+reads a chunk's events after it has started the next chunk, so the device may have moved
+a staged request into a slot already. The request counts as staged until the host has
+read the events of that chunk.
 
-`Engine(scheduler=...)` takes any function like `plan_step`.
+A step of the engine is not a step of a chunk: the latter is one iteration of the decode
+loop.
+
+To schedule otherwise, give `Engine(scheduler=...)` a function like `plan_step`.
 """
 
 import enum
@@ -19,7 +23,7 @@ from ladder_jax.serve.buckets import round_up
 
 
 class Phase(enum.Enum):
-    """Where a request is, in the order in which it passes through."""
+    """The phases of a request, in their order."""
 
     QUEUED = "queued"
     PREFILLING = "prefilling"
@@ -41,39 +45,39 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine is compiled and configured for; see config.Decode and Capacity."""
+    """Limits of an engine, from config.Decode and from Capacity."""
 
     slots: int
     steps_per_call: int
-    prefill_budget: int  # tokens of one prefill call, and of all between two chunks
+    prefill_budget: int  # the most prompt tokens to compute between two chunks
     widths: Sequence[int]  # compiled numbers of slots, ascending
     lengths: Sequence[int]  # compiled numbers of tokens of a row, ascending
     chunk_sizes: Sequence[int]  # compiled numbers of iterations, ascending
-    fit_shapes: bool  # whether width and length follow the load
+    fit_shapes: bool  # whether width and length change with the load
     fixed_trip_count: bool  # a chunk always runs all iterations it is compiled for
-    patience: (
-        int  # steps that a smaller shape must suffice for before the state shrinks
-    )
+    # For how many steps of the engine a smaller shape must suffice before the state
+    # shrinks.
+    patience: int
 
 
 @dataclass(frozen=True)
 class Load:
-    """What there is to do when a step begins, or after a prefill call of it."""
+    """The work of an engine when a step begins, or after a prefill call of the step."""
 
     queued: int = 0  # requests that wait on the host
-    candidates: tuple[Work, ...] = ()  # the next of them, as many as staging has room
+    candidates: tuple[Work, ...] = ()  # the first of them that staging has room for
     prefilling: tuple[Work, ...] = ()
     staged: tuple[Work, ...] = ()
     decoding: tuple[Work, ...] = ()
-    cancelled: int = 0  # requests that the next chunk must take off the device
+    cancelled: int = 0  # requests that the next chunk must remove from the device
     unread_chunks: int = 0
-    unread_prefills: int = 0  # prefill calls whose events no chunk has brought along
-    prefill_spent: int = 0  # tokens computed by this step's prefill calls so far
-    width: int = 1  # of the decode state, slots
-    length: int = 1  # of the decode state, tokens
-    smaller_steps: int = (
-        0  # steps in a row that a smaller shape would have sufficed for
-    )
+    # Prefill calls since the last chunk: the host reads their events with the next one.
+    unread_prefills: int = 0
+    prefill_spent: int = 0  # tokens that this step's prefill calls have computed
+    width: int = 1  # slots of the decode state
+    length: int = 1  # tokens of its rows
+    # For how many steps of the engine in a row a smaller shape would have sufficed.
+    smaller_steps: int = 0
 
     @property
     def on_device(self) -> tuple[Work, ...]:
@@ -82,34 +86,34 @@ class Load:
 
 
 class Step(NamedTuple):
-    """What a step does: admits, gives the state a shape, prefills, starts a chunk."""
+    """The plan of one step of the engine."""
 
-    admit: int  # the first `admit` candidates get a place in staging
-    width: int  # shape of the decode state, slots
-    length: int  # and tokens
+    admit: int  # how many candidates, from the first on, get a row of staging
+    width: int  # slots of the decode state
+    length: int  # tokens of its rows
     smaller_steps: int  # for the next step's Load
     prefill_budget: int  # tokens of the next prefill call; 0: the chunk comes next
-    steps: int  # iterations of the next chunk; 0: no chunk
+    chunk_steps: int  # iterations of the next chunk; 0: no chunk
 
 
 Scheduler = Callable[[Load, Limits], Step]
 
 
 def plan_step(load: Load, limits: Limits) -> Step:
-    """Plans the step for a load, as if every candidate could be admitted.
+    """Returns the plan of a step, which admits every candidate.
 
-    The engine plans once at the beginning of a step, and again after the admission and
-    after every prefill call, then without candidates, until `prefill_budget` is 0.
+    The engine calls this function when a step begins. It calls it again, without
+    candidates, after the admission and after every prefill call, until
+    `prefill_budget` is 0.
     """
     width, length, smaller_steps = fit_shape(load, limits)
-    admitted = len(load.candidates)
     return Step(
-        admit=admitted,
+        admit=len(load.candidates),
         width=width,
         length=length,
         smaller_steps=smaller_steps,
         prefill_budget=next_prefill_budget(load, limits),
-        steps=next_chunk_steps(load, limits),
+        chunk_steps=next_chunk_steps(load, limits),
     )
 
 
@@ -117,31 +121,33 @@ def plan_step(load: Load, limits: Limits) -> Step:
 
 
 def fit_shape(load: Load, limits: Limits) -> tuple[int, int, int]:
-    """Returns (width, length, smaller_steps): the shape that the next chunk needs.
+    """Returns (width, length, smaller_steps) for the next chunk.
 
-    It grows at once. It shrinks when no request is on the device, or when a smaller
-    shape has sufficed for more than `patience` steps.
+    The shape grows at once. It shrinks when no request is on the device, or when a
+    smaller shape has sufficed for more than `patience` steps of the engine.
     """
     works = load.on_device + load.candidates
-    # An upper bound: some may have finished in chunks that the host has not read.
+    # An upper bound: some requests may have ended in chunks that the host has not read.
     count = len(works) + load.cancelled
     if not limits.fit_shapes or not count:
         return load.width, load.length, load.smaller_steps
     steps = limits.steps_per_call * (load.unread_chunks + 1)
-    longest = max((reach(work, steps) for work in works), default=0)
+    longest = max((most_tokens(work, steps) for work in works), default=0)
     width = round_up(limits.widths, min(count, limits.slots))
     length = round_up(limits.lengths, longest)
-    grown = max(width, load.width), max(length, load.length)
-    smaller_steps = load.smaller_steps + 1 if (width, length) != grown else 0
-    idle = not load.on_device and not load.cancelled
-    if idle or smaller_steps > limits.patience:
+    larger_width = max(width, load.width)
+    larger_length = max(length, load.length)
+    is_smaller = (width, length) != (larger_width, larger_length)
+    smaller_steps = load.smaller_steps + 1 if is_smaller else 0
+    is_idle = not load.on_device and not load.cancelled
+    if is_idle or smaller_steps > limits.patience:
         return width, length, 0
-    return *grown, smaller_steps
+    return larger_width, larger_length, smaller_steps
 
 
-def reach(work: Work, steps: int) -> int:
-    """Returns how many tokens a request can have after so many more iterations."""
-    first_token = 1  # by prefill, not by an iteration
+def most_tokens(work: Work, steps: int) -> int:
+    """Returns the most tokens that a request has after so many more iterations."""
+    first_token = 1  # prefill emits it, no iteration does
     return work.prompt + min(work.max_tokens, work.emitted + steps + first_token)
 
 
@@ -149,10 +155,10 @@ def reach(work: Work, steps: int) -> int:
 
 
 def next_prefill_budget(load: Load, limits: Limits) -> int:
-    """Returns how many prompt tokens, padding included, the next call may compute."""
+    """Returns how many tokens, padding included, the next prefill call may compute."""
     if not load.prefilling and not load.candidates:
         return 0
-    if not load.staged and not load.decoding:  # no request waits for a chunk
+    if not load.staged and not load.decoding:  # a chunk would have nothing to decode
         return limits.prefill_budget
     if enough_staged(load, limits):
         return 0
@@ -160,11 +166,14 @@ def next_prefill_budget(load: Load, limits: Limits) -> int:
 
 
 def enough_staged(load: Load, limits: Limits) -> bool:
-    """Whether prefill can wait, so that more prompts share a call.
+    """Returns whether staging holds enough requests until the next step.
 
-    It can if staging holds a request for every free slot, for every slot whose request
-    runs out of tokens within the unread chunks and the next one, and for at least a
-    quarter of all slots, since a stop can end a request at any time.
+    Prefill then waits, so that more prompts share a call. Staging must hold:
+
+    - a request for every free slot;
+    - beside these, a request for every request that reaches its `max_tokens` in the
+      unread chunks or the next one, but no fewer than a quarter of the slots, since a
+      stop id or a stop string can end a request at any time.
     """
     steps = limits.steps_per_call * (load.unread_chunks + 1)
     works = load.on_device + load.candidates
@@ -178,39 +187,40 @@ def enough_staged(load: Load, limits: Limits) -> bool:
 
 
 def next_chunk_steps(load: Load, limits: Limits) -> int:
-    """Returns the iterations of the next chunk, 0 if there is nothing for it to do.
+    """Returns the iterations of the next chunk; 0 if there is nothing for it to do.
 
-    It has no more iterations than tokens are left to emit. It has fewer in proportion
-    to the empty slots that the next prefill call could fill, so that this call comes
-    soon.
+    They are at most the tokens that the longest request has left. If the next prefill
+    call can fill empty slots, the chunk is shorter, so that this call starts soon: it
+    has the share of `steps_per_call` that full slots have of full and fillable slots.
     """
     left = tokens_left(load)
     if not (left or load.cancelled or load.unread_prefills):
         return 0
-    holders = len(load.staged) + len(load.decoding)
+    full = len(load.staged) + len(load.decoding)
     nearly_prefilled = sum(
         work.prompt - work.computed <= limits.prefill_budget
         for work in load.prefilling + load.candidates
     )
     queued = load.queued - len(load.candidates)
-    fillable = min(nearly_prefilled + queued, max(limits.slots - holders, 0))
-    share = limits.steps_per_call * holders // max(holders + fillable, 1)
+    fillable = min(nearly_prefilled + queued, max(limits.slots - full, 0))
+    share = limits.steps_per_call * full // max(full + fillable, 1)
     steps = max(min(share, left), 1)
     return round_up(limits.chunk_sizes, steps) if limits.fixed_trip_count else steps
 
 
 def tokens_left(load: Load) -> int:
-    """Returns the most tokens that one request has left to decode after all chunks.
+    """Returns the most tokens that a request has left after the unread chunks.
 
-    "After all chunks" means after those that the host has started. A staged request
-    counts as not advanced by them if not all requests fit into the slots.
+    The unread chunks advance every decoding request. They may not have admitted a
+    staged request if there are more requests than slots: it then has all tokens left.
     """
-    crowded = len(load.staged) + len(load.decoding) > load.width
+    all_have_slots = len(load.staged) + len(load.decoding) <= load.width
 
-    def left(work: Work, unread_steps: int) -> int:
-        emitted = max(work.emitted, 1)  # the first token comes with prefill
+    def left(work: Work, is_decoding: bool) -> int:
+        emitted = max(work.emitted, 1)  # prefill emits the first token
+        unread_steps = work.unread_steps if is_decoding else 0
         return work.max_tokens - emitted - unread_steps
 
-    staged = [left(work, 0 if crowded else work.unread_steps) for work in load.staged]
-    decoding = [left(work, work.unread_steps) for work in load.decoding]
+    staged = [left(work, all_have_slots) for work in load.staged]
+    decoding = [left(work, True) for work in load.decoding]
     return max([0, *staged, *decoding])

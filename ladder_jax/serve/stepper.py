@@ -1,4 +1,4 @@
-"""Takes the steps of an engine: admission, prefill calls, chunks, and their events."""
+"""Takes the steps of an engine: admits requests, runs prefill calls and chunks."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.counters import Counters
-from ladder_jax.serve.events import hand_out
+from ladder_jax.serve.events import deliver_events
 from ladder_jax.serve.prefix_cache import PrefixCache
 from ladder_jax.serve.programs import Programs, slot_state
 from ladder_jax.serve.request import Request
@@ -26,26 +26,27 @@ from ladder_jax.serve.submission import TICKETS
 from ladder_jax.serve.tracker import Chunk, Record, Tracker, work_of
 
 log = logging.getLogger(__name__)
-PATIENCE = 4  # steps that a smaller shape must suffice for before the state shrinks
+# For how many steps a smaller shape must suffice before the state shrinks.
+PATIENCE = 4
 
 
 @dataclasses.dataclass
 class UnreadChunk(Chunk):
-    """A chunk that the host has started, and its results on the device."""
+    """A chunk that the host has started and not read, and its results on the device."""
 
     width: int
-    prefills: list[decode.Events]  # [P] each, of the prefill calls before it
+    prefills: list[decode.Events]  # [P] each, of the prefill calls since the last one
     events: decode.Events  # [K, W]
     waiting: jax.Array  # [R], request numbers in staging after it
 
 
 class Stepper:
-    """Moves requests from a queue through the device, one step after another.
+    """Moves requests from the queue through the phases, one step after another.
 
-    One thread at a time may call its methods, but for `cancel`.
+    Only one thread at a time may call its methods; `cancel` is safe from any thread.
 
     Args:
-      options: config.Decode, with the number of slots filled in.
+      options: config.Decode; its `slots` is a number.
       queue: the requests that wait on the host.
       scheduler, trace, pipelined: see Engine.
     """
@@ -77,43 +78,46 @@ class Stepper:
         )
         self.counters = Counters()
         self.history: list[tuple[float, np.ndarray]] = []
-        self._cancels: deque[Request] = deque()
-        self.tracker = Tracker(capacity.places)
-        self._tickets = 0  # given to requests in the order of their admission
+        # Requests that clients have cancelled since the last step.
+        self._cancelled: deque[Request] = deque()
+        self._tickets = 0  # the last ticket, see TICKETS
+        # Whether a step is changing this object and the device's state: if an interrupt
+        # ends the step, they may disagree.
         self._changing = False
-        self._start_afresh()
+        self._reset()
 
     def cancel(self, request: Request) -> None:
         """Ends a request. Any thread may call it at any time."""
         if request.put(finish="cancelled"):
             self.queue.remove(request)
-            self._cancels.append(request)
+            self._cancelled.append(request)
 
     def step(self) -> bool:
         """Takes one step; returns whether there was anything to do.
 
-        If the device raises an exception, the requests that it works on fail, and the
-        engine continues with an empty state and the queued requests. The same holds if
-        a KeyboardInterrupt, or another exception that is not an Exception, has ended
-        the step before this one while it changed the state. An exception is raised
-        again if there is no request to fail with it.
+        If the step raises an exception, the requests on the device fail, and the engine
+        continues with an empty state and the queued requests. If there is no request on
+        the device, the step raises the exception. The requests also fail if an
+        interrupt (KeyboardInterrupt or another exception that is not an Exception)
+        ended the step before this one while it changed the state.
         """
         if self._changing:
             self._fail(RuntimeError("a step of the engine was interrupted halfway"))
             return True
         try:
             self._changing = True
-            worked = self._step()
+            had_work = self._step()
             self._changing = False
-            return worked
-        except Exception as error:  # any: the device's state may be lost
+            return had_work
+        except Exception as error:  # after any exception the state may be lost
             log.exception("a decode step failed: its requests fail")
             if not self._fail(error):
                 raise
             return True
 
     def _step(self) -> bool:
-        self._read_cancels()
+        """Takes one step; it is not safe against exceptions, see `step`."""
+        self._finish_cancelled()
         candidates = self._candidates()
         step = self._plan(candidates)
         self._smaller_steps = step.smaller_steps
@@ -121,21 +125,21 @@ class Stepper:
         self.counters.reshapes += self.programs.reshape(step.width, step.length)
         for record in admitted:
             self._copy_prefix(record)
-        started = self._start_chunk(self._prefill())
-        prefilling = bool(self.tracker.phase(Phase.PREFILLING))
+        has_started = self._start_chunk(self._prefill())
+        has_prefilling = bool(self.tracker.in_phase(Phase.PREFILLING))
         # The new chunk stays unread while the device runs it.
-        stay_unread = 1 if started and self.pipelined else 0
-        read = len(self._unread) > stay_unread
+        stay_unread = 1 if has_started and self.pipelined else 0
+        has_unread = len(self._unread) > stay_unread
         while len(self._unread) > stay_unread:
             self._read_chunk(self._unread[0])
-        return started or prefilling or read
+        return has_started or has_prefilling or has_unread
 
     def _candidates(self) -> list[Request]:
         """Returns the queued requests that staging has room for."""
-        free = len(self.tracker.free_places())
+        free = len(self.tracker.free_staging_indices())
         if self._tickets + free > TICKETS:
-            # The tickets start again at 1 when no request in staging has one.
-            if free < self.capacity.places:
+            # The tickets start again at 1 once staging is empty.
+            if free < self.capacity.staging_size:
                 return []
             self._tickets = 0
         if any(request.finish for request in self.queue.first(free)):
@@ -151,7 +155,7 @@ class Stepper:
             prefilling=tracker.work(Phase.PREFILLING, unread),
             staged=tracker.work(Phase.STAGED, unread),
             decoding=tracker.work(Phase.DECODING, unread),
-            cancelled=tracker.cancelled(),
+            cancelled=tracker.cancelled_count(),
             unread_chunks=len(unread),
             unread_prefills=len(self._prefill_events),
             prefill_spent=prefill_spent,
@@ -161,23 +165,23 @@ class Stepper:
         )
         return self.scheduler(load, self.limits)
 
-    def _start_afresh(self) -> None:
-        """Puts an empty decode state in place, without any request."""
+    def _reset(self) -> None:
+        """Replaces the decode state by an empty one, and forgets all its requests."""
         self._unread: deque[UnreadChunk] = deque()
-        self._prefill_events: list[decode.Events] = []  # no chunk has taken them along
-        self.tracker = Tracker(self.capacity.places)
-        self._tickets = 0  # given to requests in the order of their admission
+        # Of the prefill calls since the last chunk.
+        self._prefill_events: list[decode.Events] = []
+        self.tracker = Tracker(self.capacity.staging_size)
+        self._tickets = 0
         self._chunks_started = 0
         self._smaller_steps = 0
         self.prefixes.clear()
         self.programs.reset()
-        # Whether the fields above and the device's state may disagree.
         self._changing = False
 
     def _fail(self, error: Exception) -> bool:
-        """Ends all requests on the device, whose state is lost.
+        """Ends all requests on the device and resets its state, which may be damaged.
 
-        Returns whether there were any.
+        Returns whether there were any requests.
         """
         self.counters.failures += 1
         live = self.tracker.live()
@@ -185,34 +189,36 @@ class Stepper:
             ended = record.request.put(finish="error", error=error)
             self.counters.finished += ended
         self.queue.remove_finished()
-        self._start_afresh()
+        self._reset()
         return bool(live)
 
-    def _read_cancels(self) -> None:
-        while self._cancels:
-            request = self._cancels[0]
+    def _finish_cancelled(self) -> None:
+        """Makes the next chunk remove the cancelled requests from the device."""
+        while self._cancelled:
+            request = self._cancelled[0]
             if record := self.tracker.get(request.number):
-                self.tracker.finish(record, device_knows=False)
+                self.tracker.finish(record, device_ended=False)
             self.counters.finished += 1
-            self._cancels.popleft()
+            self._cancelled.popleft()
 
     # ------------------------------------------------------------ admission, prefill
 
     def _admit(self, requests: list[Request]) -> list[Record]:
-        """Gives requests a place in staging; returns their records."""
-        admitted = []
-        for index, request in zip(self.tracker.free_places(), requests):
+        """Gives each request a row of staging; returns their records."""
+        records = []
+        for index, request in zip(self.tracker.free_staging_indices(), requests):
             self._tickets += 1
-            # It is in both for a moment: after an interrupt it must be in one of them.
+            # For a moment, the request is in the tracker and in the queue: an interrupt
+            # between the two lines does not lose it.
             record = self.tracker.admit(request, index, self._tickets)
             if self.queue.remove(request):
-                admitted.append(record)
-            else:  # cancelled since the step was planned
-                self.tracker.finish(record, device_knows=False)
-        return admitted
+                records.append(record)
+            else:  # the client has cancelled it since the step was planned
+                self.tracker.finish(record, device_ended=False)
+        return records
 
     def _copy_prefix(self, record: Record) -> None:
-        """Copies the keys and values of a cached prefix of its prompt to its place."""
+        """Copies the cached blocks that its prompt begins with to its staging row."""
         assert record.staging_index is not None
         blocks, size = self.prefixes.find(record.request.prompt), self.prefixes.size
         for i, block in enumerate(blocks):
@@ -222,19 +228,20 @@ class Stepper:
 
     def _prefill(self) -> Step:
         """Starts the prefill calls of a step; returns the plan for its chunk."""
-        spent = 0
+        computed = 0
         while True:
-            step = self._plan([], spent)
+            step = self._plan([], computed)
             if not step.prefill_budget:
                 return step
-            computed = self._prefill_call(step.prefill_budget)
-            if not computed:  # the rest of the budget is below the smallest width
+            tokens = self._prefill_call(step.prefill_budget)
+            if not tokens:  # the rest of the budget is below the smallest width
                 return step
-            spent += computed
+            computed += tokens
 
     def _prefill_call(self, budget: int) -> int:
-        """Computes the next pieces of prompts; returns the tokens, with padding."""
-        records = {r.staging_index: r for r in self.tracker.phase(Phase.PREFILLING)}
+        """Starts one prefill call; returns its number of tokens, padding included."""
+        prefilling = self.tracker.in_phase(Phase.PREFILLING)
+        records = {record.staging_index: record for record in prefilling}
         waiting = [
             (index, record.computed, len(record.request.prompt))
             for index, record in records.items()
@@ -243,17 +250,17 @@ class Stepper:
         pieces, width = packing.pick_pieces(waiting, self.capacity.pieces, budget)
         if not pieces:
             return 0
-        picked = [records[piece.staging_index] for piece in pieces]
-        seen = round_up(
-            self.capacity.seen(self.programs.length),
+        piece_records = [records[piece.staging_index] for piece in pieces]
+        context = round_up(
+            self.capacity.context_lengths(self.programs.length),
             max(piece.stop for piece in pieces),
         )
         prompts = self.programs.pack(
             pieces,
             width,
-            seen,
-            [record.request.prompt for record in picked],
-            [self._slot_state(record) for record in picked],
+            context,
+            [record.request.prompt for record in piece_records],
+            [self._slot_state(record) for record in piece_records],
         )
         events = self.programs.run_prefill(prompts)
         jax.copy_to_host_async(events)
@@ -261,7 +268,7 @@ class Stepper:
         self.counters.prefill_calls += 1
         self.counters.prefill_tokens += sum(piece.length for piece in pieces)
         self.counters.prefill_padded += prompts.tokens.size
-        for piece, record in zip(pieces, picked):
+        for piece, record in zip(pieces, piece_records):
             record.computed = piece.stop
             if piece.last:
                 self.tracker.stage(record, self._chunks_started)
@@ -276,6 +283,7 @@ class Stepper:
         )
 
     def _cache_prefix(self, record: Record) -> None:
+        """Stores the blocks of its prompt that the prefix cache does not have yet."""
         assert record.staging_index is not None
         for start, key in self.prefixes.missing(record.request.prompt):
             block = self.programs.read_block(record.staging_index, start)
@@ -285,15 +293,15 @@ class Stepper:
 
     def _start_chunk(self, step: Step) -> bool:
         """Starts a chunk if the plan has one; returns whether it did."""
-        if not step.steps:
+        if not step.chunk_steps:
             return False
         cancelled = self.tracker.take_cancelled(self.programs.most_cancelled)
-        events, waiting = self.programs.run_chunk(cancelled, step.steps)
+        events, waiting = self.programs.run_chunk(cancelled, step.chunk_steps)
         jax.copy_to_host_async((events, waiting))
         self._unread.append(
             UnreadChunk(
                 number=self._chunks_started,
-                steps=step.steps,
+                steps=step.chunk_steps,
                 width=self.programs.width,
                 prefills=self._prefill_events,
                 events=events,
@@ -306,7 +314,7 @@ class Stepper:
         return True
 
     def _read_chunk(self, chunk: UnreadChunk) -> None:
-        """Waits for the oldest unread chunk and hands out its events."""
+        """Waits for the oldest unread chunk and delivers its events to the requests."""
         self._changing = False  # an interrupt during the wait loses nothing
         prefills, events, waiting = jax.device_get(
             (chunk.prefills, chunk.events, chunk.waiting)
@@ -315,17 +323,20 @@ class Stepper:
         tracker, counters = self.tracker, self.counters
         counters.syncs += 1
         for prefill in prefills:
-            hand_out(jax.tree.map(lambda x: x[None], prefill), tracker, counters)
+            one_iteration = jax.tree.map(lambda x: x[None], prefill)  # [1, P]
+            deliver_events(one_iteration, tracker, counters)
         self._count_iterations(chunk, events)
-        hand_out(events, tracker, counters)
-        self.tracker.read(chunk, waiting.tolist())
+        deliver_events(events, tracker, counters)
+        tracker.leave_staging(chunk, waiting.tolist())
         self._unread.popleft()
 
     def _count_iterations(self, chunk: UnreadChunk, events: Any) -> None:
+        """Adds a chunk's iterations to the counters, and to the history if traced."""
         busy = events.flag != decode.IDLE
         iterations = len(busy)
-        if not self.limits.fixed_trip_count:  # it ended with the last event
-            iterations = int(np.flatnonzero(busy.any(axis=1)).max(initial=-1)) + 1
+        if not self.limits.fixed_trip_count:  # the loop ended after the last event
+            busy_iterations = np.flatnonzero(busy.any(axis=1))
+            iterations = int(busy_iterations.max(initial=-1)) + 1
         self.counters.iterations += iterations
         self.counters.slot_iterations += iterations * chunk.width
         self.counters.busy += int(busy.sum())

@@ -1,4 +1,4 @@
-"""Text that grows token by token and ends exactly before a stop string."""
+"""Turns tokens into text that ends exactly before the first stop string."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -36,8 +36,8 @@ class StopStringFilter:
     """Turns ids into text up to a stop string.
 
     The texts that `push` and `flush` return, joined, end before the first stop string
-    that becomes complete. If one token completes several, the one that begins first
-    counts. Text that may be the beginning of a stop string is held back.
+    that becomes complete. If one token completes several, they end before the one that
+    begins first. `push` holds back text that may be the beginning of a stop string.
 
     Args:
       stream: turns ids into text.
@@ -47,33 +47,34 @@ class StopStringFilter:
     def __init__(self, stream: TextStream, stops: Iterable[str] = ()) -> None:
         self._stream = stream
         self._stops = tuple(stops)
-        self._held = ""
+        self._held_back = ""
         self._stopped = False
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Returns (the text that no later token can change, whether a stop ended it).
+        """Returns (text, whether a stop string is complete).
 
-        After a stop string, it returns no more text.
+        The text is the part that is certainly before the stop string. After a stop
+        string, `push` returns no more text.
         """
         return self._add(self._stream.push(token)), self._stopped
 
     def flush(self) -> str:
-        """Returns the text that was held back, once no more tokens come."""
-        text = self._add(self._stream.flush())
-        held, self._held = self._held, ""
-        return text + held
+        """Returns the text that was held back. The caller pushes no more tokens."""
+        text = self._add(self._stream.flush()) + self._held_back
+        self._held_back = ""
+        return text
 
     def _add(self, new: str) -> str:
-        """Appends `new` to the text that is held back; returns what is now certain."""
+        """Appends `new` to the text that is held back; returns the part now certain."""
         if self._stopped:
             return ""
-        text = self._held + new
+        text = self._held_back + new
         positions = [text.find(stop) for stop in self._stops if stop in text]
         if positions:
-            self._held, self._stopped = "", True
+            self._held_back, self._stopped = "", True
             return text[: min(positions)]
         certain = len(text) - self._beginning_of_stop(text)
-        self._held = text[certain:]
+        self._held_back = text[certain:]
         return text[:certain]
 
     def _beginning_of_stop(self, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Checks everything that a client submits before any of it is queued.
+"""Checks a client's prompt and options before the engine queues the request.
 
 To add an option of `Engine.submit`, add a field to `SubmitOptions` and a row to
 `options_table`. The options of sampling have a table of their own in sampling.py.
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.sampling import SamplingParams, make_params
 
-# The device orders waiting requests by one int32, made of priority and ticket, so
+# A ticket is the number of a request's admission to staging, from 1 to TICKETS. The
+# device orders waiting requests by the int32 ticket - priority * TICKETS, so
 # (2 * MAX_PRIORITY + 1) * TICKETS must be less than 2 ** 32.
 MAX_PRIORITY = 1000
 TICKETS = 2**21
@@ -24,9 +25,9 @@ DEFAULT_MAX_TOKENS = 200
 
 @dataclass(frozen=True)
 class Accepts:
-    """What one engine can take.
+    """Limits of one engine for the prompts and options of requests.
 
-    tokenizer: None if prompts must be ids.
+    tokenizer: a Tokenizer, or None if prompts must be ids.
     """
 
     tokenizer: Any
@@ -58,7 +59,7 @@ class SubmitOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Submission:
-    """A request whose every option has been checked."""
+    """A prompt and its options, checked; see `check_request`."""
 
     prompt: np.ndarray  # int32
     max_tokens: int
@@ -70,13 +71,13 @@ class Submission:
 
 
 class Option(NamedTuple):
-    """An option of `Engine.submit`."""
+    """An option of `Engine.submit`: its default and its check."""
 
     default: Any
     # Returns the value as the engine uses it, or raises ValueError, TypeError or
     # OverflowError if it is not accepted.
     read: Callable[[Any], Any]
-    accepted: str
+    accepted: str  # the accepted values, for messages
     none_is_default: bool = False
 
 
@@ -115,18 +116,20 @@ def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
     }
 
 
-def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submission:
-    """Returns the checked request. Raises ConfigError, which names the first mistake.
+def check_request(
+    prompt: Any, options: Mapping[str, object], accepts: Accepts
+) -> Submission:
+    """Checks a prompt and its options. Raises ConfigError for the first mistake.
 
     Args:
       prompt: text, or ids in a list, a tuple, an array or another iterable.
       options: those of `options_table`, and those of sampling.make_params.
     """
     prompt_ids = read_prompt(prompt, accepts)
-    left: dict[str, Any] = dict(options)
+    other_options: dict[str, Any] = dict(options)
     values: dict[str, Any] = {}
     for name, option in options_table(accepts, len(prompt_ids)).items():
-        value = left.pop(name, option.default)
+        value = other_options.pop(name, option.default)
         if value is None and option.none_is_default:
             value = option.default
         try:
@@ -135,8 +138,10 @@ def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submi
             raise refusal(name, value, option.accepted) from None
     if values["stop"]:
         need_tokenizer(accepts, "stop is text")
-    bias = left.pop("logit_bias", None)
-    params = make_params(bias, accepts.max_logit_bias, accepts.vocabulary, **left)
+    bias = other_options.pop("logit_bias", None)
+    params = make_params(
+        bias, accepts.max_logit_bias, accepts.vocabulary, **other_options
+    )
     return Submission(prompt=prompt_ids, params=params, **values)
 
 
@@ -144,7 +149,10 @@ def check(prompt: Any, options: Mapping[str, object], accepts: Accepts) -> Submi
 
 
 def integer(value: Any, least: int, most: int) -> int:
-    """Returns an integer of Python or NumPy as an int; refuses bools and floats."""
+    """Returns an integer of Python or NumPy as an int.
+
+    Raises TypeError for bools and floats, ValueError for numbers out of range.
+    """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError("a bool")
     number = operator.index(value)
@@ -155,18 +163,18 @@ def integer(value: Any, least: int, most: int) -> int:
 
 def strings(value: Any) -> tuple[str, ...]:
     """Returns a string, or several, as a tuple."""
-    several = (value,) if isinstance(value, str) else sequence(value, None)
-    if not all(isinstance(text, str) and text for text in several):
+    texts = (value,) if isinstance(value, str) else sequence(value, None)
+    if not all(isinstance(text, str) and text for text in texts):
         raise TypeError("not all are non-empty strings")
-    return several
+    return texts
 
 
 def ids(value: Any, last_id: int, most: int) -> tuple[int, ...]:
     """Returns at most so many token ids as a tuple."""
-    several = sequence(value, most + 1)
-    if len(several) > most:
+    tokens = sequence(value, most + 1)
+    if len(tokens) > most:
         raise ValueError("too many")
-    return tuple(integer(token, 0, last_id) for token in several)
+    return tuple(integer(token, 0, last_id) for token in tokens)
 
 
 def sequence(value: Any, most: int | None) -> tuple[Any, ...]:
@@ -179,49 +187,51 @@ def sequence(value: Any, most: int | None) -> tuple[Any, ...]:
 
 
 def read_prompt(prompt: Any, accepts: Accepts) -> np.ndarray:
-    """Returns a prompt's ids, int32."""
-    submitted = prompt
+    """Returns a prompt's ids, int32. Raises ConfigError if it is not accepted."""
+    original_prompt = prompt
     if isinstance(prompt, str):
         need_tokenizer(accepts, "prompt is text")
         try:
             prompt = accepts.tokenizer.prompt(prompt)
         except UnicodeError:
-            raise refusal("prompt", submitted, "text that UTF-8 can encode") from None
+            raise refusal(
+                "prompt", original_prompt, "text that UTF-8 can encode"
+            ) from None
     accepted = f"text, or ids from 0 to {accepts.vocabulary - 1}"
     if hasattr(prompt, "dtype") and hasattr(prompt, "shape"):  # NumPy's or JAX's array
         prompt = np.asarray(prompt)
         if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
-            described = f"array of shape {prompt.shape} and type {prompt.dtype}"
-            raise refusal("prompt", Verbatim(described), accepted)
+            description = f"array of shape {prompt.shape} and type {prompt.dtype}"
+            raise refusal("prompt", Verbatim(description), accepted)
         prompt = prompt[: accepts.length].tolist()
     try:
         tokens = sequence(prompt, accepts.length)
     except (ValueError, TypeError):
-        raise refusal("prompt", submitted, accepted) from None
+        raise refusal("prompt", original_prompt, accepted) from None
     if not tokens:
-        raise refusal("prompt", submitted, "at least one token")
+        raise refusal("prompt", original_prompt, "at least one token")
     if len(tokens) >= accepts.length:
-        described = f"{len(tokens)} or more tokens"
+        description = f"{len(tokens)} or more tokens"
         accepted = f"fewer than {accepts.length} tokens"
-        raise refusal("prompt", Verbatim(described), accepted)
+        raise refusal("prompt", Verbatim(description), accepted)
     try:
-        checked = ids(tokens, accepts.vocabulary - 1, len(tokens))
+        prompt_ids = ids(tokens, accepts.vocabulary - 1, len(tokens))
     except (ValueError, TypeError, OverflowError):
-        raise refusal("prompt", submitted, accepted) from None
-    return np.asarray(checked, np.int32)
+        raise refusal("prompt", original_prompt, accepted) from None
+    return np.asarray(prompt_ids, np.int32)
 
 
-def need_tokenizer(accepts: Accepts, why: str) -> None:
-    """Raises ConfigError if the engine has no tokenizer."""
+def need_tokenizer(accepts: Accepts, reason: str) -> None:
+    """Raises ConfigError, with the reason for it, if the engine has no tokenizer."""
     if accepts.tokenizer is None:
-        raise ConfigError(f"{why}, but this engine has no tokenizer: give ids")
+        raise ConfigError(f"{reason}, but this engine has no tokenizer: give ids")
 
 
 # ---------------------------------------------------------------- messages
 
 
 class Verbatim(str):
-    """Text that a message has without quotes."""
+    """A description of a value, which messages show without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -229,15 +239,5 @@ class Verbatim(str):
 
 def refusal(name: str, value: Any, accepted: str) -> ConfigError:
     """Returns the error for a value that is not accepted; its message is one line."""
-    return ConfigError(f"{name}={shown(value)} is not accepted: it must be {accepted}")
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """Returns a value's repr on one line, shortened."""
-    if isinstance(value, (list, tuple)) and len(value) > 8:
-        return f"{shown(value[:8], most)[:-1]}, ...]"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # of the value's own __repr__, or of an int of 4300 digits
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= most else f"{text[:most]}..."
+    text = short_repr(value)
+    return ConfigError(f"{name}={text} is not accepted: it must be {accepted}")

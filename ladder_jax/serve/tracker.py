@@ -1,4 +1,4 @@
-"""Keeps the phase of every request that an engine has admitted to the device."""
+"""Tracks the phase of every request that an engine has admitted to staging."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,33 +9,33 @@ from ladder_jax.serve.scheduler import Phase, Work
 
 @dataclasses.dataclass
 class Chunk:
-    """A chunk that runs, or that the host has not read yet: its number and size."""
+    """A chunk that the host has started."""
 
-    number: int
-    steps: int
+    number: int  # from 0
+    steps: int  # iterations
 
 
 @dataclasses.dataclass
 class Record:
-    """Where one admitted request is."""
+    """The phase of one admitted request, and its row of staging."""
 
     request: Request
     phase: Phase
     staging_index: int | None  # None: it has left staging
-    ticket: int  # it was the engine's ticket-th admission
+    ticket: int  # the number of its admission, see submission.TICKETS
     computed: int = 0  # prompt tokens whose keys and values are in staging
-    first_chunk: int = 0  # the number of the first chunk that can admit it to a slot
-    cancel: bool = False  # the next chunk must take it off the device
+    first_chunk: int = 0  # the number of the first chunk that can move it to a slot
+    cancel: bool = False  # the next chunk must remove it from the device
 
 
 class Tracker:
-    """All records of one engine, and the only place that changes their phase.
+    """The records of one engine. Only its methods change their phase.
 
-    A record stays after its request is done until the device holds nothing of it.
+    The record of a finished request stays until the device has no data of the request.
     """
 
-    def __init__(self, places: int) -> None:
-        self.places = places  # in staging
+    def __init__(self, staging_size: int) -> None:
+        self.staging_size = staging_size  # rows
         self._records: dict[int, Record] = {}  # by request number, in admission order
 
     def __iter__(self) -> Iterator[Record]:
@@ -45,7 +45,7 @@ class Tracker:
         """Returns the record of a request number."""
         return self._records.get(number)
 
-    def phase(self, phase: Phase) -> list[Record]:
+    def in_phase(self, phase: Phase) -> list[Record]:
         """Returns the records in a phase, in the order of their admission."""
         return [r for r in self._records.values() if r.phase is phase]
 
@@ -53,26 +53,26 @@ class Tracker:
         """Returns the records of the requests that are not done."""
         return [r for r in self._records.values() if r.phase is not Phase.DONE]
 
-    def free_places(self) -> list[int]:
-        """Returns the indices in staging that no request holds."""
-        taken = {record.staging_index for record in self._records.values()}
-        return [index for index in range(self.places) if index not in taken]
+    def free_staging_indices(self) -> list[int]:
+        """Returns the rows of staging that no request has."""
+        in_use = {record.staging_index for record in self._records.values()}
+        return [index for index in range(self.staging_size) if index not in in_use]
 
     # ------------------------------------------------------------ transitions
 
     def admit(self, request: Request, staging_index: int, ticket: int) -> Record:
-        """queued -> prefilling: gives a request a place in staging."""
+        """queued -> prefilling: gives a request a row of staging."""
         record = Record(request, Phase.PREFILLING, staging_index, ticket)
         self._records[request.number] = record
         return record
 
     def stage(self, record: Record, first_chunk: int) -> None:
-        """prefilling -> staged: its whole prompt is computed."""
+        """prefilling -> staged: the device computes the last piece of its prompt."""
         record.computed = len(record.request.prompt)
         record.phase, record.first_chunk = Phase.STAGED, first_chunk
 
-    def read(self, chunk: Chunk, waiting: Sequence[int]) -> None:
-        """staged -> decoding, for those that a chunk has admitted to a slot.
+    def leave_staging(self, chunk: Chunk, waiting: Sequence[int]) -> None:
+        """staged -> decoding: for the requests that a chunk has moved to a slot.
 
         waiting: [R], the request numbers in staging after the chunk.
         """
@@ -88,12 +88,15 @@ class Tracker:
                     record.phase = Phase.DECODING
                 self._forget(record)
 
-    def finish(self, record: Record, device_knows: bool) -> None:
-        """-> done. Unless the device ended it itself, the next chunk must cancel it."""
+    def finish(self, record: Record, device_ended: bool) -> None:
+        """Any phase -> done.
+
+        device_ended: whether the device has ended it; if not, the next chunk must.
+        """
         if record.phase is Phase.PREFILLING:  # the device does not decode it yet
             record.staging_index = None
         elif record.phase is not Phase.DONE:
-            record.cancel = not device_knows
+            record.cancel = not device_ended
         record.phase = Phase.DONE
         self._forget(record)
 
@@ -105,13 +108,14 @@ class Tracker:
             self._forget(record)
         return [record.request.number for record in records]
 
-    def cancelled(self) -> int:
+    def cancelled_count(self) -> int:
         """Returns how many requests the next chunks must cancel."""
         return sum(record.cancel for record in self._records.values())
 
     def _forget(self, record: Record) -> None:
-        done = record.phase is Phase.DONE
-        if done and record.staging_index is None and not record.cancel:
+        """Removes a record if its request is done and not on the device any more."""
+        is_done = record.phase is Phase.DONE
+        if is_done and record.staging_index is None and not record.cancel:
             self._records.pop(record.request.number, None)
 
     # ------------------------------------------------------------ load
@@ -129,7 +133,7 @@ class Tracker:
 
         return tuple(
             work_of(record.request, record.computed, unread_steps(record))
-            for record in self.phase(phase)
+            for record in self.in_phase(phase)
         )
 
 
