@@ -57,9 +57,8 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
             norm(k, p.k_norm[...], config.norm_eps),
         )
     q, k = rope(q, positions_T, config), rope(k, positions_T, config)
-    k, v = (
-        jnp.repeat(x, N // K, axis=1) for x in (k, v)
-    )  # every query head its own copy
+    # Every query head gets a copy of its own.
+    k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (
         segments_T[:, None] == segments_T[None]

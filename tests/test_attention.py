@@ -11,9 +11,10 @@ from jaxprs import equations
 
 from ladder_jax import attention, config, kv_cache
 
-FAST = (
-    {} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0}
-)  # fast to compile, not to run
+# XLA compiles in less time a program that takes longer.
+FAST = {"xla_backend_optimization_level": 0}
+if jax.default_backend() == "gpu":
+    FAST = {}
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query and key-value heads
 
 
@@ -42,9 +43,8 @@ def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
         seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        head = (
-            n * k.shape[2] // q.shape[2]
-        )  # consecutive query heads share a key-value head
+        # Consecutive query heads share a key-value head.
+        head = n * k.shape[2] // q.shape[2]
         scores = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ v[b, seen, head] / weights.sum()
@@ -123,7 +123,7 @@ def test_splash_does_not_repeat_keys_and_values():
     ), f"the kernel should take 8 query heads, 2 key and value heads; it takes {shapes}"
 
 
-def test_cudnn_gets_arguments_that_mean_the_same():
+def test_cudnns_arguments_give_the_same_result_in_xla():
     """The call for cuDNN goes to the same function's XLA implementation instead.
 
     So any platform can check what it means.
@@ -201,7 +201,7 @@ def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
     np.testing.assert_allclose(actual, whole[rows, positions], rtol=0, atol=1e-6)
 
 
-def test_rotary_turns_scores_into_functions_of_distance():
+def test_with_rotary_embeddings_a_score_depends_on_the_distance_alone():
     """A score depends on the distance of query and key; position 0 is no turn."""
     q, k, _, _ = inputs(N=1, K=1, H=8)
     q, k = q[:1, :1], k[:1, :1]

@@ -13,7 +13,7 @@ from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
 
 
-def test_alone_it_writes_a_row_of_its_own_measurements(tmp_path, capsys):
+def test_bench_train_alone_writes_a_row_of_its_own_measurements(tmp_path, capsys):
     out = tmp_path / "rows.json"
     bench.main(
         [
@@ -50,7 +50,7 @@ def test_alone_it_writes_a_row_of_its_own_measurements(tmp_path, capsys):
     assert header == bench.HEADER and line.startswith("tiny  float32   ladder_jax")
 
 
-def test_without_the_peer_installed_it_says_what_to_install(monkeypatch):
+def test_bench_train_says_what_to_install_where_the_peer_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install ladder_jax\[peers\]"):
         bench.main(["--sizes", "tiny"])
@@ -138,7 +138,7 @@ def test_a_peer_in_another_environment_is_looked_for_there(tmp_path, capsys):
         ),
     ],
 )
-def test_what_the_comparison_does_not_accept(arguments, message):
+def test_the_comparison_refuses_wrong_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         peers.run(peers.Arguments(**arguments))
 
@@ -175,7 +175,7 @@ def test_other_losses_are_other_work():
         bench.check_same_work(peer | dict(parameters=11), ours)
 
 
-def test_halves_become_neighbours_for_llama_cpp():
+def test_the_halves_of_a_head_are_interleaved_for_llama_cpp():
     matrix = np.arange(8)[:, None]  # two heads of four rows
     rows = peers.interleave_halves(matrix, head_dim=4)[:, 0]
     assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

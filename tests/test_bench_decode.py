@@ -101,7 +101,7 @@ def test_latencies_count_from_the_scheduled_arrival():
     assert latency.latencies_of([single]).tpot == [0.0]
 
 
-def test_figures_of_a_run():
+def test_the_figures_of_a_run_are_those_by_hand():
     figures = measured()
     assert figures["tokens_per_s"] == 5 / 8
     assert figures["makespan_s"] == 8.0
@@ -241,7 +241,7 @@ def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
         (dict(least=9, most=8), "most=8 is not accepted: it must be at least least=9"),
     ],
 )
-def test_what_the_benchmark_does_not_accept(changes, message):
+def test_the_benchmark_refuses_wrong_arguments(changes, message):
     with pytest.raises(ConfigError) as error:
         decode.run(decode.Arguments(**changes))
     assert message in str(error.value)

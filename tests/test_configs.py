@@ -137,7 +137,7 @@ def test_every_recipe_is_tested():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_full_size(name, planned):
+def test_a_recipe_fits_its_hardware_at_full_size(name, planned):
     config = recipe(name)
     mesh, optimizer = (
         planned(config),
@@ -188,7 +188,7 @@ def test_full_size(name, planned):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_documentation(name):
+def test_the_numbers_of_a_recipes_docstring_are_right(name):
     """Command, hardware, time and result are in order; the formula gives the time."""
     text = documentation(name)
     places = [
@@ -247,7 +247,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(variant, planned):
+def test_every_variant_of_a_recipe_fits_its_mesh(variant, planned):
     config = recipe(*shlex.split(variant))
     sharding.check_fits(
         config.model,

@@ -89,9 +89,8 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, open_corpus):
     assert corpus.train.bytes + corpus.held_out.bytes == sum(
         len(text.encode()) for text in both(corpus)
     )
-    assert (
-        open_corpus(folder, text_field="body").report == corpus.report
-    )  # from the cache, too
+    # A corpus that is read from the cache has the same report.
+    assert open_corpus(folder, text_field="body").report == corpus.report
     good = open_corpus(write_files(tmp_path / "good", LETTERS))
     assert "left out" not in good.report and "repaired" not in good.report
 
@@ -116,19 +115,18 @@ class Refusing(tokenizer.ByteTokenizer):
         raise AssertionError("tokenised again")
 
 
-def test_tokenised_once(tmp_path, open_corpus):
+def test_a_corpus_is_tokenised_once(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     first = open_corpus(folder)
     assert both(open_corpus(folder, Refusing())) == both(first)
-    assert both(open_corpus(folder, Refusing(), held_out_fraction=0.4)) == both(
-        first
-    )  # the split is made when it is opened
+    # The cache is not split: each opening splits it by its own fraction.
+    other = open_corpus(folder, Refusing(), held_out_fraction=0.4)
+    assert both(other) == both(first)
     (folder / "a.txt").write_text("changed text")
     with pytest.raises(AssertionError, match="tokenised again"):
         open_corpus(folder, Refusing())
-    assert [path.name.count(".") for path in (tmp_path / "cache").iterdir()] == [
-        0
-    ]  # nothing half made is left
+    # No unfinished file, whose name would have a dot, is left.
+    assert [path.name.count(".") for path in (tmp_path / "cache").iterdir()] == [0]
     assert "changed text" in both(open_corpus(folder))
     open_corpus(folder, tokenizer.train(LETTERS.values(), 300))
     assert len(list((tmp_path / "cache").iterdir())) == 3
@@ -146,7 +144,9 @@ def test_two_processes_make_the_same_cache(tmp_path, open_corpus):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_killed_while_tokenising(tmp_path, open_corpus, monkeypatch):
+def test_a_process_killed_while_tokenising_leaves_no_broken_cache(
+    tmp_path, open_corpus, monkeypatch
+):
     folder = write_files(tmp_path / "in", LETTERS)
     script = """if True:
         import os, sys
@@ -186,7 +186,7 @@ def test_long_documents_are_tokenised_in_pieces(tmp_path, open_corpus, monkeypat
     np.testing.assert_array_equal(whole.train.starts_D, pieces.train.starts_D)
 
 
-def test_large_vocabularies(tmp_path, open_corpus):
+def test_ids_of_large_vocabularies_are_stored_in_wider_integers(tmp_path, open_corpus):
     class Large(tokenizer.ByteTokenizer):
         size, eos = 70_000, 69_999
 
@@ -212,7 +212,9 @@ def test_large_vocabularies(tmp_path, open_corpus):
         ("one", "has one document \\(2 with copies\\)"),
     ],
 )
-def test_sources_that_hold_nothing(tmp_path, open_corpus, source, message):
+def test_a_source_without_a_document_is_an_error(
+    tmp_path, open_corpus, source, message
+):
     write_files(tmp_path / "bad", {"a.bin": b"\0", "b.jsonl": "?"})
     write_files(tmp_path / "one", {"a.txt": "same", "b.txt": "same"})
     with pytest.raises(ValueError, match=f"data.source='.*{message}") as error:
@@ -223,7 +225,9 @@ def test_sources_that_hold_nothing(tmp_path, open_corpus, source, message):
 @pytest.mark.parametrize(
     "held_out, lacking", [(1e-9, "evaluation"), (1 - 1e-9, "training")]
 )
-def test_an_empty_side(tmp_path, open_corpus, held_out, lacking):
+def test_a_split_with_an_empty_side_names_the_fractions_that_are_accepted(
+    tmp_path, open_corpus, held_out, lacking
+):
     folder = write_files(tmp_path / "in", LETTERS)
     with pytest.raises(
         ValueError,
@@ -232,13 +236,12 @@ def test_an_empty_side(tmp_path, open_corpus, held_out, lacking):
     ) as e:
         open_corpus(folder, held_out_fraction=held_out)
     low, high = (float(word) for word in str(e.value).rsplit("from ")[1].split(" to "))
-    assert (
-        len(texts(open_corpus(folder, held_out_fraction=low).held_out)) == 1
-    )  # what it names is accepted
+    # The limits that the message names are accepted.
+    assert len(texts(open_corpus(folder, held_out_fraction=low).held_out)) == 1
     assert len(texts(open_corpus(folder, held_out_fraction=high).train)) == 1
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, open_corpus):
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     (tmp_path / "file").write_text("")
     with pytest.raises(

@@ -1,15 +1,15 @@
-"""The planner: its reader, its clock and its formulas on programs small enough to check by hand, its choice of a
-reduction, its errors, and what the real compilers make of a small ladder."""
+"""The planner on programs small enough to check by hand: its reader, clock and formulas,
+its choice of a reduction, its errors, and what the real compilers make of a ladder."""
 
 # ruff: noqa: E501  XLA's lines are long
 import dataclasses
 import importlib.util
 import json
 import subprocess
-import sys
 
 import jax
 import pytest
+from helpers import COMMAND
 
 from ladder_jax import cli
 from ladder_jax.config import Config, ConfigError, Mesh, Model, Train, from_recipe
@@ -88,11 +88,9 @@ def played(transfer):
 def test_the_clock_hides_what_is_sent_while_it_computes():
     exchange, total = played(cost.Transfer(1.0, 4.0, frozenset("a"))).collectives
     assert (exchange.asynchronous, exchange.bytes, exchange.seconds) == (True, 64, 5.0)
-    assert (exchange.window, exchange.hidden, exchange.exposed) == (
-        3.0,
-        3.0,
-        2.0,
-    )  # 3 s of dot in a transfer of 5
+    # A product of 3 s runs during a transfer of 5 s.
+    times = exchange.window, exchange.hidden, exchange.exposed
+    assert times == (3.0, 3.0, 2.0)
     assert (total.asynchronous, total.window, total.hidden, total.exposed) == (
         False,
         0.0,
@@ -138,9 +136,8 @@ def test_what_a_prefetch_would_be_waited_for_anyway_is_not_exposed(fetch, expose
         5.0,
     )
     assert exchange.window == exchange.hidden
-    assert (
-        real.compute + real.exposed - exposed == free.compute + free.exposed
-    )  # if it took no time
+    # `free` is the same program with a transfer that takes no time.
+    assert real.compute + real.exposed - exposed == free.compute + free.exposed
     assert (
         real.compute == free.compute == 4.0 + real.prefetch
         and real.exposed == exposed + 5.0
@@ -269,13 +266,10 @@ def test_rounds_are_read_off_the_reductions_themselves():
 def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
     everyone = [list(range(8))]
     tpu, gpu = grid("v5p", 2, 2, 2), cost.Network(chips.CHIPS["h100"], [0] * 8)
-    assert (
-        choose.choose_reduction(tpu, everyone, 16 * 1024, hides=True)
-        == "recursive-doubling"
-    )  # few rounds: latency
-    assert (
-        choose.choose_reduction(tpu, everyone, 512 * 1024, hides=True) == "psum"
-    )  # by SparseCores
+    # Few rounds have a short latency. SparseCores run a psum beside the products.
+    short = choose.choose_reduction(tpu, everyone, 16 * 1024, hides=True)
+    long = choose.choose_reduction(tpu, everyone, 512 * 1024, hides=True)
+    assert (short, long) == ("recursive-doubling", "psum")
     assert (
         choose.choose_reduction(grid("v5e", 2, 4, 1), everyone, 512 * 1024, hides=True)
         == "recursive-doubling"
@@ -301,9 +295,8 @@ def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
             )
             == "psum"
         )
-    assert (
-        choose.block_seconds(model, tpu.chip, 64, 8) is None
-    )  # decode: reading the weights takes longer
+    # In decode, a block takes the time of reading its weights.
+    assert choose.block_seconds(model, tpu.chip, 64, 8) is None
 
 
 def test_auto_is_psum_where_the_machine_is_not_known():
@@ -371,13 +364,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments, message", WRONG)
-def test_mistakes_are_named(arguments, message):
+def test_a_mistake_is_one_line_that_names_the_option(arguments, message):
     with pytest.raises(ConfigError) as error:
         cli.plan(["configs/demo.py", *arguments])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_recipe_that_is_not_there():
+def test_a_recipe_that_does_not_exist_is_an_error():
     with pytest.raises(ConfigError, match="recipe 'nothing.py' does not exist"):
         cli.plan(["nothing.py", "--target", "v5e:2x4"])
 
@@ -446,9 +439,8 @@ def of_layers(result):
 def test_tpu_runs_a_ladders_exchanges_behind_its_blocks(target, groups):
     result = planned(target, "ladder", "recursive-doubling", batch=16 * groups)
     rows = of_layers(result)
-    assert (
-        len(rows) == 3 * 7
-    )  # three exchanges for every block but the last, whose sum is the stack's
+    # Three exchanges for every block but the last one, whose sum is not of a layer.
+    assert len(rows) == 3 * 7
     assert all(
         row["kind"] == "collective-permute"
         and row["asynchronous"]
@@ -576,9 +568,7 @@ def test_tpu_runs_long_all_reduces_behind_its_blocks(target):
 def test_the_command_prints_one_json_object_and_no_noise():
     done = subprocess.run(
         [
-            sys.executable,
-            "-c",
-            "from ladder_jax.cli import main; main()",
+            *COMMAND,
             "plan",
             "configs/demo.py",
             "--target",
@@ -632,9 +622,7 @@ def test_the_command_prints_one_json_object_and_no_noise():
     } == set(result["memory"])
     again = subprocess.run(
         [
-            sys.executable,
-            "-c",
-            "from ladder_jax.cli import main; main()",
+            *COMMAND,
             "plan",
             "configs/demo.py",
             "--target",

@@ -73,7 +73,9 @@ def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_the_rules_of_derivatives(name, size):
+def test_a_sum_passes_its_cotangent_on_and_a_shared_value_sums_its_cotangents(
+    name, size
+):
     """A sum passes its cotangent on; a shared value sums its shards' cotangents."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
 
@@ -133,7 +135,7 @@ def test_rounds_that_end_between_products_change_nothing(name, size, products):
         ("recursive-doubling", [False, True, True]),
     ],
 )
-def test_what_waits_for_a_round_of_the_backward_pass(name, waiting):
+def test_the_backward_pass_waits_for_a_round_at_the_product_that_ends_it(name, waiting):
     """By product, in the order of the forward pass: whether the backward pass goes on
     only after the round that the product's cotangent ends. After the last round it does
     if blocks must keep their order (Policy.in_order)."""

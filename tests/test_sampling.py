@@ -155,7 +155,7 @@ def test_min_p_keeps_ids_that_are_near_the_likeliest():
     assert set(np.asarray(drawn).tolist()) == allowed
 
 
-def test_padded_ids_are_never_taken():
+def test_padded_ids_are_never_drawn():
     x = logits(2)
     x[:, 30:] = 50
     p = stack(dict(), dict(temperature=5.0))
@@ -311,9 +311,9 @@ def test_logit_bias_takes_ids_as_numbers_and_as_text():
 
 
 def test_the_likeliest_token_is_the_first_of_the_largest_logits():
-    logits_BV = (
-        np.random.default_rng(0).integers(-3, 4, (5, 301)).astype(np.float32)
-    )  # full of ties
+    # Few different values, so that many logits are equal.
+    values_BV = np.random.default_rng(0).integers(-3, 4, (5, 301))
+    logits_BV = values_BV.astype(np.float32)
     logits_BV[3] = -np.inf
     assert (
         sampling.argmax(jnp.asarray(logits_BV)).tolist()

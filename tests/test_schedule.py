@@ -38,11 +38,8 @@ def reduces(notation, layers):
         ("ladder:0,1", 2, [0, 1, 0, 1]),
         ("ladder:1,2", 2, [1, 2, 1, 2]),
         ("ladder:0,3", 2, [0, 1, 0, 1]),  # a delay rises by at most one a block
-        (
-            "ladder:3,3",
-            2,
-            [3, 3, 3, 3],
-        ),  # the first block sees the embedding whatever its delay
+        # The first block reads the embedding whatever its delay.
+        ("ladder:3,3", 2, [3, 3, 3, 3]),
         ("hybrid:last1", 3, [0, 0, 0, 0, 1, 1]),
         ("hybrid:last0", 2, [0, 0, 0, 0]),
         ("hybrid:1", 3, [0, 0, 1, 1, 0, 0]),
@@ -51,7 +48,7 @@ def reduces(notation, layers):
         ("delays:0,1,2,0", 2, [0, 1, 2, 0]),
     ],
 )
-def test_delays_of_every_form(notation, layers, expected):
+def test_every_notation_gives_its_delays(notation, layers, expected):
     plan = parse(notation, layers)
     assert delays(notation, layers) == expected
     assert not plan.local and len(plan.layers) == layers

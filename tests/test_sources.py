@@ -101,7 +101,7 @@ def test_every_kind_of_file_and_all_that_can_be_wrong(tmp_path):
     )
 
 
-def test_a_glob_and_another_field(tmp_path):
+def test_a_source_can_be_a_glob_and_the_text_another_field(tmp_path):
     lines = "".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(20))
     folder = write_files(tmp_path / "in", {"a.jsonl": lines, "b.txt": "not this"})
     assert read(folder / "*.jsonl", "body")[0] == [f"line {i}" for i in range(20)]
@@ -124,7 +124,7 @@ def test_nothing_is_left_out_of_good_files(tmp_path):
         ("empty", "has no files"),
     ],
 )
-def test_sources_that_are_not_there(tmp_path, source, message):
+def test_a_source_that_does_not_exist_is_an_error(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         ValueError,
@@ -134,7 +134,7 @@ def test_sources_that_are_not_there(tmp_path, source, message):
     assert "\n" not in str(error.value)
 
 
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "in", {"a.parquet": "PAR1"})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
@@ -316,7 +316,7 @@ def test_a_compressed_file_that_was_cut_is_unreadable(tmp_path, compression):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads it itself")
-def test_zstandard_without_pyarrow(tmp_path, monkeypatch):
+def test_zstandard_without_pyarrow_says_what_it_needs(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "in", {"a.jsonl.zst": zstd(JSON_LINES)})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = r"a.jsonl.zst' is compressed with Zstandard, which needs Python 3.14 or "
@@ -343,7 +343,7 @@ def test_unicode_of_every_width_is_read(tmp_path_factory, encoding, text):
     assert not tally.left_out and not tally.repaired
 
 
-def test_big_endian_utf_16_with_a_byte_order_mark(tmp_path):
+def test_big_endian_utf_16_with_a_byte_order_mark_is_read(tmp_path):
     content = codecs.BOM_UTF16_BE + "naïve 東".encode("utf-16-be")
     assert read(write_files(tmp_path / "in", {"a.txt": content}))[0] == ["naïve 東"]
 
@@ -412,7 +412,7 @@ def test_every_string_type_of_parquet_is_read(tmp_path, kind):
     assert +tally.left_out == {"rows without a text field 'text'": 1}
 
 
-def test_parquet_columns_of_the_same_name(tmp_path):
+def test_rows_of_parquet_with_two_text_columns_are_left_out(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     cells, folder = pyarrow.array(["one", "two"]), tmp_path / "in"
@@ -428,7 +428,7 @@ def test_parquet_columns_of_the_same_name(tmp_path):
     assert +tally.left_out == {"rows with 2 columns named 'text'": 2}
 
 
-def test_parquet_columns_of_another_type(tmp_path):
+def test_rows_of_parquet_whose_text_is_of_another_type_are_left_out(tmp_path):
     content = parquet_bytes(tmp_path, {"text": [[1], [2]]})
     texts, tally = read(write_files(tmp_path / "in", {"a.parquet": content}))
     assert texts == []

@@ -240,9 +240,9 @@ def test_special_tokens_are_text_in_encode_and_read_in_prompt():
         tok.prompt("<s>the")[0] == tok.bos and tok.prompt("<s>the").count(tok.bos) == 1
     )
     assert tok.prompt("the</s>")[-1] == tok.eos
-    assert ALL["wordpiece"].prompt("the") == ALL["wordpiece"].encode(
-        "the"
-    )  # its post-processor adds no bos
+    # The post-processor of this tokenizer adds no bos.
+    wordpiece = ALL["wordpiece"]
+    assert wordpiece.prompt("the") == wordpiece.encode("the")
 
 
 def test_bytes_as_a_tokenizer_json_give_the_same_ids(tmp_path):
@@ -315,12 +315,8 @@ def test_eos_is_what_the_files_say(tmp_path):
     )
     tok = tokenizer.load(path)
     assert (tok.eos, tok.bos, tok.pad) == (257, 257, 257)
-    assert tok.encode("abcd") == [
-        97,
-        98,
-        99,
-        100,
-    ]  # the file's truncation and padding are off
+    # The file's truncation and padding are off.
+    assert tok.encode("abcd") == [97, 98, 99, 100]
 
 
 def test_eos_by_its_usual_name(tmp_path):

@@ -392,9 +392,8 @@ def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
                 train_save_every=50,
             )
         )
-    assert (
-        done["stopped"] and tiny.rows(tmp_path / "run") == []
-    )  # no row that the whole run does not have
+    # The stopped run has no row that the whole run does not have.
+    assert done["stopped"] and tiny.rows(tmp_path / "run") == []
     copy(whole, tmp_path / "end", 18)
     with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
         done = train.train(
@@ -501,10 +500,9 @@ def test_a_full_disk_ends_the_run_and_the_rest_is_good(whole, folder, tmp_path, 
             saved_steps(tmp_path / "run/checkpoints") != [3, 6]
             and time.monotonic() < deadline
         ):
-            time.sleep(0.01)  # they are written beside the steps
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (10_000, limits[1])
-        )  # no file can grow beyond
+            time.sleep(0.01)  # another thread writes them
+        # No file can grow beyond this size.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
 
     try:
         with (
@@ -658,13 +656,14 @@ def test_rows_trace_plot_and_events(whole):
     assert [row["step"] for row in reports] == list(range(1, 21))
     assert [row["step"] for row in evaluations] == [7, 14, 20] and len(rows) == 23
     assert rows.index(evaluations[0]) == 7  # in the order of the steps
+    # The first step compiles the program, so that it has no tokens_per_s.
     assert set(reports[0]) == {
         "step",
         "loss",
         "gradient_norm",
         "parameter_norm",
         "learning_rate",
-    }  # it compiled
+    }
     assert set(reports[1]) == set(reports[0]) | {"tokens_per_s", "mfu"}
     for row in reports[1:]:
         assert row["mfu"] == pytest.approx(
@@ -680,9 +679,10 @@ def test_rows_trace_plot_and_events(whole):
     }
     # A row after a save has the time that the save took, which tokens_per_s leaves out.
     assert [row["step"] for row in reports if "save_s" in row] == [4, 7, 10, 13, 16, 19]
+    # A byte is a token; a token that ends a document is not a byte.
     assert evaluations[-1]["held_out_bits_per_byte"] == pytest.approx(
         evaluations[-1]["held_out_loss"] / math.log(2) * 1.003, rel=3e-3
-    )  # and what ends a document
+    )
 
     [trace] = (whole / "profile").rglob("*.trace.json.gz")
     names = {
@@ -798,9 +798,9 @@ def one_device(folder, state, batches):
 
 
 def clipped(folder, **fields):
-    return tiny.make(
-        folder, train_global_batch=16, optimizer_clip_norm=0.5, **fields
-    )  # gradients have a norm above 1
+    """A config that clips gradients, which have a norm above 1."""
+    fields = dict(train_global_batch=16, optimizer_clip_norm=0.5) | fields
+    return tiny.make(folder, **fields)
 
 
 @pytest.mark.parametrize(
@@ -882,11 +882,8 @@ def test_parameters_that_overflow_are_seen_before_they_are_saved(
             110,
             {10: 1, 30: 0.55, 50: 0.1, 109: 0.1},
         ),
-        (
-            dict(lr_schedule="cosine", warmup_steps=200),
-            100,
-            {0: 0.01, 99: 1},
-        ),  # warm-up longer than the run
+        # The warm-up is longer than the run.
+        (dict(lr_schedule="cosine", warmup_steps=200), 100, {0: 0.01, 99: 1}),
         (
             dict(lr_schedule="wsd", warmup_steps=10),
             100,
@@ -902,11 +899,8 @@ def test_parameters_that_overflow_are_seen_before_they_are_saved(
             100,
             {89: 1, 90: 1, 95: 0.55, 100: 0.1},
         ),
-        (
-            dict(lr_schedule="wsd", warmup_steps=1),
-            4,
-            {0: 1, 1: 1, 3: 1},
-        ),  # too short to decay
+        # The run is too short to decay.
+        (dict(lr_schedule="wsd", warmup_steps=1), 4, {0: 1, 1: 1, 3: 1}),
         (dict(lr_schedule="constant", warmup_steps=4), 100, {0: 0.25, 3: 1, 99: 1}),
         (
             dict(warmup_steps=10),
