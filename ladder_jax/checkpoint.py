@@ -208,9 +208,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             good_steps = [s for s in self.steps() if s != unverified_step]
             self._step, self._unverified = max(good_steps, default=None), None
             raise _not_written(self.folder / str(failed_step), error) from error
+        self._remove_surplus()
 
     def _verify(self) -> None:
-        """Reads the last save's descriptions back, then removes surplus checkpoints."""
+        """Reads the last save's descriptions back."""
         if self._unverified is None:
             return
         step, arrays = self._unverified
@@ -219,7 +220,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with _silent(), ThreadPoolExecutor(max_workers=1) as reader:
             reader.submit(_check_arrays, self.folder / str(step), arrays).result()
         self._unverified = None
-        own_steps = [s for s in self.steps() if s in self._own_steps]
+
+    def _remove_surplus(self) -> None:
+        """Removes all but the newest checkpoints of this run, up to its last step.
+
+        Also those that a job left which was killed before it could remove them.
+        """
+        if self._step is None:
+            return
+        last = self._step
+        own_steps = [s for s in self.steps() if s in self._own_steps and s <= last]
         for surplus in own_steps[: -self.keep]:
             try:
                 self._checkpointer.delete(surplus)
@@ -238,8 +248,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is not None:
             # Orbax forgets a save whose wait was interrupted, and completes it later:
-            # to read it back now would hide the interrupt behind a false error.
-            self._unverified = None
+            # to read it back now would hide the interrupt behind a false error. Older
+            # checkpoints stay, since the last one was not read back.
+            self._unverified = self._step = None
         self.close()
 
 
