@@ -224,7 +224,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def _remove_surplus(self) -> None:
         """Removes all but the newest checkpoints of this run, up to its last step.
 
-        Also those that a job left which was killed before it could remove them.
+        This includes those of a job that was killed before it removed them.
         """
         if self._step is None:
             return

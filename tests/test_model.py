@@ -231,12 +231,20 @@ def test_unrolled_layers_are_the_scanned(name):
     )
 
 
-@pytest.mark.parametrize("name", ["hybrid:0-1", "delays:1,1,1,1,2,2"])
-def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name):
-    """Two layers in a scan, then one whose first block has another delay."""
-    model_config = case_model(name, layers=3)
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("hybrid:0-1", 3),
+        ("delays:1,1,1,1,2,2", 3),
+        ("delays:2,2,2,2,2,2,1,1", 4),
+        ("delays:2,2,2,0,1,1,1,1", 4),
+    ],
+)
+def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name, layers):
+    """Layers in a scan meet layers whose first block has another delay."""
+    model_config = case_model(name, layers=layers)
     assert_same(
-        computed(model_config, (1, 1, 8)), reference_of(model_config, 1), 1e-5, name
+        computed(model_config, (1, 2, 4)), reference_of(model_config, 1), 1e-5, name
     )
 
 
