@@ -5,6 +5,8 @@ RUN := $(VENV)/bin
 # XLA's compilers for other machines have an environment of their own: where they are installed, every command logs a
 # line or two.
 COMPILERS ?= .venv-plan
+# PyTorch, transformers and lm-eval, which tests/hf compares with, take 2 GB.
+PARITY ?= .venv-hf
 # Tests of single parts; and of the model, two schedules on one mesh.
 FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
 	sampling schedule scheduler sharding sources stop_strings
@@ -16,17 +18,19 @@ demo: $(VENV)/demo
 	rm -rf runs/demo
 	$(RUN)/ladder-jax train configs/demo.py --devices 8
 
-test: lint docs $(COMPILERS)/test
+test: lint docs $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
 	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py
-	@echo "done: every test passed, their times are in runs/tests.xml and runs/plan.xml"
+	$(PARITY)/bin/python -m pytest --junit-xml=runs/hf.xml tests/hf
+	@echo "done: every test passed, their times are in runs/tests.xml, runs/plan.xml and runs/hf.xml"
 
 test-fast: $(VENV)/test
 	$(RUN)/python -m pytest $(FAST:%=tests/test_%.py)
 	$(RUN)/python -m pytest tests/test_model.py -k "$(FAST_MODEL)"
 
-test-slow: $(VENV)/test $(COMPILERS)/test
+test-slow: $(VENV)/test $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest -m slow
+	$(PARITY)/bin/python -m pytest -m slow tests/hf
 	$(COMPILERS)/bin/python -m pytest -m slow tests/test_plan.py
 
 lint: $(VENV)/test
@@ -55,5 +59,10 @@ $(COMPILERS)/test: $(VENV)/test
 	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,plan]'
 	touch $@
 
+$(PARITY)/test: $(VENV)/test
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(COMPILERS) build runs/demo
+	rm -rf $(VENV) $(COMPILERS) $(PARITY) build runs/demo
