@@ -55,6 +55,7 @@ class Context(NamedTuple):
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
+    window: int | None  # the tokens that attention sees; None: all
 
 
 class Attention(nnx.Module):
@@ -105,11 +106,13 @@ class Attention(nnx.Module):
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
+            out_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
+            )
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
-            out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
+            out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -271,7 +274,8 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel)
+    context = Context(rotation, segments_BT, positions_BT, kernel, None)
+    windowed = context._replace(window=model_config.sliding_window)
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -291,7 +295,10 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            partial_BTD, new_cache = attention(u_BTD, context, cache, progress, read_BR)
+            own_context = windowed if block.window else context
+            partial_BTD, new_cache = attention(
+                u_BTD, own_context, cache, progress, read_BR
+            )
             partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:
             mlp = parts["mlp"]
@@ -303,7 +310,7 @@ def hidden(
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
-        schedule.parse(model_config.residual, model_config.layers),
+        model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
         compute,

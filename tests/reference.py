@@ -43,7 +43,7 @@ def share(size, ranks, rank):
     return jnp.float32(jnp.arange(size) * ranks // size == rank)
 
 
-def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
+def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
     """One rank's partial output: only its own heads reach the output projection."""
     N, K = config.heads, config.kv_heads
     q = jnp.einsum("td,dnh->tnh", u_TD, p.wq[...])
@@ -63,6 +63,11 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (
         segments_T[:, None] == segments_T[None]
     )
+    if config.sliding_window and layer in parse_layers(
+        config.window_layers, config.layers
+    ):
+        distance = jnp.arange(T)[:, None] - jnp.arange(T)
+        allowed &= distance < config.sliding_window
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
     heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
@@ -91,24 +96,24 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
     ]
-    head_sum = lambda p, u, **rank: attention(
-        p, u, positions_T, segments_T, config, **rank
+    head_sum = lambda i, u, **rank: attention(
+        layers[i].attention, u, positions_T, segments_T, config, i, **rank
     )
-    unit_sum = lambda p, u, **rank: mlp(p, u, config, **rank)
-    attend = lambda p, u: head_sum(p, u) + bias(p)
-    feed = lambda p, u: unit_sum(p, u) + bias(p)
+    unit_sum = lambda i, u, **rank: mlp(layers[i].mlp, u, config, **rank)
+    attend = lambda i, u: head_sum(i, u) + bias(layers[i].attention)
+    feed = lambda i, u: unit_sum(i, u) + bias(layers[i].mlp)
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
-        for layer in layers:
-            x = x + attend(layer.attention, norm(x, layer.attention.norm[...], eps))
-            x = x + feed(layer.mlp, norm(x, layer.mlp.norm[...], eps))
+        for i, layer in enumerate(layers):
+            x = x + attend(i, norm(x, layer.attention.norm[...], eps))
+            x = x + feed(i, norm(x, layer.mlp.norm[...], eps))
         return x
 
     if kind == "parallel":
-        for layer in layers:
+        for i, layer in enumerate(layers):
             u = norm(x, layer.attention.norm[...], eps)
-            x = x + attend(layer.attention, u) + feed(layer.mlp, u)
+            x = x + attend(i, u) + feed(i, u)
         return x
 
     if kind == "hybrid":
@@ -118,18 +123,17 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
             if i in parse_layers(argument, config.layers):
                 previous = mlp_stream
                 attention_stream = previous + attend(
-                    layer.attention,
-                    norm(attention_stream, layer.attention.norm[...], eps),
+                    i, norm(attention_stream, layer.attention.norm[...], eps)
                 )
                 mlp_stream = attention_stream + feed(
-                    layer.mlp, norm(previous, layer.mlp.norm[...], eps)
+                    i, norm(previous, layer.mlp.norm[...], eps)
                 )
             else:
                 attention_stream = mlp_stream + attend(
-                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
+                    i, norm(mlp_stream, layer.attention.norm[...], eps)
                 )
                 mlp_stream = attention_stream + feed(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps)
+                    i, norm(attention_stream, layer.mlp.norm[...], eps)
                 )
         return mlp_stream
 
@@ -150,8 +154,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
-                    history[-1]
-                    + (attend(module, u) if part == "attention" else feed(module, u))
+                    history[-1] + (attend(i, u) if part == "attention" else feed(i, u))
                 )
         return history[-1]
 
@@ -166,9 +169,9 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
                     outputs.append(
-                        head_sum(module, u, **own)
+                        head_sum(i, u, **own)
                         if part == "attention"
-                        else unit_sum(module, u, **own)
+                        else unit_sum(i, u, **own)
                     )
                 # Every rank adds the bias to its own stream, reduced or not.
                 if (block + 1) % every == 0 or block == blocks - 1:
@@ -184,6 +187,8 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
 
 
 def parse_layers(text, count):
+    if text in ("all", "none"):
+        return range(count if text == "all" else 0)
     if text.startswith("last"):
         return range(count - int(text[4:]), count)
     layers_of_list = []

@@ -4,7 +4,6 @@ Each case builds a small model of transformers, copies its weights by the plain 
 names, and compares logits, packed rows, and greedy decoding.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,8 +20,10 @@ from ladder_jax.serve.engine import Engine
 
 V, LENGTH = 48, 40
 SHAPES = {
-    "grouped heads": dict(dim=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn_dim=56),
-    "one kv head": dict(dim=24, layers=5, heads=6, kv_heads=1, head_dim=4, ffn_dim=40),
+    "grouped heads": dict(
+        dim=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn_dim=56
+    ),
+    "one kv head": dict(dim=24, layers=4, heads=6, kv_heads=1, head_dim=4, ffn_dim=40),
 }
 BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # Name: class of transformers' config, its values, ours.
@@ -35,6 +36,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(qk_norm=True, qkv_bias=True, out_bias=True),
     ),
     "seed_oss": ("SeedOss", {}, dict(qkv_bias=True)),
+    "mistral, window": ("Mistral", dict(sliding_window=6), dict(sliding_window=6)),
+    "ministral": ("Ministral", dict(sliding_window=1), dict(sliding_window=1)),
+    "qwen2, max_window_layers": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=3),
+        dict(qkv_bias=True, sliding_window=7, window_layers="3"),
+    ),
+    "qwen3, layer_types": (
+        "Qwen3",
+        dict(
+            use_sliding_window=True,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        dict(qk_norm=True, sliding_window=9, window_layers="0,2"),
+    ),
 }
 TENSORS = {  # ours: (name in transformers, whether it is a matrix to transpose)
     "attention.norm": ("input_layernorm.weight", False),
@@ -124,20 +141,23 @@ def assert_close(actual: Any, expected: np.ndarray, what: str) -> None:
 
 
 def packed_logits(
-    ours: config.Model, parameters: model.Transformer, lengths: list[int]
+    ours: config.Model, parameters: model.Transformer, rows: list[list[int]]
 ) -> np.ndarray:
-    """Logits of a training step's forward pass; `lengths` are a row's documents."""
-    segments = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    """Logits [B, T, V] of a training step's forward pass over TOKENS.
 
-    def local(parameters: model.Transformer) -> jax.Array:
-        rows = (jnp.asarray(x)[None] for x in (TOKENS, positions, segments))
-        x_BTD, _ = model.hidden(parameters, ours, *rows)
+    `rows`: the lengths of each row's documents.
+    """
+    segments = [np.repeat(np.arange(len(row)), row) for row in rows]
+    positions = [np.concatenate([np.arange(length) for length in row]) for row in rows]
+    arrays = map(jnp.asarray, ([TOKENS] * len(rows), positions, segments))
+
+    def local(parameters: model.Transformer, *arrays: jax.Array) -> jax.Array:
+        x_BTD, _ = model.hidden(parameters, ours, *arrays)
         return model.logits(parameters, ours, x_BTD)
 
-    specs = sharding.parameter_specs(parameters)
-    run = sharding.shard_map(local, make_mesh(), (specs,), sharding.LOGITS)
-    return np.asarray(jax.jit(run)(parameters)[0])
+    in_specs = sharding.parameter_specs(parameters), *[sharding.TOKENS] * 3
+    run = sharding.shard_map(local, make_mesh(), in_specs, sharding.LOGITS)
+    return np.asarray(jax.jit(run)(parameters, *arrays))
 
 
 CASES_AND_SHAPES = pytest.mark.parametrize(
@@ -150,18 +170,21 @@ def test_logits_are_those_of_transformers_in_packed_rows_too(
     case: str, shape: str
 ) -> None:
     hugging, ours, parameters = pair(case, shape)
-    lengths = [23, 17]
-    actual = packed_logits(ours, parameters, lengths)
-    for start, tokens in zip((0, 23), np.split(TOKENS, [23])):
-        expected = their_logits(hugging, tokens)
-        assert_close(
-            actual[start : start + len(tokens)], expected, f"{case}, from {start}"
-        )
-    whole = packed_logits(ours, parameters, [LENGTH])
+    whole, packed = packed_logits(ours, parameters, [[LENGTH], [23, LENGTH - 23]])
     assert_close(whole, their_logits(hugging, TOKENS), case)
+    first, second = np.split(TOKENS, [23])
+    assert_close(packed[:23], their_logits(hugging, first), f"{case}, first document")
+    assert_close(packed[23:], their_logits(hugging, second), f"{case}, second")
 
 
-@CASES_AND_SHAPES
+@pytest.mark.parametrize(
+    "case, shape",
+    [
+        pytest.param(case, shape, marks=[] if i == 0 else pytest.mark.slow)
+        for case in CASES
+        for i, shape in enumerate(SHAPES)
+    ],
+)
 def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
     case: str, shape: str
 ) -> None:
@@ -175,7 +198,7 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
     assert tokens == logits[6:-1].argmax(axis=-1).tolist()
 
 
-ENGINE = ["llama, biases"]
+ENGINE = ["llama, biases", "qwen3, layer_types"]
 
 
 @pytest.mark.parametrize("case", ENGINE)
