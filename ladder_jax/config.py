@@ -140,6 +140,8 @@ class Model(Section):
     sliding_window: int | None = None
     # The layers with the sliding window: all, none, last16, or layers such as 0,2,5-9.
     window_layers: str = "all"
+    # The layers whose attention has no rotary embedding (NoPE), written the same way.
+    nope_layers: str = "none"
     # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.
@@ -168,6 +170,7 @@ class Model(Section):
         for name, read in (
             ("residual", schedule.parse),
             ("window_layers", schedule.parse_layers),
+            ("nope_layers", schedule.parse_layers),
         ):
             try:
                 read(getattr(self, name), self.layers)
@@ -180,7 +183,12 @@ class Model(Section):
     def residual_schedule(self) -> schedule.Schedule:
         """The blocks, layer by layer, with what their attention sees."""
         windowed = "none" if self.sliding_window is None else self.window_layers
-        return schedule.parse(self.residual, self.layers, window_layers=windowed)
+        return schedule.parse(
+            self.residual,
+            self.layers,
+            window_layers=windowed,
+            nope_layers=self.nope_layers,
+        )
 
 
 @dataclass(frozen=True)

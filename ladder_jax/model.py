@@ -49,9 +49,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What attention needs to know, beside its input."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: no rotary embedding
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
@@ -100,9 +100,10 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
-        q_BTNH = rotate(q_BTNH, (cosine, sine))
-        k_BTKH = rotate(k_BTKH, context.rotation)
+        if context.rotation is not None:
+            cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+            q_BTNH = rotate(q_BTNH, (cosine, sine))
+            k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
@@ -274,8 +275,15 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel, None)
-    windowed = context._replace(window=model_config.sliding_window)
+
+    def context_of(block: Block) -> Context:
+        return Context(
+            rotation if block.rope else None,
+            segments_BT,
+            positions_BT,
+            kernel,
+            model_config.sliding_window if block.window else None,
+        )
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -295,9 +303,8 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            own_context = windowed if block.window else context
             partial_BTD, new_cache = attention(
-                u_BTD, own_context, cache, progress, read_BR
+                u_BTD, context_of(block), cache, progress, read_BR
             )
             partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:

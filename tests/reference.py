@@ -56,7 +56,8 @@ def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
             norm(q, p.q_norm[...], config.norm_eps),
             norm(k, p.k_norm[...], config.norm_eps),
         )
-    q, k = rope(q, positions_T, config), rope(k, positions_T, config)
+    if layer not in parse_layers(config.nope_layers, config.layers):
+        q, k = rope(q, positions_T, config), rope(k, positions_T, config)
     # Every query head gets a copy of its own.
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)

@@ -110,6 +110,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
             "window_layers='1'",
             "all, unless model.sliding_window is given",
         ),
+        (dict(nope_layers="4"), "nope_layers='4'", "layers run from 0 to 3"),
     ],
     Mesh: [
         (dict(data=0), "data=0", "greater than 0, or -1 for the rest"),

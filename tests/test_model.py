@@ -252,8 +252,8 @@ def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name, layers):
 @pytest.mark.parametrize(
     "name, layers, fields",
     [
-        ("ladder", 4, dict(window_layers="0,2")),
-        ("standard", 3, dict(window_layers="last1")),
+        ("ladder", 4, dict(window_layers="0,2", nope_layers="1,3")),
+        ("standard", 3, dict(window_layers="last1", nope_layers="0-1")),
     ],
 )
 def test_layers_may_differ_in_what_their_attention_sees(name, layers, fields):

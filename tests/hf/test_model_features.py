@@ -52,6 +52,28 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         ),
         dict(qk_norm=True, sliding_window=9, window_layers="0,2"),
     ),
+    "smollm3": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2, mlp_bias=True),
+        dict(nope_layers="1,3", rope_theta=2e6, mlp_bias=True),
+    ),
+    "smollm3, window without rope": (
+        "SmolLM3",
+        dict(
+            no_rope_layers=[1, 1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+        ),
+        dict(
+            nope_layers="2",
+            rope_theta=2e6,
+            sliding_window=5,
+            window_layers="2",
+            qkv_bias=True,
+            out_bias=True,
+        ),
+    ),
 }
 TENSORS = {  # ours: (name in transformers, whether it is a matrix to transpose)
     "attention.norm": ("input_layernorm.weight", False),
