@@ -20,10 +20,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import config, kv_cache, schedule, sharding
-from ladder_jax.attention import attend, attend_cache, rotary, rotate
+from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.reductions import Policy, reduce
+from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names

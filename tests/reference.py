@@ -16,8 +16,23 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
-        s = config.rope_scaling
+    s, size = config.rope_scaling, 1.0
+    if s.kind == "linear":  # positions are divided
+        frequency = frequency / s.factor
+    elif s.kind == "yarn":  # a ramp over the pairs' indices, and larger scores
+        at = lambda turns: (
+            half
+            * (
+                jnp.log(s.original_length / (2 * jnp.pi * turns))
+                / jnp.log(config.rope_theta)
+            )
+        )
+        low = jnp.maximum(jnp.floor(at(s.beta_fast)), 0)
+        high = jnp.minimum(jnp.ceil(at(s.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low), 0, 1)
+        frequency = (1 - ramp) * frequency + ramp * frequency / s.factor
+        size = 0.1 * jnp.log(s.factor) + 1
+    elif s.factor != 1:  # Llama 3.1: three bands of wavelengths
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (
             s.high_freq_factor - s.low_freq_factor
@@ -31,7 +46,7 @@ def rope(x_TNH, positions_T, config):
             ),
         )
     angle = positions_T[:, None] * frequency
-    cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cosine, sine = size * jnp.cos(angle)[:, None], size * jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1

@@ -30,15 +30,15 @@ BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # key-value heads.
 CASES = {
     "standard": (2, BIASES | dict(tie_embeddings=True)),
-    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
+    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling="llama3")),
     "ladder:1,2": (3, BIASES | dict(tie_embeddings=True, qk_norm=True)),
     "hybrid:0": (2, dict(qkv_bias=True, sliding_window=2)),
-    "hybrid:last1": (2, dict(rope_scaling=True)),
+    "hybrid:last1": (2, dict(rope_scaling="yarn")),
     "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
-    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling=True)),
+    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling="llama3")),
     "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
-    "desync:3": (2, BIASES | dict(rope_scaling=True)),
+    "desync:3": (2, BIASES | dict(rope_scaling="linear")),
 }
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 
@@ -47,8 +47,10 @@ def case_model(name, layers=None, **fields):
     """The model of a case; `fields` replace those of the case."""
     case_layers, case_fields = CASES.get(name, (None, {}))
     fields = case_fields | fields
-    if fields.pop("rope_scaling", False):
-        fields["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
+    if kind := fields.pop("rope_scaling", None):
+        fields["rope_scaling"] = config.RopeScaling(
+            kind=kind, factor=8.0, original_length=16, beta_fast=2.0, beta_slow=0.1
+        )
     return small_model(name, layers=layers or case_layers, **fields)
 
 

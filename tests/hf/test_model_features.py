@@ -15,7 +15,7 @@ import torch
 import transformers
 from helpers import make_mesh
 
-from ladder_jax import config, generate, model, sharding
+from ladder_jax import config, generate, model, rotary, sharding
 from ladder_jax.serve.engine import Engine
 
 V, LENGTH = 48, 40
@@ -51,6 +51,70 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         dict(qk_norm=True, sliding_window=9, window_layers="0,2"),
+    ),
+    "rope linear": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4)),
+        dict(rope_scaling=config.RopeScaling(kind="linear", factor=3.0)),
+    ),
+    "rope llama3": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+            )
+        ),
+        dict(rope_scaling=config.RopeScaling(factor=8.0, original_length=16)),
+    ),
+    "rope yarn": (
+        "Qwen3",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+            )
+        ),
+        dict(
+            qk_norm=True,
+            rope_scaling=config.RopeScaling(
+                kind="yarn", factor=4.0, original_length=16
+            ),
+        ),
+    ),
+    "rope yarn, all keys": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+                beta_fast=3.0,
+                beta_slow=0.2,
+                truncate=False,
+                mscale=0.7,
+                mscale_all_dim=1.3,
+            )
+        ),
+        dict(
+            rope_scaling=config.RopeScaling(
+                kind="yarn",
+                factor=8.0,
+                original_length=16,
+                beta_fast=3.0,
+                beta_slow=0.2,
+                truncate=False,
+                mscale=0.7,
+                mscale_all_dim=1.3,
+            )
+        ),
     ),
     "smollm3": (
         "SmolLM3",
@@ -218,6 +282,17 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
     )
     logits = their_logits(hugging, np.array(prompt + tokens))
     assert tokens == logits[6:-1].argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "rope " in name])
+def test_frequencies_are_those_of_transformers(case: str) -> None:
+    hugging, ours, _ = pair(case, "grouped heads")
+    theirs = hugging.model.rotary_emb
+    scaling = ours.rope_scaling
+    frequencies = rotary.frequencies(ours.head_dim, ours.rope_theta, scaling)
+    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
+    factor = rotary.attention_factor(scaling)
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 ENGINE = ["llama, biases", "qwen3, layer_types"]
