@@ -159,6 +159,8 @@ class Model(Section):
     out_bias: bool = False
     # Biases on the MLP's gate, up and down projections.
     mlp_bias: bool = False
+    # The function on the MLP's gate; gelu is the exact one.
+    activation: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
     # The tokens that attention sees: a token and those right before it. None: all.
     sliding_window: int | None = None
     # The layers with the sliding window: all, none, last16, or layers such as 0,2,5-9.

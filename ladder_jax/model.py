@@ -11,6 +11,7 @@ arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,12 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "full": _save(),  # saves only the stream at the layer's start
 }
 Progress = Callable[..., Any]
+# By model.activation: the function on the MLP's gate.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -133,12 +140,13 @@ def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU, or GEGLU with the activation gelu (arXiv 2002.05202)."""
 
     def __init__(
         self, model_config: config.Model, rngs: nnx.Rngs, norm: bool = True
     ) -> None:
         D, F, std = model_config.dim, model_config.ffn_dim, model_config.init_std
+        self.activation = model_config.activation
         self.norm = nnx.Param(jnp.ones(D)) if norm else None
         self.gate = _normal(rngs, (D, F), std)
         self.up = _normal(rngs, (D, F), std)
@@ -156,7 +164,8 @@ class MLP(nnx.Module):
         up_BTF = checkpoint_name(up_BTF, "product")
         up_BTF = _add_bias(up_BTF, self.up_bias)
         # The activation is computed in float32 and rounded once.
-        gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
+        activate = ACTIVATIONS[self.activation]
+        gated_BTF = activate(gate_BTF.astype(jnp.float32)) * up_BTF
         gated_BTF = gated_BTF.astype(u_BTD.dtype)
         # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)

@@ -94,7 +94,13 @@ def mlp(p, u_TD, config, ranks=1, rank=0):
     gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
     if p.gate_bias is not None:
         gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
-    units = jax.nn.silu(gate) * up
+    if config.activation == "silu":
+        units = gate / (1 + jnp.exp(-gate)) * up
+    elif config.activation == "gelu":  # by the normal distribution function
+        units = gate * (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2 * up
+    else:
+        inner = jnp.sqrt(2 / jnp.pi) * (gate + 0.044715 * gate**3)
+        units = gate * (1 + jnp.tanh(inner)) / 2 * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
 
 

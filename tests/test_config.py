@@ -78,6 +78,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
         ),
         (dict(heads=12, kv_heads=8), "kv_heads=8", "a divisor of model.heads=12"),
         (dict(head_dim=33), "head_dim=33", "even, for rotary embedding"),
+        (dict(activation="relu"), "activation='relu'", "one of 'silu', 'gelu'"),
         (dict(dtype="float16"), "dtype='float16'", "one of 'float32', 'bfloat16'"),
         (
             dict(residual="ladders"),

@@ -18,6 +18,7 @@ from helpers import make_mesh
 from ladder_jax import config, generate, model, rotary, sharding
 from ladder_jax.serve.engine import Engine
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 V, LENGTH = 48, 40
 SHAPES = {
     "grouped heads": dict(
@@ -51,6 +52,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         dict(qk_norm=True, sliding_window=9, window_layers="0,2"),
+    ),
+    "gelu": ("Llama", dict(hidden_act="gelu"), dict(activation="gelu")),
+    "gemma": (
+        "Gemma",
+        dict(hidden_act="gelu_pytorch_tanh"),
+        dict(activation="gelu_pytorch_tanh"),
+    ),
+    "gelu_pytorch_tanh": (
+        "Mistral",
+        dict(hidden_act="gelu_pytorch_tanh", sliding_window=None),
+        dict(activation="gelu_pytorch_tanh"),
     ),
     "rope linear": (
         "Llama",
@@ -186,7 +198,8 @@ def pair(case: str, shape: str) -> tuple[Any, config.Model, model.Transformer]:
     hugging = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
     with torch.no_grad():
         for name, weight in hugging.named_parameters():
-            weight.copy_(0.25 * torch.randn_like(weight) + name.endswith("norm.weight"))
+            is_norm = name.endswith("norm.weight")
+            weight.copy_(0.25 * torch.randn_like(weight) + is_norm)
     fields = dict(vocab_size=V, max_length=64, residual="standard", dtype="float32")
     ours = config.Model(**fields | sizes | ours)
     return hugging, ours, imported(hugging, ours)
@@ -195,6 +208,10 @@ def pair(case: str, shape: str) -> tuple[Any, config.Model, model.Transformer]:
 def imported(hugging: Any, ours: config.Model) -> model.Transformer:
     """The weights of a model of transformers in our tree."""
     weights = {name: x.detach().numpy() for name, x in hugging.named_parameters()}
+    if hugging.config.model_type == "gemma":  # it scales by sqrt(D) and by 1 + w
+        embedding = "model.embed_tokens.weight"
+        weights[embedding] = weights[embedding] * np.float32(ours.dim**0.5)
+        weights |= {n: 1 + x for n, x in weights.items() if n.endswith("norm.weight")}
     abstract = model.abstract(ours)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -243,7 +260,7 @@ def packed_logits(
 
     in_specs = sharding.parameter_specs(parameters), *[sharding.TOKENS] * 3
     run = sharding.shard_map(local, make_mesh(), in_specs, sharding.LOGITS)
-    return np.asarray(jax.jit(run)(parameters, *arrays))
+    return np.asarray(jax.jit(run, compiler_options=FAST)(parameters, *arrays))
 
 
 CASES_AND_SHAPES = pytest.mark.parametrize(
@@ -263,12 +280,25 @@ def test_logits_are_those_of_transformers_in_packed_rows_too(
     assert_close(packed[23:], their_logits(hugging, second), f"{case}, second")
 
 
+# Of each option one case; all others are slow.
+QUICK_TO_DECODE = {
+    ("llama, biases", "grouped heads"),
+    ("mistral, window", "one kv head"),
+    ("smollm3, window without rope", "grouped heads"),
+    ("rope yarn, all keys", "one kv head"),
+}
+
+
 @pytest.mark.parametrize(
     "case, shape",
     [
-        pytest.param(case, shape, marks=[] if i == 0 else pytest.mark.slow)
+        pytest.param(
+            case,
+            shape,
+            marks=[] if (case, shape) in QUICK_TO_DECODE else pytest.mark.slow,
+        )
         for case in CASES
-        for i, shape in enumerate(SHAPES)
+        for shape in SHAPES
     ],
 )
 def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
