@@ -2,8 +2,9 @@
 
 All have one interface, `Tokenizer`. `encode` treats the name of a special token in a
 text, such as "<|eos|>", as plain text. `prompt` encodes text for a model to continue,
-and converts such names to the special tokens. `load` opens the tokenizer of a
-configuration, `from_json` opens that of a checkpoint, and `train` trains BPE on texts.
+and converts such names to the special tokens; so does `encode_rendered`, for the text
+of a chat template. `load` opens the tokenizer of a configuration, `from_json` opens
+that of a checkpoint, and `train` trains BPE on texts.
 """
 
 import codecs
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -45,6 +46,8 @@ NAMES = {
     "pad": ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"),
 }
 _OWN_NAMES = [names[0] for names in NAMES.values()]
+# It splits a text into names of special tokens and what is between them.
+_OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
 # Halves of a UTF-16 surrogate pair: JSON can contain them, UTF-8 cannot.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -65,6 +68,13 @@ _ALPHABET = byte_alphabet()
 
 
 # ------------------------------------------------------------------ interface
+
+
+class Rendered(NamedTuple):
+    """The ids of a text of a chat template, and the characters that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # of each id: its first character, and the one after
 
 
 class Stream:
@@ -107,12 +117,20 @@ class Tokenizer:
       size: one more than the largest id.
       bos, eos, pad: ids of the tokens that start a document, end it and fill rows. A
         Hugging Face tokenizer without bos or pad uses its eos for them, as GPT-2 does.
+      names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
+      eos_ids: the ids that end a text; the first one is eos.
+      chat_template: the Jinja template that makes a text of a conversation, or None.
+      starts_with_bos: whether a prompt starts with bos.
     """
 
     size: int
     bos: int
     eos: int
     pad: int
+    names: dict[str, str]
+    eos_ids: tuple[int, ...]
+    chat_template: str | None
+    starts_with_bos: bool
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, none of them a special token."""
@@ -135,6 +153,16 @@ class Tokenizer:
 
         Raises:
           ConfigError: if the tokenizer cannot encode the text.
+        """
+        raise NotImplementedError
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        """Returns the ids of each text, and where in the text they come from.
+
+        Names of special tokens become these tokens. Nothing is added.
+
+        Raises:
+          ConfigError: if the tokenizer cannot encode a text.
         """
         raise NotImplementedError
 
@@ -195,12 +223,37 @@ class ByteTokenizer(Tokenizer):
     """A tokenizer with the bytes of UTF-8 as ids 0 to 255, and bos, eos, pad after."""
 
     bos, eos, pad, size = 256, 257, 258, 259
+    eos_ids = (eos,)
+    chat_template = None
+    starts_with_bos = True
+
+    def __init__(self) -> None:
+        self.names = dict(zip(NAMES, _OWN_NAMES))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(_without_surrogates(text).encode()) for text in texts]
 
     def prompt(self, text: str) -> list[int]:
         return [self.bos, *self.encode(text)]
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        return [self._encode_rendered(_without_surrogates(text)) for text in texts]
+
+    def _encode_rendered(self, text: str) -> Rendered:
+        special = dict(zip(_OWN_NAMES, (self.bos, self.eos, self.pad)))
+        rendered = Rendered([], [])
+        start = 0
+        for part in _OWN_NAMES_PATTERN.split(text):
+            if part in special:
+                rendered.ids.append(special[part])
+                rendered.offsets.append((start, start + len(part)))
+            else:
+                for i, character in enumerate(part, start):
+                    ids = character.encode()
+                    rendered.ids.extend(ids)
+                    rendered.offsets.extend([(i, i + 1)] * len(ids))
+            start += len(part)
+        return rendered
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bytes"})
@@ -281,15 +334,21 @@ class HuggingFace(Tokenizer):
       text: the content of tokenizer.json.
       names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
       origin: its name in messages.
+      chat_template: its Jinja template, if it has one.
 
     Raises:
       ConfigError: if `text` is no tokenizer or has no token of these names.
     """
 
     def __init__(
-        self, text: str, names: dict[str, str], origin: str = "this tokenizer"
+        self,
+        text: str,
+        names: dict[str, str],
+        origin: str = "this tokenizer",
+        chat_template: str | None = None,
     ) -> None:
         self._json, self.names, self._origin = text, names, origin
+        self.chat_template = chat_template
         self._plain = _parse(text)
         # It encodes names of special tokens in a text as plain text.
         self._plain.encode_special_tokens = True
@@ -303,6 +362,7 @@ class HuggingFace(Tokenizer):
         self.eos = vocabulary[names["eos"]]
         self.bos = vocabulary[names.get("bos", names["eos"])]
         self.pad = vocabulary[names.get("pad", names["eos"])]
+        self.eos_ids = (self.eos,)
         added = self._plain.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
         decoder = json.loads(text).get("decoder") or {}
@@ -319,7 +379,17 @@ class HuggingFace(Tokenizer):
         return _parse(self._json)
 
     @functools.cached_property
-    def _starts_with_bos(self) -> bool:
+    def _without_processor(self) -> tokenizers.Tokenizer:
+        """`_with_special_tokens` whose offsets keep the spaces of a token.
+
+        The post-processor would cut them off.
+        """
+        values = json.loads(self._json)
+        values["post_processor"] = None
+        return _parse(json.dumps(values))
+
+    @functools.cached_property
+    def starts_with_bos(self) -> bool:  # type: ignore[override]
         """Whether the tokenizer's post-processor puts bos before a text."""
         names = sorted(self._with_special_tokens.get_vocab(with_added_tokens=False))
         for text in ("a", *names[:100]):
@@ -339,15 +409,22 @@ class HuggingFace(Tokenizer):
         text = _without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        if not ids or (self._starts_with_bos and ids[0] != self.bos):
+        if not ids or (self.starts_with_bos and ids[0] != self.bos):
             ids = [self.bos, *ids]
         return ids
 
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        texts = [_without_surrogates(text) for text in texts]
+        library_tokenizer = self._without_processor
+        with _library_errors(f"{self._origin} cannot encode a conversation"):
+            encodings = library_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [Rendered(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def to_json(self) -> str:
-        return json.dumps(
-            {"kind": "huggingface", "names": self.names, "tokenizer": self._json},
-            ensure_ascii=False,
-        )
+        values = {"kind": "huggingface", "names": self.names, "tokenizer": self._json}
+        if self.chat_template is not None:
+            values["chat_template"] = self.chat_template
+        return json.dumps(values, ensure_ascii=False)
 
     def tokenizer_json(self) -> str:
         return self._json
@@ -439,7 +516,8 @@ def from_json(text: str) -> Tokenizer:
             return ByteTokenizer()
         if kind == "huggingface":
             origin = "the checkpoint's tokenizer"
-            return HuggingFace(values["tokenizer"], values["names"], origin)
+            template = values.get("chat_template")
+            return HuggingFace(values["tokenizer"], values["names"], origin, template)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"this is not a tokenizer that to_json wrote: {error!r}"
@@ -457,7 +535,8 @@ def load(spec: str) -> Tokenizer:
     of `NAMES` in tokenizer.json.
 
     Args:
-      spec: "bytes", or the path of a tokenizer.json or of a folder that holds one.
+      spec: "bytes", or the path of a tokenizer.json, of a folder that holds one, or
+        of a run or checkpoint.
 
     Raises:
       ConfigError: if there is no such file, if it is no tokenizer, or if it has no
@@ -467,14 +546,19 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     origin = f"data.tokenizer={spec!r}"
     path = Path(spec).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        tokenizer = _from_checkpoint(path)
+        if tokenizer:
+            return tokenizer
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
-        return HuggingFace(text, _special_names(text, path.parent), origin)
+        names = _special_names(text, path.parent)
+        return HuggingFace(text, names, origin, _chat_template(path.parent))
     except OSError as error:
         raise ConfigError(
             f"{origin} cannot be read ({error.strerror}): it must be 'bytes', or the "
-            "path of a tokenizer.json or of a folder that holds one"
+            "path of a tokenizer.json, of a folder that holds one, or of a run"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{origin} is not accepted: {error}") from None
@@ -512,3 +596,34 @@ def _special_names(text: str, folder: Path) -> dict[str, str]:
             f"tokenizer_config.json beside it, or use one of {', '.join(NAMES['eos'])}"
         )
     return names
+
+
+def _from_checkpoint(path: Path) -> Tokenizer | None:
+    """Returns the tokenizer of a run, its checkpoints or one of them; None: it is none.
+
+    Orbax is imported only where it is needed.
+    """
+    from ladder_jax import checkpoint
+
+    try:
+        return from_json(checkpoint.read_meta(path)["tokenizer"])
+    except (ValueError, KeyError, OSError):
+        return None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Returns the chat template of a folder, or None.
+
+    The file chat_template.jinja comes before tokenizer_config.json, as in transformers.
+    """
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return None
+    template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template
