@@ -107,7 +107,7 @@ def _smollm3(fields: Fields, layers: int) -> Values:
     ok = all(value in (0, 1) for value in has_rope)
     fields.need("no_rope_layers", ok, "a list of 0 and 1")
     without = [i for i, value in enumerate(has_rope) if not value]
-    nope = dict(nope_layers=schedule.format_layers(without, layers))
+    nope = dict(nope_layers=_format_layers(without, layers))
     window = None
     if fields.flag("use_sliding_window", False) and fields.has("sliding_window"):
         window = fields.integer("sliding_window")
@@ -159,7 +159,7 @@ def _windows(window: int | None, layers_with: Any, layers: int) -> Values:
     numbers = list(layers_with)
     if window is None or not numbers:
         return dict(sliding_window=None)
-    which = schedule.format_layers(numbers, layers)
+    which = _format_layers(numbers, layers)
     return dict(sliding_window=window, window_layers=which)
 
 
@@ -293,7 +293,7 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
     values |= family.read(fields, layers)
     scales = family.scales(fields, values)
     try:
-        model = Model(**values)
+        model = _build(values)
     except ConfigError as error:
         raise ConfigError(f"{where} describes no model: {error}") from None
     rows = layout.tensors(model, family.fused, scales)
@@ -321,6 +321,23 @@ def _family(fields: Fields, kind: object) -> Family:
     ok = names[0] == family.architecture or kind == "llamaLadder"
     fields.need("architectures", ok, accepted)
     return family
+
+
+# TODO-MERGE
+def _format_layers(numbers: Any, layers: int) -> str:
+    numbers = list(numbers)
+    if len(numbers) == layers:
+        return "all"
+    return ",".join(map(str, numbers)) or "none"
+
+
+def _build(values: Values) -> Model:
+    known = {field.name for field in dataclasses.fields(Model)}
+    neutral = (None, "none", "all", "silu", False)
+    for name in sorted(set(values) - known):
+        if values[name] not in neutral:
+            raise ConfigError(f"{name}={values[name]!r} is not supported")
+    return Model(**{k: v for k, v in values.items() if k in known})
 
 
 def _shape(fields: Fields, family: Family) -> Values:

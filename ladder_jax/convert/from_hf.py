@@ -5,6 +5,7 @@ the tensor's memory is free again before the next one is read.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
 from ladder_jax.convert.families import Imported, check_names, read_config
 from ladder_jax.convert.layout import Tensor
-from ladder_jax.convert.needs import Needs, available, needs_of
+from ladder_jax.convert.needs import available, needs_of
 from ladder_jax.convert.source import TensorSource
 from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.tokenizer_files import write_special
@@ -125,8 +126,6 @@ def _tokenizer(
 
 
 def _ids_of(source: TensorSource) -> str:
-    import json
-
     return json.dumps({"eos_token_id": source.config.get("eos_token_id")})
 
 
@@ -206,13 +205,7 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
     The folder appears when it is complete. Raises ConfigError where disk or memory do
     not suffice, before anything is read or written.
     """
-    path = folder.absolute(out)
-    require_plain_name(path, "out")
-    folder.require_new(path)
-    sharding.check_fits(job.model, mesh)
-    needs = needs_of(job.model, dtype, mesh)
-    say(needs.text())
-    needs.check(available(path, mesh))
+    path = check(job, out, mesh, dtype, say)
     with folder.new_folder(path) as part:
         model = place(job, mesh, dtype)
         config = config_of(job, path)
@@ -224,7 +217,23 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
         )
         with Checkpoints(part / "checkpoints", keep=1) as checkpoints:
             checkpoints.save(0, dict(model=model), None, meta)
-        write_tokenizer(job.tokenizer, part / TOKENIZER)
+        (part / TOKENIZER).mkdir()
+        write_tokenizer_files(job.tokenizer, part / TOKENIZER)
+    return path
+
+
+def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Path:
+    """Checks what `write_run` needs, and says it. Returns the absolute path of `out`.
+
+    Raises ConfigError as `write_run` does.
+    """
+    path = folder.absolute(out)
+    require_plain_name(path, "out")
+    folder.require_new(path)
+    sharding.check_fits(job.model, mesh)
+    needs = needs_of(job.model, dtype, mesh)
+    say(needs.text())
+    needs.check(available(path, mesh))
     return path
 
 
@@ -239,9 +248,8 @@ def config_of(job: Import, out: Path) -> Config:
     )
 
 
-def write_tokenizer(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
-    """Writes tokenizer.json and the files beside it, into a new folder."""
-    path.mkdir()
+def write_tokenizer_files(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Writes tokenizer.json and the files beside it into a folder."""
     files = write_special(tokenizer.special)
     files["tokenizer.json"] = tokenizer.tokenizer_json()
     for name, content in files.items():

@@ -68,29 +68,23 @@ def size(count: float) -> str:
 def needs_of(model: Model, dtype: str, mesh: Mesh) -> Needs:
     """What a model in `dtype` on a mesh takes."""
     shapes = models.abstract(model)
-    leaves = jax.tree.leaves(shapes)
-    specs = jax.tree.leaves(sharding.parameter_specs(shapes))
-    total = sum(math.prod(leaf.shape) for leaf in leaves)
-    shards, largest = 0, 0
-    for leaf, spec in zip(leaves, specs):
-        shares = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
-        shard = math.prod(leaf.shape) // shares
-        shards += shard
-        stacked = leaf.shape[0] if len(spec) > len(leaf.shape) - 1 and spec else 1
-        largest = max(largest, shard // max(stacked, 1))
+    names = jax.tree.leaves(sharding.parameter_names(shapes))
+    total, shards, largest = 0, 0, 0
+    for name, leaf in zip(names, jax.tree.leaves(shapes)):
+        axes = sharding.PARAMETERS[name].axes
+        count = math.prod(leaf.shape)
+        shard = count // math.prod(mesh.shape[x] for x in axes.values() if x)
+        total, shards = total + count, shards + shard
+        layers = leaf.shape[0] if leaf.ndim > len(axes) else 1
+        largest = max(largest, shard // layers)
     width = BYTES[dtype]
-    # The checkpoint compresses nothing that can be relied on; its JSON is small.
-    return Needs(
-        total, width * total, width * (shards + largest), mesh.size, dtype
-    )
+    device = width * (shards + largest)
+    return Needs(total, width * total, device, mesh.size, dtype)
 
 
 def available(out: Path, mesh: Mesh) -> Available:
     """The free disk where `out` will be, and the free memory of a device of the mesh."""
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    disk = None
-    with contextlib.suppress(OSError):
-        disk = shutil.disk_usage(parent).free
+    disk = free_disk(out)
     device = mesh.devices.flat[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -99,6 +93,14 @@ def available(out: Path, mesh: Mesh) -> Available:
     host = host_memory()
     own = sum(d.process_index == jax.process_index() for d in np.ravel(mesh.devices))
     return Available(disk, None if host is None else host // max(own, 1))
+
+
+def free_disk(out: Path) -> int | None:
+    """The free bytes of the file system where `out` is or will be."""
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(parent).free
+    return None
 
 
 def host_memory() -> int | None:
