@@ -445,7 +445,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     )
     before = read_meta(out) if saved else meta
     check_resumed(before, meta, out)
-    corpus = prepare_corpus(config.data, tokenizer)
+    corpus = prepare_corpus(config.data, tokenizer).cut(config.train.seq_len)
     say(corpus.report)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
     meta["documents"] = corpus.digest
@@ -486,7 +486,7 @@ def check_writable(out: Path, value: str) -> None:
 # The fields that a resumed run may not change. None: every field of the section.
 FROZEN: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "data": ("text_field", "held_out_fraction"),
+    "data": ("format", "text_field", "train_on", "held_out_fraction"),
     "train": ("global_batch", "seq_len", "seed"),
 }
 
@@ -524,8 +524,12 @@ def check_resumed(
         ("source", "corpus"),
         ("source", "documents"),
     ):
-        comparable = contents in saved and contents in now
-        if comparable and saved[contents] != now[contents]:
+        if contents not in saved or contents not in now:
+            continue
+        old, new = saved[contents], now[contents]
+        if contents == "tokenizer":  # what belongs to prompts alone may change
+            old, new = (tokenizers.from_json(x).documents_json() for x in (old, new))
+        if old != new:
             value = getattr(after.data, field)
             raise ConfigError(
                 f"data.{field}={value!r} has other contents now than in the run to "
@@ -641,7 +645,7 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         seed=config.train.seed,
-        stop_token_ids=(tokenizer.eos,),
+        stop_token_ids=tokenizer.eos_ids,
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))
