@@ -201,7 +201,7 @@ class LadderLlamaDecoderLayer(nn.Module):
     def forward(
         self, history: list[torch.Tensor], **kwargs: Any
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Adds this layer's streams to `history`: the stream [B, T, D] after each block.
+        """Adds to `history`, the streams [B, T, D] after each block, those of this layer.
 
         Returns the history, and the weights of eager attention.
         """
