@@ -38,7 +38,9 @@ class TensorSource(Protocol):
 
     name: str
     config: dict[str, Any]
-    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor; a view of the mapped file where no conversion is needed.
