@@ -201,7 +201,7 @@ class LadderLlamaDecoderLayer(nn.Module):
     def forward(
         self, history: list[torch.Tensor], **kwargs: Any
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Adds to `history`, the streams [B, T, D] after each block, those of this layer.
+        """Appends the streams [B, T, D] after this layer's blocks to `history`.
 
         Returns the history, and the weights of eager attention.
         """
