@@ -67,7 +67,7 @@ def test_weights_and_config_are_transformers_own(architecture, tied, tmp_path):
     for name in (*gguf_files.SIZES, "rope_parameters", "tie_word_embeddings"):
         if name != "initializer_range":
             assert getattr(loaded, name) == getattr(model.config, name), name
-    assert loaded.bos_token_id == 1 and loaded.eos_token_id in (0, [0, 2])
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 0)
 
 
 @pytest.mark.parametrize("keys", [dict(attention_bias=True), dict(mlp_bias=True)])
@@ -370,7 +370,7 @@ def test_special_tokens_and_template(metadata):
     [
         (dict(model="llama"), "SentencePiece"),
         (dict(model="bert"), "bert"),
-        (dict(model=None), "no tokenizer"),
+        (dict(model=None), "no tokenizer.ggml.model"),
         (dict(pre="unheard-of"), "unheard-of"),
         (dict(tokens=[]), "tokens"),
         (dict(tokens=["a", "a"], token_type=[1, 1]), "twice"),
@@ -414,3 +414,20 @@ def test_the_command_imports_a_model_that_computes_the_same(kind, tmp_path):
         theirs_TV = model(torch.tensor([ids])).logits[0, :, : ours_TV.shape[-1]]
     assert math.isclose(float(jax.numpy.std(ours_TV)), 1, rel_tol=0.9)
     np.testing.assert_allclose(ours_TV, theirs_TV, atol=3e-5)
+
+
+def test_another_tokenizer_in_place_of_one_that_is_not_supported(tmp_path, capsys):
+    path = tmp_path / "m.gguf"
+
+    def change(writer):
+        writer.kv_data[0]["tokenizer.ggml.model"].value = "llama"
+
+    gguf_files.write(path, gguf_files.hf_model("llama"), change=change)
+    words = ["convert", "from-gguf", str(path), str(tmp_path / "run")]
+    assert cli.run(words) == 2
+    error = capsys.readouterr().err
+    assert "SentencePiece" in error and "--tokenizer" in error
+    assert not (tmp_path / "run").exists()
+    gguf_files.bpe().save(str(tmp_path / "tokenizer.json"))
+    assert cli.run([*words, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    assert ladder_jax.load(tmp_path / "run").tokenizer.size == 360
