@@ -69,7 +69,7 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
     else:
         raise ConfigError(
             f"{name}: tokenizer.ggml.model={short_repr(vocabulary.kind)} is not "
-            "supported: it must be gpt2 (byte-level BPE); for a model with SentencePiece "
+            "supported: it must be gpt2 (byte-level BPE); for SentencePiece "
             "give the tokenizer.json of its Hugging Face folder"
         )
     result = {
