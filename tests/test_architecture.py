@@ -22,6 +22,7 @@ ROWS = {
         "evaluate",
         "bench",
         "planner",
+        "chat",
         "loading",
         "generate",
     ],
