@@ -208,7 +208,7 @@ def no_tokenizer(folder, values):
 
 def sentencepiece(folder, values):
     no_tokenizer(folder, values)
-    (folder / "tokenizer.model").write_bytes(b"\x0a\x05")
+    (folder / "tokenizer.model").write_bytes(b"\x0a\xff\x05")
 
 
 def more_tokens(folder, values):
