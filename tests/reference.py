@@ -16,8 +16,23 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
-        s = config.rope_scaling
+    s, size = config.rope_scaling, 1.0
+    if s.kind == "linear":  # positions are divided
+        frequency = frequency / s.factor
+    elif s.kind == "yarn":  # a ramp over the pairs' indices, and larger scores
+        at = lambda turns: (
+            half
+            * (
+                jnp.log(s.original_length / (2 * jnp.pi * turns))
+                / jnp.log(config.rope_theta)
+            )
+        )
+        low = jnp.maximum(jnp.floor(at(s.beta_fast)), 0)
+        high = jnp.minimum(jnp.ceil(at(s.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low), 0, 1)
+        frequency = (1 - ramp) * frequency + ramp * frequency / s.factor
+        size = 0.1 * jnp.log(s.factor) + 1
+    elif s.factor != 1:  # Llama 3.1: three bands of wavelengths
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (
             s.high_freq_factor - s.low_freq_factor
@@ -31,7 +46,7 @@ def rope(x_TNH, positions_T, config):
             ),
         )
     angle = positions_T[:, None] * frequency
-    cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cosine, sine = size * jnp.cos(angle)[:, None], size * jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
@@ -56,7 +71,8 @@ def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
             norm(q, p.q_norm[...], config.norm_eps),
             norm(k, p.k_norm[...], config.norm_eps),
         )
-    q, k = rope(q, positions_T, config), rope(k, positions_T, config)
+    if layer not in parse_layers(config.nope_layers, config.layers):
+        q, k = rope(q, positions_T, config), rope(k, positions_T, config)
     # Every query head gets a copy of its own.
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)
@@ -78,7 +94,13 @@ def mlp(p, u_TD, config, ranks=1, rank=0):
     gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
     if p.gate_bias is not None:
         gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
-    units = jax.nn.silu(gate) * up
+    if config.activation == "silu":
+        units = gate / (1 + jnp.exp(-gate)) * up
+    elif config.activation == "gelu":  # by the normal distribution function
+        units = gate * (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2 * up
+    else:
+        inner = jnp.sqrt(2 / jnp.pi) * (gate + 0.044715 * gate**3)
+        units = gate * (1 + jnp.tanh(inner)) / 2 * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
 
 

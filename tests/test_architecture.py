@@ -31,7 +31,7 @@ ROWS = {
     "serving": ["serve"],
     "conversion": ["convert"],
     "device programs": ["decode", "decode_shapes", "sampling", "optimizer"],
-    "model": ["model", "attention", "matmul", "kv_cache"],
+    "model": ["model", "attention", "rotary", "matmul", "kv_cache"],
     "residual": ["residual"],
     "data": ["data"],
     "hardware": ["hardware"],
