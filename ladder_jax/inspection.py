@@ -238,8 +238,8 @@ def _scaling(scaling: Report) -> str:
 def _options(model: Report) -> str:
     """What differs from Llama."""
     neutral = to_dict(Model())
-    names = ("tie_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias")
-    names += ("activation", "sliding_window", "window_layers", "nope_layers")
+    names = ["tie_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias"]
+    names += ["activation", "sliding_window", "window_layers", "nope_layers"]
     given = [
         name if model[name] is True else f"{name} {model[name]}"
         for name in names

@@ -1,4 +1,4 @@
-"""Every family and option: our logits, tokens and files beside those of transformers."""
+"""Every family and option: logits, tokens and files beside those of transformers."""
 
 import dataclasses
 import json
