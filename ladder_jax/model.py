@@ -411,14 +411,30 @@ def loss(
         return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
     arrays = x_BTD, batch["targets"], batch["weights"]
+    return sum_over_tokens(weighted_sum, arrays, chunk)
+
+
+def sum_over_tokens(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+    """The sum of `function`, itself a sum over tokens, over chunks of the tokens.
+
+    Args:
+      function: takes arrays [B, T, ...]; zeros must add nothing.
+      arrays: its arguments [B, T, ...].
+      chunk: if not 0, `function` gets this many tokens at a time, as [1, chunk, ...],
+        and computes them again in the backward pass.
+    """
     if not chunk:
-        return weighted_sum(*arrays)
+        return function(*arrays)
 
     def add_chunk(total: jax.Array, chunk_arrays: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(weighted_sum)(*chunk_arrays), None
+        return total + jax.checkpoint(function)(*chunk_arrays), None
 
-    chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
-    return lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunks = tuple(_chunked(x, min(chunk, tokens)) for x in arrays)
+    shape = jax.eval_shape(function, *(x[0] for x in chunks)).shape
+    return lax.scan(add_chunk, jnp.zeros(shape, jnp.float32), chunks)[0]
 
 
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:

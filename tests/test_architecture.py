@@ -17,6 +17,9 @@ ROWS = {
     "doors": ["cli", "serve.server"],
     "jobs": [
         "train",
+        "step_inputs",
+        "initial",
+        "anneal",
         "progress",
         "interrupts",
         "evaluate",
@@ -27,7 +30,7 @@ ROWS = {
     ],
     "serving": ["serve"],
     "conversion": ["convert"],
-    "device programs": ["decode", "decode_shapes", "sampling", "optimizer"],
+    "device programs": ["decode", "decode_shapes", "sampling", "optimizer", "distill", "objective"],
     "model": ["model", "attention", "matmul", "kv_cache"],
     "residual": ["residual"],
     "data": ["data"],
