@@ -132,6 +132,10 @@ class Model(Section):
     qk_norm: bool = False
     # Biases on query, key and value, as in Qwen2.
     qkv_bias: bool = False
+    # A bias on attention's output.
+    out_bias: bool = False
+    # Biases on the MLP's gate, up and down projections.
+    mlp_bias: bool = False
     # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.

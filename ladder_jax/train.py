@@ -521,8 +521,12 @@ def check_resumed(
         ("source", "corpus"),
         ("source", "documents"),
     ):
-        comparable = contents in saved and contents in now
-        if comparable and saved[contents] != now[contents]:
+        if contents not in saved or contents not in now:
+            continue
+        old, new = saved[contents], now[contents]
+        if contents == "tokenizer":  # what belongs to prompts alone may change
+            old, new = (tokenizers.from_json(x).documents_json() for x in (old, new))
+        if old != new:
             value = getattr(after.data, field)
             raise ConfigError(
                 f"data.{field}={value!r} has other contents now than in the run to "
@@ -648,7 +652,7 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         seed=config.train.seed,
-        stop_token_ids=(tokenizer.eos,),
+        stop_token_ids=tokenizer.eos_ids,
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))

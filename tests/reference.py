@@ -70,8 +70,18 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
 
 
 def mlp(p, u_TD, config, ranks=1, rank=0):
-    units = jax.nn.silu(u_TD @ p.gate[...]) * (u_TD @ p.up[...])
+    gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
+    if p.gate_bias is not None:
+        gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
+    units = jax.nn.silu(gate) * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
+
+
+def bias(p):
+    """The bias on a block's output, which no rank has a share of."""
+    if hasattr(p, "wo"):
+        return 0 if p.bo is None else p.bo[...]
+    return 0 if p.down_bias is None else p.down_bias[...]
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
@@ -81,21 +91,24 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
     ]
-    attend = lambda p, u, **rank: attention(
+    head_sum = lambda p, u, **rank: attention(
         p, u, positions_T, segments_T, config, **rank
     )
+    unit_sum = lambda p, u, **rank: mlp(p, u, config, **rank)
+    attend = lambda p, u: head_sum(p, u) + bias(p)
+    feed = lambda p, u: unit_sum(p, u) + bias(p)
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
         for layer in layers:
             x = x + attend(layer.attention, norm(x, layer.attention.norm[...], eps))
-            x = x + mlp(layer.mlp, norm(x, layer.mlp.norm[...], eps), config)
+            x = x + feed(layer.mlp, norm(x, layer.mlp.norm[...], eps))
         return x
 
     if kind == "parallel":
         for layer in layers:
             u = norm(x, layer.attention.norm[...], eps)
-            x = x + attend(layer.attention, u) + mlp(layer.mlp, u, config)
+            x = x + attend(layer.attention, u) + feed(layer.mlp, u)
         return x
 
     if kind == "hybrid":
@@ -108,15 +121,15 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                     layer.attention,
                     norm(attention_stream, layer.attention.norm[...], eps),
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(previous, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    layer.mlp, norm(previous, layer.mlp.norm[...], eps)
                 )
             else:
                 attention_stream = mlp_stream + attend(
                     layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps)
                 )
         return mlp_stream
 
@@ -138,11 +151,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 u = norm(seen, module.norm[...], eps)
                 history.append(
                     history[-1]
-                    + (
-                        attend(module, u)
-                        if part == "attention"
-                        else mlp(module, u, config)
-                    )
+                    + (attend(module, u) if part == "attention" else feed(module, u))
                 )
         return history[-1]
 
@@ -157,15 +166,19 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
                     outputs.append(
-                        attend(module, u, **own)
+                        head_sum(module, u, **own)
                         if part == "attention"
-                        else mlp(module, u, config, **own)
+                        else unit_sum(module, u, **own)
                     )
+                # Every rank adds the bias to its own stream, reduced or not.
                 if (block + 1) % every == 0 or block == blocks - 1:
-                    total = sum(outputs) + sum(copies) / ranks
+                    total = sum(outputs) + bias(module) + sum(copies) / ranks
                     copies = [total] * ranks
                 else:
-                    copies = [copy + output for copy, output in zip(copies, outputs)]
+                    copies = [
+                        copy + output + bias(module)
+                        for copy, output in zip(copies, outputs)
+                    ]
         return copies[0]
     raise AssertionError(config.residual)
 

@@ -25,19 +25,20 @@ from ladder_jax.residual.overlap import AsyncReduction
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 B, T, V = 8, 8, 32
 
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # By schedule: how many layers, and other fields of the model. 16 query heads share 8
 # key-value heads.
 CASES = {
-    "standard": (2, dict(tie_embeddings=True, qkv_bias=True)),
+    "standard": (2, BIASES | dict(tie_embeddings=True)),
     "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
-    "ladder:1,2": (3, dict(tie_embeddings=True, qk_norm=True)),
+    "ladder:1,2": (3, BIASES | dict(tie_embeddings=True, qk_norm=True)),
     "hybrid:0": (2, dict(qkv_bias=True)),
     "hybrid:last1": (2, dict(rope_scaling=True)),
     "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
-    "parallel": (2, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
+    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling=True)),
     "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
-    "desync:3": (2, dict(rope_scaling=True)),
+    "desync:3": (2, BIASES | dict(rope_scaling=True)),
 }
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 
@@ -284,9 +285,7 @@ def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name
 def test_parameters_are_standards_but_for_parallels_second_norm(name):
     def counted(name):
         tree = model.abstract(
-            case_model(
-                name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False
-            )
+            case_model(name, layers=2, qk_norm=True, tie_embeddings=False, **BIASES)
         )
         names = sharding.parameter_names(tree)
         return collections.Counter(
@@ -656,7 +655,7 @@ VARIANTS = [
     {},
     dict(tie_embeddings=True),
     dict(qk_norm=True),
-    dict(qkv_bias=True),
+    BIASES,
     dict(residual="parallel"),
     dict(residual="desync:2", qk_norm=True, qkv_bias=True, layers=1),
 ]

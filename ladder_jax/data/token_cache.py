@@ -122,7 +122,7 @@ def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> 
         FORMAT,
         data_config.source == "builtin",
         data_config.text_field,
-        tokenizer.to_json(),
+        tokenizer.documents_json(),
         [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]

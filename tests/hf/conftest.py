@@ -1,4 +1,4 @@
-"""Comparisons with PyTorch, transformers and lm-eval: `make test` runs them in .venv-hf."""
+"""Comparisons with PyTorch, transformers, lm-eval: `make test` runs them in .venv-hf."""
 
 import importlib.util
 
