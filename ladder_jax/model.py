@@ -23,6 +23,7 @@ from ladder_jax import config, kv_cache, schedule, sharding
 from ladder_jax.attention import attend, attend_cache, rotary, rotate
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
+from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.reductions import Policy, reduce
 from ladder_jax.schedule import Block
 
@@ -238,6 +239,7 @@ def hidden(
     reduction: str | Policy = "psum",
     remat: str = "none",
     unroll: bool = False,
+    freshness: Freshness | None = None,
 ) -> tuple[jax.Array, Any]:
     """The final residual stream, and the cache with these tokens written.
 
@@ -258,10 +260,14 @@ def hidden(
       reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
       remat: a name in REMAT.
       unroll: whether the compiled program repeats the layer scan's body.
+      freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
+        newest terms a delayed block reads (residual/annealing.py).
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
     """
+    if freshness is not None:
+        check_freshness(model_config, freshness)
     dtype = jnp.dtype(model_config.dtype)
     rotation = rotary(
         positions_BT,
@@ -311,6 +317,7 @@ def hidden(
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
+        freshness=freshness,
     )
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
@@ -420,7 +427,7 @@ def loss(
       batch: tokens, targets, segments, positions, weights, each [B, T] (data/corpus).
       chunk: if not 0, logits are computed for this many tokens at a time, and again
         in the backward pass.
-      options: of `hidden`: kernel, reduction, remat, unroll.
+      options: of `hidden`: kernel, reduction, remat, unroll, freshness.
 
     Returns:
       A scalar, the same on all tensor shards.
