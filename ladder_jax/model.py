@@ -261,7 +261,8 @@ def hidden(
       remat: a name in REMAT.
       unroll: whether the compiled program repeats the layer scan's body.
       freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
-        newest terms a delayed block reads (residual/annealing.py).
+        newest terms a delayed block reads (residual/annealing.py). With an array every
+        block has its own: 1 makes it standard, 0 what its schedule says.
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.

@@ -17,7 +17,8 @@ from ladder_jax.residual.reductions import Policy, copy_to_tensor_axis
 from ladder_jax.residual.stream import Stream
 from ladder_jax.schedule import Block
 
-# A scalar, which may be traced: a change of its value compiles nothing.
+# A scalar, or an array with a value for every block. It may be traced: a change of its
+# value compiles nothing.
 Freshness = jax.Array | float
 
 
