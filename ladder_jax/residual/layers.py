@@ -68,7 +68,7 @@ def run(
     ) -> tuple[Stream, tuple[Any, ...]]:
         outputs = []
         next_delays = [*(block.delay for block in blocks[1:]), next_delay]
-        shares = [freshness] * len(blocks)
+        shares: Any = [freshness] * len(blocks)
         if by_block:
             layer, shares = layer
         for block, next_block_delay, block_rows, share in zip(
@@ -81,7 +81,7 @@ def run(
                     stream, output = run_desync_block(
                         stream, block, compute_block, reduction, block_rows
                     )
-                elif freshness is not None:
+                elif annealed:
                     stream, output = run_annealed_block(
                         stream, block, share, compute_block, reduction, block_rows
                     )
@@ -100,8 +100,8 @@ def run(
     with jax.named_scope("embedding"):
         stream = _first_stream(schedule, embedded_BTD, reduction)
     annealed = freshness is not None
-    by_block = annealed and jnp.ndim(freshness) > 0
-    if by_block:
+    by_block = freshness is not None and jnp.ndim(freshness) > 0
+    if freshness is not None and by_block:
         share_LB = jnp.reshape(freshness, (len(schedule.layers), -1))
         is_list = isinstance(layers, list)
         layers = list(zip(layers, share_LB)) if is_list else (layers, share_LB)
