@@ -78,20 +78,43 @@ class Section:
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Scaling of rotary frequencies for longer contexts, as in Llama 3.1."""
+    """Scaling of rotary frequencies for longer contexts."""
 
     section = "model.rope_scaling"
-    # Low frequencies are divided by this. 1: no scaling.
+    # llama3 and yarn divide low frequencies by `factor`, linear divides all.
+    kind: Literal["llama3", "linear", "yarn"] = "llama3"
+    # What frequencies are divided by. 1: no scaling.
     factor: float = 1.0
-    # Frequencies are low if they turn at most this often in original_length tokens.
+    # llama3: frequencies are low if they turn at most this often in original_length
+    # tokens.
     low_freq_factor: float = 1.0
-    # Frequencies stay as they are if they turn at least this often.
+    # llama3: frequencies stay as they are if they turn at least this often.
     high_freq_factor: float = 4.0
     # The context that the model was trained with before, in tokens.
     original_length: int = 8192
+    # yarn: frequencies stay as they are if they turn at least this often.
+    beta_fast: float = 32.0
+    # yarn: frequencies are low if they turn at most this often.
+    beta_slow: float = 1.0
+    # yarn: the frequencies between these two begin and end at whole indices.
+    truncate: bool = True
+    # yarn: what cosines and sines are multiplied by. None: it follows from factor.
+    attention_factor: float | None = None
+    # yarn: if both are given, attention_factor follows from factor and these two.
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def check(self) -> None:
         self.positive("factor", "low_freq_factor", "original_length")
+        self.positive("beta_fast", "beta_slow")
+        self.need(
+            "beta_fast",
+            self.beta_fast >= self.beta_slow,
+            "at least as large as beta_slow",
+        )
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            self.need(name, value is None or value > 0, "greater than 0, or None")
         self.need(
             "high_freq_factor",
             self.high_freq_factor > self.low_freq_factor,
@@ -136,6 +159,14 @@ class Model(Section):
     out_bias: bool = False
     # Biases on the MLP's gate, up and down projections.
     mlp_bias: bool = False
+    # The function on the MLP's gate; gelu is the exact one.
+    activation: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    # The tokens that attention sees: a token and those right before it. None: all.
+    sliding_window: int | None = None
+    # The layers with the sliding window: all, none, last16, or layers such as 0,2,5-9.
+    window_layers: str = "all"
+    # The layers whose attention has no rotary embedding (NoPE), written the same way.
+    nope_layers: str = "none"
     # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.
@@ -150,12 +181,44 @@ class Model(Section):
             f"a divisor of model.heads={self.heads}",
         )
         self.need("head_dim", self.head_dim % 2 == 0, "even, for rotary embedding")
-        try:
-            schedule.parse(self.residual, self.layers)
-        except ValueError as error:
-            raise ConfigError(
-                f"model.residual={self.residual!r} is not accepted: {error}"
-            ) from None
+        self.need(
+            "rope_theta",
+            self.rope_theta > 1 or self.rope_scaling.kind != "yarn",
+            "greater than 1 with yarn",
+        )
+        has_window = self.sliding_window is not None
+        self.need(
+            "sliding_window",
+            self.sliding_window is None or self.sliding_window > 0,
+            "greater than 0, or None for all tokens",
+        )
+        self.need(
+            "window_layers",
+            has_window or self.window_layers == "all",
+            "all, unless model.sliding_window is given",
+        )
+        for name, read in (
+            ("residual", schedule.parse),
+            ("window_layers", schedule.parse_layers),
+            ("nope_layers", schedule.parse_layers),
+        ):
+            try:
+                read(getattr(self, name), self.layers)
+            except ValueError as error:
+                value = short_repr(getattr(self, name))
+                raise ConfigError(
+                    f"model.{name}={value} is not accepted: {error}"
+                ) from None
+
+    def residual_schedule(self) -> schedule.Schedule:
+        """The blocks, layer by layer, with what their attention sees."""
+        windowed = "none" if self.sliding_window is None else self.window_layers
+        return schedule.parse(
+            self.residual,
+            self.layers,
+            window_layers=windowed,
+            nope_layers=self.nope_layers,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import config, kv_cache, schedule, sharding
-from ladder_jax.attention import attend, attend_cache, rotary, rotate
+from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.reductions import Policy, reduce
+from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names
@@ -37,6 +39,12 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "full": _save(),  # saves only the stream at the layer's start
 }
 Progress = Callable[..., Any]
+# By model.activation: the function on the MLP's gate.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -50,12 +58,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What attention needs to know, beside its input."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: no rotary embedding
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
+    window: int | None  # the tokens that attention sees; None: all
 
 
 class Attention(nnx.Module):
@@ -100,17 +109,20 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
-        q_BTNH = rotate(q_BTNH, (cosine, sine))
-        k_BTKH = rotate(k_BTKH, context.rotation)
+        if context.rotation is not None:
+            cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+            q_BTNH = rotate(q_BTNH, (cosine, sine))
+            k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
+            out_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
+            )
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
-            out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
+            out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -129,12 +141,13 @@ def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU, or GEGLU with the activation gelu (arXiv 2002.05202)."""
 
     def __init__(
         self, model_config: config.Model, rngs: nnx.Rngs, norm: bool = True
     ) -> None:
         D, F, std = model_config.dim, model_config.ffn_dim, model_config.init_std
+        self.activation = model_config.activation
         self.norm = nnx.Param(jnp.ones(D)) if norm else None
         self.gate = _normal(rngs, (D, F), std)
         self.up = _normal(rngs, (D, F), std)
@@ -152,7 +165,8 @@ class MLP(nnx.Module):
         up_BTF = checkpoint_name(up_BTF, "product")
         up_BTF = _add_bias(up_BTF, self.up_bias)
         # The activation is computed in float32 and rounded once.
-        gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
+        activate = ACTIVATIONS[self.activation]
+        gated_BTF = activate(gate_BTF.astype(jnp.float32)) * up_BTF
         gated_BTF = gated_BTF.astype(u_BTD.dtype)
         # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)
@@ -278,7 +292,15 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel)
+
+    def context_of(block: Block) -> Context:
+        return Context(
+            rotation if block.rope else None,
+            segments_BT,
+            positions_BT,
+            kernel,
+            model_config.sliding_window if block.window else None,
+        )
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -298,7 +320,9 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            partial_BTD, new_cache = attention(u_BTD, context, cache, progress, read_BR)
+            partial_BTD, new_cache = attention(
+                u_BTD, context_of(block), cache, progress, read_BR
+            )
             partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:
             mlp = parts["mlp"]
@@ -310,7 +334,7 @@ def hidden(
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
-        schedule.parse(model_config.residual, model_config.layers),
+        model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
         compute,

@@ -197,6 +197,8 @@ def make_evaluation(
 def flops_per_token(model_config: Model, length: int) -> int:
     """Model FLOPs of training on one token: 6 N + 12 L heads H T.
 
+    In layers with a sliding window it stands for T if it is less.
+
     N is the number of parameters without the input embedding, which is not multiplied
     (a tied embedding counts once, as the output's). Attention counts all T x T
     products, not the causal half; recomputation does not count. MFU is this number
@@ -206,7 +208,12 @@ def flops_per_token(model_config: Model, length: int) -> int:
     if not model_config.tie_embeddings:
         count -= model_config.vocab_size * model_config.dim
     width = model_config.heads * model_config.head_dim
-    return 6 * count + 12 * model_config.layers * width * length
+    seen = model_config.layers * length
+    if model_config.sliding_window is not None:
+        blocks = [b for layer in model_config.residual_schedule().layers for b in layer]
+        windows = sum(block.window for block in blocks)
+        seen -= windows * max(length - model_config.sliding_window, 0)
+    return 6 * count + 12 * seen * width
 
 
 def parameter_count(tree: Any) -> int:

@@ -16,8 +16,23 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
-        s = config.rope_scaling
+    s, size = config.rope_scaling, 1.0
+    if s.kind == "linear":  # positions are divided
+        frequency = frequency / s.factor
+    elif s.kind == "yarn":  # a ramp over the pairs' indices, and larger scores
+        at = lambda turns: (
+            half
+            * (
+                jnp.log(s.original_length / (2 * jnp.pi * turns))
+                / jnp.log(config.rope_theta)
+            )
+        )
+        low = jnp.maximum(jnp.floor(at(s.beta_fast)), 0)
+        high = jnp.minimum(jnp.ceil(at(s.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low), 0, 1)
+        frequency = (1 - ramp) * frequency + ramp * frequency / s.factor
+        size = 0.1 * jnp.log(s.factor) + 1
+    elif s.factor != 1:  # Llama 3.1: three bands of wavelengths
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (
             s.high_freq_factor - s.low_freq_factor
@@ -31,7 +46,7 @@ def rope(x_TNH, positions_T, config):
             ),
         )
     angle = positions_T[:, None] * frequency
-    cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cosine, sine = size * jnp.cos(angle)[:, None], size * jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
@@ -43,7 +58,7 @@ def share(size, ranks, rank):
     return jnp.float32(jnp.arange(size) * ranks // size == rank)
 
 
-def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
+def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
     """One rank's partial output: only its own heads reach the output projection."""
     N, K = config.heads, config.kv_heads
     q = jnp.einsum("td,dnh->tnh", u_TD, p.wq[...])
@@ -56,13 +71,19 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
             norm(q, p.q_norm[...], config.norm_eps),
             norm(k, p.k_norm[...], config.norm_eps),
         )
-    q, k = rope(q, positions_T, config), rope(k, positions_T, config)
+    if layer not in parse_layers(config.nope_layers, config.layers):
+        q, k = rope(q, positions_T, config), rope(k, positions_T, config)
     # Every query head gets a copy of its own.
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (
         segments_T[:, None] == segments_T[None]
     )
+    if config.sliding_window and layer in parse_layers(
+        config.window_layers, config.layers
+    ):
+        distance = jnp.arange(T)[:, None] - jnp.arange(T)
+        allowed &= distance < config.sliding_window
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
     heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
@@ -73,7 +94,13 @@ def mlp(p, u_TD, config, ranks=1, rank=0):
     gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
     if p.gate_bias is not None:
         gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
-    units = jax.nn.silu(gate) * up
+    if config.activation == "silu":
+        units = gate / (1 + jnp.exp(-gate)) * up
+    elif config.activation == "gelu":  # by the normal distribution function
+        units = gate * (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2 * up
+    else:
+        inner = jnp.sqrt(2 / jnp.pi) * (gate + 0.044715 * gate**3)
+        units = gate * (1 + jnp.tanh(inner)) / 2 * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
 
 
@@ -95,24 +122,24 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
     ]
-    head_sum = lambda p, u, **rank: attention(
-        p, u, positions_T, segments_T, config, **rank
+    head_sum = lambda i, u, **rank: attention(
+        layers[i].attention, u, positions_T, segments_T, config, i, **rank
     )
-    unit_sum = lambda p, u, **rank: mlp(p, u, config, **rank)
-    attend = lambda p, u: head_sum(p, u) + bias(p)
-    feed = lambda p, u: unit_sum(p, u) + bias(p)
+    unit_sum = lambda i, u, **rank: mlp(layers[i].mlp, u, config, **rank)
+    attend = lambda i, u: head_sum(i, u) + bias(layers[i].attention)
+    feed = lambda i, u: unit_sum(i, u) + bias(layers[i].mlp)
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
-        for layer in layers:
-            x = x + attend(layer.attention, norm(x, layer.attention.norm[...], eps))
-            x = x + feed(layer.mlp, norm(x, layer.mlp.norm[...], eps))
+        for i, layer in enumerate(layers):
+            x = x + attend(i, norm(x, layer.attention.norm[...], eps))
+            x = x + feed(i, norm(x, layer.mlp.norm[...], eps))
         return x
 
     if kind == "parallel":
-        for layer in layers:
+        for i, layer in enumerate(layers):
             u = norm(x, layer.attention.norm[...], eps)
-            x = x + attend(layer.attention, u) + feed(layer.mlp, u)
+            x = x + attend(i, u) + feed(i, u)
         return x
 
     if kind == "hybrid":
@@ -122,18 +149,17 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
             if i in parse_layers(argument, config.layers):
                 previous = mlp_stream
                 attention_stream = previous + attend(
-                    layer.attention,
-                    norm(attention_stream, layer.attention.norm[...], eps),
+                    i, norm(attention_stream, layer.attention.norm[...], eps)
                 )
                 mlp_stream = attention_stream + feed(
-                    layer.mlp, norm(previous, layer.mlp.norm[...], eps)
+                    i, norm(previous, layer.mlp.norm[...], eps)
                 )
             else:
                 attention_stream = mlp_stream + attend(
-                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
+                    i, norm(mlp_stream, layer.attention.norm[...], eps)
                 )
                 mlp_stream = attention_stream + feed(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps)
+                    i, norm(attention_stream, layer.mlp.norm[...], eps)
                 )
         return mlp_stream
 
@@ -155,8 +181,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
-                    history[-1]
-                    + (attend(module, u) if part == "attention" else feed(module, u))
+                    history[-1] + (attend(i, u) if part == "attention" else feed(i, u))
                 )
         return history[-1]
 
@@ -171,9 +196,9 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
                     outputs.append(
-                        head_sum(module, u, **own)
+                        head_sum(i, u, **own)
                         if part == "attention"
-                        else unit_sum(module, u, **own)
+                        else unit_sum(i, u, **own)
                     )
                 # Every rank adds the bias to its own stream, reduced or not.
                 if (block + 1) % every == 0 or block == blocks - 1:
@@ -189,6 +214,8 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
 
 
 def parse_layers(text, count):
+    if text in ("all", "none"):
+        return range(count if text == "all" else 0)
     if text.startswith("last"):
         return range(count - int(text[4:]), count)
     layers_of_list = []
