@@ -271,7 +271,15 @@ def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
     Returns a dict with format, ladder_jax, parts, config and tokenizer. `path`, `step`
     and the ValueError are those of `load_model`.
     """
-    return _newest(_find(path, step), _meta)[1]
+    return find(path, step)[1]
+
+
+def find(path: epath.PathLike, step: int | None = None) -> tuple[Path, Meta]:
+    """(the folder, the JSON) of the newest checkpoint that can be read.
+
+    `path`, `step` and the ValueError are those of `load_model`.
+    """
+    return _newest(_find(path, step), _meta)
 
 
 def read_arrays(

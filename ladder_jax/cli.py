@@ -313,8 +313,8 @@ def plan(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|peers ...`"""
-    names = ("train", "decode", "peers")
+    """`ladder-jax bench train|decode|peers|conversion ...`"""
+    names = ("train", "decode", "peers", "conversion")
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
         print(
@@ -332,7 +332,7 @@ def bench(words: list[str]) -> int:
 
 
 def convert(words: list[str]) -> int:
-    """`ladder-jax convert from-hf|to-hf|from-gguf ...`"""
+    """`ladder-jax convert from-hf|to-hf|from-gguf|ladderize ...`"""
     from ladder_jax.convert import command
 
     names = tuple(command.KINDS)
@@ -380,7 +380,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
   inspect PATH           shows what a checkpoint holds, without loading it
-  bench WHAT             measures this project beside others: train, decode, peers
+  bench WHAT             measures: train, decode, peers, conversion
 
 Each command has options: see ladder-jax COMMAND --help.
 

@@ -338,6 +338,11 @@ class Train(Section):
     section = "train"
     # The folder of metrics, checkpoints and plots.
     out: str = "runs/default"
+    # A checkpoint whose weights the run starts from, with a new optimizer: a run's
+    # folder, its checkpoints folder or the folder of one step. If the section model has
+    # its defaults, the model's shape and residual schedule are the checkpoint's too; so
+    # is the tokenizer if data.tokenizer has its default. Empty: random weights.
+    init_from: str = ""
     steps: int = 1000
     # Sequences in a step, over all devices.
     global_batch: int = 8
@@ -393,6 +398,41 @@ class Train(Section):
             "peak_tflops",
             self.peak_tflops is None or self.peak_tflops > 0,
             "greater than 0",
+        )
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    """Training toward the predictions of a parent model, and the annealed delay."""
+
+    section = "distill"
+    # The checkpoint of the parent: a run's folder, its checkpoints folder or the folder
+    # of one step. The loss is then KL(parent || model), computed from the logits of
+    # both, and a share of the cross-entropy. Empty: the cross-entropy alone.
+    parent: str = ""
+    # The weight of the cross-entropy beside the divergence.
+    cross_entropy: float = 0.1
+    # Compare the parent's probabilities of this many most probable tokens, and the sum
+    # of all others. 0: of all tokens.
+    top_k: int = 0
+    # Divides the logits of both models; the divergence is multiplied by its square.
+    temperature: float = 1.0
+    # Steps in which the stream that blocks read goes from the fresh one to that of
+    # model.residual. The last step of the run has model.residual's. 0: all steps have.
+    anneal_steps: int = 0
+    # The change pauses while the held-out loss of the blended model is more than this
+    # above that of the fresh model before the first step, in nats a token. None: it
+    # does not pause.
+    anneal_tolerance: float | None = 0.2
+
+    def check(self) -> None:
+        for name in ("cross_entropy", "top_k", "anneal_steps"):
+            self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.positive("temperature")
+        self.need(
+            "anneal_tolerance",
+            self.anneal_tolerance is None or self.anneal_tolerance >= 0,
+            "0 or more, or None",
         )
 
 
@@ -469,8 +509,15 @@ class Config(Section):
     mesh: Mesh = field(default_factory=Mesh)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    distill: Distill = field(default_factory=Distill)
 
     def check(self) -> None:
+        require(
+            self.distill.anneal_steps <= self.train.steps,
+            "distill.anneal_steps",
+            self.distill.anneal_steps,
+            f"at most train.steps={self.train.steps}",
+        )
         longest = self.model.max_length
         require(
             self.train.seq_len <= longest,

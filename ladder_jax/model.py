@@ -24,6 +24,7 @@ from ladder_jax import config, kv_cache, schedule, sharding
 from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
+from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.reductions import Policy, reduce
 from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
@@ -252,6 +253,7 @@ def hidden(
     reduction: str | Policy = "psum",
     remat: str = "none",
     unroll: bool = False,
+    freshness: Freshness | None = None,
 ) -> tuple[jax.Array, Any]:
     """The final residual stream, and the cache with these tokens written.
 
@@ -272,10 +274,15 @@ def hidden(
       reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
       remat: a name in REMAT.
       unroll: whether the compiled program repeats the layer scan's body.
+      freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
+        newest terms a delayed block reads (residual/annealing.py). With an array every
+        block has its own: 1 makes it standard, 0 what its schedule says.
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
     """
+    if freshness is not None:
+        check_freshness(model_config, freshness)
     dtype = jnp.dtype(model_config.dtype)
     rotation = rotary(
         positions_BT,
@@ -335,6 +342,7 @@ def hidden(
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
+        freshness=freshness,
     )
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
@@ -444,7 +452,7 @@ def loss(
       batch: tokens, targets, segments, positions, weights, each [B, T] (data/corpus).
       chunk: if not 0, logits are computed for this many tokens at a time, and again
         in the backward pass.
-      options: of `hidden`: kernel, reduction, remat, unroll.
+      options: of `hidden`: kernel, reduction, remat, unroll, freshness.
 
     Returns:
       A scalar, the same on all tensor shards.
@@ -461,14 +469,30 @@ def loss(
         return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
     arrays = x_BTD, batch["targets"], batch["weights"]
+    return sum_over_tokens(weighted_sum, arrays, chunk)
+
+
+def sum_over_tokens(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+    """The sum of `function`, itself a sum over tokens, over chunks of the tokens.
+
+    Args:
+      function: takes arrays [B, T, ...]; zeros must add nothing.
+      arrays: its arguments [B, T, ...].
+      chunk: if not 0, `function` gets this many tokens at a time, as [1, chunk, ...],
+        and computes them again in the backward pass.
+    """
     if not chunk:
-        return weighted_sum(*arrays)
+        return function(*arrays)
 
     def add_chunk(total: jax.Array, chunk_arrays: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(weighted_sum)(*chunk_arrays), None
+        return total + jax.checkpoint(function)(*chunk_arrays), None
 
-    chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
-    return lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunks = tuple(_chunked(x, min(chunk, tokens)) for x in arrays)
+    shape = jax.eval_shape(function, *(x[0] for x in chunks)).shape
+    return lax.scan(add_chunk, jnp.zeros(shape, jnp.float32), chunks)[0]
 
 
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:

@@ -111,8 +111,12 @@ def bias(p):
     return 0 if p.down_bias is None else p.down_bias[...]
 
 
-def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
-    """The final residual stream [T, D]; `ranks` matters to desync alone."""
+def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
+    """The final residual stream [T, D].
+
+    `ranks` matters to desync alone, and `freshness` to ladder and delays: a block reads
+    that share of the stream of standard, and the rest of the stale stream.
+    """
     x = model.embedding[...][tokens_T]
     eps = config.norm_eps
     layers = [
@@ -172,7 +176,8 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 )
                 if kind == "ladder" and block:  # a delay rises by at most one a block
                     delay = delays[block] = min(delays[block], delays[block - 1] + 1)
-                seen = history[max(block - delay, 0)]
+                stale = history[max(block - delay, 0)]
+                seen = freshness * history[-1] + (1 - freshness) * stale
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
@@ -220,9 +225,9 @@ def parse_layers(text, count):
     return layers_of_list
 
 
-def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):
+def logits(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
     x = norm(
-        stream(model, config, tokens_T, positions_T, segments_T, ranks),
+        stream(model, config, tokens_T, positions_T, segments_T, ranks, freshness),
         model.norm[...],
         config.norm_eps,
     )
@@ -231,12 +236,12 @@ def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):
     )
 
 
-def loss(model, config, batch, ranks=1):
+def loss(model, config, batch, ranks=1, freshness=0.0):
     """The weighted mean cross-entropy of a batch of packed rows, nats a token."""
 
     def row(tokens_T, positions_T, segments_T, targets_T, weights_T):
         logp_TV = jax.nn.log_softmax(
-            logits(model, config, tokens_T, positions_T, segments_T, ranks)
+            logits(model, config, tokens_T, positions_T, segments_T, ranks, freshness)
         )
         return -jnp.sum(
             jnp.take_along_axis(logp_TV, targets_T[:, None], axis=-1)[:, 0] * weights_T
