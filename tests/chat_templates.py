@@ -84,7 +84,9 @@ GENERATION = """\
 THINKING = """\
 {%- for m in messages %}
 {{- '<|im_start|>' + m.role + '\n' }}
-{%- if m.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- if m.role == 'assistant' and loop.last %}
+{{- '<think>\n\n</think>\n\n' }}
+{%- endif %}
 {{- m.content.split('</think>')[-1] + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
