@@ -318,11 +318,34 @@ def bench(words: list[str]) -> int:
     return 0
 
 
+def convert(words: list[str]) -> int:
+    """`ladder-jax convert from-hf|to-hf|from-gguf ...`"""
+    from ladder_jax.convert import command
+
+    names = tuple(command.KINDS)
+    if words[:1] in (["-h"], ["--help"]):
+        print(f"usage: ladder-jax convert {'|'.join(names)} ...\n")
+        for name, kind in command.KINDS.items():
+            print(f"  {name:12}{' '.join((kind.__doc__ or '').split())}")
+        print("\nSee ladder-jax convert from-hf --help, and so on.")
+        return 0
+    if not words:
+        raise ConfigError(f"missing argument: one of {', '.join(names)}")
+    if words[0] not in names:
+        raise ConfigError(unknown("conversion", words[0], names))
+    arguments = parse(command.KINDS[words[0]], words[1:], f"convert {words[0]}")
+    emulate(arguments.devices)
+    require_devices()
+    print_safely(command.run(arguments))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
     "tokenizer": tokenizer,
     "plan": plan,
+    "convert": convert,
     "bench": bench,
 }
 USAGE = """usage: ladder-jax COMMAND ...
@@ -331,6 +354,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   generate CHECKPOINT    continues a prompt, or each prompt of a file
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
+  convert WHAT           brings checkpoints of other tools in and out: from-hf, to-hf, ...
   bench WHAT             measures this project beside others: train, decode, peers
 
 Each command has options: see ladder-jax COMMAND --help.

@@ -132,6 +132,14 @@ class Model(Section):
     qk_norm: bool = False
     # Biases on query, key and value, as in Qwen2.
     qkv_bias: bool = False
+    # A bias on attention's output.
+    out_bias: bool = False
+    # Biases on the MLP's gate, up and down projections.
+    mlp_bias: bool = False
+    # The tokens that attention sees: a token and those right before it. None: all.
+    sliding_window: int | None = None
+    # The layers with the sliding window: all, none, last16, or layers such as 0,2,5-9.
+    window_layers: str = "all"
     # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.
@@ -146,12 +154,33 @@ class Model(Section):
             f"a divisor of model.heads={self.heads}",
         )
         self.need("head_dim", self.head_dim % 2 == 0, "even, for rotary embedding")
-        try:
-            schedule.parse(self.residual, self.layers)
-        except ValueError as error:
-            raise ConfigError(
-                f"model.residual={self.residual!r} is not accepted: {error}"
-            ) from None
+        has_window = self.sliding_window is not None
+        self.need(
+            "sliding_window",
+            self.sliding_window is None or self.sliding_window > 0,
+            "greater than 0, or None for all tokens",
+        )
+        self.need(
+            "window_layers",
+            has_window or self.window_layers == "all",
+            "all, unless model.sliding_window is given",
+        )
+        for name, read in (
+            ("residual", schedule.parse),
+            ("window_layers", schedule.parse_layers),
+        ):
+            try:
+                read(getattr(self, name), self.layers)
+            except ValueError as error:
+                value = short_repr(getattr(self, name))
+                raise ConfigError(
+                    f"model.{name}={value} is not accepted: {error}"
+                ) from None
+
+    def residual_schedule(self) -> schedule.Schedule:
+        """The blocks, layer by layer, with what their attention sees."""
+        windowed = "none" if self.sliding_window is None else self.window_layers
+        return schedule.parse(self.residual, self.layers, window_layers=windowed)
 
 
 @dataclass(frozen=True)

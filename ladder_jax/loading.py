@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
           stop: a string or several; the text ends before the first of them that the
             model generates.
           stop_token_ids: ids that end the text and are not part of it (default: the
-            tokenizer's eos).
+            tokenizer's eos_ids).
           options: other options of `generate.generate`: `logit_bias`, `kv_dtype` and
             sampling parameters.
         Raises ConfigError, before the first token, if an argument is not accepted.
@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         if stop_token_ids is None:
-            stop_token_ids = (self.tokenizer.eos,)
+            stop_token_ids = self.tokenizer.eos_ids
         text_filter = StopStringFilter(self.tokenizer.stream(), check_stop(stop))
         tokens = generate(
             self.model,

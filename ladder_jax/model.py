@@ -55,6 +55,7 @@ class Context(NamedTuple):
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
+    window: int | None  # the tokens that attention sees; None: all
 
 
 class Attention(nnx.Module):
@@ -74,6 +75,7 @@ class Attention(nnx.Module):
         self.bq = nnx.Param(jnp.zeros((N, H))) if bias else None
         self.bk = nnx.Param(jnp.zeros((K, H))) if bias else None
         self.bv = nnx.Param(jnp.zeros((K, H))) if bias else None
+        self.bo = nnx.Param(jnp.zeros(D)) if model_config.out_bias else None
         self.q_norm = nnx.Param(jnp.ones(H)) if norm else None
         self.k_norm = nnx.Param(jnp.ones(H)) if norm else None
 
@@ -87,7 +89,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, kv_cache.KV | None]:
         """This block's partial [B, T, D], and the cache with u's keys and values.
 
-        With `read_BR` (only with a cache) the partial has only those positions.
+        The partial lacks the output's bias, `bo`. With `read_BR` (only with a cache)
+        it has only those positions.
         """
         read_u_BTD = residual.take(u_BTD, read_BR)
         q_BTNH = _project(read_u_BTD, self.wq, self.bq)
@@ -103,11 +106,13 @@ class Attention(nnx.Module):
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
+            out_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
+            )
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
-            out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
+            out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -118,8 +123,11 @@ class Attention(nnx.Module):
 def _project(
     u_BTD: jax.Array, weight_DNH: nnx.Param, bias_NH: nnx.Param | None
 ) -> jax.Array:
-    x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight_DNH[...])
-    return x_BTNH if bias_NH is None else x_BTNH + bias_NH[...].astype(x_BTNH.dtype)
+    return _add_bias(einsum("btd,dnh->btnh", u_BTD, weight_DNH[...]), bias_NH)
+
+
+def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return x if bias is None else x + bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -133,12 +141,18 @@ class MLP(nnx.Module):
         self.gate = _normal(rngs, (D, F), std)
         self.up = _normal(rngs, (D, F), std)
         self.down = _normal(rngs, (F, D), _depth_scaled(model_config))
+        bias = model_config.mlp_bias
+        self.gate_bias = nnx.Param(jnp.zeros(F)) if bias else None
+        self.up_bias = nnx.Param(jnp.zeros(F)) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros(D)) if bias else None
 
     def __call__(self, u_BTD: jax.Array, progress: Progress) -> jax.Array:
-        """This block's partial [B, T, D]."""
+        """This block's partial [B, T, D], without the output's bias `down_bias`."""
         gate_BTF = progress(einsum("btd,df->btf", u_BTD, self.gate[...]))
+        gate_BTF = _add_bias(gate_BTF, self.gate_bias)
         up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
         up_BTF = checkpoint_name(up_BTF, "product")
+        up_BTF = _add_bias(up_BTF, self.up_bias)
         # The activation is computed in float32 and rounded once.
         gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
         gated_BTF = gated_BTF.astype(u_BTD.dtype)
@@ -260,7 +274,8 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel)
+    context = Context(rotation, segments_BT, positions_BT, kernel, None)
+    windowed = context._replace(window=model_config.sliding_window)
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -280,18 +295,22 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            partial_BTD, new_cache = attention(u_BTD, context, cache, progress, read_BR)
-            partials_BTD.append(partial_BTD)
+            own_context = windowed if block.window else context
+            partial_BTD, new_cache = attention(
+                u_BTD, own_context, cache, progress, read_BR
+            )
+            partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:
-            read_u_BTD = residual.take(u_BTD, read_BR)
-            partials_BTD.append(parts["mlp"](read_u_BTD, progress))
+            mlp = parts["mlp"]
+            partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
+            partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
     layers: Any = (model.layers, cache)
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
-        schedule.parse(model_config.residual, model_config.layers),
+        model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
         compute,
@@ -304,6 +323,20 @@ def hidden(
     if isinstance(model.layers, list):
         return x_BTD, [blocks[0] for blocks in outputs]
     return x_BTD, outputs[0]
+
+
+def _add_output_bias(
+    partial_BTD: jax.Array, bias_D: nnx.Param | None, block: Block
+) -> jax.Array:
+    """A block's partial with its output's bias, which joins every stream once.
+
+    If the block reduces, the shards' partials are added up, so one shard adds the bias.
+    Otherwise each shard adds its own partial to its own stream, and the bias with it.
+    """
+    if bias_D is None:
+        return partial_BTD
+    bias = bias_D[...].astype(partial_BTD.dtype)
+    return partial_BTD + (sharding.on_first_shard(bias) if block.reduce else bias)
 
 
 def embed(

@@ -242,6 +242,8 @@ def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., An
 def flops_per_token(model_config: Model, length: int) -> int:
     """Model FLOPs of training on one token: 6 N + 12 L heads H T.
 
+    In layers with a sliding window it stands for T if it is less.
+
     N is the number of parameters without the input embedding, which is not multiplied
     (a tied embedding counts once, as the output's). Attention counts all T x T
     products, not the causal half; recomputation does not count. MFU is this number
@@ -251,7 +253,12 @@ def flops_per_token(model_config: Model, length: int) -> int:
     if not model_config.tie_embeddings:
         count -= model_config.vocab_size * model_config.dim
     width = model_config.heads * model_config.head_dim
-    return 6 * count + 12 * model_config.layers * width * length
+    seen = model_config.layers * length
+    if model_config.sliding_window is not None:
+        blocks = [b for layer in model_config.residual_schedule().layers for b in layer]
+        windows = sum(block.window for block in blocks)
+        seen -= windows * max(length - model_config.sliding_window, 0)
+    return 6 * count + 12 * seen * width
 
 
 def parameter_count(tree: Any) -> int:
@@ -517,8 +524,12 @@ def check_resumed(
         ("source", "corpus"),
         ("source", "documents"),
     ):
-        comparable = contents in saved and contents in now
-        if comparable and saved[contents] != now[contents]:
+        if contents not in saved or contents not in now:
+            continue
+        old, new = saved[contents], now[contents]
+        if contents == "tokenizer":  # what belongs to prompts alone may change
+            old, new = (tokenizers.from_json(x).documents_json() for x in (old, new))
+        if old != new:
             value = getattr(after.data, field)
             raise ConfigError(
                 f"data.{field}={value!r} has other contents now than in the run to "
@@ -634,7 +645,7 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         seed=config.train.seed,
-        stop_token_ids=(tokenizer.eos,),
+        stop_token_ids=tokenizer.eos_ids,
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))

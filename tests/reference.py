@@ -43,7 +43,7 @@ def share(size, ranks, rank):
     return jnp.float32(jnp.arange(size) * ranks // size == rank)
 
 
-def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
+def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
     """One rank's partial output: only its own heads reach the output projection."""
     N, K = config.heads, config.kv_heads
     q = jnp.einsum("td,dnh->tnh", u_TD, p.wq[...])
@@ -63,6 +63,11 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (
         segments_T[:, None] == segments_T[None]
     )
+    if config.sliding_window and layer in parse_layers(
+        config.window_layers, config.layers
+    ):
+        distance = jnp.arange(T)[:, None] - jnp.arange(T)
+        allowed &= distance < config.sliding_window
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
     heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
@@ -70,8 +75,18 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
 
 
 def mlp(p, u_TD, config, ranks=1, rank=0):
-    units = jax.nn.silu(u_TD @ p.gate[...]) * (u_TD @ p.up[...])
+    gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
+    if p.gate_bias is not None:
+        gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
+    units = jax.nn.silu(gate) * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
+
+
+def bias(p):
+    """The bias on a block's output, which no rank has a share of."""
+    if hasattr(p, "wo"):
+        return 0 if p.bo is None else p.bo[...]
+    return 0 if p.down_bias is None else p.down_bias[...]
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
@@ -81,21 +96,24 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
     ]
-    attend = lambda p, u, **rank: attention(
-        p, u, positions_T, segments_T, config, **rank
+    head_sum = lambda i, u, **rank: attention(
+        layers[i].attention, u, positions_T, segments_T, config, i, **rank
     )
+    unit_sum = lambda i, u, **rank: mlp(layers[i].mlp, u, config, **rank)
+    attend = lambda i, u: head_sum(i, u) + bias(layers[i].attention)
+    feed = lambda i, u: unit_sum(i, u) + bias(layers[i].mlp)
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
-        for layer in layers:
-            x = x + attend(layer.attention, norm(x, layer.attention.norm[...], eps))
-            x = x + mlp(layer.mlp, norm(x, layer.mlp.norm[...], eps), config)
+        for i, layer in enumerate(layers):
+            x = x + attend(i, norm(x, layer.attention.norm[...], eps))
+            x = x + feed(i, norm(x, layer.mlp.norm[...], eps))
         return x
 
     if kind == "parallel":
-        for layer in layers:
+        for i, layer in enumerate(layers):
             u = norm(x, layer.attention.norm[...], eps)
-            x = x + attend(layer.attention, u) + mlp(layer.mlp, u, config)
+            x = x + attend(i, u) + feed(i, u)
         return x
 
     if kind == "hybrid":
@@ -105,18 +123,17 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
             if i in parse_layers(argument, config.layers):
                 previous = mlp_stream
                 attention_stream = previous + attend(
-                    layer.attention,
-                    norm(attention_stream, layer.attention.norm[...], eps),
+                    i, norm(attention_stream, layer.attention.norm[...], eps)
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(previous, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    i, norm(previous, layer.mlp.norm[...], eps)
                 )
             else:
                 attention_stream = mlp_stream + attend(
-                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
+                    i, norm(mlp_stream, layer.attention.norm[...], eps)
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    i, norm(attention_stream, layer.mlp.norm[...], eps)
                 )
         return mlp_stream
 
@@ -137,12 +154,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
-                    history[-1]
-                    + (
-                        attend(module, u)
-                        if part == "attention"
-                        else mlp(module, u, config)
-                    )
+                    history[-1] + (attend(i, u) if part == "attention" else feed(i, u))
                 )
         return history[-1]
 
@@ -157,20 +169,26 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
                     outputs.append(
-                        attend(module, u, **own)
+                        head_sum(i, u, **own)
                         if part == "attention"
-                        else mlp(module, u, config, **own)
+                        else unit_sum(i, u, **own)
                     )
+                # Every rank adds the bias to its own stream, reduced or not.
                 if (block + 1) % every == 0 or block == blocks - 1:
-                    total = sum(outputs) + sum(copies) / ranks
+                    total = sum(outputs) + bias(module) + sum(copies) / ranks
                     copies = [total] * ranks
                 else:
-                    copies = [copy + output for copy, output in zip(copies, outputs)]
+                    copies = [
+                        copy + output + bias(module)
+                        for copy, output in zip(copies, outputs)
+                    ]
         return copies[0]
     raise AssertionError(config.residual)
 
 
 def parse_layers(text, count):
+    if text in ("all", "none"):
+        return range(count if text == "all" else 0)
     if text.startswith("last"):
         return range(count - int(text[4:]), count)
     layers_of_list = []

@@ -89,6 +89,27 @@ WRONG = {  # fields of a section that cannot be -> what the message says
             "residual='delays:0,1'",
             "4 layers have 8 blocks",
         ),
+        (dict(sliding_window=0), "sliding_window=0", "greater than 0, or None"),
+        (
+            dict(sliding_window=4, window_layers="1,4"),
+            "window_layers='1,4'",
+            "layers run from 0 to 3",
+        ),
+        (
+            dict(sliding_window=4, window_layers="0-99999999999"),
+            "window_layers='0-99999999999'",
+            "layers run from 0 to 3",
+        ),
+        (
+            dict(sliding_window=4, window_layers="some"),
+            "window_layers='some'",
+            "all, none, lastK or layers such as 0,2,5-9",
+        ),
+        (
+            dict(window_layers="1"),
+            "window_layers='1'",
+            "all, unless model.sliding_window is given",
+        ),
     ],
     Mesh: [
         (dict(data=0), "data=0", "greater than 0, or -1 for the rest"),

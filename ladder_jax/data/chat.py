@@ -221,7 +221,7 @@ class ChatEncoder:
 
         Both may add it, or only one of them.
         """
-        if "bos" not in self.tokenizer.names:
+        if "bos" not in self.tokenizer.special.names:
             return ids, counted
         bos, extra = self.tokenizer.bos, 0
         while ids[extra : extra + 2] == [bos, bos]:

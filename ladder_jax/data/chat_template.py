@@ -90,7 +90,9 @@ class ChatTemplate:
         self.marks_assistant = bool(_GENERATION.search(self.source))
         self.reads_time = "strftime_now" in self.source
         self._now = now
-        self._names = {f"{kind}_token": name for kind, name in tokenizer.names.items()}
+        self._names = {
+            f"{kind}_token": name for kind, name in tokenizer.special.names.items()
+        }
         self._template = self._compile()
 
     def _compile(self) -> Any:

@@ -133,7 +133,7 @@ def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> 
         data_config.text_field,
         data_config.format,
         data_config.train_on,
-        tokenizer.to_json(),
+        tokenizer.documents_json(),
         [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]

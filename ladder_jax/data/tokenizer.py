@@ -23,28 +23,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.config import ConfigError, require
+from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
 
-# The usual names of special tokens. `load` uses the first one that a tokenizer.json
-# has. Tokenizers of this project use the first name of each kind.
-NAMES = {
-    "bos": (
-        "<|bos|>",
-        "<|begin_of_text|>",
-        "<|startoftext|>",
-        "<s>",
-        "<bos>",
-        "<｜begin▁of▁sentence｜>",
-    ),
-    "eos": (
-        "<|eos|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "</s>",
-        "<eos>",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "pad": ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"),
-}
 _OWN_NAMES = [names[0] for names in NAMES.values()]
 # It splits a text into names of special tokens and what is between them.
 _OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
@@ -117,9 +97,10 @@ class Tokenizer:
       size: one more than the largest id.
       bos, eos, pad: ids of the tokens that start a document, end it and fill rows. A
         Hugging Face tokenizer without bos or pad uses its eos for them, as GPT-2 does.
-      names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
-      eos_ids: the ids that end a text; the first one is eos.
-      chat_template: the Jinja template that makes a text of a conversation, or None.
+      eos_ids: the ids that end a generation, at least one. A chat model may have
+        several, which need not include eos.
+      chat_template: the template of conversations, in Jinja; None if there is none.
+      special: the names of its special tokens and the settings that belong to them.
       starts_with_bos: whether a prompt starts with bos.
     """
 
@@ -127,9 +108,9 @@ class Tokenizer:
     bos: int
     eos: int
     pad: int
-    names: dict[str, str]
     eos_ids: tuple[int, ...]
-    chat_template: str | None
+    chat_template: str | None = None
+    special: Special
     starts_with_bos: bool
 
     def encode(self, text: str) -> list[int]:
@@ -179,6 +160,10 @@ class Tokenizer:
         """Returns the whole tokenizer as a string; `from_json` is the inverse."""
         raise NotImplementedError
 
+    def documents_json(self) -> str:
+        """Returns what decides on the ids of documents: a part of `to_json`."""
+        return self.to_json()
+
     def tokenizer_json(self) -> str:
         """Returns the text of a Hugging Face tokenizer.json that gives the same ids."""
         raise NotImplementedError
@@ -224,11 +209,8 @@ class ByteTokenizer(Tokenizer):
 
     bos, eos, pad, size = 256, 257, 258, 259
     eos_ids = (eos,)
-    chat_template = None
     starts_with_bos = True
-
-    def __init__(self) -> None:
-        self.names = dict(zip(NAMES, _OWN_NAMES))
+    special = Special(dict(zip(NAMES, _OWN_NAMES)))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(_without_surrogates(text).encode()) for text in texts]
@@ -332,23 +314,19 @@ class HuggingFace(Tokenizer):
 
     Args:
       text: the content of tokenizer.json.
-      names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
+      special: what the files beside it say.
       origin: its name in messages.
       chat_template: its Jinja template, if it has one.
 
     Raises:
-      ConfigError: if `text` is no tokenizer or has no token of these names.
+      ConfigError: if `text` is no tokenizer or has no token of these names or ids.
     """
 
     def __init__(
-        self,
-        text: str,
-        names: dict[str, str],
-        origin: str = "this tokenizer",
-        chat_template: str | None = None,
+        self, text: str, special: Special, origin: str = "this tokenizer"
     ) -> None:
-        self._json, self.names, self._origin = text, names, origin
-        self.chat_template = chat_template
+        self._json, self.special, self._origin = text, special, origin
+        names = special.names
         self._plain = _parse(text)
         # It encodes names of special tokens in a text as plain text.
         self._plain.encode_special_tokens = True
@@ -362,7 +340,14 @@ class HuggingFace(Tokenizer):
         self.eos = vocabulary[names["eos"]]
         self.bos = vocabulary[names.get("bos", names["eos"])]
         self.pad = vocabulary[names.get("pad", names["eos"])]
-        self.eos_ids = (self.eos,)
+        self.eos_ids = special.eos_ids or (self.eos,)
+        require(
+            max(self.eos_ids) < self.size,
+            "eos_token_id",
+            max(self.eos_ids),
+            f"one of the tokenizer's {self.size} ids",
+        )
+        self.chat_template = special.chat_template
         added = self._plain.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
         decoder = json.loads(text).get("decoder") or {}
@@ -390,7 +375,9 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def starts_with_bos(self) -> bool:  # type: ignore[override]
-        """Whether the tokenizer's post-processor puts bos before a text."""
+        """Whether prompts start with bos: by its setting, else its post-processor."""
+        if self.special.add_bos is not None:
+            return self.special.add_bos and "bos" in self.special.names
         names = sorted(self._with_special_tokens.get_vocab(with_added_tokens=False))
         for text in ("a", *names[:100]):
             try:
@@ -421,9 +408,13 @@ class HuggingFace(Tokenizer):
         return [Rendered(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def to_json(self) -> str:
-        values = {"kind": "huggingface", "names": self.names, "tokenizer": self._json}
-        if self.chat_template is not None:
-            values["chat_template"] = self.chat_template
+        return self._to_json(self.special._asdict())
+
+    def documents_json(self) -> str:
+        return self._to_json({"names": self.special.names})
+
+    def _to_json(self, settings: dict[str, Any]) -> str:
+        values = {"kind": "huggingface"} | settings | {"tokenizer": self._json}
         return json.dumps(values, ensure_ascii=False)
 
     def tokenizer_json(self) -> str:
@@ -500,7 +491,7 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     )
     library_tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
     _make_byte_level(library_tokenizer)
-    return HuggingFace(library_tokenizer.to_str(), dict(zip(NAMES, _OWN_NAMES)))
+    return HuggingFace(library_tokenizer.to_str(), ByteTokenizer.special)
 
 
 def from_json(text: str) -> Tokenizer:
@@ -516,8 +507,11 @@ def from_json(text: str) -> Tokenizer:
             return ByteTokenizer()
         if kind == "huggingface":
             origin = "the checkpoint's tokenizer"
-            template = values.get("chat_template")
-            return HuggingFace(values["tokenizer"], values["names"], origin, template)
+            text = values["tokenizer"]
+            # Checkpoints of older versions have the names alone.
+            fields = {name: values[name] for name in Special._fields if name in values}
+            fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
+            return HuggingFace(text, Special(**fields), origin)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"this is not a tokenizer that to_json wrote: {error!r}"
@@ -527,12 +521,32 @@ def from_json(text: str) -> Tokenizer:
     )
 
 
-def load(spec: str) -> Tokenizer:
-    """Returns the tokenizer of `data.tokenizer`.
+def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
+    """Returns the tokenizer of a folder with a tokenizer.json.
 
-    tokenizer.json does not say which token ends a text. tokenizer_config.json and
-    special_tokens_map.json in the same folder do. Without these, the token is the first
-    of `NAMES` in tokenizer.json.
+    tokenizer.json does not say which token ends a text. The files beside it do (see
+    tokenizer_files.py). Without these, the token is the first of NAMES in
+    tokenizer.json.
+
+    Args:
+      read: gives the content of a file by its name, None if there is no such file.
+      origin: its name in messages.
+
+    Raises:
+      ConfigError: if it is no tokenizer, or has no token that ends a text.
+    """
+    text = read("tokenizer.json")
+    if text is None:
+        hint = " (tokenizer.model alone is not read: convert it with transformers)"
+        has_model = read("tokenizer.model") is not None
+        raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
+    added = _parse(text).get_added_tokens_decoder().values()
+    special = read_special(read, (token.content for token in added))
+    return HuggingFace(text, special, origin)
+
+
+def load(spec: str) -> Tokenizer:
+    """Returns the tokenizer of `data.tokenizer`, see `from_files`.
 
     Args:
       spec: "bytes", or the path of a tokenizer.json, of a folder that holds one, or
@@ -551,10 +565,16 @@ def load(spec: str) -> Tokenizer:
         if tokenizer:
             return tokenizer
     path = path / "tokenizer.json" if path.is_dir() else path
+
+    def read(name: str) -> str | None:
+        """The named file is tokenizer.json, whatever its name is."""
+        file = path if name == "tokenizer.json" else path.parent / name
+        if name == "tokenizer.json" or file.exists():
+            return file.read_text(encoding="utf-8")
+        return None
+
     try:
-        text = path.read_text(encoding="utf-8")
-        names = _special_names(text, path.parent)
-        return HuggingFace(text, names, origin, _chat_template(path.parent))
+        return from_files(read, origin)
     except OSError as error:
         raise ConfigError(
             f"{origin} cannot be read ({error.strerror}): it must be 'bytes', or the "
@@ -562,40 +582,6 @@ def load(spec: str) -> Tokenizer:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{origin} is not accepted: {error}") from None
-
-
-def _special_names(text: str, folder: Path) -> dict[str, str]:
-    """Returns {kind: name} of the special tokens: "eos", perhaps "bos" and "pad".
-
-    Args:
-      text: the content of a tokenizer.json.
-      folder: the folder of the file; other files there may name the tokens.
-    """
-    settings: dict[str, Any] = {}
-    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if path.exists():
-            settings |= json.loads(path.read_text(encoding="utf-8"))
-    added = {
-        token.content for token in _parse(text).get_added_tokens_decoder().values()
-    }
-    names = {}
-    for kind, usual_names in NAMES.items():
-        field = f"{kind}_token"
-        name = settings.get(field)
-        if isinstance(name, dict):
-            name = name["content"]
-        # A null says that there is no such token. It does not count for eos, which
-        # every tokenizer needs.
-        if name is None and (kind == "eos" or field not in settings):
-            name = next((usual for usual in usual_names if usual in added), None)
-        if name is not None:
-            names[kind] = name
-    if "eos" not in names:
-        raise ConfigError(
-            "it has no token that ends a text: name one as eos_token in a "
-            f"tokenizer_config.json beside it, or use one of {', '.join(NAMES['eos'])}"
-        )
-    return names
 
 
 def _from_checkpoint(path: Path) -> Tokenizer | None:
@@ -609,21 +595,3 @@ def _from_checkpoint(path: Path) -> Tokenizer | None:
         return from_json(checkpoint.read_meta(path)["tokenizer"])
     except (ValueError, KeyError, OSError):
         return None
-
-
-def _chat_template(folder: Path) -> str | None:
-    """Returns the chat template of a folder, or None.
-
-    The file chat_template.jinja comes before tokenizer_config.json, as in transformers.
-    """
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template
