@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.data.tokenizer import HuggingFace
+from ladder_jax.data.tokenizer_files import Special
 
 CHATML = """\
 {% for m in messages %}
@@ -186,5 +187,5 @@ def make(
     template: str | None, kind: str = "byte_level", adds_bos: bool = False
 ) -> HuggingFace:
     """A tokenizer with a chat template."""
-    names = {"bos": "<s>", "eos": "</s>"}
-    return HuggingFace(KINDS[kind](adds_bos), names, chat_template=template)
+    special = Special({"bos": "<s>", "eos": "</s>"}, chat_template=template)
+    return HuggingFace(KINDS[kind](adds_bos), special)

@@ -123,7 +123,7 @@ def test_the_mask_is_that_of_a_slow_walk_over_characters(name):
 
 
 def specials(tok):
-    return list(tok.names.values()) if tok is BYTES else chat_templates.SPECIAL
+    return list(tok.special.names.values()) if tok is BYTES else chat_templates.SPECIAL
 
 
 @pytest.mark.parametrize("kind", chat_templates.KINDS)
@@ -499,7 +499,7 @@ def test_the_tokenizer_is_trained_on_the_messages_of_the_training_side(
 
 
 def make_side(sizes, counted=None):
-    """Conversations of these numbers of targets; ids count up, all count or `counted`."""
+    """Conversations of these numbers of targets, with ids that count up."""
     stops = np.cumsum(np.array(sizes) + 1)
     if counted is None:
         counted = np.ones(stops[-1], np.uint8)
@@ -581,7 +581,7 @@ def test_an_epoch_has_every_conversation_once_and_whole(sizes, length, batch):
     state = iterator.get_state()
     first = [next(iterator) for _ in range(3)]
     iterator.set_state(state)
-    for one, again in zip(first, range(3)):
+    for one in first:
         np.testing.assert_array_equal(one["tokens"], next(iterator)["tokens"])
 
 
