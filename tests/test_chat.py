@@ -480,10 +480,13 @@ def test_caches_differ_by_what_counts_and_by_template(tmp_path, open_corpus):
     path = write_rows(tmp_path / "a.jsonl", rows)
     sizes = [open_corpus(path, train_on=t).train.tokens for t in ("all", "last")]
     assert sizes[0] > open_corpus(path).train.tokens > sizes[1]
+    digests = set()
     for template in (chat_templates.CHATML, chat_templates.DEFAULT_SYSTEM):
         opened = open_corpus(path, chat_templates.make(template))
+        digests.add(opened.digest)
         text = chat_templates.make(template).decode(opened.train.ids.tolist())
         assert ("default" in text) == (template == chat_templates.DEFAULT_SYSTEM)
+    assert len(digests) == 2
 
 
 def test_the_tokenizer_is_trained_on_the_messages_of_the_training_side(

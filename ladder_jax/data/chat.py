@@ -169,6 +169,8 @@ class ChatEncoder:
     def _count(self, rendered: Rendered, spans: list[Span]) -> Encoded:
         """Returns the ids of a text; those in the spans of characters count."""
         ids, counted = list(rendered.ids), [False] * len(rendered.ids)
+        if not ids:  # a tokenizer without a token for these characters
+            return Encoded(ids, counted, 0)
         for span in spans:
             start, stop = self._turn(ids, *_ids_of(span, rendered.offsets))
             counted[start:stop] = [True] * (stop - start)
