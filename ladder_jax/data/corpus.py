@@ -116,8 +116,9 @@ class Corpus:
     Attributes:
       train, held_out: the sides.
       digest: a hash of all documents in order; of conversations, and of the tokenizer
-        with its chat template. It does not depend on the paths of their files. Two corpora have the same sides if digest, tokenizer and
-        data.held_out_fraction are equal.
+        with its chat template. It does not depend on the paths of their files. Two
+        corpora have the same sides if digest, tokenizer and data.held_out_fraction are
+        equal.
       report: one line that counts what was read, left out and repaired.
     """
 
