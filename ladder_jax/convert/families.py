@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model, short_repr
 from ladder_jax.convert import ladder_llama, layout
 from ladder_jax.convert.fields import Fields

@@ -115,9 +115,10 @@ class Corpus:
 
     Attributes:
       train, held_out: the sides.
-      digest: a hash of all documents in order. It does not depend on the paths of their
-        files. Two corpora have the same sides if digest, tokenizer and
-        data.held_out_fraction are equal.
+      digest: a hash of all documents in order; of conversations, and of the tokenizer
+        with its chat template. It does not depend on the paths of their files. Two
+        corpora have the same sides if digest, tokenizer and data.held_out_fraction are
+        equal.
       report: one line that counts what was read, left out and repaired.
     """
 
@@ -221,7 +222,10 @@ def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
     train = _side(cache, ~held_out_D, tokenizer.pad)
     held_out = _side(cache, held_out_D, tokenizer.pad)
     report = _report(data_config, cache, train, held_out)
-    return Corpus(train, held_out, _digest(cache.documents_D), report)
+    # The rows do not tell what a chat template makes of them.
+    settings = "" if cache.counted is None else tokenizer.to_json()
+    digest = _digest(cache.documents_D, settings)
+    return Corpus(train, held_out, digest, report)
 
 
 def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Side:
@@ -239,9 +243,9 @@ def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Sid
     )
 
 
-def _digest(documents_D: np.ndarray) -> str:
-    """Returns a hash of the sizes and hashes of all documents."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(documents_D: np.ndarray, settings: str) -> str:
+    """Returns a hash of the sizes and hashes of all documents, and of `settings`."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for field in ("bytes", "hash"):
         digest.update(np.ascontiguousarray(documents_D[field]).data)
     return digest.hexdigest()
