@@ -294,9 +294,20 @@ def bench(words: list[str]) -> int:
     return 0
 
 
+def evaluate(words: list[str]) -> int:
+    """`ladder-jax eval CHECKPOINT ...`"""
+    job = importlib.import_module("ladder_jax.evaluate")
+    arguments = parse(job.Arguments, words, "eval")
+    emulate(arguments.devices)
+    require_devices()
+    print(job.run(arguments), flush=True)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "tokenizer": tokenizer,
     "plan": plan,
     "bench": bench,
@@ -305,6 +316,7 @@ USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
+  eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   bench WHAT             measures this project beside others: train, decode, peers

@@ -20,6 +20,9 @@ ROWS = {
         "progress",
         "interrupts",
         "evaluate",
+        "lm_eval_model",
+        "lm_eval_tasks",
+        "scoring",
         "bench",
         "planner",
         "loading",
@@ -43,7 +46,7 @@ ROWS = {
     ],
 }
 # Names in ROWS whose files are still to be written.
-PLANNED = {"serve.server", "evaluate", "convert"}
+PLANNED = {"serve.server", "convert"}
 
 
 def modules() -> dict[str, Path]:

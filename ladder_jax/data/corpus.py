@@ -74,11 +74,11 @@ class Corpus:
     report: str
 
 
-def documents(data_config: Data) -> Iterator[str]:
-    """Yields the text of the training documents of `data.source`.
+def documents(data_config: Data, held_out: bool = False) -> Iterator[str]:
+    """Yields the text of the training or held-out documents of `data.source`.
 
     Raises:
-      ConfigError: if there is no training document.
+      ConfigError: if there is no such document.
     """
     tally = sources.Tally()
     is_empty = True
@@ -86,11 +86,12 @@ def documents(data_config: Data) -> Iterator[str]:
     for path in sources.files(data_config.source, tally):
         texts = sources.read(data_config.source, path, data_config.text_field, tally)
         for text in texts:
-            if token_cache.document_hash(text.encode()) >= threshold:
+            if (token_cache.document_hash(text.encode()) < threshold) == held_out:
                 is_empty = False
                 yield text
     if is_empty:
-        raise sources.no_document(data_config, tally)
+        side = "training" if held_out else "held out"
+        raise sources.no_document(data_config, tally, f"all of it is {side}")
 
 
 def _threshold(held_out_fraction: float) -> int:

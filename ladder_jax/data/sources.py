@@ -166,9 +166,14 @@ def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str
     tally.read = max(tally.read, read_before + size)
 
 
-def no_document(data_config: Data, tally: Tally) -> ConfigError:
-    """Returns the error for a source without a usable document, with the reason."""
-    reason = _describe_left_out(tally) or "all of it is held out"
+def no_document(
+    data_config: Data, tally: Tally, otherwise: str = "all of it is held out"
+) -> ConfigError:
+    """Returns the error for a source without a usable document, with the reason.
+
+    otherwise: the reason if nothing was left out.
+    """
+    reason = _describe_left_out(tally) or otherwise
     return ConfigError(
         f"data.source={data_config.source!r} has no usable document ({reason}): it "
         f"must hold text, or rows with a text field {data_config.text_field!r} "
