@@ -171,6 +171,7 @@ def run_tasks(arguments: Arguments, mesh: Mesh | None) -> str:
         as_json=arguments.json,
         max_length=arguments.context,
         batch_tokens=arguments.batch_tokens,
+        reduction=arguments.mesh.reduction,
     )
 
 

@@ -60,6 +60,7 @@ class LadderLM(_Base):
       batch_size: rows that are scored together, and slots of the engine. "auto": as
         batch_tokens says, and 16 slots.
       batch_tokens: tokens that are scored together.
+      reduction: a name of reductions.REDUCTIONS, or "auto".
       seed: of requests that sample.
       device, max_batch_size: the harness's command gives them; they change nothing.
     """
@@ -75,6 +76,7 @@ class LadderLM(_Base):
         prefix_token_id: int | None = None,
         batch_size: int | str | None = None,
         batch_tokens: int = 8192,
+        reduction: str = "auto",
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -84,7 +86,7 @@ class LadderLM(_Base):
             raise ConfigError(
                 f"model_args: {', '.join(unknown)} is not accepted: choose from path, "
                 "tensor, step, max_length, add_bos_token, prefix_token_id, batch_size, "
-                "batch_tokens, seed"
+                "batch_tokens, reduction, seed"
             )
         super().__init__()
         if not isinstance(path, Loaded):
@@ -101,7 +103,8 @@ class LadderLM(_Base):
         )
         self.rows = None if batch_size in (None, "auto") else int(batch_size)
         require(self.rows is None or self.rows >= 1, "batch_size", batch_size, ">= 1")
-        self.batch_tokens, self.seed = batch_tokens, seed
+        self.batch_tokens, self.reduction = batch_tokens, reduction
+        self.seed = seed
         self.add_bos_token, self._prefix = add_bos_token, prefix_token_id
         self._engine: Engine | None = None
 
@@ -155,7 +158,7 @@ class LadderLM(_Base):
             length=self.max_length,
             batch_tokens=self.batch_tokens,
             batch_rows=self.rows,
-            reduction="auto",
+            reduction=self.reduction,
         )
 
     def _loglikelihood_tokens(
@@ -315,6 +318,7 @@ class LadderLM(_Base):
                 loaded.mesh,
                 decode_options,
                 loaded.tokenizer,
+                reduction=self.reduction,
             )
         return engine
 

@@ -61,7 +61,7 @@ def docs_sentence(count: int = 150) -> Iterator[Row]:
                 choices.append(wrong)
         label = int(numbers.random() * 4)
         choices[0], choices[label] = choices[label], choices[0]
-        context = " ".join(sentences[:-1])[-600:]
+        context = end_of(" ".join(sentences[:-1]), 600)
         yield dict(context=context, choices=choices, label=label)
 
 
@@ -71,9 +71,11 @@ def docs_last_word(count: int = 200) -> Iterator[Row]:
     for _, sentences in paragraphs():
         for last in range(len(sentences), 0, -1):  # one of a paragraph
             context, _, word = " ".join(sentences[:last])[:-1].rpartition(" ")
+            context = end_of(context, 500)
             appears = re.search(rf"\b{re.escape(word)}\b", context)
             if len(word) >= 4 and word.isalpha() and appears:
-                usable.append((context[-500:], word))
+                if (context, word) not in usable:
+                    usable.append((context, word))
                 break
     for context, word in spread(usable, count):
         yield dict(context=context, word=word)
@@ -92,6 +94,11 @@ def minimal_pairs() -> Iterator[Row]:
             yield dict(
                 kind=kind, good=before + right + after, bad=before + wrong + after
             )
+
+
+def end_of(text: str, most: int) -> str:
+    """Returns the last `most` characters of a text, or less: whole words."""
+    return text if len(text) <= most else text[-most:].partition(" ")[2]
 
 
 def spread(items: list, count: int) -> list:

@@ -13,9 +13,7 @@ from ladder_jax import config, model, sharding
 from ladder_jax.data import tokenizer
 from ladder_jax.loading import Loaded
 
-TEXT = (
-    "The cat sat on the mat, and the naïve café in 東京 was closed 🙂. One two three."
-)
+TEXT = "The cat sat on the mat, and the naïve café in 東京 was closed 🙂. One two."
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
     "{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
