@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ladder_jax import sampling
 from ladder_jax.config import ConfigError, Decode, Mesh, require
+from ladder_jax.lm_eval_chat import render
 from ladder_jax.loading import Loaded, load
 from ladder_jax.scoring import Scorer, Window
 from ladder_jax.serve.buckets import bucket_sizes, round_up
@@ -282,10 +283,12 @@ class LadderLM(_Base):
         special = {text: self._special_id(text) for text in until}
         stops = [text for text, token in special.items() if token is None]
         stop_ids = [token for token in special.values() if token is not None]
+        # A chat model may have further ids that end an answer.
+        end_ids = getattr(self.tokenizer, "eos_ids", ())
         options |= dict(
             max_tokens=max_tokens,
             stop=stops,
-            stop_token_ids=sorted({self.tokenizer.eos, *stop_ids}),
+            stop_token_ids=sorted({self.tokenizer.eos, *end_ids, *stop_ids}),
         )
         return ids, options
 
@@ -371,47 +374,6 @@ class LadderLM(_Base):
             model_dtype=model_config.dtype,
             model_residual=model_config.residual,
         )
-
-
-def render(
-    template: str,
-    messages: list[dict[str, str]],
-    add_generation_prompt: bool,
-    names: dict[str, str | None],
-) -> str:
-    """Renders a chat template as transformers does.
-
-    Args:
-      template: in Jinja.
-      messages: role and content of each.
-      add_generation_prompt: see LadderLM.apply_chat_template.
-      names: of the special tokens: bos_token, ...
-    Raises ConfigError if the template refuses the messages.
-    """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    end = "<<the last message ends here>>"
-    if not add_generation_prompt:
-        last = messages[-1] | {"content": messages[-1]["content"] + end}
-        messages = [*messages[:-1], last]
-    program = environment.from_string(template)
-    options: dict[str, Any] = dict(names, add_generation_prompt=add_generation_prompt)
-    try:
-        text = program.render(messages=messages, **options)
-    except jinja2.TemplateError as error:
-        without_system = [m for m in messages if m["role"] != "system"]
-        if len(without_system) == len(messages):
-            raise ConfigError(f"the chat template cannot be applied: {error}") from None
-        text = program.render(messages=without_system, **options)
-    return text if add_generation_prompt else text[: text.rindex(end)]
 
 
 def _submit(engine: Engine, ids: list[int], options: dict[str, Any]) -> Request:

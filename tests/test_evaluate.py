@@ -18,8 +18,9 @@ import tiny
 from helpers import COMMAND, code_environment, make_mesh, random_parameters
 from jax import random
 
-from ladder_jax import cli, config, evaluate, model
+from ladder_jax import cli, config, evaluate, model, perplexity
 from ladder_jax.config import ConfigError
+from ladder_jax.data import corpus
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.loading import Loaded
 from ladder_jax.scoring import Scorer, Window
@@ -94,8 +95,8 @@ def slow_loss(ids, context, stride, residual="ladder", ranks=1):
 )
 def test_loss_equals_a_loop_over_targets(residual, mesh, context, stride, bos, eos):
     loaded = make_loaded(residual, **mesh)
-    documents = list(evaluate.encode(TEXTS, loaded.tokenizer, bos=bos, eos=eos))
-    losses = evaluate.score(
+    documents = list(perplexity.encode(TEXTS, loaded.tokenizer, bos=bos, eos=eos))
+    losses = perplexity.score(
         loaded, documents, context=context, stride=stride, batch_tokens=128
     )
     for text, document, loss in zip(TEXTS, documents, losses):
@@ -108,8 +109,8 @@ def test_loss_equals_a_loop_over_targets(residual, mesh, context, stride, bos, e
 
 def test_desync_scores_with_the_stream_of_each_rank():
     loaded = make_loaded("desync:2", tensor=4)
-    documents = list(evaluate.encode(TEXTS[:1], loaded.tokenizer))
-    losses = evaluate.score(loaded, documents, context=16, stride=16)
+    documents = list(perplexity.encode(TEXTS[:1], loaded.tokenizer))
+    losses = perplexity.score(loaded, documents, context=16, stride=16)
     ids = documents[0].ids.tolist()
     expected = slow_loss(ids, 16, 16, "desync:2", ranks=4)
     np.testing.assert_allclose(losses[0], expected, rtol=1e-4)
@@ -183,7 +184,7 @@ def test_windows_score_each_target_once_and_the_last_one_is_full():
         for context, stride in ((1, 1), (4, 2), (8, 8), (8, 3), (64, 64)):
             ids = np.arange(count)
             targets = []
-            for window in evaluate.windows_of(ids, context, stride):
+            for window in perplexity.windows_of(ids, context, stride):
                 assert len(window.ids) - 1 <= context
                 assert len(window.ids) == min(context, count - 1) + 1
                 targets += window.ids[len(window.ids) - window.scored :].tolist()
@@ -194,13 +195,13 @@ def test_max_tokens_cuts_a_document_and_counts_its_bytes():
     text = "é 東"  # 2 + 1 + 3 bytes
     bytes_of = {1: 1, 2: 2, 3: 3, 4: 4, 6: 6, 9: 6}
     for most, size in bytes_of.items():
-        documents = list(evaluate.encode([text], ByteTokenizer(), max_tokens=most))
+        documents = list(perplexity.encode([text], ByteTokenizer(), max_tokens=most))
         assert [(d.bytes, len(d.ids) - 1) for d in documents] == [(size, size)]
-    both = list(evaluate.encode([text, "xy z"], ByteTokenizer(), max_tokens=7))
+    both = list(perplexity.encode([text, "xy z"], ByteTokenizer(), max_tokens=7))
     assert [(d.bytes, d.words) for d in both] == [(6, 2), (1, 1)]
-    alone = list(evaluate.encode(["x"], ByteTokenizer(), bos=False))
+    alone = list(perplexity.encode(["x"], ByteTokenizer(), bos=False))
     assert alone == []  # its only token has nothing before it
-    end = list(evaluate.encode(["xy"], ByteTokenizer(), eos=True, max_tokens=2))
+    end = list(perplexity.encode(["xy"], ByteTokenizer(), eos=True, max_tokens=2))
     assert end[0].ids.tolist() == [256, 120, 121]
 
 
@@ -208,8 +209,8 @@ def test_measures_and_their_errors():
     generator = np.random.default_rng(0)
     losses = generator.uniform(5, 9, 50)
     ids = [np.zeros(n + 1, np.int32) for n in generator.integers(1, 9, 50)]
-    documents = [evaluate.Document(x, 3 * len(x) - 3, len(x) - 1) for x in ids]
-    results = evaluate.summarize(documents, losses)
+    documents = [perplexity.Document(x, 3 * len(x) - 3, len(x) - 1) for x in ids]
+    results = perplexity.summarize(documents, losses)
     counts = np.array([len(x) - 1 for x in ids])
     mean = losses.sum() / counts.sum()
     assert results["loss"].value == pytest.approx(mean)
@@ -222,9 +223,9 @@ def test_measures_and_their_errors():
     assert results["bits_per_byte"].error == pytest.approx(
         results["loss"].error / 3 / math.log(2)
     )
-    one = evaluate.summarize(documents[:1], losses[:1])
+    one = perplexity.summarize(documents[:1], losses[:1])
     assert one["loss"].error is None and "±" not in evaluate.report(SETTINGS, one)
-    huge = evaluate.summarize(documents[:2], losses[:2] * 1e4)
+    huge = perplexity.summarize(documents[:2], losses[:2] * 1e4)
     assert json.loads(evaluate.to_json(SETTINGS, huge))["perplexity"] is None
 
 
@@ -266,7 +267,7 @@ def test_command_on_held_out_documents_and_on_files(run_folder, capsys, tmp_path
     assert 0 < held_out["documents"] < 20
     # The same texts as files: both give the same numbers.
     own = tiny.make(run_folder.parent)
-    texts = list(evaluate.corpus.documents(own.data, held_out=True))
+    texts = list(corpus.documents(own.data, held_out=True))
     rows = [json.dumps({"body": text}) for text in texts] + ['{"body": "  "}']
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     words = ["--data", tmp_path, "--text-field", "body", "--context", 32]

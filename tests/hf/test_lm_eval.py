@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ladder_jax import cli, config, evaluate, lm_eval_model
+from ladder_jax import cli, config, lm_eval_chat, perplexity
 from ladder_jax.config import ConfigError
 from ladder_jax.lm_eval_model import LadderLM
 
@@ -195,12 +195,12 @@ def test_chat_template(loaded, theirs):
     assert ours.tokenizer_name == LadderLM(loaded).tokenizer_name
     refusing = "{{ raise_exception('no such role') }}"
     with pytest.raises(ConfigError, match="no such role"):
-        lm_eval_model.render(refusing, chat[1:], True, {})
+        lm_eval_chat.render(refusing, chat[1:], True, {})
     only_users = (
         "{% for m in messages %}{% if m.role == 'system' %}"
         "{{ raise_exception('x') }}{% endif %}{{ m.content }}{% endfor %}"
     )
-    assert lm_eval_model.render(only_users, chat[:2], True, {}) == chat[1]["content"]
+    assert lm_eval_chat.render(only_users, chat[:2], True, {}) == chat[1]["content"]
 
 
 # ---------------------------------------------------------------- tasks
@@ -344,8 +344,8 @@ def test_perplexity_equals_the_loss_of_transformers(folder, theirs, mesh):
     loaded = tiny_llama.load(folder, **mesh)
     texts = [tiny_llama.TEXT, "One two", "café 🙂"]
     for bos in (True, False):
-        documents = list(evaluate.encode(texts, loaded.tokenizer, bos=bos))
-        losses = evaluate.score(loaded, documents, context=64, stride=64)
+        documents = list(perplexity.encode(texts, loaded.tokenizer, bos=bos))
+        losses = perplexity.score(loaded, documents, context=64, stride=64)
         for document, loss in zip(documents, losses):
             ids = torch.tensor(document.ids[None].astype(np.int64))
             with torch.no_grad():
@@ -357,8 +357,8 @@ def test_perplexity_equals_the_loss_of_transformers(folder, theirs, mesh):
 def test_perplexity_of_long_texts_equals_the_harness(loaded, theirs):
     """With a stride of the whole context, the windows are the harness's."""
     ours = LadderLM(loaded, add_bos_token=False)
-    documents = list(evaluate.encode([LONG], loaded.tokenizer))
-    losses = evaluate.score(loaded, documents, context=64, stride=64)
+    documents = list(perplexity.encode([LONG], loaded.tokenizer))
+    losses = perplexity.score(loaded, documents, context=64, stride=64)
     request = instances("loglikelihood_rolling", [(LONG,)])
     expected = ours.loglikelihood_rolling(request, disable_tqdm=True)
     np.testing.assert_allclose(-losses, expected, rtol=1e-6)
