@@ -300,7 +300,11 @@ def evaluate(words: list[str]) -> int:
     arguments = parse(job.Arguments, words, "eval")
     emulate(arguments.devices)
     require_devices()
-    print(job.run(arguments), flush=True)
+    from ladder_jax.interrupts import InsistentInterrupt
+
+    with InsistentInterrupt():
+        text = job.run(arguments)
+    print(text, flush=True)
     return 0
 
 

@@ -140,8 +140,9 @@ class LadderLM(_Base):
             name = self.tokenizer.token_name(self.prefix_token_id)
             starts = name is not None and string.startswith(name)
             bos = False if starts else self.add_bos_token
-        if not string and not bos:
-            return []
+        if not string:  # `prompt` starts a new document then
+            first = self.tokenizer.prompt("a", bos=bos)[:1]
+            return first if first == [self.tokenizer.bos] else []
         return self.tokenizer.prompt(string, bos=bos)
 
     def tok_decode(self, tokens: Iterable[int]) -> str:

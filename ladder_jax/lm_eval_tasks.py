@@ -1,7 +1,10 @@
 """Runs tasks of lm-evaluation-harness on a model, for `ladder-jax eval --tasks`."""
 
+import contextlib
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def run(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if num_fewshot is not None:
         require(num_fewshot >= 0, "num_fewshot", num_fewshot, "0 or more")
     if limit is not None:
@@ -53,17 +56,20 @@ def run(
     model = LadderLM(loaded, **model_options)
     if apply_chat_template:
         model.chat_template(True)  # raises ConfigError if there is none
-    results = simple_evaluate(
-        model=model,
-        tasks=list(names),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    # Processes forked from JAX's threads could wait for ever.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints notes
+        results = simple_evaluate(
+            model=model,
+            tasks=list(names),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
     assert results is not None  # this process is the only one
     if as_json:
         kept = {name: results[name] for name in _KEPT if name in results}

@@ -23,7 +23,7 @@ from ladder_jax.config import ConfigError
 from ladder_jax.lm_eval_model import LadderLM
 
 TASKS = str(ROOT / "configs" / "eval")
-LONG = "one two three, the cat sat on the mat in 東京. " * 6
+LONG = "one two three, the cat sat on the mat in 東京. " * 12
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ PAIRS = [
     ("<|bos|>The cat", " sat"),
     ("The <|eos|> cat", " sat<|eos|>"),
     ("naïve café", " in 東京 🙂"),
-    ("na", "ïve"),
+    ("The cat s", "at"),
     (LONG, " three"),  # loses its first ids
     (LONG, LONG[:60]),
     (LONG * 3, " sat"),
@@ -76,8 +76,9 @@ PAIRS = [
     ids=str,
 )
 def test_loglikelihood(folder, loaded, options):
-    ours, theirs = LadderLM(loaded, **options), backend(folder, **options)
     pairs = PAIRS if "max_length" not in options else PAIRS[:10]
+    options = dict(max_length=64) | options
+    ours, theirs = LadderLM(loaded, **options), backend(folder, **options)
     for text in [*(pair[0] for pair in pairs), LONG]:
         assert ours.tok_encode(text) == theirs.tok_encode(text), text
     requests = instances("loglikelihood", pairs)
@@ -93,8 +94,10 @@ def test_is_greedy_is_exact(loaded, theirs):
     ours = LadderLM(loaded)
     pairs = []
     for start in ("The cat", "One", "café in", "東京 was closed, and the"):
-        text = "".join(loaded.generate(start, max_tokens=6))
-        pairs += [(start, text), (start, text + "x"), (start, text[:-1] + "~")]
+        tokens = list(loaded.generate(start, max_tokens=6))
+        for count in (1, 2, 6):
+            text = "".join(tokens[:count])
+            pairs += [(start, text), (start, text + "x"), (start, text[:-1] + "~")]
     requests = instances("loglikelihood", [pair for pair in pairs if pair[1]])
     got = ours.loglikelihood(requests, disable_tqdm=True)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
@@ -102,7 +105,9 @@ def test_is_greedy_is_exact(loaded, theirs):
     assert {greedy for _, greedy in got} == {True, False}
 
 
-@pytest.mark.parametrize("options", [{}, dict(max_length=16, prefix_token_id=5)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(max_length=48), dict(max_length=16, prefix_token_id=5)]
+)
 def test_loglikelihood_rolling(folder, loaded, options):
     texts = ["x", "The cat sat.", LONG, LONG * 2 + "end", ""]
     requests = instances("loglikelihood_rolling", [(text,) for text in texts])
@@ -143,6 +148,12 @@ def test_generate_until(folder, loaded):
     assert ours.generate_until([]) == []
 
 
+def test_a_continuation_that_is_part_of_the_contexts_last_token(loaded):
+    """Their last token is one token together: nothing is left to score."""
+    request = instances("loglikelihood", [("na", "ïve")])
+    assert LadderLM(loaded).loglikelihood(request, disable_tqdm=True) == [(0.0, True)]
+
+
 def test_sampling_has_a_seed_for_each_request(loaded):
     options = dict(do_sample=True, temperature=1.0, top_p=0.9, max_gen_toks=12)
     requests = instances("generate_until", [("The cat", options)] * 4)
@@ -155,7 +166,7 @@ def test_sampling_has_a_seed_for_each_request(loaded):
 
 MISTAKES = {
     "num_beams=4 is not accepted": dict(num_beams=4),
-    "max_gen_toks=64 is not accepted": dict(max_gen_toks=64),
+    "max_gen_toks=256 is not accepted": dict(max_gen_toks=256),
     "max_gen_toks=0 is not accepted": dict(max_gen_toks=0),
     "top_p": dict(do_sample=True, temperature=1.0, top_p=3.0, max_gen_toks=4),
 }
@@ -171,8 +182,8 @@ def test_generation_options_that_are_not_accepted(loaded, message):
 def test_mistakes_of_the_model(loaded):
     with pytest.raises(ConfigError, match="model_args: pretrained is not accepted"):
         LadderLM(loaded, pretrained="x")
-    with pytest.raises(ConfigError, match="max_length=65 is not accepted"):
-        LadderLM(loaded, max_length=65)
+    with pytest.raises(ConfigError, match="max_length=257 is not accepted"):
+        LadderLM(loaded, max_length=257)
     with pytest.raises(ConfigError, match="a continuation has"):
         request = instances("loglikelihood", [("a", LONG)])
         LadderLM(loaded, max_length=8).loglikelihood(request, disable_tqdm=True)
@@ -345,7 +356,7 @@ def test_perplexity_equals_the_loss_of_transformers(folder, theirs, mesh):
     texts = [tiny_llama.TEXT, "One two", "café 🙂"]
     for bos in (True, False):
         documents = list(perplexity.encode(texts, loaded.tokenizer, bos=bos))
-        losses = perplexity.score(loaded, documents, context=64, stride=64)
+        losses = perplexity.score(loaded, documents, context=64, stride=9)
         for document, loss in zip(documents, losses):
             ids = torch.tensor(document.ids[None].astype(np.int64))
             with torch.no_grad():
@@ -356,7 +367,7 @@ def test_perplexity_equals_the_loss_of_transformers(folder, theirs, mesh):
 
 def test_perplexity_of_long_texts_equals_the_harness(loaded, theirs):
     """With a stride of the whole context, the windows are the harness's."""
-    ours = LadderLM(loaded, add_bos_token=False)
+    ours = LadderLM(loaded, add_bos_token=False, max_length=64)
     documents = list(perplexity.encode([LONG], loaded.tokenizer))
     losses = perplexity.score(loaded, documents, context=64, stride=64)
     request = instances("loglikelihood_rolling", [(LONG,)])

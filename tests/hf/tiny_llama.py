@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def save(folder, max_length=64, seed=0):
+def save(folder, max_length=256, seed=0):
     """Writes the model and its tokenizer; returns the folder."""
     bpe = tokenizer.train([TEXT] * 5, 320)
     bpe.save(folder / "tokenizer.json")
@@ -46,6 +46,12 @@ def save(folder, max_length=64, seed=0):
     )
     torch.manual_seed(seed)
     llama = transformers.LlamaForCausalLM(llama_config)
+    # It generates ASCII and eos: lm-eval sees texts alone, and bytes that are not UTF-8
+    # would be lost. Ids that are padding of the vocabulary are no text, either.
+    for token in set(range(llama_config.vocab_size)) - {bpe.eos}:
+        text = bpe.token_bytes(token, None) or b"\xff"
+        if not text.isascii() or not text.decode().isprintable():
+            llama.lm_head.weight.data[token] = 0
     llama.save_pretrained(folder)
     return folder
 
