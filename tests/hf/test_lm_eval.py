@@ -81,6 +81,9 @@ def test_loglikelihood(folder, loaded, options):
     ours, theirs = LadderLM(loaded, **options), backend(folder, **options)
     for text in [*(pair[0] for pair in pairs), LONG]:
         assert ours.tok_encode(text) == theirs.tok_encode(text), text
+    # Where the two become one token, nothing is left to score, and theirs fails.
+    pairs = [pair for pair in pairs if not pair[0] or theirs._encode_pair(*pair)[1]]
+    assert len(pairs) >= 9
     requests = instances("loglikelihood", pairs)
     got = ours.loglikelihood(requests, disable_tqdm=True)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)

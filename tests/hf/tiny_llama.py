@@ -3,7 +3,6 @@
 import json
 
 import jax.numpy as jnp
-import numpy as np
 import torch
 import transformers
 from helpers import make_mesh
@@ -59,7 +58,7 @@ def save(folder, max_length=256, seed=0):
 def load(folder, **mesh):
     """Returns the model that `save` wrote as a Loaded."""
     llama = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = {name: np.array(x) for name, x in llama.state_dict().items()}
+    theirs = {name: x.numpy() for name, x in llama.state_dict().items()}
     c = llama.config
     own = config.Model(
         vocab_size=c.vocab_size,
