@@ -126,7 +126,7 @@ GENERATE = [
     ("naïve café ", dict(until=["<|eos|>", "<|pad|>"], max_gen_toks=12)),
     (LONG, dict(until=["zzz"], max_gen_toks=10, temperature=0.0)),
     ("東京", dict(max_gen_toks=1)),
-    ("<|bos|>The", dict(until=["", "cat"], max_new_tokens=8)),
+    ("<|bos|>The", dict(until=["cat"], max_new_tokens=8)),
     ("x", dict(until=["th", "he", "a"], max_gen_toks=40)),
 ]
 
