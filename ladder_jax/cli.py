@@ -363,9 +363,24 @@ def inspect(words: list[str]) -> int:
     return 0
 
 
+def evaluate(words: list[str]) -> int:
+    """`ladder-jax eval CHECKPOINT ...`"""
+    job = importlib.import_module("ladder_jax.evaluate")
+    arguments = parse(job.Arguments, words, "eval")
+    emulate(arguments.devices)
+    require_devices()
+    from ladder_jax.interrupts import InsistentInterrupt
+
+    with InsistentInterrupt():
+        text = job.run(arguments)
+    print(text, flush=True)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "tokenizer": tokenizer,
     "plan": plan,
     "convert": convert,
@@ -376,6 +391,7 @@ USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
+  eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...

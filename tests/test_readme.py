@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ladder_jax import cli
+from ladder_jax import cli, evaluate
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorial.md"]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "evaluation.md"]
 COMMANDS = [
     shlex.split(line, comments=True)
     for path in DOCS
@@ -26,6 +27,7 @@ COMMANDS = [
 KINDS = {
     "train": cli.TrainArguments,
     "generate": cli.GenerateArguments,
+    "eval": evaluate.Arguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
     "inspect": cli.InspectArguments,
