@@ -11,6 +11,7 @@ arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import config, kv_cache, schedule, sharding
-from ladder_jax.attention import attend, attend_cache, rotary, rotate
+from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
+from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.reductions import Policy, reduce
+from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names
@@ -36,6 +39,12 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "full": _save(),  # saves only the stream at the layer's start
 }
 Progress = Callable[..., Any]
+# By model.activation: the function on the MLP's gate.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -49,9 +58,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What attention needs to know, beside its input."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: no rotary embedding
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
@@ -100,9 +109,10 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
-        q_BTNH = rotate(q_BTNH, (cosine, sine))
-        k_BTKH = rotate(k_BTKH, context.rotation)
+        if context.rotation is not None:
+            cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+            q_BTNH = rotate(q_BTNH, (cosine, sine))
+            k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
@@ -131,12 +141,13 @@ def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU, or GEGLU with the activation gelu (arXiv 2002.05202)."""
 
     def __init__(
         self, model_config: config.Model, rngs: nnx.Rngs, norm: bool = True
     ) -> None:
         D, F, std = model_config.dim, model_config.ffn_dim, model_config.init_std
+        self.activation = model_config.activation
         self.norm = nnx.Param(jnp.ones(D)) if norm else None
         self.gate = _normal(rngs, (D, F), std)
         self.up = _normal(rngs, (D, F), std)
@@ -154,7 +165,8 @@ class MLP(nnx.Module):
         up_BTF = checkpoint_name(up_BTF, "product")
         up_BTF = _add_bias(up_BTF, self.up_bias)
         # The activation is computed in float32 and rounded once.
-        gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
+        activate = ACTIVATIONS[self.activation]
+        gated_BTF = activate(gate_BTF.astype(jnp.float32)) * up_BTF
         gated_BTF = gated_BTF.astype(u_BTD.dtype)
         # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)
@@ -241,6 +253,7 @@ def hidden(
     reduction: str | Policy = "psum",
     remat: str = "none",
     unroll: bool = False,
+    freshness: Freshness | None = None,
 ) -> tuple[jax.Array, Any]:
     """The final residual stream, and the cache with these tokens written.
 
@@ -261,10 +274,15 @@ def hidden(
       reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
       remat: a name in REMAT.
       unroll: whether the compiled program repeats the layer scan's body.
+      freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
+        newest terms a delayed block reads (residual/annealing.py). With an array every
+        block has its own: 1 makes it standard, 0 what its schedule says.
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
     """
+    if freshness is not None:
+        check_freshness(model_config, freshness)
     dtype = jnp.dtype(model_config.dtype)
     rotation = rotary(
         positions_BT,
@@ -274,8 +292,15 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel, None)
-    windowed = context._replace(window=model_config.sliding_window)
+
+    def context_of(block: Block) -> Context:
+        return Context(
+            rotation if block.rope else None,
+            segments_BT,
+            positions_BT,
+            kernel,
+            model_config.sliding_window if block.window else None,
+        )
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -295,9 +320,8 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            own_context = windowed if block.window else context
             partial_BTD, new_cache = attention(
-                u_BTD, own_context, cache, progress, read_BR
+                u_BTD, context_of(block), cache, progress, read_BR
             )
             partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:
@@ -318,6 +342,7 @@ def hidden(
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
+        freshness=freshness,
     )
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
@@ -427,7 +452,7 @@ def loss(
       batch: tokens, targets, segments, positions, weights, each [B, T] (data/corpus).
       chunk: if not 0, logits are computed for this many tokens at a time, and again
         in the backward pass.
-      options: of `hidden`: kernel, reduction, remat, unroll.
+      options: of `hidden`: kernel, reduction, remat, unroll, freshness.
 
     Returns:
       A scalar, the same on all tensor shards.
@@ -444,14 +469,30 @@ def loss(
         return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
     arrays = x_BTD, batch["targets"], batch["weights"]
+    return sum_over_tokens(weighted_sum, arrays, chunk)
+
+
+def sum_over_tokens(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+    """The sum of `function`, itself a sum over tokens, over chunks of the tokens.
+
+    Args:
+      function: takes arrays [B, T, ...]; zeros must add nothing.
+      arrays: its arguments [B, T, ...].
+      chunk: if not 0, `function` gets this many tokens at a time, as [1, chunk, ...],
+        and computes them again in the backward pass.
+    """
     if not chunk:
-        return weighted_sum(*arrays)
+        return function(*arrays)
 
     def add_chunk(total: jax.Array, chunk_arrays: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(weighted_sum)(*chunk_arrays), None
+        return total + jax.checkpoint(function)(*chunk_arrays), None
 
-    chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
-    return lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunks = tuple(_chunked(x, min(chunk, tokens)) for x in arrays)
+    shape = jax.eval_shape(function, *(x[0] for x in chunks)).shape
+    return lax.scan(add_chunk, jnp.zeros(shape, jnp.float32), chunks)[0]
 
 
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:

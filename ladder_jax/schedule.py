@@ -33,6 +33,7 @@ class Block(NamedTuple):
     delay: int = 0  # how many of the newest partials it does not read
     reduce: bool = True  # False: each tensor shard adds only its own partial
     window: bool = False  # its attention sees the model's sliding window alone
+    rope: bool = True  # its attention has rotary embedding
 
 
 class Schedule(NamedTuple):
@@ -49,29 +50,39 @@ FORMS = (
 )
 
 
-def parse(notation: str, layers: int, *, window_layers: str = "none") -> Schedule:
+def parse(
+    notation: str,
+    layers: int,
+    *,
+    window_layers: str = "none",
+    nope_layers: str = "none",
+) -> Schedule:
     """The `Schedule` of a model with `layers` layers.
 
     Args:
       notation: one of FORMS.
       layers: how many.
       window_layers: those with a sliding window, in the notation of `parse_layers`.
+      nope_layers: those without rotary embedding.
 
     Raises ValueError, which says which forms are accepted.
     """
     plain = _parse(notation, layers)
     windowed = parse_layers(window_layers, layers)
-    if not windowed:
-        return plain
-    return plain._replace(
-        layers=tuple(
-            tuple(
-                block._replace(window=number in windowed and "attention" in block.parts)
-                for block in blocks
-            )
-            for number, blocks in enumerate(plain.layers)
+    without_rope = parse_layers(nope_layers, layers)
+
+    def mark(number: int, block: Block) -> Block:
+        if "attention" not in block.parts:
+            return block
+        return block._replace(
+            window=number in windowed, rope=number not in without_rope
         )
-    )
+
+    marked = [
+        tuple(mark(number, block) for block in blocks)
+        for number, blocks in enumerate(plain.layers)
+    ]
+    return plain._replace(layers=tuple(marked))
 
 
 def _parse(notation: str, layers: int) -> Schedule:

@@ -16,8 +16,23 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
-        s = config.rope_scaling
+    s, size = config.rope_scaling, 1.0
+    if s.kind == "linear":  # positions are divided
+        frequency = frequency / s.factor
+    elif s.kind == "yarn":  # a ramp over the pairs' indices, and larger scores
+        at = lambda turns: (
+            half
+            * (
+                jnp.log(s.original_length / (2 * jnp.pi * turns))
+                / jnp.log(config.rope_theta)
+            )
+        )
+        low = jnp.maximum(jnp.floor(at(s.beta_fast)), 0)
+        high = jnp.minimum(jnp.ceil(at(s.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low), 0, 1)
+        frequency = (1 - ramp) * frequency + ramp * frequency / s.factor
+        size = 0.1 * jnp.log(s.factor) + 1
+    elif s.factor != 1:  # Llama 3.1: three bands of wavelengths
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (
             s.high_freq_factor - s.low_freq_factor
@@ -31,7 +46,7 @@ def rope(x_TNH, positions_T, config):
             ),
         )
     angle = positions_T[:, None] * frequency
-    cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cosine, sine = size * jnp.cos(angle)[:, None], size * jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
@@ -56,7 +71,8 @@ def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
             norm(q, p.q_norm[...], config.norm_eps),
             norm(k, p.k_norm[...], config.norm_eps),
         )
-    q, k = rope(q, positions_T, config), rope(k, positions_T, config)
+    if layer not in parse_layers(config.nope_layers, config.layers):
+        q, k = rope(q, positions_T, config), rope(k, positions_T, config)
     # Every query head gets a copy of its own.
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)
@@ -78,7 +94,13 @@ def mlp(p, u_TD, config, ranks=1, rank=0):
     gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
     if p.gate_bias is not None:
         gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
-    units = jax.nn.silu(gate) * up
+    if config.activation == "silu":
+        units = gate / (1 + jnp.exp(-gate)) * up
+    elif config.activation == "gelu":  # by the normal distribution function
+        units = gate * (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2 * up
+    else:
+        inner = jnp.sqrt(2 / jnp.pi) * (gate + 0.044715 * gate**3)
+        units = gate * (1 + jnp.tanh(inner)) / 2 * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
 
 
@@ -89,8 +111,12 @@ def bias(p):
     return 0 if p.down_bias is None else p.down_bias[...]
 
 
-def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
-    """The final residual stream [T, D]; `ranks` matters to desync alone."""
+def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
+    """The final residual stream [T, D].
+
+    `ranks` matters to desync alone, and `freshness` to ladder and delays: a block reads
+    that share of the stream of standard, and the rest of the stale stream.
+    """
     x = model.embedding[...][tokens_T]
     eps = config.norm_eps
     layers = [
@@ -150,7 +176,8 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1):
                 )
                 if kind == "ladder" and block:  # a delay rises by at most one a block
                     delay = delays[block] = min(delays[block], delays[block - 1] + 1)
-                seen = history[max(block - delay, 0)]
+                stale = history[max(block - delay, 0)]
+                seen = freshness * history[-1] + (1 - freshness) * stale
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
@@ -198,9 +225,9 @@ def parse_layers(text, count):
     return layers_of_list
 
 
-def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):
+def logits(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
     x = norm(
-        stream(model, config, tokens_T, positions_T, segments_T, ranks),
+        stream(model, config, tokens_T, positions_T, segments_T, ranks, freshness),
         model.norm[...],
         config.norm_eps,
     )
@@ -209,12 +236,12 @@ def logits(model, config, tokens_T, positions_T, segments_T, ranks=1):
     )
 
 
-def loss(model, config, batch, ranks=1):
+def loss(model, config, batch, ranks=1, freshness=0.0):
     """The weighted mean cross-entropy of a batch of packed rows, nats a token."""
 
     def row(tokens_T, positions_T, segments_T, targets_T, weights_T):
         logp_TV = jax.nn.log_softmax(
-            logits(model, config, tokens_T, positions_T, segments_T, ranks)
+            logits(model, config, tokens_T, positions_T, segments_T, ranks, freshness)
         )
         return -jnp.sum(
             jnp.take_along_axis(logp_TV, targets_T[:, None], axis=-1)[:, 0] * weights_T

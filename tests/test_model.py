@@ -30,15 +30,18 @@ BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # key-value heads.
 CASES = {
     "standard": (2, BIASES | dict(tie_embeddings=True)),
-    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
+    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling="llama3")),
     "ladder:1,2": (3, BIASES | dict(tie_embeddings=True, qk_norm=True)),
-    "hybrid:0": (2, dict(qkv_bias=True, sliding_window=2)),
-    "hybrid:last1": (2, dict(rope_scaling=True)),
-    "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
-    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling=True)),
+    "hybrid:0": (
+        2,
+        dict(activation="gelu_pytorch_tanh", qkv_bias=True, sliding_window=2),
+    ),
+    "hybrid:last1": (2, dict(rope_scaling="yarn")),
+    "delays:0,1,2,1": (2, dict(activation="gelu", qk_norm=True, tie_embeddings=True)),
+    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling="llama3")),
     "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
-    "desync:3": (2, BIASES | dict(rope_scaling=True)),
+    "desync:3": (2, BIASES | dict(rope_scaling="linear")),
 }
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 
@@ -47,8 +50,10 @@ def case_model(name, layers=None, **fields):
     """The model of a case; `fields` replace those of the case."""
     case_layers, case_fields = CASES.get(name, (None, {}))
     fields = case_fields | fields
-    if fields.pop("rope_scaling", False):
-        fields["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
+    if kind := fields.pop("rope_scaling", None):
+        fields["rope_scaling"] = config.RopeScaling(
+            kind=kind, factor=8.0, original_length=16, beta_fast=2.0, beta_slow=0.1
+        )
     return small_model(name, layers=layers or case_layers, **fields)
 
 
@@ -252,8 +257,8 @@ def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name, layers):
 @pytest.mark.parametrize(
     "name, layers, fields",
     [
-        ("ladder", 4, dict(window_layers="0,2")),
-        ("standard", 3, dict(window_layers="last1")),
+        ("ladder", 4, dict(window_layers="0,2", nope_layers="1,3")),
+        ("standard", 3, dict(window_layers="last1", nope_layers="0-1")),
     ],
 )
 def test_layers_may_differ_in_what_their_attention_sees(name, layers, fields):

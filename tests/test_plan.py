@@ -350,6 +350,11 @@ def test_a_short_stack_has_the_windows_of_the_deep_one():
     assert len(stack.counts) == 8 and sum(stack.counts) == 40
     assert (stack.notation, stack.window_layers) == ("ladder", "0,2,4,6")
     assert shorten(Model(**fields), 4).window_layers == "all"
+    smollm3 = Model(
+        residual="ladder", layers=36, nope_layers=",".join(map(str, range(3, 36, 4)))
+    )
+    stack = shorten(smollm3, 2)
+    assert (stack.window_layers, stack.nope_layers) == ("all", "3,7")
     stack = shorten(Model(**fields, window_layers="last20"), 3)
     assert (stack.window_layers, sum(stack.counts)) == ("3-5", 40)
 

@@ -167,6 +167,14 @@ def test_a_window_belongs_to_the_attention_of_its_layers(notation):
     assert plain == [list(blocks) for blocks in parse(notation, 3).layers]
 
 
+def test_layers_without_rope_that_repeat_are_one_scan():
+    """SmolLM3: every fourth layer has none."""
+    layers = parse("ladder", 8, nope_layers="3,7").layers
+    assert [blocks[0].rope for blocks in layers] == [True, True, True, False] * 2
+    assert all(blocks[1].rope for blocks in layers), "an MLP has nothing to rotate"
+    assert residual.repeats(layers) == [(0, 8, 4)]
+
+
 @pytest.mark.parametrize(
     "notation, layers, runs",
     [

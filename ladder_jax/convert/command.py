@@ -9,7 +9,7 @@ from ladder_jax import checkpoint, sharding
 from ladder_jax import model as models
 from ladder_jax.arguments import POSITIONAL
 from ladder_jax.config import ConfigError, Mesh, Model, from_meta, require, to_bytes
-from ladder_jax.convert import folder, from_hf, to_hf
+from ladder_jax.convert import folder, from_hf, ladderize, to_hf
 from ladder_jax.convert.needs import available, needs_of
 from ladder_jax.convert.safetensors_source import open_source
 from ladder_jax.convert.source import TensorSource
@@ -80,11 +80,18 @@ class ToHf:
     """Check everything, print what the conversion needs, and write nothing."""
 
 
-KINDS: dict[str, type] = {"from-hf": FromHf, "to-hf": ToHf, "from-gguf": FromGguf}
+KINDS: dict[str, type] = {
+    "from-hf": FromHf,
+    "to-hf": ToHf,
+    "from-gguf": FromGguf,
+    "ladderize": ladderize.Ladderize,
+}
 
 
-def run(arguments: FromHf | ToHf) -> str:
+def run(arguments: FromHf | ToHf | ladderize.Ladderize) -> str:
     """Converts. Returns the last line of output."""
+    if isinstance(arguments, ladderize.Ladderize):
+        return ladderize.run(arguments)
     if isinstance(arguments, ToHf):
         return _export(arguments)
     return _import(arguments, _open(arguments))

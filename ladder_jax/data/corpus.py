@@ -152,13 +152,13 @@ class Corpus:
         return dataclasses.replace(self, train=train, held_out=held_out, report=report)
 
 
-def documents(data_config: Data) -> Iterator[str]:
-    """Yields the text of the training documents of `data.source`.
+def documents(data_config: Data, held_out: bool = False) -> Iterator[str]:
+    """Yields the text of the training or held-out documents of `data.source`.
 
     The text of a conversation is its messages, one after the other.
 
     Raises:
-      ConfigError: if there is no training document.
+      ConfigError: if there is no such document.
     """
     tally = sources.Tally()
     is_empty = True
@@ -167,11 +167,12 @@ def documents(data_config: Data) -> Iterator[str]:
     is_chat = sources.holds_chat(data_config, files)
     read = _hashed_conversations if is_chat else _hashed_texts
     for text, hash in read(data_config, files, tally):
-        if hash >= threshold:
+        if (hash < threshold) == held_out:
             is_empty = False
             yield text
     if is_empty:
-        raise sources.no_document(data_config, tally, is_chat)
+        side = "training" if held_out else "held out"
+        raise sources.no_document(data_config, tally, is_chat, f"all of it is {side}")
 
 
 def _hashed_texts(

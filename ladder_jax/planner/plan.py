@@ -151,6 +151,7 @@ def make_program(
             layers=len(stack.counts),
             residual=stack.notation,
             window_layers=stack.window_layers,
+            nope_layers=stack.nope_layers,
         )
     if request.workload == "train":
         train_config = dataclasses.replace(

@@ -17,7 +17,10 @@ class Stack(NamedTuple):
     """The short model."""
 
     notation: str  # its residual schedule
-    window_layers: str  # its layers with a sliding window, as in config.Model
+    # Its layers with a sliding window, and those without rotary embedding, as in
+    # config.Model.
+    window_layers: str
+    nope_layers: str
     # For each layer of the short model: the number of deep layers that it stands for.
     counts: tuple[float, ...]
     trips: tuple[tuple[str, int], ...]  # scope of a scan -> its trips in the deep model
@@ -79,14 +82,20 @@ def shorten(model_config: Model, most: int, ends: int = 1) -> Stack:
             counts += [count] * period
     delays = ",".join(str(block.delay) for blocks in short for block in blocks)
     windowed = [i for i, blocks in enumerate(short) if any(b.window for b in blocks)]
+    without_rope = [
+        i for i, blocks in enumerate(short) if not all(b.rope for b in blocks)
+    ]
     windows = schedule.format_layers(windowed, len(short))
+    nope = schedule.format_layers(without_rope, len(short))
     for candidate in (notation, f"delays:{delays}"):
         try:
-            parsed = schedule.parse(candidate, len(short), window_layers=windows)
+            parsed = schedule.parse(
+                candidate, len(short), window_layers=windows, nope_layers=nope
+            )
             if parsed.layers == tuple(short):
                 if model_config.sliding_window is None:
                     windows = "all"  # which means nothing then
-                return Stack(candidate, windows, tuple(counts), tuple(trips))
+                return Stack(candidate, windows, nope, tuple(counts), tuple(trips))
         except ValueError:
             pass
     raise ConfigError(f"schedule={notation!r} has no shorter stack of the same kind")

@@ -1,109 +1,24 @@
 """Runs a model's blocks on the residual stream, as a schedule says.
 
-`run` runs the layers, in a `lax.scan` or one after another. `run_block` defines what a
-delay does, `run_desync_block` what desync does.
+`run` runs the layers, in a `lax.scan` or one after another. blocks.py says what each
+block does with the stream.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from ladder_jax import sharding
-from ladder_jax.residual.overlap import Overlap
-from ladder_jax.residual.reductions import (
-    Policy,
-    copy_to_tensor_axis,
-    reduce,
-    with_gradient_of,
-)
-from ladder_jax.residual.stream import Stream, backward_reduction
+from ladder_jax.residual.annealing import Freshness, run_annealed_block
+from ladder_jax.residual.blocks import Rows, run_block, run_desync_block, take
+from ladder_jax.residual.reductions import Policy, copy_to_tensor_axis, reduce
+from ladder_jax.residual.stream import Stream
 from ladder_jax.schedule import Block, Schedule
 
 Remat = Callable[..., Any] | None  # a policy of jax.checkpoint; None: no remat
-# Computes a block with its parameters: (x_BTD, progress, read_BR) -> (partial_BTD,
-# output).
-ComputeBlock = Callable[..., tuple[jax.Array, Any]]
-
-
-class Rows(NamedTuple):
-    """The positions along T, [B, R], that a block computes; None: all of them."""
-
-    partial: jax.Array | None = None  # the positions of its partial
-    stream: jax.Array | None = None  # the positions of the stream after the block
-
-
-def take(x: jax.Array, read_BR: jax.Array | None) -> jax.Array:
-    """`x` [B, T, ...] at the positions `read_BR` along T; all of `x` if it is None."""
-    if read_BR is None:
-        return x
-    index = read_BR.reshape(*read_BR.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
-
-
-def run_block(
-    stream: Stream,
-    block: Block,
-    next_delay: int,
-    compute: ComputeBlock,
-    reduction: str | Policy,
-    rows: Rows,
-) -> tuple[Stream, Any]:
-    """Computes a block beside the pending reductions, and adds it to the stream.
-
-    Args:
-      stream: the stream before the block.
-      block: its delay says how much of the stream it reads.
-      next_delay: the delay of the block after it.
-      compute: the block's computation.
-      reduction: a name in REDUCTIONS, or a Policy.
-      rows: the positions that are computed.
-
-    Returns:
-      The stream after the block, with the block's partial not yet reduced, and
-      compute's output.
-    """
-    x_BTD, sums, pending = stream.split(block.delay, reduction)
-    total_BTD = take(x_BTD, rows.stream)
-    if stream.token is None:
-        x_BTD = copy_to_tensor_axis(x_BTD, reduction)
-    else:
-        x_BTD = with_gradient_of(x_BTD, stream.token)
-    newer = sums if pending is None else (*sums, pending.partial)
-    backward = backward_reduction(total_BTD, newer, next_delay, reduction)
-    overlap = Overlap(pending, backward)
-    partial_BTD, output = compute(overlap.enter(x_BTD), overlap.progress, rows.partial)
-    partial_BTD = overlap.leave(partial_BTD)
-    token = None if backward is None else backward.next_input()
-    if pending is not None:
-        sums = (*sums, pending.wait())
-    return Stream(total_BTD, sums, partial_BTD, token), output
-
-
-def run_desync_block(
-    stream: Stream,
-    block: Block,
-    compute: ComputeBlock,
-    reduction: str | Policy,
-    rows: Rows,
-) -> tuple[Stream, Any]:
-    """Computes a block on this tensor shard's own stream, and adds the shard's partial.
-
-    If the block reduces, the streams of all shards are equal afterwards: the sum of the
-    partials and, by the mean rule, the mean of the streams.
-    """
-    x_BTD = stream.read(reduction)
-    partial_BTD, output = compute(x_BTD, Overlap(None, None).progress, rows.partial)
-    total_BTD = take(x_BTD, rows.stream)
-    if not block.reduce:
-        return Stream(total_BTD + partial_BTD), output
-    mean_share = total_BTD / sharding.axis_size(sharding.TENSOR)
-    mean_BTD = checkpoint_name(reduce(partial_BTD + mean_share, reduction), "reduced")
-    return Stream(copy_to_tensor_axis(mean_BTD, reduction)), output
 
 
 def run(
@@ -116,6 +31,7 @@ def run(
     remat: Remat = None,
     unroll: bool = False,
     read_BR: jax.Array | None = None,
+    freshness: Freshness | None = None,
 ) -> tuple[jax.Array, Any]:
     """The residual stream after a model's last block.
 
@@ -134,6 +50,8 @@ def run(
       read_BR: the positions along T at which the caller reads the result, or None for
         all. If `layers` is a list, its last blocks compute no others (`narrow_blocks`).
         A scan computes all its layers alike: only the last reduction is narrow then.
+      freshness: None, or how much of the terms that its delay skips a block reads
+        (annealing.py): one value, or an array with one for every block.
 
     Returns:
       The stream after the last block [B, T or R, D], ready for column-parallel work,
@@ -150,13 +68,22 @@ def run(
     ) -> tuple[Stream, tuple[Any, ...]]:
         outputs = []
         next_delays = [*(block.delay for block in blocks[1:]), next_delay]
-        for block, next_block_delay, block_rows in zip(blocks, next_delays, rows):
+        shares: Any = [freshness] * len(blocks)
+        if by_block:
+            layer, shares = layer
+        for block, next_block_delay, block_rows, share in zip(
+            blocks, next_delays, rows, shares
+        ):
             compute_block = partial(compute, layer, block)
             # Profiles and the planner tell blocks apart by this name.
             with jax.named_scope("+".join(block.parts)):
                 if schedule.local:
                     stream, output = run_desync_block(
                         stream, block, compute_block, reduction, block_rows
+                    )
+                elif annealed:
+                    stream, output = run_annealed_block(
+                        stream, block, share, compute_block, reduction, block_rows
                     )
                 else:
                     stream, output = run_block(
@@ -172,11 +99,20 @@ def run(
 
     with jax.named_scope("embedding"):
         stream = _first_stream(schedule, embedded_BTD, reduction)
+    annealed = freshness is not None
+    by_block = freshness is not None and jnp.ndim(freshness) > 0
+    if freshness is not None and by_block:
+        share_LB = jnp.reshape(freshness, (len(schedule.layers), -1))
+        is_list = isinstance(layers, list)
+        layers = list(zip(layers, share_LB)) if is_list else (layers, share_LB)
     if isinstance(layers, list):
-        stream, outputs = _run_list(schedule, stream, layers, run_layer, remat, read_BR)
+        narrow = range(0) if read_BR is None else narrow_blocks(schedule, annealed)
+        stream, outputs = _run_list(
+            schedule, stream, layers, run_layer, remat, read_BR, narrow
+        )
     else:
         stream, outputs = _run_scans(
-            schedule, stream, layers, run_layer, reduction, remat, unroll
+            schedule, stream, layers, run_layer, reduction, remat, unroll, annealed
         )
         stream = jax.tree.map(lambda x: take(x, read_BR), stream)
     with jax.named_scope("last"):
@@ -210,9 +146,9 @@ def _run_list(
     run_layer: RunLayer,
     remat: Remat,
     read_BR: jax.Array | None,
+    narrow: range,
 ) -> tuple[Stream, list[Any]]:
     """Runs one layer after another; outputs are a list, by layer."""
-    narrow = range(0) if read_BR is None else narrow_blocks(schedule)
     first_block, outputs = 0, []
     for index, (layer, blocks) in enumerate(zip(layers, schedule.layers)):
         next_delay = _delay_after(schedule, index)
@@ -238,6 +174,7 @@ def _run_scans(
     reduction: str | Policy,
     remat: Remat,
     unroll: bool,
+    annealed: bool,
 ) -> tuple[Stream, Any]:
     """Runs each stretch of repeated layers in a `lax.scan`; outputs are stacked."""
     outputs_by_run = []
@@ -255,7 +192,9 @@ def _run_scans(
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
             if not schedule.local:
                 count = carried_sums(pattern)
-                stream = stream.as_carry(count, first_delay, reduction)
+                # An annealed block sums its input's cotangent at once: no token.
+                overlapped = 0 if annealed else first_delay
+                stream = stream.as_carry(count, overlapped, reduction)
             with jax.named_scope(f"layers{start}to{stop - 1}"):
                 stream, output = lax.scan(step, stream, groups, unroll=unroll)
             output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
@@ -297,15 +236,16 @@ def _run_pattern(
     return stream, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
 
 
-def narrow_blocks(schedule: Schedule) -> range:
+def narrow_blocks(schedule: Schedule, annealed: bool = False) -> range:
     """The numbers of the blocks that need to write only the positions of `read_BR`.
 
     They read a stream of all positions. They are the last block with attention, which
     is the last layer's first, and the blocks before it whose partials it does not read.
     The stream after them has only those positions, so later blocks compute no others.
+    With an annealed delay the last attention reads all partials before it.
     """
     last_attention = sum(map(len, schedule.layers[:-1]))
-    delay = schedule.layers[-1][0].delay
+    delay = 0 if annealed else schedule.layers[-1][0].delay
     return range(max(last_attention - delay, 0), last_attention + 1)
 
 

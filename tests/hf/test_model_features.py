@@ -15,9 +15,10 @@ import torch
 import transformers
 from helpers import make_mesh
 
-from ladder_jax import config, generate, model, sharding
+from ladder_jax import config, generate, model, rotary, sharding
 from ladder_jax.serve.engine import Engine
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 V, LENGTH = 48, 40
 SHAPES = {
     "grouped heads": dict(
@@ -51,6 +52,103 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         dict(qk_norm=True, sliding_window=9, window_layers="0,2"),
+    ),
+    "gelu": ("Llama", dict(hidden_act="gelu"), dict(activation="gelu")),
+    "gemma": (
+        "Gemma",
+        dict(hidden_act="gelu_pytorch_tanh"),
+        dict(activation="gelu_pytorch_tanh"),
+    ),
+    "gelu_pytorch_tanh": (
+        "Mistral",
+        dict(hidden_act="gelu_pytorch_tanh", sliding_window=None),
+        dict(activation="gelu_pytorch_tanh"),
+    ),
+    "rope linear": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4)),
+        dict(rope_scaling=config.RopeScaling(kind="linear", factor=3.0)),
+    ),
+    "rope llama3": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+            )
+        ),
+        dict(rope_scaling=config.RopeScaling(factor=8.0, original_length=16)),
+    ),
+    "rope yarn": (
+        "Qwen3",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+            )
+        ),
+        dict(
+            qk_norm=True,
+            rope_scaling=config.RopeScaling(
+                kind="yarn", factor=4.0, original_length=16
+            ),
+        ),
+    ),
+    "rope yarn, all keys": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+                beta_fast=3.0,
+                beta_slow=0.2,
+                truncate=False,
+                mscale=0.7,
+                mscale_all_dim=1.3,
+            )
+        ),
+        dict(
+            rope_scaling=config.RopeScaling(
+                kind="yarn",
+                factor=8.0,
+                original_length=16,
+                beta_fast=3.0,
+                beta_slow=0.2,
+                truncate=False,
+                mscale=0.7,
+                mscale_all_dim=1.3,
+            )
+        ),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2, mlp_bias=True),
+        dict(nope_layers="1,3", rope_theta=2e6, mlp_bias=True),
+    ),
+    "smollm3, window without rope": (
+        "SmolLM3",
+        dict(
+            no_rope_layers=[1, 1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+        ),
+        dict(
+            nope_layers="2",
+            rope_theta=2e6,
+            sliding_window=5,
+            window_layers="2",
+            qkv_bias=True,
+            out_bias=True,
+        ),
     ),
 }
 TENSORS = {  # ours: (name in transformers, whether it is a matrix to transpose)
@@ -100,7 +198,8 @@ def pair(case: str, shape: str) -> tuple[Any, config.Model, model.Transformer]:
     hugging = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
     with torch.no_grad():
         for name, weight in hugging.named_parameters():
-            weight.copy_(0.25 * torch.randn_like(weight) + name.endswith("norm.weight"))
+            is_norm = name.endswith("norm.weight")
+            weight.copy_(0.25 * torch.randn_like(weight) + is_norm)
     fields = dict(vocab_size=V, max_length=64, residual="standard", dtype="float32")
     ours = config.Model(**fields | sizes | ours)
     return hugging, ours, imported(hugging, ours)
@@ -109,6 +208,10 @@ def pair(case: str, shape: str) -> tuple[Any, config.Model, model.Transformer]:
 def imported(hugging: Any, ours: config.Model) -> model.Transformer:
     """The weights of a model of transformers in our tree."""
     weights = {name: x.detach().numpy() for name, x in hugging.named_parameters()}
+    if hugging.config.model_type == "gemma":  # it scales by sqrt(D) and by 1 + w
+        embedding = "model.embed_tokens.weight"
+        weights[embedding] = weights[embedding] * np.float32(ours.dim**0.5)
+        weights |= {n: 1 + x for n, x in weights.items() if n.endswith("norm.weight")}
     abstract = model.abstract(ours)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -157,7 +260,7 @@ def packed_logits(
 
     in_specs = sharding.parameter_specs(parameters), *[sharding.TOKENS] * 3
     run = sharding.shard_map(local, make_mesh(), in_specs, sharding.LOGITS)
-    return np.asarray(jax.jit(run)(parameters, *arrays))
+    return np.asarray(jax.jit(run, compiler_options=FAST)(parameters, *arrays))
 
 
 CASES_AND_SHAPES = pytest.mark.parametrize(
@@ -177,12 +280,25 @@ def test_logits_are_those_of_transformers_in_packed_rows_too(
     assert_close(packed[23:], their_logits(hugging, second), f"{case}, second")
 
 
+# Of each option one case; all others are slow.
+QUICK_TO_DECODE = {
+    ("llama, biases", "grouped heads"),
+    ("mistral, window", "one kv head"),
+    ("smollm3, window without rope", "grouped heads"),
+    ("rope yarn, all keys", "one kv head"),
+}
+
+
 @pytest.mark.parametrize(
     "case, shape",
     [
-        pytest.param(case, shape, marks=[] if i == 0 else pytest.mark.slow)
+        pytest.param(
+            case,
+            shape,
+            marks=[] if (case, shape) in QUICK_TO_DECODE else pytest.mark.slow,
+        )
         for case in CASES
-        for i, shape in enumerate(SHAPES)
+        for shape in SHAPES
     ],
 )
 def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
@@ -196,6 +312,17 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_pass(
     )
     logits = their_logits(hugging, np.array(prompt + tokens))
     assert tokens == logits[6:-1].argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "rope " in name])
+def test_frequencies_are_those_of_transformers(case: str) -> None:
+    hugging, ours, _ = pair(case, "grouped heads")
+    theirs = hugging.model.rotary_emb
+    scaling = ours.rope_scaling
+    frequencies = rotary.frequencies(ours.head_dim, ours.rope_theta, scaling)
+    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
+    factor = rotary.attention_factor(scaling)
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 ENGINE = ["llama, biases", "qwen3, layer_types"]
