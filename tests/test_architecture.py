@@ -24,6 +24,8 @@ ROWS = {
         "planner",
         "chat",
         "loading",
+        "hugging_face",
+        "inspection",
         "generate",
     ],
     "serving": ["serve"],

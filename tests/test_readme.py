@@ -11,6 +11,7 @@ import tiny
 
 from ladder_jax import cli
 from ladder_jax.config import from_recipe
+from ladder_jax.convert import command as convert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,7 @@ KINDS = {
     "generate": cli.GenerateArguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
+    "inspect": cli.InspectArguments,
 }
 
 
@@ -41,6 +43,8 @@ def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
         assert cli.parse(job.Arguments, arguments[1:], command)
+    elif command == "convert":
+        assert cli.parse(convert.KINDS[arguments[0]], arguments[1:], command)
     else:
         assert cli.parse(KINDS[command], arguments, command)
 

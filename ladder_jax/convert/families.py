@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model, short_repr
-from ladder_jax.convert import layout
+from ladder_jax.convert import ladder_llama, layout
 from ladder_jax.convert.fields import Fields
 from ladder_jax.convert.layout import Scales, Tensor
 from ladder_jax.convert.rope import read_rope
@@ -87,7 +87,7 @@ def _qwen2(fields: Fields, layers: int) -> Values:
 
 
 def _qwen3(fields: Fields, layers: int) -> Values:
-    biases = _biases(Fields(fields.values | {"mlp_bias": False}), layers)
+    biases = _biases(Fields({**fields.values, "mlp_bias": False}, fields.where), layers)
     return dict(qk_norm=True) | biases | _switched_windows(fields, layers)
 
 
@@ -107,7 +107,7 @@ def _smollm3(fields: Fields, layers: int) -> Values:
     ok = all(value in (0, 1) for value in has_rope)
     fields.need("no_rope_layers", ok, "a list of 0 and 1")
     without = [i for i, value in enumerate(has_rope) if not value]
-    nope = dict(nope_layers=_format_layers(without, layers))
+    nope = dict(nope_layers=schedule.format_layers(without, layers))
     window = None
     if fields.flag("use_sliding_window", False) and fields.has("sliding_window"):
         window = fields.integer("sliding_window")
@@ -118,18 +118,35 @@ def _smollm3(fields: Fields, layers: int) -> Values:
 def _gemma(fields: Fields, layers: int) -> Values:
     both = fields.flag("use_bidirectional_attention", False)
     fields.need("use_bidirectional_attention", not both, "false: a causal decoder")
-    return _biases(Fields(fields.values | {"mlp_bias": False}), layers)
+    return _biases(Fields({**fields.values, "mlp_bias": False}, fields.where), layers)
 
 
 def _llama_ladder(fields: Fields, layers: int) -> Values:
     """The authors' hybrids. ladder_layers: the last k, or a list, counted from 0."""
     stale = fields.values.get("ladder_layers")
     is_list = isinstance(stale, list)
-    numbers = stale if is_list else [stale]
+    numbers: list[Any] = stale if isinstance(stale, list) else [stale]
     ok = all(type(number) is int and number >= 0 for number in numbers)
     fields.need("ladder_layers", ok and numbers, "a number or a list of layers")
     which = ",".join(map(str, numbers)) if is_list else f"last{stale}"
     return _biases(fields, layers) | dict(residual=f"hybrid:{which}")
+
+
+def _ladder_llama(fields: Fields, layers: int) -> Values:
+    """Our own class: every option of config.Model by a key of its own."""
+    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
+    windows = _windows(window, _sliding(fields, layers, range(layers)), layers)
+    has_rope = fields.row("no_rope_layers", layers) or [1] * layers
+    fields.need("no_rope_layers", set(has_rope) <= {0, 1}, "a list of 0 and 1")
+    without = [i for i, value in enumerate(has_rope) if not value]
+    return windows | dict(
+        qkv_bias=fields.flag("attention_bias", False),
+        out_bias=fields.flag("attention_out_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False),
+        qk_norm=fields.flag("qk_norm", False),
+        nope_layers=schedule.format_layers(without, layers),
+        residual=ladder_llama.residual_of(fields.values, layers),
+    )
 
 
 def _switched_windows(fields: Fields, layers: int) -> Values:
@@ -159,7 +176,7 @@ def _windows(window: int | None, layers_with: Any, layers: int) -> Values:
     numbers = list(layers_with)
     if window is None or not numbers:
         return dict(sliding_window=None)
-    which = _format_layers(numbers, layers)
+    which = schedule.format_layers(numbers, layers)
     return dict(sliding_window=window, window_layers=which)
 
 
@@ -220,6 +237,9 @@ FAMILIES = {
         scales=_gemma_scales,
     ),
     "llamaLadder": Family("LlamaForCausalLM", read=_llama_ladder),
+    ladder_llama.MODEL_TYPE: Family(
+        ladder_llama.CLASS_NAME, norm_eps=1e-5, read=_ladder_llama
+    ),
 }
 # Families that are known and not supported, and why.
 _EXPERTS = "it has experts"
@@ -289,11 +309,12 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
         activation=_activation(fields, family),
         tie_embeddings=fields.flag("tie_word_embeddings", family.tied),
         residual="standard",
+        init_std=_init_std(fields),
     )
     values |= family.read(fields, layers)
     scales = family.scales(fields, values)
     try:
-        model = _build(values)
+        model = Model(**values)
     except ConfigError as error:
         raise ConfigError(f"{where} describes no model: {error}") from None
     rows = layout.tensors(model, family.fused, scales)
@@ -323,21 +344,10 @@ def _family(fields: Fields, kind: object) -> Family:
     return family
 
 
-# TODO-MERGE
-def _format_layers(numbers: Any, layers: int) -> str:
-    numbers = list(numbers)
-    if len(numbers) == layers:
-        return "all"
-    return ",".join(map(str, numbers)) or "none"
-
-
-def _build(values: Values) -> Model:
-    known = {field.name for field in dataclasses.fields(Model)}
-    neutral = (None, "none", "all", "silu", False)
-    for name in sorted(set(values) - known):
-        if values[name] not in neutral:
-            raise ConfigError(f"{name}={values[name]!r} is not supported")
-    return Model(**{k: v for k, v in values.items() if k in known})
+def _init_std(fields: Fields) -> float:
+    """Of a model that is trained already: kept where it is a number, else not used."""
+    value = fields.values.get("initializer_range")
+    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.02
 
 
 def _shape(fields: Fields, family: Family) -> Values:

@@ -538,7 +538,10 @@ def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
     text = read("tokenizer.json")
     if text is None:
         hint = " (tokenizer.model alone is not read: convert it with transformers)"
-        has_model = read("tokenizer.model") is not None
+        try:
+            has_model = read("tokenizer.model") is not None
+        except ValueError:  # it is there, and not text
+            has_model = True
         raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
     added = _parse(text).get_added_tokens_decoder().values()
     special = read_special(read, (token.content for token in added))
