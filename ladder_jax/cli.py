@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ladder_jax.arguments import FLAT, POSITIONAL, parse
+from ladder_jax.arguments import BARE, FLAT, POSITIONAL, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -69,9 +69,14 @@ class GenerateArguments:
     prompt: str = ""
     """The text to continue. Empty: a new document, from the tokenizer's begin token, or
     from its end token if it has no begin token."""
+    chat: str | None = field(default=None, metadata={BARE: ""})
+    """A question to answer, by the tokenizer's chat template. Without a text: the lines
+    of stdin are the turns of a conversation."""
+    system: str = ""
+    """The system message of --chat."""
     prompts_file: str | None = None
-    """A JSONL file with one prompt a line. A line may set options of its own; the
-    options of the command line are its defaults."""
+    """A JSONL file with one prompt, or messages, a line. A line may set options of its
+    own; the options of the command line are its defaults."""
     out: str = "out.jsonl"
     """The file for the outputs of --prompts-file. Outputs that it already holds are not
     generated again."""
@@ -91,7 +96,7 @@ class GenerateArguments:
     """Generation stops at the first of these strings, which the output leaves out."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids of tokens at which generation stops. By default, the tokenizer's
-    end token."""
+    end token; with --chat, also the end of a turn."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
@@ -204,6 +209,7 @@ def outcome(summary: dict[str, Any], words: list[str]) -> str:
 def generate(words: list[str]) -> int:
     """`ladder-jax generate CHECKPOINT ...`"""
     arguments = parse(GenerateArguments, words, "generate")
+    check_one_prompt(arguments)
     emulate(arguments.devices)
     require_devices()
     from ladder_jax.loading import load
@@ -216,10 +222,28 @@ def generate(words: list[str]) -> int:
     options["stop_token_ids"] = arguments.stop_token_ids or None
     if arguments.prompts_file is not None:
         return generate_file(arguments.prompts_file, arguments, loaded, options)
+    if arguments.chat is not None:
+        from ladder_jax.chat import converse, typed_lines
+
+        questions = [arguments.chat] if arguments.chat else typed_lines()
+        converse(loaded, questions, options, system=arguments.system)
+        return 0
     for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def check_one_prompt(arguments: GenerateArguments) -> None:
+    """Raises ConfigError where options say more than one thing to generate from."""
+    if arguments.chat is None:
+        require(
+            not arguments.system, "system", arguments.system, "empty without --chat"
+        )
+        return
+    for name in ("prompt", "prompts_file"):
+        value = getattr(arguments, name)
+        require(not value, name.replace("_", "-"), value, "left out with --chat")
 
 
 def generate_file(

@@ -264,9 +264,15 @@ class Data(Section):
     section = "data"
     # "builtin" (Python's own documentation), or a folder, file or glob.
     source: str = "builtin"
+    # What the source holds: text, or rows of chat (messages, conversations, prompt and
+    # completion, instruction and output). auto: chat, if its first rows are.
+    format: Literal["auto", "text", "chat"] = "auto"
     # The field of JSONL rows and Parquet columns that holds the text.
     text_field: str = "text"
-    # "bytes", or the path of a Hugging Face tokenizer.json.
+    # Which tokens of chat count in the loss: the assistant's, those of its last answer
+    # alone, or all.
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    # "bytes", or the path of a Hugging Face tokenizer.json, of its folder, or of a run.
     tokenizer: str = "bytes"
     # The share of the documents that is reserved for evaluation.
     held_out_fraction: float = 0.02

@@ -436,7 +436,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     before = read_meta(out) if saved else meta
     check_resumed(before, meta, out)
     parent = initial.parent_model(config, mesh, tokenizer)
-    corpus = prepare_corpus(config.data, tokenizer)
+    corpus = prepare_corpus(config.data, tokenizer).cut(config.train.seq_len)
     for line in (origin, corpus.report):
         if line:
             say(line)
@@ -490,7 +490,7 @@ def check_writable(out: Path, value: str) -> None:
 # The fields that a resumed run may not change. None: every field of the section.
 FROZEN: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "data": ("text_field", "held_out_fraction"),
+    "data": ("format", "text_field", "train_on", "held_out_fraction"),
     "train": ("global_batch", "seq_len", "seed"),
 }
 

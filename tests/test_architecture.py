@@ -25,6 +25,7 @@ ROWS = {
         "evaluate",
         "bench",
         "planner",
+        "chat",
         "loading",
         "generate",
     ],
@@ -52,6 +53,9 @@ ROWS = {
         "schedule",
     ],
 }
+# Files that transformers loads from an exported folder: no modules of the package, and
+# their imports are relative, as transformers requires.
+EXPORTED = PACKAGE / "convert" / "exported"
 # Names in ROWS whose files are still to be written.
 PLANNED = {"serve.server", "evaluate"}
 
@@ -60,6 +64,8 @@ def modules() -> dict[str, Path]:
     """Every module of the package by its name below `ladder_jax`."""
     paths = {}
     for path in PACKAGE.rglob("*.py"):
+        if EXPORTED in path.parents:
+            continue
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         paths[".".join(part for part in parts if part != "__init__")] = path
     return paths

@@ -222,7 +222,8 @@ class Study:
                 held_out_fraction=share,
                 token_cache=str(out / "text"),
             )
-            self.corpora[kind] = corpora.prepare(data, tokenizer)
+            corpus = corpora.prepare(data, tokenizer)
+            self.corpora[kind] = corpus.cut(arguments.length)
             say(self.corpora[kind].report)
         self.held_out = {kind: self._held_out(kind) for kind in MEASURED}
 

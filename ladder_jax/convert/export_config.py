@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model
+from ladder_jax.convert import ladder_llama
 from ladder_jax.convert.families import FAMILIES
 from ladder_jax.convert.rope import write_rope
 from ladder_jax.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ class Export(NamedTuple):
 
 
 def _plain_attention(model: Model) -> bool:
-    """Whether no layer has a window, and every layer rotary embedding, without norms."""
+    """Whether attention has no window, no norms, and rotary embedding everywhere."""
     has_nope = bool(_layers(model.nope_layers, model))
     return not (model.qk_norm or model.sliding_window or has_nope)
 
@@ -154,6 +155,8 @@ def require_exportable(model: Model) -> None:
             "residual stream of its own, so the model depends on the number of shards, "
             "which no class of transformers has"
         )
+    if not is_standard(model):
+        ladder_llama.schedule_keys(model.residual, model.layers)
 
 
 def base_config(model: Model, tokenizer: Tokenizer, dtype: str) -> Values:
@@ -188,6 +191,20 @@ def standard_config(
     kind = export.model_type
     names = dict(architectures=[FAMILIES[kind].architecture], model_type=kind)
     return names | base_config(model, tokenizer, dtype) | export.keys(model)
+
+
+def own_config(model: Model, tokenizer: Tokenizer, dtype: str) -> Values:
+    """config.json of a model that only our own class computes (ladder_llama.py)."""
+    own = dict(
+        model_type=ladder_llama.MODEL_TYPE,
+        attention_bias=model.qkv_bias,
+        attention_out_bias=model.out_bias,
+        mlp_bias=model.mlp_bias,
+        qk_norm=model.qk_norm,
+        no_rope_layers=_smollm3(model)["no_rope_layers"],
+        **ladder_llama.schedule_keys(model.residual, model.layers),
+    )
+    return base_config(model, tokenizer, dtype) | _layer_types(model) | own
 
 
 def special_ids(tokenizer: Tokenizer) -> Values:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ladder_jax.config import ConfigError, Model, short_repr
-from ladder_jax.convert import layout
+from ladder_jax.convert import ladder_llama, layout
 from ladder_jax.convert.fields import Fields
 from ladder_jax.convert.layout import Scales, Tensor
 from ladder_jax.convert.rope import read_rope
@@ -106,7 +106,7 @@ def _smollm3(fields: Fields, layers: int) -> Values:
     ok = all(value in (0, 1) for value in has_rope)
     fields.need("no_rope_layers", ok, "a list of 0 and 1")
     without = [i for i, value in enumerate(has_rope) if not value]
-    nope = dict(nope_layers=_format_layers(without, layers))
+    nope = dict(nope_layers=schedule.format_layers(without, layers))
     window = None
     if fields.flag("use_sliding_window", False) and fields.has("sliding_window"):
         window = fields.integer("sliding_window")
@@ -129,6 +129,23 @@ def _llama_ladder(fields: Fields, layers: int) -> Values:
     fields.need("ladder_layers", ok and numbers, "a number or a list of layers")
     which = ",".join(map(str, numbers)) if is_list else f"last{stale}"
     return _biases(fields, layers) | dict(residual=f"hybrid:{which}")
+
+
+def _ladder_llama(fields: Fields, layers: int) -> Values:
+    """Our own class: every option of config.Model by a key of its own."""
+    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
+    windows = _windows(window, _sliding(fields, layers, range(layers)), layers)
+    has_rope = fields.row("no_rope_layers", layers) or [1] * layers
+    fields.need("no_rope_layers", set(has_rope) <= {0, 1}, "a list of 0 and 1")
+    without = [i for i, value in enumerate(has_rope) if not value]
+    return windows | dict(
+        qkv_bias=fields.flag("attention_bias", False),
+        out_bias=fields.flag("attention_out_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False),
+        qk_norm=fields.flag("qk_norm", False),
+        nope_layers=schedule.format_layers(without, layers),
+        residual=ladder_llama.residual_of(fields.values, layers),
+    )
 
 
 def _switched_windows(fields: Fields, layers: int) -> Values:
@@ -158,7 +175,7 @@ def _windows(window: int | None, layers_with: Any, layers: int) -> Values:
     numbers = list(layers_with)
     if window is None or not numbers:
         return dict(sliding_window=None)
-    which = _format_layers(numbers, layers)
+    which = schedule.format_layers(numbers, layers)
     return dict(sliding_window=window, window_layers=which)
 
 
@@ -219,6 +236,9 @@ FAMILIES = {
         scales=_gemma_scales,
     ),
     "llamaLadder": Family("LlamaForCausalLM", read=_llama_ladder),
+    ladder_llama.MODEL_TYPE: Family(
+        ladder_llama.CLASS_NAME, norm_eps=1e-5, read=_ladder_llama
+    ),
 }
 # Families that are known and not supported, and why.
 _EXPERTS = "it has experts"
@@ -288,11 +308,12 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
         activation=_activation(fields, family),
         tie_embeddings=fields.flag("tie_word_embeddings", family.tied),
         residual="standard",
+        init_std=_init_std(fields),
     )
     values |= family.read(fields, layers)
     scales = family.scales(fields, values)
     try:
-        model = _build(values)
+        model = Model(**values)
     except ConfigError as error:
         raise ConfigError(f"{where} describes no model: {error}") from None
     rows = layout.tensors(model, family.fused, scales)
@@ -322,21 +343,10 @@ def _family(fields: Fields, kind: object) -> Family:
     return family
 
 
-# TODO-MERGE
-def _format_layers(numbers: Any, layers: int) -> str:
-    numbers = list(numbers)
-    if len(numbers) == layers:
-        return "all"
-    return ",".join(map(str, numbers)) or "none"
-
-
-def _build(values: Values) -> Model:
-    known = {field.name for field in dataclasses.fields(Model)}
-    neutral = (None, "none", "all", "silu", False)
-    for name in sorted(set(values) - known):
-        if values[name] not in neutral:
-            raise ConfigError(f"{name}={values[name]!r} is not supported")
-    return Model(**{k: v for k, v in values.items() if k in known})
+def _init_std(fields: Fields) -> float:
+    """Of a model that is trained already: kept where it is a number, else not used."""
+    value = fields.values.get("initializer_range")
+    return float(value) if type(value) in (int, float) and value > 0 else 0.02
 
 
 def _shape(fields: Fields, family: Family) -> Values:

@@ -83,7 +83,7 @@ def needs_of(model: Model, dtype: str, mesh: Mesh) -> Needs:
 
 
 def available(out: Path, mesh: Mesh) -> Available:
-    """The free disk where `out` will be, and the free memory of a device of the mesh."""
+    """The free disk where `out` will be, and a device's free memory."""
     disk = free_disk(out)
     device = mesh.devices.flat[0]
     if device.platform != "cpu":

@@ -17,7 +17,7 @@ import numpy as np
 from ladder_jax import model as models
 from ladder_jax import sharding
 from ladder_jax.config import ConfigError, Model
-from ladder_jax.convert import export_config, folder, layout
+from ladder_jax.convert import export_config, folder, ladder_llama, layout
 from ladder_jax.convert.from_hf import write_tokenizer_files
 from ladder_jax.convert.layout import Tensor
 from ladder_jax.convert.needs import free_disk, size
@@ -59,7 +59,7 @@ def write_hf(
     """
     path = folder.absolute(out)
     folder.require_new(path)
-    config, values, extra_files = _config(config, tokenizer, dtype)
+    config, values = _config(config, tokenizer, dtype)
     numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     rows = layout.tensors(config)
     infos: dict[str, TensorInfo] = {}
@@ -84,13 +84,15 @@ def write_hf(
     with folder.new_folder(path) as part:
         _write_weights(part, infos, read, shard_bytes)
         write_tokenizer_files(tokenizer, part)
+        if values["model_type"] == ladder_llama.MODEL_TYPE:
+            values = ladder_llama.write_ladder_llama(part, values)
         files = {
             "config.json": export_config.dump(values),
             "generation_config.json": export_config.dump(
                 export_config.special_ids(tokenizer)
             ),
         }
-        for name, content in (files | extra_files).items():
+        for name, content in files.items():
             (part / name).write_text(content, encoding="utf-8")
     say(f"{values['model_type']}: {len(infos)} tensors, {_total(infos)} in {dtype}")
     return path
@@ -104,23 +106,17 @@ def check(config: Model, out: str | Path) -> None:
 
 def _config(
     config: Model, tokenizer: Tokenizer, dtype: str
-) -> tuple[Model, dict[str, Any], dict[str, str]]:
-    """(the model as it is written, its config.json, further files)."""
+) -> tuple[Model, dict[str, Any]]:
+    """(the model as it is written, its config.json)."""
     export_config.require_exportable(config)
     export = export_config.export_of(config)
     if export is None:
-        return _exported_config(config, tokenizer, dtype)
+        return config, export_config.own_config(config, tokenizer, dtype)
     values = export_config.standard_config(export, config, tokenizer, dtype)
     if export.model_type == "qwen3" and config.qkv_bias:
         # The class has both biases or none: out_bias is written as zeros.
         config = dataclasses.replace(config, out_bias=True)
-    return config, values, {}
-
-
-def _exported_config(
-    config: Model, tokenizer: Tokenizer, dtype: str
-) -> tuple[Model, dict[str, Any], dict[str, str]]:
-    raise ConfigError(f"residual={config.residual!r} cannot be exported yet")
+    return config, values
 
 
 def _by_name(model: models.Transformer) -> dict[str, jax.Array]:
@@ -156,7 +152,7 @@ def _write_weights(
     if len(shards) == 1:
         write_file(path / SINGLE, shards[0], read)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(path / file, shard, read)

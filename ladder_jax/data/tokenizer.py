@@ -2,8 +2,9 @@
 
 All have one interface, `Tokenizer`. `encode` treats the name of a special token in a
 text, such as "<|eos|>", as plain text. `prompt` encodes text for a model to continue,
-and converts such names to the special tokens. `load` opens the tokenizer of a
-configuration, `from_json` opens that of a checkpoint, and `train` trains BPE on texts.
+and converts such names to the special tokens; so does `encode_rendered`, for the text
+of a chat template. `load` opens the tokenizer of a configuration, `from_json` opens
+that of a checkpoint, and `train` trains BPE on texts.
 """
 
 import codecs
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -25,6 +26,8 @@ from ladder_jax.config import ConfigError, require
 from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
 
 _OWN_NAMES = [names[0] for names in NAMES.values()]
+# It splits a text into names of special tokens and what is between them.
+_OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
 # Halves of a UTF-16 surrogate pair: JSON can contain them, UTF-8 cannot.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -45,6 +48,13 @@ _ALPHABET = byte_alphabet()
 
 
 # ------------------------------------------------------------------ interface
+
+
+class Rendered(NamedTuple):
+    """The ids of a text of a chat template, and the characters that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # of each id: its first character, and the one after
 
 
 class Stream:
@@ -91,6 +101,7 @@ class Tokenizer:
         several, which need not include eos.
       chat_template: the template of conversations, in Jinja; None if there is none.
       special: the names of its special tokens and the settings that belong to them.
+      starts_with_bos: whether a prompt starts with bos.
     """
 
     size: int
@@ -100,6 +111,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     chat_template: str | None = None
     special: Special
+    starts_with_bos: bool
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, none of them a special token."""
@@ -122,6 +134,16 @@ class Tokenizer:
 
         Raises:
           ConfigError: if the tokenizer cannot encode the text.
+        """
+        raise NotImplementedError
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        """Returns the ids of each text, and where in the text they come from.
+
+        Names of special tokens become these tokens. Nothing is added.
+
+        Raises:
+          ConfigError: if the tokenizer cannot encode a text.
         """
         raise NotImplementedError
 
@@ -187,6 +209,7 @@ class ByteTokenizer(Tokenizer):
 
     bos, eos, pad, size = 256, 257, 258, 259
     eos_ids = (eos,)
+    starts_with_bos = True
     special = Special(dict(zip(NAMES, _OWN_NAMES)))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -194,6 +217,25 @@ class ByteTokenizer(Tokenizer):
 
     def prompt(self, text: str) -> list[int]:
         return [self.bos, *self.encode(text)]
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        return [self._encode_rendered(_without_surrogates(text)) for text in texts]
+
+    def _encode_rendered(self, text: str) -> Rendered:
+        special = dict(zip(_OWN_NAMES, (self.bos, self.eos, self.pad)))
+        rendered = Rendered([], [])
+        start = 0
+        for part in _OWN_NAMES_PATTERN.split(text):
+            if part in special:
+                rendered.ids.append(special[part])
+                rendered.offsets.append((start, start + len(part)))
+            else:
+                for i, character in enumerate(part, start):
+                    ids = character.encode()
+                    rendered.ids.extend(ids)
+                    rendered.offsets.extend([(i, i + 1)] * len(ids))
+            start += len(part)
+        return rendered
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bytes"})
@@ -274,6 +316,7 @@ class HuggingFace(Tokenizer):
       text: the content of tokenizer.json.
       special: what the files beside it say.
       origin: its name in messages.
+      chat_template: its Jinja template, if it has one.
 
     Raises:
       ConfigError: if `text` is no tokenizer or has no token of these names or ids.
@@ -321,7 +364,17 @@ class HuggingFace(Tokenizer):
         return _parse(self._json)
 
     @functools.cached_property
-    def _starts_with_bos(self) -> bool:
+    def _without_processor(self) -> tokenizers.Tokenizer:
+        """`_with_special_tokens` whose offsets keep the spaces of a token.
+
+        The post-processor would cut them off.
+        """
+        values = json.loads(self._json)
+        values["post_processor"] = None
+        return _parse(json.dumps(values))
+
+    @functools.cached_property
+    def starts_with_bos(self) -> bool:  # type: ignore[override]
         """Whether prompts start with bos: by its setting, else its post-processor."""
         if self.special.add_bos is not None:
             return self.special.add_bos and "bos" in self.special.names
@@ -343,9 +396,16 @@ class HuggingFace(Tokenizer):
         text = _without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        if not ids or (self._starts_with_bos and ids[0] != self.bos):
+        if not ids or (self.starts_with_bos and ids[0] != self.bos):
             ids = [self.bos, *ids]
         return ids
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        texts = [_without_surrogates(text) for text in texts]
+        library_tokenizer = self._without_processor
+        with _library_errors(f"{self._origin} cannot encode a conversation"):
+            encodings = library_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [Rendered(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def to_json(self) -> str:
         return self._to_json(self.special._asdict())
@@ -489,7 +549,8 @@ def load(spec: str) -> Tokenizer:
     """Returns the tokenizer of `data.tokenizer`, see `from_files`.
 
     Args:
-      spec: "bytes", or the path of a tokenizer.json or of a folder that holds one.
+      spec: "bytes", or the path of a tokenizer.json, of a folder that holds one, or
+        of a run or checkpoint.
 
     Raises:
       ConfigError: if there is no such file, if it is no tokenizer, or if it has no
@@ -499,6 +560,10 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     origin = f"data.tokenizer={spec!r}"
     path = Path(spec).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        tokenizer = _from_checkpoint(path)
+        if tokenizer:
+            return tokenizer
     path = path / "tokenizer.json" if path.is_dir() else path
 
     def read(name: str) -> str | None:
@@ -513,7 +578,20 @@ def load(spec: str) -> Tokenizer:
     except OSError as error:
         raise ConfigError(
             f"{origin} cannot be read ({error.strerror}): it must be 'bytes', or the "
-            "path of a tokenizer.json or of a folder that holds one"
+            "path of a tokenizer.json, of a folder that holds one, or of a run"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{origin} is not accepted: {error}") from None
+
+
+def _from_checkpoint(path: Path) -> Tokenizer | None:
+    """Returns the tokenizer of a run, its checkpoints or one of them; None: it is none.
+
+    Orbax is imported only where it is needed.
+    """
+    from ladder_jax import checkpoint
+
+    try:
+        return from_json(checkpoint.read_meta(path)["tokenizer"])
+    except (ValueError, KeyError, OSError):
+        return None
