@@ -154,6 +154,19 @@ class PlanArguments:
     """Print JSON."""
 
 
+@dataclass(frozen=True)
+class InspectArguments:
+    """Shows what a checkpoint holds, and which chips it fits on. Arrays are not
+    loaded."""
+
+    path: str = field(metadata=POSITIONAL)
+    """A run's folder or checkpoint, a Hugging Face folder or name, or a GGUF file."""
+    step: int | None = None
+    """The step of a run's checkpoint. None: the newest."""
+    json: bool = False
+    """Print JSON."""
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -340,21 +353,49 @@ def convert(words: list[str]) -> int:
     return 0
 
 
+def inspect(words: list[str]) -> int:
+    """`ladder-jax inspect PATH`"""
+    arguments = parse(InspectArguments, words, "inspect")
+    from ladder_jax import inspection
+
+    report = inspection.inspect(arguments.path, arguments.step)
+    print(inspection.dump(report) if arguments.json else inspection.text(report))
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    """`ladder-jax eval CHECKPOINT ...`"""
+    job = importlib.import_module("ladder_jax.evaluate")
+    arguments = parse(job.Arguments, words, "eval")
+    emulate(arguments.devices)
+    require_devices()
+    from ladder_jax.interrupts import InsistentInterrupt
+
+    with InsistentInterrupt():
+        text = job.run(arguments)
+    print(text, flush=True)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "tokenizer": tokenizer,
     "plan": plan,
     "convert": convert,
+    "inspect": inspect,
     "bench": bench,
 }
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
+  eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
-  convert WHAT           brings checkpoints of other tools in and out: from-hf, to-hf, ...
+  convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
+  inspect PATH           shows what a checkpoint holds, without loading it
   bench WHAT             measures: train, decode, peers, conversion
 
 Each command has options: see ladder-jax COMMAND --help.

@@ -23,10 +23,17 @@ ROWS = {
         "progress",
         "interrupts",
         "evaluate",
+        "lm_eval_chat",
+        "lm_eval_model",
+        "lm_eval_tasks",
+        "perplexity",
+        "scoring",
         "bench",
         "planner",
         "chat",
         "loading",
+        "hugging_face",
+        "inspection",
         "generate",
     ],
     "serving": ["serve"],
@@ -57,7 +64,7 @@ ROWS = {
 # their imports are relative, as transformers requires.
 EXPORTED = PACKAGE / "convert" / "exported"
 # Names in ROWS whose files are still to be written.
-PLANNED = {"serve.server", "evaluate"}
+PLANNED = {"serve.server"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The distillation loss equals a slow one in float64, with its gradients, on all meshes.
+"""The distillation loss and its gradients equal slow ones in float64, on all meshes.
 
 The slow one loops over tokens and takes gradients by differences.
 """
@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import reference
 from helpers import make_mesh, random_parameters, small_model
-from jax import lax
 from test_model import FAST, MESHES, assert_same, packed_batch
 
-from ladder_jax import config, distill, model, objective, sharding
+from ladder_jax import config, distill, objective, sharding
 
 BATCH = packed_batch()
 STUDENT = small_model("hybrid:1", layers=2, tie_embeddings=True)
@@ -157,9 +156,7 @@ def computed(run, mesh):
     student, parent = parameters()
     device_mesh = make_mesh(*mesh)
     function = objective.loss_and_gradients(run, device_mesh, "xla", extras)
-    return jax.jit(function, compiler_options=FAST)(
-        student, BATCH, dict(parent=parent)
-    )
+    return jax.jit(function, compiler_options=FAST)(student, BATCH, dict(parent=parent))
 
 
 def check(run, mesh, what):

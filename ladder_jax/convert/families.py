@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model, short_repr
 from ladder_jax.convert import ladder_llama, layout
 from ladder_jax.convert.fields import Fields
@@ -86,7 +87,7 @@ def _qwen2(fields: Fields, layers: int) -> Values:
 
 
 def _qwen3(fields: Fields, layers: int) -> Values:
-    biases = _biases(Fields(fields.values | {"mlp_bias": False}), layers)
+    biases = _biases(Fields({**fields.values, "mlp_bias": False}, fields.where), layers)
     return dict(qk_norm=True) | biases | _switched_windows(fields, layers)
 
 
@@ -117,14 +118,14 @@ def _smollm3(fields: Fields, layers: int) -> Values:
 def _gemma(fields: Fields, layers: int) -> Values:
     both = fields.flag("use_bidirectional_attention", False)
     fields.need("use_bidirectional_attention", not both, "false: a causal decoder")
-    return _biases(Fields(fields.values | {"mlp_bias": False}), layers)
+    return _biases(Fields({**fields.values, "mlp_bias": False}, fields.where), layers)
 
 
 def _llama_ladder(fields: Fields, layers: int) -> Values:
     """The authors' hybrids. ladder_layers: the last k, or a list, counted from 0."""
     stale = fields.values.get("ladder_layers")
     is_list = isinstance(stale, list)
-    numbers = stale if is_list else [stale]
+    numbers: list[Any] = stale if isinstance(stale, list) else [stale]
     ok = all(type(number) is int and number >= 0 for number in numbers)
     fields.need("ladder_layers", ok and numbers, "a number or a list of layers")
     which = ",".join(map(str, numbers)) if is_list else f"last{stale}"
@@ -346,7 +347,7 @@ def _family(fields: Fields, kind: object) -> Family:
 def _init_std(fields: Fields) -> float:
     """Of a model that is trained already: kept where it is a number, else not used."""
     value = fields.values.get("initializer_range")
-    return float(value) if type(value) in (int, float) and value > 0 else 0.02
+    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.02
 
 
 def _shape(fields: Fields, family: Family) -> Values:

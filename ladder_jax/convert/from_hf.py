@@ -5,6 +5,7 @@ the tensor's memory is free again before the next one is read.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,7 @@ def prepare(
             f"layers of {source.name} have two"
         )
     imported = imported._replace(model=model)
-    return Import(source, imported, _tokenizer(source, model, tokenizer))
+    return Import(source, imported, tokenizer_of(source, model, tokenizer))
 
 
 def _equal(source: TensorSource, name: str, other: str) -> bool:
@@ -98,7 +99,7 @@ def _equal(source: TensorSource, name: str, other: str) -> bool:
     return True
 
 
-def _tokenizer(
+def tokenizer_of(
     source: TensorSource, model: Model, spec: str | None
 ) -> tokenizers.Tokenizer:
     """The tokenizer of a checkpoint, or the user's. It must fit the vocabulary."""
@@ -169,15 +170,20 @@ def _place(
                 shape = (layers, *view.shape)
                 placed[part] = jnp.zeros(shape, dtype, device=stack_sharding)
             one = _put(view, tensor, NamedSharding(mesh, P(*spec[1:])), dtype)
-            write = jax.jit(_write, donate_argnums=0, out_shardings=stack_sharding)
-            placed[part] = write(placed[part], one, layer)
+            placed[part] = _writer(stack_sharding)(placed[part], one, layer)
         # Without this, the host would read ahead of the devices, and hold what it read.
         jax.block_until_ready(list(placed.values()))
     return placed
 
 
-def _write(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(stack, one, layer, 0)
+@functools.lru_cache(maxsize=64)
+def _writer(where: NamedSharding) -> Callable[..., jax.Array]:
+    """The compiled function that writes one layer into a stack, in place."""
+
+    def write(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(stack, one, layer, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=where)
 
 
 def _put(

@@ -135,6 +135,9 @@ def read_config(file: GGUFFile, name: str) -> dict[str, Any]:
         "torch_dtype": tensors["blk.0.attn_q.weight"].dtype.name,
     }
     config["dtype"] = config["torch_dtype"]
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token_id = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        config[f"{ours}_token_id"] = token_id
     qkv_bias = "blk.0.attn_q.bias" in tensors
     out_bias = "blk.0.attn_output.bias" in tensors
     if model_type == "llama" and qkv_bias and not out_bias:

@@ -48,8 +48,8 @@ def open_gguf(path: str | Path) -> TensorSource:
     """Opens a GGUF file, the first one where a model has several.
 
     Raises:
-      ConfigError: one line, if the file is damaged or of a kind that is not supported.
-        Nothing of the weights has been read then.
+      ConfigError: one line, if the file is damaged, or the model of a kind that is not
+        supported. Nothing of the weights has been read then.
     """
     return GGUFSource(path)
 
@@ -76,9 +76,6 @@ class GGUFSource:
             "attn_k": self.config["num_key_value_heads"],
         }
         self._check_rows()
-        rows = self.config["vocab_size"]
-        self._texts = gguf_tokenizer.texts(self._file.metadata, rows, self.name)
-        self._add_special_ids()
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor in Hugging Face's layout."""
@@ -88,8 +85,17 @@ class GGUFSource:
         return x if heads is None else unpermute(x, heads)
 
     def text(self, name: str) -> str | None:
-        """Returns the text of a file that a Hugging Face folder would hold, or None."""
+        """Returns the text of a file that a Hugging Face folder would hold, or None.
+
+        Raises:
+          ConfigError: if the file's tokenizer is damaged or of a kind not supported.
+        """
         return self._texts.get(name)
+
+    @functools.cached_property
+    def _texts(self) -> dict[str, str]:
+        rows = self.config["vocab_size"]
+        return gguf_tokenizer.texts(self._file.metadata, rows, self.name)
 
     def _name_of(self, original: str) -> str:
         """Returns Hugging Face's name of a tensor."""
@@ -122,10 +128,6 @@ class GGUFSource:
                     f"{self.name}: tensor {original!r} has {tensor.shape[0]} rows, but "
                     f"{heads} heads of {self.config['head_dim']} need {expected}"
                 )
-
-    def _add_special_ids(self) -> None:
-        """Copies the ids of special tokens from the texts into the config."""
-        self.config |= gguf_tokenizer.special_ids(self._texts)
 
 
 def unpermute(x: np.ndarray, heads: int) -> np.ndarray:

@@ -69,8 +69,8 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
     else:
         raise ConfigError(
             f"{name}: tokenizer.ggml.model={short_repr(vocabulary.kind)} is not "
-            "supported: it must be gpt2 (byte-level BPE); for a SentencePiece model "
-            "convert the folder that Hugging Face hosts, with convert from-hf"
+            "supported: it must be gpt2 (byte-level BPE); for SentencePiece "
+            "give the tokenizer.json of its Hugging Face folder"
         )
     result = {
         "tokenizer.json": tokenizer.to_str(),
@@ -83,11 +83,6 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
     return result
 
 
-def special_ids(texts_by_name: Mapping[str, str]) -> dict[str, Any]:
-    """Returns bos_token_id, eos_token_id and pad_token_id, as `texts` wrote them."""
-    return json.loads(texts_by_name["generation_config.json"])
-
-
 class _Vocabulary:
     """The tokens of a file with their types, and which of them are special."""
 
@@ -96,7 +91,7 @@ class _Vocabulary:
         get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)
         self.kind = get("model")
         if self.kind is None:
-            raise ConfigError(f"{name} has no tokenizer: convert from-hf needs no GGUF")
+            raise ConfigError(f"{name} has no tokenizer.ggml.model")
         tokens = get("tokens")
         if not isinstance(tokens, list) or not tokens:
             raise ConfigError(f"{name} has no tokenizer.ggml.tokens: it is damaged")

@@ -114,21 +114,21 @@ def _scaling(rope: Fields, fields: Fields) -> RopeScaling:
             high_freq_factor=rope.number("high_freq_factor"),
             original_length=length,
         )
-    optional = ("attention_factor", "mscale", "mscale_all_dim")
+
+    def optional(key: str) -> float | None:
+        return rope.number(key) if rope.values.get(key) else None
+
+    ratio = fields.integer("max_position_embeddings", 2048) / length
     return RopeScaling(
         kind="yarn",
-        factor=rope.number(
-            "factor", fields.integer("max_position_embeddings", 2048) / length
-        ),
-        beta_fast=rope.number("beta_fast", 32.0)
-        if rope.values.get("beta_fast")
-        else 32.0,
-        beta_slow=rope.number("beta_slow", 1.0)
-        if rope.values.get("beta_slow")
-        else 1.0,
+        factor=rope.number("factor", ratio),
+        beta_fast=optional("beta_fast") or 32.0,
+        beta_slow=optional("beta_slow") or 1.0,
         truncate=rope.flag("truncate", True),
         original_length=length,
-        **{key: rope.number(key) if rope.values.get(key) else None for key in optional},
+        attention_factor=optional("attention_factor"),
+        mscale=optional("mscale"),
+        mscale_all_dim=optional("mscale_all_dim"),
     )
 
 

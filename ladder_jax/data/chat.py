@@ -38,6 +38,7 @@ CHANGED = (
     "conversations of which the chat template changes earlier turns "
     "(data.train_on='last' or 'all' may accept them)"
 )
+NO_TEXT = "conversations of which the chat template makes no text"
 UNMARKED = "conversations in which the chat template marks no answer"
 DATED = f"conversations with a date, which is {TRAINING_DATE:%d %b %Y} in training"
 
@@ -117,6 +118,8 @@ class ChatEncoder:
     ) -> tuple[str, list[Span]]:
         """Returns the text of a conversation, and the characters that count in it.
 
+        The text ends with the last answer: nothing is learnt from what follows it.
+
         Args:
           messages: at least one is the assistant's.
           train_on: see `config.Data`.
@@ -125,13 +128,16 @@ class ChatEncoder:
           Unusable: if the template does not accept the messages, or does not tell
             where the answers are.
         """
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        last = answers[-1]
+        messages = messages[: last + 1]
         try:
             text, spans = self.template.render(messages)
+            if not text.strip():
+                raise Unusable(NO_TEXT)
             if train_on == "all":
                 return text, [(0, len(text))]
-            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             if self.template.marks_assistant:
-                last = answers[-1]
                 if train_on == "last" and last:
                     spans = spans[len(self.template.render(messages[:last]).spans) :]
                 if not spans:
@@ -163,11 +169,13 @@ class ChatEncoder:
     def _count(self, rendered: Rendered, spans: list[Span]) -> Encoded:
         """Returns the ids of a text; those in the spans of characters count."""
         ids, counted = list(rendered.ids), [False] * len(rendered.ids)
+        if not ids:  # a tokenizer without a token for these characters
+            return Encoded(ids, counted, 0)
         for span in spans:
             start, stop = self._turn(ids, *_ids_of(span, rendered.offsets))
             counted[start:stop] = [True] * (stop - start)
-            is_end = all(map(self._is_blank, ids[stop:]))
-            if is_end and not self._ends_turn(ids[stop - 1]):
+            is_last = all(map(self._is_blank, ids[stop:]))
+            if is_last and not self._ends_turn(ids[self._last(ids, start, stop)]):
                 # The template does not end the last turn, so eos does.
                 ids.append(self.tokenizer.eos)
                 counted[start:] = [True] * (len(ids) - start)
@@ -177,19 +185,24 @@ class ChatEncoder:
         return Encoded(ids, counted, size)
 
     def _turn(self, ids: list[int], start: int, stop: int) -> Span:
-        """Returns ids[start:stop], an answer, with the end of its turn.
+        """Returns ids[start:stop], an answer, with the end of its turn alone.
 
-        The span of an answer may end after blanks that follow the end of the turn, or
-        before it.
+        The beginning of a conversation may end in blanks after the end of the turn,
+        which the model need not write. A generation block may end before it.
         """
-        last = stop
-        while last > start and self._is_blank(ids[last - 1]):
-            last -= 1
-        if last > start and self._ends_turn(ids[last - 1]):
-            return start, last
+        last = self._last(ids, start, stop)
+        if self._ends_turn(ids[last]):
+            return start, stop if self.template.marks_assistant else last + 1
         if stop < len(ids) and ids[stop] in self.tokenizer.eos_ids:
             return start, stop + 1
         return start, stop
+
+    def _last(self, ids: list[int], start: int, stop: int) -> int:
+        """Returns the position of the last of ids[start:stop] that is not blank."""
+        last = stop - 1
+        while last > start and self._is_blank(ids[last]):
+            last -= 1
+        return last
 
     def _ends_turn(self, id: int) -> bool:
         is_special = self.tokenizer.token_bytes(id, None) is None

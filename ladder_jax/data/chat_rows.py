@@ -209,9 +209,10 @@ def _joined(parts: list[Any]) -> str:
     """Returns the text of a list of parts. Raises Unusable if one is not text."""
     texts = []
     for part in parts:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        text = part.get("text") if is_text else part
+        if not isinstance(part, dict):
+            raise Unusable(NOT_TEXT)
+        text = part.get("text") if part.get("type") == "text" else None
         if not isinstance(text, str):
-            raise Unusable(PICTURES if isinstance(part, dict) else NOT_TEXT)
+            raise Unusable(PICTURES)
         texts.append(text)
     return "".join(texts)

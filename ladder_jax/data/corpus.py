@@ -115,9 +115,10 @@ class Corpus:
 
     Attributes:
       train, held_out: the sides.
-      digest: a hash of all documents in order. It does not depend on the paths of their
-        files. Two corpora have the same sides if digest, tokenizer and
-        data.held_out_fraction are equal.
+      digest: a hash of all documents in order; of conversations, and of the tokenizer
+        with its chat template. It does not depend on the paths of their files. Two
+        corpora have the same sides if digest, tokenizer and data.held_out_fraction are
+        equal.
       report: one line that counts what was read, left out and repaired.
     """
 
@@ -151,13 +152,13 @@ class Corpus:
         return dataclasses.replace(self, train=train, held_out=held_out, report=report)
 
 
-def documents(data_config: Data) -> Iterator[str]:
-    """Yields the text of the training documents of `data.source`.
+def documents(data_config: Data, held_out: bool = False) -> Iterator[str]:
+    """Yields the text of the training or held-out documents of `data.source`.
 
     The text of a conversation is its messages, one after the other.
 
     Raises:
-      ConfigError: if there is no training document.
+      ConfigError: if there is no such document.
     """
     tally = sources.Tally()
     is_empty = True
@@ -166,11 +167,12 @@ def documents(data_config: Data) -> Iterator[str]:
     is_chat = sources.holds_chat(data_config, files)
     read = _hashed_conversations if is_chat else _hashed_texts
     for text, hash in read(data_config, files, tally):
-        if hash >= threshold:
+        if (hash < threshold) == held_out:
             is_empty = False
             yield text
     if is_empty:
-        raise sources.no_document(data_config, tally, is_chat)
+        side = "training" if held_out else "held out"
+        raise sources.no_document(data_config, tally, is_chat, f"all of it is {side}")
 
 
 def _hashed_texts(
@@ -221,7 +223,10 @@ def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
     train = _side(cache, ~held_out_D, tokenizer.pad)
     held_out = _side(cache, held_out_D, tokenizer.pad)
     report = _report(data_config, cache, train, held_out)
-    return Corpus(train, held_out, _digest(cache.documents_D), report)
+    # The rows do not tell what a chat template makes of them.
+    settings = "" if cache.counted is None else tokenizer.to_json()
+    digest = _digest(cache.documents_D, settings)
+    return Corpus(train, held_out, digest, report)
 
 
 def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Side:
@@ -239,9 +244,9 @@ def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Sid
     )
 
 
-def _digest(documents_D: np.ndarray) -> str:
-    """Returns a hash of the sizes and hashes of all documents."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(documents_D: np.ndarray, settings: str) -> str:
+    """Returns a hash of the sizes and hashes of all documents, and of `settings`."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for field in ("bytes", "hash"):
         digest.update(np.ascontiguousarray(documents_D[field]).data)
     return digest.hexdigest()

@@ -215,9 +215,17 @@ def _are_chat(first_rows: list[Any], text_field: str) -> bool:
     return 2 * sum(map(chat_rows.looks_like_chat, first_rows)) > len(first_rows)
 
 
-def no_document(data_config: Data, tally: Tally, is_chat: bool = False) -> ConfigError:
-    """Returns the error for a source without a usable document, with the reason."""
-    reason = _describe_left_out(tally) or "all of it is held out"
+def no_document(
+    data_config: Data,
+    tally: Tally,
+    is_chat: bool = False,
+    otherwise: str = "all of it is held out",
+) -> ConfigError:
+    """Returns the error for a source without a usable document, with the reason.
+
+    otherwise: the reason if nothing was left out.
+    """
+    reason = _describe_left_out(tally) or otherwise
     name = f"data.source={data_config.source!r}"
     if is_chat:
         return ConfigError(

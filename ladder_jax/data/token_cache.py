@@ -127,13 +127,16 @@ def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> 
     These are the path, size and time of every file, the tokenizer with its chat
     template, the fields of data that say what to read, and FORMAT.
     """
+    is_builtin = data_config.source == "builtin"
+    # Texts do not depend on the chat template; a source may turn out to be chat.
+    is_text = is_builtin or data_config.format == "text"
     values = [
         FORMAT,
-        data_config.source == "builtin",
+        is_builtin,
         data_config.text_field,
         data_config.format,
         data_config.train_on,
-        tokenizer.documents_json(),
+        tokenizer.documents_json() if is_text else tokenizer.to_json(),
         [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]

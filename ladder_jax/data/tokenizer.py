@@ -125,12 +125,15 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, at least one.
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
+        """Returns the ids of a prompt, at least one unless `bos` is False.
 
         A name of a special token in the text becomes that token. The ids start with bos
         if the tokenizer is configured so. The ids of "" are bos alone (eos, if the
         tokenizer has no bos): the model starts a new document.
+
+        bos: whether to put bos before ids that do not start with it. None: as the
+        tokenizer is configured.
 
         Raises:
           ConfigError: if the tokenizer cannot encode the text.
@@ -145,6 +148,10 @@ class Tokenizer:
         Raises:
           ConfigError: if the tokenizer cannot encode a text.
         """
+        raise NotImplementedError
+
+    def token_name(self, token: int) -> str | None:
+        """Returns the name of a token in the vocabulary, None for other ids."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -215,8 +222,13 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(_without_surrogates(text).encode()) for text in texts]
 
-    def prompt(self, text: str) -> list[int]:
-        return [self.bos, *self.encode(text)]
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
+        return [self.bos] * (bos is not False) + self.encode(text)
+
+    def token_name(self, token: int) -> str | None:
+        if 0 <= token < 256:
+            return next(name for name, byte in _ALPHABET.items() if byte == token)
+        return dict(enumerate(_OWN_NAMES, start=256)).get(token)
 
     def encode_rendered(self, texts: list[str]) -> list[Rendered]:
         return [self._encode_rendered(_without_surrogates(text)) for text in texts]
@@ -392,13 +404,16 @@ class HuggingFace(Tokenizer):
             encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
         text = _without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        if not ids or (self.starts_with_bos and ids[0] != self.bos):
-            ids = [self.bos, *ids]
-        return ids
+        if bos is None:
+            bos = self.starts_with_bos or not ids
+        return [self.bos, *ids] if bos and ids[:1] != [self.bos] else ids
+
+    def token_name(self, token: int) -> str | None:
+        return self._plain.id_to_token(token) if 0 <= token < self.size else None
 
     def encode_rendered(self, texts: list[str]) -> list[Rendered]:
         texts = [_without_surrogates(text) for text in texts]
@@ -424,7 +439,7 @@ class HuggingFace(Tokenizer):
         return self._cached_bytes(token, previous if self._needs_previous else None)
 
     def _bytes_of(self, token: int, previous: int | None) -> bytes | None:
-        name = self._plain.id_to_token(token) if 0 <= token < self.size else None
+        name = self.token_name(token)
         if name is None or token in self._special:
             return None
         if "ByteLevel" in self._decoders:
@@ -538,7 +553,10 @@ def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
     text = read("tokenizer.json")
     if text is None:
         hint = " (tokenizer.model alone is not read: convert it with transformers)"
-        has_model = read("tokenizer.model") is not None
+        try:
+            has_model = read("tokenizer.model") is not None
+        except ValueError:  # it is there, and not text
+            has_model = True
         raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
     added = _parse(text).get_added_tokens_decoder().values()
     special = read_special(read, (token.content for token in added))

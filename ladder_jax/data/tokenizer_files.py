@@ -60,7 +60,7 @@ def read_special(text: Text, added: Iterable[str]) -> Special:
     settings: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         settings |= read_object(text, file)
-    eos_ids = ()
+    eos_ids: tuple[int, ...] = ()
     for file in ("generation_config.json", "config.json"):
         eos_ids = eos_ids or _ids(read_object(text, file).get("eos_token_id"), file)
     add_bos = settings.get("add_bos_token")

@@ -1,4 +1,4 @@
-"""Every family and option: our logits, tokens and files beside those of transformers."""
+"""Every family and option: logits, tokens and files beside those of transformers."""
 
 import dataclasses
 import json
@@ -265,7 +265,14 @@ def test_the_padded_vocabulary_is_kept_and_never_drawn(tmp_path):
     assert foreign.load(out).config.vocab_size == 320
 
 
-TEXTS = ["", "Hello, world", " two  spaces", "naïve 東京 🙂", "<s>a</s><|im_end|>", "a\nb"]
+TEXTS = [
+    "",
+    "Hello, world",
+    " two  spaces",
+    "naïve 東京 🙂",
+    "<s>a</s><|im_end|>",
+    "a\nb",
+]
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -7,7 +7,6 @@ N query heads, K key-value heads, H head.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +32,14 @@ MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
+# Names that differ between versions of transformers: the arguments of these functions,
+# and the cache in the outputs of a model (past_key_values, later cache).
+MASK_ARGUMENTS = {
+    layer_type: frozenset(inspect.signature(function).parameters)
+    for layer_type, function in MASKS.items()
+}
+OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
 
 
 class LadderLlamaRMSNorm(nn.Module):
@@ -201,7 +208,7 @@ class LadderLlamaDecoderLayer(nn.Module):
     def forward(
         self, history: list[torch.Tensor], **kwargs: Any
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Adds to `history`, the streams [B, T, D] after each block, those of this layer.
+        """Appends the streams [B, T, D] after this layer's blocks to `history`.
 
         Returns the history, and the weights of eager attention.
         """
@@ -282,7 +289,6 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             for name, value in wanted
         )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        # transformers called the cache past_key_values before version 5.20 or so.
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -312,7 +318,7 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             last_hidden_state=x,
             hidden_states=(*all_states[:-1], x) if states else None,
             attentions=tuple(all_weights) if attentions else None,
-            **cache_field(BaseModelOutputWithPast, cache if use_cache else None),
+            **{CACHE_FIELD: cache if use_cache else None},
         )
         return output.to_tuple() if as_dict is False else output
 
@@ -338,24 +344,12 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             "cache_position": kwargs["cache_position"],
         }
         return {
-            layer_type: call(MASKS[layer_type], values)
-            for layer_type in set(self.config.layer_types)
+            layer_type: MASKS[layer_type](
+                **{name: values[name] for name in values if name in names}
+            )
+            for layer_type, names in MASK_ARGUMENTS.items()
+            if layer_type in self.config.layer_types
         }
-
-
-def call(function: Callable[..., Any], values: dict[str, Any]) -> Any:
-    """Calls a function with those of `values` that it takes.
-
-    The names of arguments differ between versions of transformers.
-    """
-    names = inspect.signature(function).parameters
-    return function(**{k: value for k, value in values.items() if k in names})
-
-
-def cache_field(output_class: type, cache: Cache | None) -> dict[str, Cache | None]:
-    """The cache as the argument of an output class, by the name that it has there."""
-    names = {field.name for field in dataclasses.fields(output_class)}
-    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class LadderLlamaForCausalLM(LadderLlamaPreTrainedModel, GenerationMixin):
@@ -411,13 +405,12 @@ class LadderLlamaForCausalLM(LadderLlamaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
             )
-        field = cache_field(BaseModelOutputWithPast, None)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{name: outputs.get(name) for name in field},
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
         as_dict = getattr(self.config, "return_dict", True)
         as_dict = as_dict if return_dict is None else return_dict
