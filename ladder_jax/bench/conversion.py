@@ -389,6 +389,7 @@ def train_run(
                     return
                 if time.perf_counter() > stop_at:
                     return
+        jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         rate = (trained - 1) * tokens_per_step / seconds if trained > 1 else math.nan
         values = study.measure(state.model, stale)
