@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
 
 # Top to bottom. A name is a module of `ladder_jax`, or a room: a folder of modules.
 ROWS = {
-    "doors": ["cli", "serve.server"],
+    "doors": ["__main__", "cli", "serve.server"],
     "jobs": [
         "train",
         "step_inputs",

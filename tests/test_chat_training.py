@@ -110,6 +110,7 @@ def test_a_run_on_a_mesh_learns_the_answers_and_stops_after_them(run, folder):
     assert "".join(loaded.chat(messages, max_tokens=12)) == "no"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_numbers(folder):
     fields = dict(
         optimizer_lr_schedule="constant", optimizer_warmup_steps=0, train_save_every=4

@@ -198,8 +198,9 @@ def pair(case: str, shape: str) -> tuple[Any, config.Model, model.Transformer]:
     hugging = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
     with torch.no_grad():
         for name, weight in hugging.named_parameters():
-            is_norm = name.endswith("norm.weight")
-            weight.copy_(0.25 * torch.randn_like(weight) + is_norm)
+            # Gemma adds the 1 itself.
+            one = name.endswith("norm.weight") and family != "Gemma"
+            weight.copy_(0.25 * torch.randn_like(weight) + one)
     fields = dict(vocab_size=V, max_length=64, residual="standard", dtype="float32")
     ours = config.Model(**fields | sizes | ours)
     return hugging, ours, imported(hugging, ours)
