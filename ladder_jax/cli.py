@@ -95,7 +95,7 @@ class GenerateArguments:
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
-    """Devices to shard the model over. None: 1; for a desync model, as in training."""
+    """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     decode: Decode = field(default_factory=lambda: Decode(slots=16), metadata=FLAT)
@@ -139,8 +139,8 @@ class PlanArguments:
     tensor: int | None = None
     """Devices that share a block's work. None: the recipe's mesh.tensor."""
     compare: bool = False
-    """Compare the schedules standard, parallel, ladder, hybrid and desync, and a model
-    that does not communicate."""
+    """Compare the schedules standard, parallel, ladder, hybrid, desync and dtp, and a
+    model that does not communicate."""
     plot: str | None = None
     """Write the timeline to this PNG file."""
     hlo: str | None = None

@@ -1,8 +1,8 @@
 """The models as their papers write them, on one device, with loops and no sharding.
 
 It is written from the equations (Ladder Residual, arXiv 2501.06589: eq. 1, eq. 2;
-GPT-J/PaLM parallel blocks; desync residual with the mean rule), not from ladder_jax:
-only the parameter tree is shared.
+GPT-J/PaLM parallel blocks; desync residual with the mean rule; delayed tensor
+parallelism of Kog's article), not from ladder_jax: only the parameter tree is shared.
 """
 
 import jax
@@ -75,10 +75,10 @@ def mlp(p, u_TD, config, ranks=1, rank=0):
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
-    """The final residual stream [T, D].
+    """The final residual stream [T, D]; with dtp, every rank's.
 
-    `ranks` matters to desync alone, and `freshness` to ladder and delays: a block reads
-    that share of the stream of standard, and the rest of the stale stream.
+    `ranks` matters to desync and dtp alone, and `freshness` to ladder and delays: a
+    block reads that share of the stream of standard, and the rest of the stale stream.
     """
     x = model.embedding[...][tokens_T]
     eps = config.norm_eps
@@ -172,7 +172,37 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                 else:
                     copies = [copy + output for copy, output in zip(copies, outputs)]
         return copies[0]
+    if kind == "dtp":
+        return dtp_streams(attend, config, layers, x, int(argument), ranks)
     raise AssertionError(config.residual)
+
+
+def dtp_streams(attend, config, layers, x, d, ranks):
+    """Every rank's final stream [ranks, T, D], from the equations in residual/dtp.py.
+
+    `outputs[n][l]` is o_l^n.
+    """
+    streams, outputs = [x] * ranks, []
+    blocks = [(layer, part) for layer in layers for part in ("attention", "mlp")]
+    for n, (layer, part) in enumerate(blocks):
+        module, own = getattr(layer, part), []
+        for rank in range(ranks):
+            u = norm(streams[rank], module.norm[...], config.norm_eps)
+            which = dict(ranks=ranks, rank=rank)
+            own.append(
+                attend(module, u, **which)
+                if part == "attention"
+                else mlp(module, u, config, **which)
+            )
+        outputs.append(own)
+        for rank in range(ranks):
+            if n < d:
+                streams[rank] = streams[rank] + jnp.sqrt(ranks) * own[rank]
+            else:
+                streams[rank] = streams[rank] + own[rank]
+                for other in set(range(ranks)) - {rank}:
+                    streams[rank] = streams[rank] + outputs[n - d][other]
+    return jnp.stack(streams)
 
 
 def parse_layers(text, count):
@@ -191,6 +221,8 @@ def logits(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
         model.norm[...],
         config.norm_eps,
     )
+    if config.residual.startswith("dtp"):
+        x = x.mean(axis=0)  # of the ranks
     return x @ (
         model.embedding[...].T if model.unembedding is None else model.unembedding[...]
     )

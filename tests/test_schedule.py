@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ladder_jax import sharding
+from ladder_jax.residual import blocks, stream
 from ladder_jax.residual import layers as residual
-from ladder_jax.residual import stream
 from ladder_jax.schedule import ATTENTION, MLP, Block, parse
 
 
@@ -191,7 +191,9 @@ def run_toy(plan, unrolled):
             residual,
             reduce=lambda x, _: 2 * x,
             copy_to_tensor_axis=triple,
-            with_gradient_of=triple,
+        ),
+        mock.patch.multiple(
+            blocks, copy_to_tensor_axis=triple, with_gradient_of=triple
         ),
         mock.patch.object(sharding, "axis_size", lambda axis: 8),
     ):

@@ -29,8 +29,8 @@ def check_freshness(
     if schedule.parse(notation, model_config.layers).local:
         raise config.ConfigError(
             f"model.residual={notation!r} cannot be annealed: each tensor shard has a "
-            "residual stream of its own, and there is no fresh stream to blend it with; "
-            "freshness is for ladder, hybrid and delays"
+            "residual stream of its own, and there is no fresh stream to blend it "
+            "with; freshness is for ladder, hybrid and delays"
         )
     if isinstance(freshness, int | float) and not 0 <= freshness <= 1:
         raise config.ConfigError(
