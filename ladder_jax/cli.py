@@ -276,12 +276,12 @@ def plan(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|peers ...`"""
-    names = ("train", "decode", "peers")
+    """`ladder-jax bench train|decode|peers|quality ...`"""
+    names = ("train", "decode", "peers", "quality")
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
         print(
-            "Measures this project beside others. "
+            "Measures this project beside others, and its schedules side by side. "
             "See ladder-jax bench train --help, and so on."
         )
         return 0
@@ -307,7 +307,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   generate CHECKPOINT    continues a prompt, or each prompt of a file
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
-  bench WHAT             measures this project beside others: train, decode, peers
+  bench WHAT             measures: train, decode, peers (beside others), quality
 
 Each command has options: see ladder-jax COMMAND --help.
 
