@@ -25,6 +25,7 @@ from test_model import (
 )
 
 from ladder_jax import model, schedule, sharding
+from ladder_jax.planner.stack import shorten
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.dtp import mean_of_streams
 from ladder_jax.residual.overlap import AsyncReduction
@@ -53,6 +54,13 @@ def test_what_is_in_flight_lands_after_d_blocks(
     assert "".join("FT"[block.lands] for block in plan) == lands
     assert "".join("FT"[block.reduce] for block in plan) == sent
     assert schedule.parse(notation, layers).local
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_a_plan_finds_a_short_stack_that_stands_for_a_deep_one(delay):
+    stack = shorten(f"dtp:{delay}", 80, 4)
+    assert stack.notation == f"dtp:{delay}" and sum(stack.counts) == 80
+    assert len(stack.counts) < 10
 
 
 def test_no_delay_is_the_standard_schedule():

@@ -107,6 +107,10 @@ def test_parallel_is_one_block_a_layer():
         ("desync:0", "1 or more"),
         ("desync:2,2", "one number"),
         ("desync:x", "whole numbers"),
+        ("dtp", "whole numbers"),
+        ("dtp:5", "one delay, from 0 to 4: half of the 8 blocks"),
+        ("dtp:1,2", "one delay"),
+        ("dtp:-1", "from 0 up"),
     ],
 )
 def test_a_wrong_notation_is_one_line_that_says_what_is_accepted(notation, says):
