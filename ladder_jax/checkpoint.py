@@ -271,7 +271,42 @@ def read_meta(path: epath.PathLike, step: int | None = None) -> Meta:
     Returns a dict with format, ladder_jax, parts, config and tokenizer. `path`, `step`
     and the ValueError are those of `load_model`.
     """
-    return _newest(_find(path, step), _meta)[1]
+    return find(path, step)[1]
+
+
+def find(path: epath.PathLike, step: int | None = None) -> tuple[Path, Meta]:
+    """(the folder, the JSON) of the newest checkpoint that can be read.
+
+    `path`, `step` and the ValueError are those of `load_model`.
+    """
+    return _newest(_find(path, step), _meta)
+
+
+def read_arrays(
+    path: epath.PathLike, step: int | None = None
+) -> tuple[int | None, Meta, dict[str, dict[str, Any]]]:
+    """Describes a checkpoint's arrays, without reading them.
+
+    Returns (step, meta, arrays): {part: {name: metadata}}, where metadata has shape,
+    dtype and sharding_metadata, that of the run that saved it. The step is None where
+    the folder's name is no number. `path`, `step` and the ValueError are those of
+    `load_model`.
+    """
+
+    def read(path: Path) -> tuple[Meta, dict[str, dict[str, Any]]]:
+        meta, arrays = _meta(path), {}
+        for part in meta["parts"]:
+            if part == "data":  # the position of the data is no array
+                continue
+            with _reading(part):
+                saved = ocp.metadata(path, checkpointable_name=part).metadata
+                if saved is None:  # Orbax logs the reason and returns None
+                    raise ValueError("the description of the arrays cannot be read")
+                arrays[part] = flatten_dict(saved, sep="/")
+        return meta, arrays
+
+    where, (meta, arrays) = _newest(_find(path, step), read)
+    return int(where.name) if where.name.isdigit() else None, meta, arrays
 
 
 def load_model(

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ladder_jax.arguments import FLAT, POSITIONAL, parse
+from ladder_jax.arguments import BARE, FLAT, POSITIONAL, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -69,9 +69,14 @@ class GenerateArguments:
     prompt: str = ""
     """The text to continue. Empty: a new document, from the tokenizer's begin token, or
     from its end token if it has no begin token."""
+    chat: str | None = field(default=None, metadata={BARE: ""})
+    """A question to answer, by the tokenizer's chat template. Without a text: the lines
+    of stdin are the turns of a conversation."""
+    system: str = ""
+    """The system message of --chat."""
     prompts_file: str | None = None
-    """A JSONL file with one prompt a line. A line may set options of its own; the
-    options of the command line are its defaults."""
+    """A JSONL file with one prompt, or messages, a line. A line may set options of its
+    own; the options of the command line are its defaults."""
     out: str = "out.jsonl"
     """The file for the outputs of --prompts-file. Outputs that it already holds are not
     generated again."""
@@ -91,7 +96,7 @@ class GenerateArguments:
     """Generation stops at the first of these strings, which the output leaves out."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids of tokens at which generation stops. By default, the tokenizer's
-    end token."""
+    end token; with --chat, also the end of a turn."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
@@ -145,6 +150,19 @@ class PlanArguments:
     """Write the timeline to this PNG file."""
     hlo: str | None = None
     """Write the text of XLA's scheduled program to this file."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class InspectArguments:
+    """Shows what a checkpoint holds, and which chips it fits on. Arrays are not
+    loaded."""
+
+    path: str = field(metadata=POSITIONAL)
+    """A run's folder or checkpoint, a Hugging Face folder or name, or a GGUF file."""
+    step: int | None = None
+    """The step of a run's checkpoint. None: the newest."""
     json: bool = False
     """Print JSON."""
 
@@ -204,6 +222,7 @@ def outcome(summary: dict[str, Any], words: list[str]) -> str:
 def generate(words: list[str]) -> int:
     """`ladder-jax generate CHECKPOINT ...`"""
     arguments = parse(GenerateArguments, words, "generate")
+    check_one_prompt(arguments)
     emulate(arguments.devices)
     require_devices()
     from ladder_jax.loading import load
@@ -216,10 +235,28 @@ def generate(words: list[str]) -> int:
     options["stop_token_ids"] = arguments.stop_token_ids or None
     if arguments.prompts_file is not None:
         return generate_file(arguments.prompts_file, arguments, loaded, options)
+    if arguments.chat is not None:
+        from ladder_jax.chat import converse, typed_lines
+
+        questions = [arguments.chat] if arguments.chat else typed_lines()
+        converse(loaded, questions, options, system=arguments.system)
+        return 0
     for text in loaded.generate(arguments.prompt, **options):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def check_one_prompt(arguments: GenerateArguments) -> None:
+    """Raises ConfigError where options say more than one thing to generate from."""
+    if arguments.chat is None:
+        require(
+            not arguments.system, "system", arguments.system, "empty without --chat"
+        )
+        return
+    for name in ("prompt", "prompts_file"):
+        value = getattr(arguments, name)
+        require(not value, name.replace("_", "-"), value, "left out with --chat")
 
 
 def generate_file(
@@ -276,8 +313,8 @@ def plan(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|peers|quality ...`"""
-    names = ("train", "decode", "peers", "quality")
+    """`ladder-jax bench train|decode|peers|conversion|quality ...`"""
+    names = ("train", "decode", "peers", "conversion", "quality")
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
         print(
@@ -294,20 +331,72 @@ def bench(words: list[str]) -> int:
     return 0
 
 
+def convert(words: list[str]) -> int:
+    """`ladder-jax convert from-hf|to-hf|from-gguf|ladderize ...`"""
+    from ladder_jax.convert import command
+
+    names = tuple(command.KINDS)
+    if words[:1] in (["-h"], ["--help"]):
+        print(f"usage: ladder-jax convert {'|'.join(names)} ...\n")
+        for name, kind in command.KINDS.items():
+            print(f"  {name:12}{' '.join((kind.__doc__ or '').split())}")
+        print("\nSee ladder-jax convert from-hf --help, and so on.")
+        return 0
+    if not words:
+        raise ConfigError(f"missing argument: one of {', '.join(names)}")
+    if words[0] not in names:
+        raise ConfigError(unknown("conversion", words[0], names))
+    arguments = parse(command.KINDS[words[0]], words[1:], f"convert {words[0]}")
+    emulate(arguments.devices)
+    require_devices()
+    print_safely(command.run(arguments))
+    return 0
+
+
+def inspect(words: list[str]) -> int:
+    """`ladder-jax inspect PATH`"""
+    arguments = parse(InspectArguments, words, "inspect")
+    from ladder_jax import inspection
+
+    report = inspection.inspect(arguments.path, arguments.step)
+    print(inspection.dump(report) if arguments.json else inspection.text(report))
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    """`ladder-jax eval CHECKPOINT ...`"""
+    job = importlib.import_module("ladder_jax.evaluate")
+    arguments = parse(job.Arguments, words, "eval")
+    emulate(arguments.devices)
+    require_devices()
+    from ladder_jax.interrupts import InsistentInterrupt
+
+    with InsistentInterrupt():
+        text = job.run(arguments)
+    print(text, flush=True)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "tokenizer": tokenizer,
     "plan": plan,
+    "convert": convert,
+    "inspect": inspect,
     "bench": bench,
 }
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
+  eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
-  bench WHAT             measures: train, decode, peers (beside others), quality
+  convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
+  inspect PATH           shows what a checkpoint holds, without loading it
+  bench WHAT             measures: train, decode, peers, conversion, quality
 
 Each command has options: see ladder-jax COMMAND --help.
 

@@ -78,20 +78,43 @@ class Section:
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Scaling of rotary frequencies for longer contexts, as in Llama 3.1."""
+    """Scaling of rotary frequencies for longer contexts."""
 
     section = "model.rope_scaling"
-    # Low frequencies are divided by this. 1: no scaling.
+    # llama3 and yarn divide low frequencies by `factor`, linear divides all.
+    kind: Literal["llama3", "linear", "yarn"] = "llama3"
+    # What frequencies are divided by. 1: no scaling.
     factor: float = 1.0
-    # Frequencies are low if they turn at most this often in original_length tokens.
+    # llama3: frequencies are low if they turn at most this often in original_length
+    # tokens.
     low_freq_factor: float = 1.0
-    # Frequencies stay as they are if they turn at least this often.
+    # llama3: frequencies stay as they are if they turn at least this often.
     high_freq_factor: float = 4.0
     # The context that the model was trained with before, in tokens.
     original_length: int = 8192
+    # yarn: frequencies stay as they are if they turn at least this often.
+    beta_fast: float = 32.0
+    # yarn: frequencies are low if they turn at most this often.
+    beta_slow: float = 1.0
+    # yarn: the frequencies between these two begin and end at whole indices.
+    truncate: bool = True
+    # yarn: what cosines and sines are multiplied by. None: it follows from factor.
+    attention_factor: float | None = None
+    # yarn: if both are given, attention_factor follows from factor and these two.
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def check(self) -> None:
         self.positive("factor", "low_freq_factor", "original_length")
+        self.positive("beta_fast", "beta_slow")
+        self.need(
+            "beta_fast",
+            self.beta_fast >= self.beta_slow,
+            "at least as large as beta_slow",
+        )
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            self.need(name, value is None or value > 0, "greater than 0, or None")
         self.need(
             "high_freq_factor",
             self.high_freq_factor > self.low_freq_factor,
@@ -132,6 +155,18 @@ class Model(Section):
     qk_norm: bool = False
     # Biases on query, key and value, as in Qwen2.
     qkv_bias: bool = False
+    # A bias on attention's output.
+    out_bias: bool = False
+    # Biases on the MLP's gate, up and down projections.
+    mlp_bias: bool = False
+    # The function on the MLP's gate; gelu is the exact one.
+    activation: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    # The tokens that attention sees: a token and those right before it. None: all.
+    sliding_window: int | None = None
+    # The layers with the sliding window: all, none, last16, or layers such as 0,2,5-9.
+    window_layers: str = "all"
+    # The layers whose attention has no rotary embedding (NoPE), written the same way.
+    nope_layers: str = "none"
     # The standard deviation of initial weights.
     init_std: float = 0.02
     # The dtype of compute; parameters are float32.
@@ -146,12 +181,44 @@ class Model(Section):
             f"a divisor of model.heads={self.heads}",
         )
         self.need("head_dim", self.head_dim % 2 == 0, "even, for rotary embedding")
-        try:
-            schedule.parse(self.residual, self.layers)
-        except ValueError as error:
-            raise ConfigError(
-                f"model.residual={self.residual!r} is not accepted: {error}"
-            ) from None
+        self.need(
+            "rope_theta",
+            self.rope_theta > 1 or self.rope_scaling.kind != "yarn",
+            "greater than 1 with yarn",
+        )
+        has_window = self.sliding_window is not None
+        self.need(
+            "sliding_window",
+            self.sliding_window is None or self.sliding_window > 0,
+            "greater than 0, or None for all tokens",
+        )
+        self.need(
+            "window_layers",
+            has_window or self.window_layers == "all",
+            "all, unless model.sliding_window is given",
+        )
+        for name, read in (
+            ("residual", schedule.parse),
+            ("window_layers", schedule.parse_layers),
+            ("nope_layers", schedule.parse_layers),
+        ):
+            try:
+                read(getattr(self, name), self.layers)
+            except ValueError as error:
+                value = short_repr(getattr(self, name))
+                raise ConfigError(
+                    f"model.{name}={value} is not accepted: {error}"
+                ) from None
+
+    def residual_schedule(self) -> schedule.Schedule:
+        """The blocks, layer by layer, with what their attention sees."""
+        windowed = "none" if self.sliding_window is None else self.window_layers
+        return schedule.parse(
+            self.residual,
+            self.layers,
+            window_layers=windowed,
+            nope_layers=self.nope_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -197,9 +264,15 @@ class Data(Section):
     section = "data"
     # "builtin" (Python's own documentation), or a folder, file or glob.
     source: str = "builtin"
+    # What the source holds: text, or rows of chat (messages, conversations, prompt and
+    # completion, instruction and output). auto: chat, if its first rows are.
+    format: Literal["auto", "text", "chat"] = "auto"
     # The field of JSONL rows and Parquet columns that holds the text.
     text_field: str = "text"
-    # "bytes", or the path of a Hugging Face tokenizer.json.
+    # Which tokens of chat count in the loss: the assistant's, those of its last answer
+    # alone, or all.
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    # "bytes", or the path of a Hugging Face tokenizer.json, of its folder, or of a run.
     tokenizer: str = "bytes"
     # The share of the documents that is reserved for evaluation.
     held_out_fraction: float = 0.02
@@ -265,6 +338,11 @@ class Train(Section):
     section = "train"
     # The folder of metrics, checkpoints and plots.
     out: str = "runs/default"
+    # A checkpoint whose weights the run starts from, with a new optimizer: a run's
+    # folder, its checkpoints folder or the folder of one step. If the section model has
+    # its defaults, the model's shape and residual schedule are the checkpoint's too; so
+    # is the tokenizer if data.tokenizer has its default. Empty: random weights.
+    init_from: str = ""
     steps: int = 1000
     # Sequences in a step, over all devices.
     global_batch: int = 8
@@ -320,6 +398,41 @@ class Train(Section):
             "peak_tflops",
             self.peak_tflops is None or self.peak_tflops > 0,
             "greater than 0",
+        )
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    """Training toward the predictions of a parent model, and the annealed delay."""
+
+    section = "distill"
+    # The checkpoint of the parent: a run's folder, its checkpoints folder or the folder
+    # of one step. The loss is then KL(parent || model), computed from the logits of
+    # both, and a share of the cross-entropy. Empty: the cross-entropy alone.
+    parent: str = ""
+    # The weight of the cross-entropy beside the divergence.
+    cross_entropy: float = 0.1
+    # Compare the parent's probabilities of this many most probable tokens, and the sum
+    # of all others. 0: of all tokens.
+    top_k: int = 0
+    # Divides the logits of both models; the divergence is multiplied by its square.
+    temperature: float = 1.0
+    # Steps in which the stream that blocks read goes from the fresh one to that of
+    # model.residual. The last step of the run has model.residual's. 0: all steps have.
+    anneal_steps: int = 0
+    # The change pauses while the held-out loss of the blended model is more than this
+    # above that of the fresh model before the first step, in nats a token. None: it
+    # does not pause.
+    anneal_tolerance: float | None = 0.2
+
+    def check(self) -> None:
+        for name in ("cross_entropy", "top_k", "anneal_steps"):
+            self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.positive("temperature")
+        self.need(
+            "anneal_tolerance",
+            self.anneal_tolerance is None or self.anneal_tolerance >= 0,
+            "0 or more, or None",
         )
 
 
@@ -396,8 +509,15 @@ class Config(Section):
     mesh: Mesh = field(default_factory=Mesh)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    distill: Distill = field(default_factory=Distill)
 
     def check(self) -> None:
+        require(
+            self.distill.anneal_steps <= self.train.steps,
+            "distill.anneal_steps",
+            self.distill.anneal_steps,
+            f"at most train.steps={self.train.steps}",
+        )
         longest = self.model.max_length
         require(
             self.train.seq_len <= longest,

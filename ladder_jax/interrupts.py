@@ -1,4 +1,4 @@
-"""Turns signals of the operating system into a request to save and stop."""
+"""Turns signals of the operating system into a request to stop."""
 
 import contextlib
 import os
@@ -61,3 +61,29 @@ class StopSignal(contextlib.AbstractContextManager):
             return None
         sent = multihost_utils.process_allgather(np.array(self.signal or 0)).max()
         return signal.Signals(sent) if sent else None
+
+
+class InsistentInterrupt(contextlib.AbstractContextManager):
+    """Raises KeyboardInterrupt at Ctrl-C, and every second again until this ends.
+
+    Python loses a KeyboardInterrupt that it raises in a callback, such as JAX's of the
+    garbage collection; the work would go on.
+    """
+
+    def __enter__(self) -> "InsistentInterrupt":
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            for number in (signal.SIGINT, signal.SIGALRM):
+                self._previous_handlers[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous_handlers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, _: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        raise KeyboardInterrupt

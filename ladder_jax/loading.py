@@ -1,6 +1,6 @@
 """Loads a checkpoint as a model that is ready for use, in notebooks and commands."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ladder_jax import checkpoint, schedule, sharding
 from ladder_jax.config import Config, ConfigError, Mesh, from_meta
+from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.tokenizer import Tokenizer, from_json
 from ladder_jax.generate import empty_cache, generate, make_forward
 from ladder_jax.model import Transformer, abstract
@@ -25,7 +26,7 @@ class Loaded(NamedTuple):
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
         stop: str | Iterable[str] = (),
@@ -35,22 +36,22 @@ class Loaded(NamedTuple):
         """Yields the text that follows `prompt`, token by token.
 
         Args:
-          prompt: text; "" starts a new document.
+          prompt: text, or ids; "" starts a new document.
           max_tokens: the most tokens (default: 200, or as many as model.max_length
             leaves room for).
           stop: a string or several; the text ends before the first of them that the
             model generates.
           stop_token_ids: ids that end the text and are not part of it (default: the
-            tokenizer's eos).
+            tokenizer's eos_ids).
           options: other options of `generate.generate`: `logit_bias`, `kv_dtype` and
             sampling parameters.
         Raises ConfigError, before the first token, if an argument is not accepted.
         """
-        ids = self.tokenizer.prompt(prompt)
+        ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
         if max_tokens is None:
             max_tokens = max(min(200, self.config.model.max_length - len(ids)), 0)
         if stop_token_ids is None:
-            stop_token_ids = (self.tokenizer.eos,)
+            stop_token_ids = self.tokenizer.eos_ids
         text_filter = StopStringFilter(self.tokenizer.stream(), check_stop(stop))
         tokens = generate(
             self.model,
@@ -63,6 +64,29 @@ class Loaded(NamedTuple):
             **options,
         )
         return _texts(tokens, text_filter)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        stop_token_ids: Iterable[int] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yields the assistant's answer to a conversation, token by token.
+
+        Args:
+          messages: {"role": "user", "content": "..."} and so on; the tokenizer's chat
+            template makes the prompt of them. A text is one message of the user.
+          stop_token_ids: ids that end the answer (default: the template's end of a
+            turn, and every end token of the tokenizer).
+          options: other options of `generate`.
+        Raises ConfigError, before the first token, if an argument is not accepted.
+        """
+        encoder = ChatEncoder(self.tokenizer)
+        ids = encoder.prompt(messages)
+        if stop_token_ids is None:
+            stop_token_ids = encoder.end_ids
+        return self.generate(ids, stop_token_ids=stop_token_ids, **options)
 
     def logits(self, text: str) -> tuple[jax.Array, list[int]]:
         """Returns (logits [T, V] float32 after every token of `text`, its T ids)."""

@@ -11,6 +11,7 @@ arrays' shapes, not from the config.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +21,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import config, kv_cache, schedule, sharding
-from ladder_jax.attention import attend, attend_cache, rotary, rotate
+from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.dtp import mean_of_streams
 from ladder_jax.residual.reductions import Policy, reduce
+from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
 
 _save = jax.checkpoint_policies.save_only_these_names
@@ -38,6 +40,12 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "full": _save(),  # saves only the stream at the layer's start
 }
 Progress = Callable[..., Any]
+# By model.activation: the function on the MLP's gate.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -51,12 +59,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What attention needs to know, beside its input."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: no rotary embedding
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
+    window: int | None  # the tokens that attention sees; None: all
 
 
 class Attention(nnx.Module):
@@ -76,6 +85,7 @@ class Attention(nnx.Module):
         self.bq = nnx.Param(jnp.zeros((N, H))) if bias else None
         self.bk = nnx.Param(jnp.zeros((K, H))) if bias else None
         self.bv = nnx.Param(jnp.zeros((K, H))) if bias else None
+        self.bo = nnx.Param(jnp.zeros(D)) if model_config.out_bias else None
         self.q_norm = nnx.Param(jnp.ones(H)) if norm else None
         self.k_norm = nnx.Param(jnp.ones(H)) if norm else None
 
@@ -89,7 +99,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, kv_cache.KV | None]:
         """This block's partial [B, T, D], and the cache with u's keys and values.
 
-        With `read_BR` (only with a cache) the partial has only those positions.
+        The partial lacks the output's bias, `bo`. With `read_BR` (only with a cache)
+        it has only those positions.
         """
         read_u_BTD = residual.take(u_BTD, read_BR)
         q_BTNH = _project(read_u_BTD, self.wq, self.bq)
@@ -99,17 +110,20 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
-        q_BTNH = rotate(q_BTNH, (cosine, sine))
-        k_BTKH = rotate(k_BTKH, context.rotation)
+        if context.rotation is not None:
+            cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+            q_BTNH = rotate(q_BTNH, (cosine, sine))
+            k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
             segments_BT = context.segments_BT
             assert segments_BT is not None  # required without a cache
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel)
+            out_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
+            )
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
-            out_BTNH = attend_cache(q_BTNH, cache, positions_BT)
+            out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -120,29 +134,40 @@ class Attention(nnx.Module):
 def _project(
     u_BTD: jax.Array, weight_DNH: nnx.Param, bias_NH: nnx.Param | None
 ) -> jax.Array:
-    x_BTNH = einsum("btd,dnh->btnh", u_BTD, weight_DNH[...])
-    return x_BTNH if bias_NH is None else x_BTNH + bias_NH[...].astype(x_BTNH.dtype)
+    return _add_bias(einsum("btd,dnh->btnh", u_BTD, weight_DNH[...]), bias_NH)
+
+
+def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return x if bias is None else x + bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU, or GEGLU with the activation gelu (arXiv 2002.05202)."""
 
     def __init__(
         self, model_config: config.Model, rngs: nnx.Rngs, norm: bool = True
     ) -> None:
         D, F, std = model_config.dim, model_config.ffn_dim, model_config.init_std
+        self.activation = model_config.activation
         self.norm = nnx.Param(jnp.ones(D)) if norm else None
         self.gate = _normal(rngs, (D, F), std)
         self.up = _normal(rngs, (D, F), std)
         self.down = _normal(rngs, (F, D), _depth_scaled(model_config))
+        bias = model_config.mlp_bias
+        self.gate_bias = nnx.Param(jnp.zeros(F)) if bias else None
+        self.up_bias = nnx.Param(jnp.zeros(F)) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros(D)) if bias else None
 
     def __call__(self, u_BTD: jax.Array, progress: Progress) -> jax.Array:
-        """This block's partial [B, T, D]."""
+        """This block's partial [B, T, D], without the output's bias `down_bias`."""
         gate_BTF = progress(einsum("btd,df->btf", u_BTD, self.gate[...]))
+        gate_BTF = _add_bias(gate_BTF, self.gate_bias)
         up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
         up_BTF = checkpoint_name(up_BTF, "product")
+        up_BTF = _add_bias(up_BTF, self.up_bias)
         # The activation is computed in float32 and rounded once.
-        gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF
+        activate = ACTIVATIONS[self.activation]
+        gated_BTF = activate(gate_BTF.astype(jnp.float32)) * up_BTF
         gated_BTF = gated_BTF.astype(u_BTD.dtype)
         # Remat "dots" does not save the activation: it saves the two products.
         gated_BTF = progress(gated_BTF, saved=False)
@@ -251,7 +276,8 @@ def hidden(
       remat: a name in REMAT.
       unroll: whether the compiled program repeats the layer scan's body.
       freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
-        newest terms a delayed block reads (residual/annealing.py).
+        newest terms a delayed block reads (residual/annealing.py). With an array every
+        block has its own: 1 makes it standard, 0 what its schedule says.
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
@@ -268,7 +294,15 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-    context = Context(rotation, segments_BT, positions_BT, kernel)
+
+    def context_of(block: Block) -> Context:
+        return Context(
+            rotation if block.rope else None,
+            segments_BT,
+            positions_BT,
+            kernel,
+            model_config.sliding_window if block.window else None,
+        )
 
     def compute(
         layer_and_cache: tuple[Layer, Any],
@@ -288,18 +322,21 @@ def hidden(
         partials_BTD, new_cache = [], None
         if "attention" in parts:
             attention = parts["attention"]
-            partial_BTD, new_cache = attention(u_BTD, context, cache, progress, read_BR)
-            partials_BTD.append(partial_BTD)
+            partial_BTD, new_cache = attention(
+                u_BTD, context_of(block), cache, progress, read_BR
+            )
+            partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
         if "mlp" in parts:
-            read_u_BTD = residual.take(u_BTD, read_BR)
-            partials_BTD.append(parts["mlp"](read_u_BTD, progress))
+            mlp = parts["mlp"]
+            partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
+            partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
         return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
     layers: Any = (model.layers, cache)
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
     x_BTD, outputs = residual.run(
-        schedule.parse(model_config.residual, model_config.layers),
+        model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
         compute,
@@ -313,6 +350,20 @@ def hidden(
     if isinstance(model.layers, list):
         return x_BTD, [blocks[0] for blocks in outputs]
     return x_BTD, outputs[0]
+
+
+def _add_output_bias(
+    partial_BTD: jax.Array, bias_D: nnx.Param | None, block: Block
+) -> jax.Array:
+    """A block's partial with its output's bias, which joins every stream once.
+
+    If the block reduces, the shards' partials are added up, so one shard adds the bias.
+    Otherwise each shard adds its own partial to its own stream, and the bias with it.
+    """
+    if bias_D is None:
+        return partial_BTD
+    bias = bias_D[...].astype(partial_BTD.dtype)
+    return partial_BTD + (sharding.on_first_shard(bias) if block.reduce else bias)
 
 
 def embed(
@@ -423,14 +474,30 @@ def loss(
         return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
     arrays = x_BTD, batch["targets"], batch["weights"]
+    return sum_over_tokens(weighted_sum, arrays, chunk)
+
+
+def sum_over_tokens(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+    """The sum of `function`, itself a sum over tokens, over chunks of the tokens.
+
+    Args:
+      function: takes arrays [B, T, ...]; zeros must add nothing.
+      arrays: its arguments [B, T, ...].
+      chunk: if not 0, `function` gets this many tokens at a time, as [1, chunk, ...],
+        and computes them again in the backward pass.
+    """
     if not chunk:
-        return weighted_sum(*arrays)
+        return function(*arrays)
 
     def add_chunk(total: jax.Array, chunk_arrays: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(weighted_sum)(*chunk_arrays), None
+        return total + jax.checkpoint(function)(*chunk_arrays), None
 
-    chunks = tuple(_chunked(x, min(chunk, tokens_BT.size)) for x in arrays)
-    return lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunks = tuple(_chunked(x, min(chunk, tokens)) for x in arrays)
+    shape = jax.eval_shape(function, *(x[0] for x in chunks)).shape
+    return lax.scan(add_chunk, jnp.zeros(shape, jnp.float32), chunks)[0]
 
 
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:

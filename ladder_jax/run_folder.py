@@ -42,14 +42,15 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
     If a job has several processes, one of them holds the lease for all.
 
     Args:
-      folder: the run's folder (train.out). Entering the `with` makes it.
+      folder: the run's folder. Entering the `with` makes it.
+      field: the option that names the folder, for messages.
 
     Entering raises ConfigError while another job holds the lease, and OSError where the
     folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.file = Path(folder) / FILE
+    def __init__(self, folder: str | Path, field: str = "train.out") -> None:
+        self.file, self.field = Path(folder) / FILE, field
         self._own: Holder = dict(
             host=socket.gethostname(),
             machine=_machine(),
@@ -116,7 +117,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 runs = True
             if runs:
                 raise ConfigError(
-                    f"train.out={str(self.file.parent)!r} is not accepted: "
+                    f"{self.field}={str(self.file.parent)!r} is not accepted: "
                     f"{_name(holder)} writes there. Choose another folder or end that "
                     f"process; if it does not run any more, remove {self.file}"
                 )

@@ -39,6 +39,8 @@ class Block(NamedTuple):
     # block starts, and whether the oldest of them joins their streams after it.
     in_flight: int = 0
     lands: bool = False
+    window: bool = False  # its attention sees the model's sliding window alone
+    rope: bool = True  # its attention has rotary embedding
 
     @property
     def overlaps(self) -> bool:
@@ -64,11 +66,42 @@ FORMS = (
 )
 
 
-def parse(notation: str, layers: int) -> Schedule:
+def parse(
+    notation: str,
+    layers: int,
+    *,
+    window_layers: str = "none",
+    nope_layers: str = "none",
+) -> Schedule:
     """The `Schedule` of a model with `layers` layers.
+
+    Args:
+      notation: one of FORMS.
+      layers: how many.
+      window_layers: those with a sliding window, in the notation of `parse_layers`.
+      nope_layers: those without rotary embedding.
 
     Raises ValueError, which says which forms are accepted.
     """
+    plain = _parse(notation, layers)
+    windowed = parse_layers(window_layers, layers)
+    without_rope = parse_layers(nope_layers, layers)
+
+    def mark(number: int, block: Block) -> Block:
+        if "attention" not in block.parts:
+            return block
+        return block._replace(
+            window=number in windowed, rope=number not in without_rope
+        )
+
+    marked = [
+        tuple(mark(number, block) for block in blocks)
+        for number, blocks in enumerate(plain.layers)
+    ]
+    return plain._replace(layers=tuple(marked))
+
+
+def _parse(notation: str, layers: int) -> Schedule:
     kind, _, argument = notation.partition(":")
     if kind in ("standard", "parallel", "upper-bound") and argument:
         raise ValueError(f"{kind} takes no argument")
@@ -81,7 +114,7 @@ def parse(notation: str, layers: int) -> Schedule:
                 raise ValueError("ladder:A,M takes two delays, attention's and MLP's")
             return _delayed(_ramp(pair * layers))
         case "hybrid":
-            stale = _hybrid_layers(argument, layers)
+            stale = _listed_layers(argument, "hybrid:", layers)
             delays = [int(layer in stale) for layer in range(layers)]
             return _delayed([delay for delay in delays for _ in range(2)])
         case "delays":
@@ -176,21 +209,49 @@ def _numbers(text: str, form: str) -> list[int]:
     return numbers
 
 
-def _hybrid_layers(text: str, layers: int) -> set[int]:
-    """The layers with delay 1 that the argument of `hybrid:` names."""
+def parse_layers(text: str, layers: int) -> frozenset[int]:
+    """The layers that a text names: all, none, lastK, or such as 0,2,5-9.
+
+    Raises ValueError, which says what is accepted.
+    """
+    if text in ("all", "none"):
+        return frozenset(range(layers if text == "all" else 0))
+    try:
+        return frozenset(_listed_layers(text, "", layers))
+    except ValueError as error:
+        forms = "all, none, lastK or layers such as 0,2,5-9"
+        raise ValueError(f"it must be {forms} ({error})") from None
+
+
+def format_layers(numbers: Iterable[int], layers: int) -> str:
+    """The text that `parse_layers` reads as these of `layers` layers."""
+    chosen = sorted(set(numbers))
+    if len(chosen) in (0, layers):
+        return "all" if chosen else "none"
+    ranges: list[list[int]] = []
+    for number in chosen:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def _listed_layers(text: str, prefix: str, layers: int) -> set[int]:
+    """The layers of "last16" or "3,5-9"; `prefix` is for the error message."""
     if text.startswith("last"):
-        count, *more = _numbers(text[4:], "hybrid:lastK")
+        count, *more = _numbers(text[4:], f"{prefix}lastK")
         if more:
-            raise ValueError("hybrid:lastK takes one number of layers")
+            raise ValueError(f"{prefix}lastK takes one number of layers")
         if count > layers:
             raise ValueError(f"{text} asks for more than the {layers} layers there are")
         return set(range(layers - count, layers))
-    stale: set[int] = set()
+    listed: set[int] = set()
     for part in text.split(","):
-        ends = _numbers(part.replace("-", ","), "hybrid:LAYERS")
+        ends = _numbers(part.replace("-", ","), f"{prefix}LAYERS")
         if len(ends) > 2 or ends[0] > ends[-1]:
             raise ValueError(f"{part} is not a layer or a range of layers such as 5-9")
-        stale |= set(range(ends[0], ends[-1] + 1))
-    if not stale or max(stale) >= layers:
-        raise ValueError(f"layers run from 0 to {layers - 1}")
-    return stale
+        if ends[-1] >= layers:
+            raise ValueError(f"layers run from 0 to {layers - 1}")
+        listed |= set(range(ends[0], ends[-1] + 1))
+    return listed

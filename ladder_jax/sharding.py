@@ -70,6 +70,7 @@ PARAMETERS = {
     "attention.bq": _row("bias", N=TENSOR, H=None),
     "attention.bk": _row("bias", K=TENSOR, H=None),
     "attention.bv": _row("bias", K=TENSOR, H=None),
+    "attention.bo": _row("bias", D=None),
     "attention.q_norm": _row("norm", H=None),
     "attention.k_norm": _row("norm", H=None),
     "attention.wo": _row("matrix", N=TENSOR, H=None, D=FSDP),
@@ -77,6 +78,9 @@ PARAMETERS = {
     "mlp.gate": _row("matrix", D=FSDP, F=TENSOR),
     "mlp.up": _row("matrix", D=FSDP, F=TENSOR),
     "mlp.down": _row("matrix", F=TENSOR, D=FSDP),
+    "mlp.gate_bias": _row("bias", F=TENSOR),
+    "mlp.up_bias": _row("bias", F=TENSOR),
+    "mlp.down_bias": _row("bias", D=None),
     "norm": _row("norm", D=None),
     "unembedding": _row("matrix", D=FSDP, V=TENSOR),
 }
@@ -377,6 +381,13 @@ def gather_vocabulary(logits: jax.Array) -> jax.Array:
     if axis_size(TENSOR) == 1:
         return logits
     return lax.all_gather(logits, TENSOR, axis=logits.ndim - 1, tiled=True)
+
+
+def on_first_shard(value: jax.Array) -> jax.Array:
+    """`value` as a partial: the first tensor shard has it, the others have zeros."""
+    if axis_size(TENSOR) == 1:
+        return value
+    return jnp.where(lax.axis_index(TENSOR) == 0, value, 0)
 
 
 def vocabulary_offset(local_size: int) -> jax.Array:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
 
-from ladder_jax import attention, model, schedule, sharding
+from ladder_jax import attention, initial, model, schedule, sharding
 from ladder_jax.checkpoint import (
     Checkpoints,
     read_meta,
@@ -42,6 +41,14 @@ from ladder_jax.generate import generate
 from ladder_jax.hardware import chips, xla_options
 from ladder_jax.interrupts import StopSignal
 from ladder_jax.metrics import Metrics, plot, require_tensorboard
+from ladder_jax.objective import (
+    BATCH_FIELDS,
+    BATCH_SPECS,
+    NO_EXTRAS,
+    Batch,
+    Extras,
+    loss_and_gradients,
+)
 from ladder_jax.optimizer import learning_rate, make_optimizer
 from ladder_jax.progress import (
     Measured,
@@ -50,14 +57,9 @@ from ladder_jax.progress import (
     Reports,
     Speed,
 )
-from ladder_jax.residual import choose
 from ladder_jax.run_folder import Lease
+from ladder_jax.step_inputs import StepInputs
 
-# The arrays of a batch, each [B, T] (see data/corpus.py).
-BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
-BATCH_SPECS = dict.fromkeys(BATCH_FIELDS, sharding.TOKENS)
-
-Batch = Mapping[str, Any]  # of jax or NumPy arrays, by BATCH_FIELDS
 Say = Callable[[str], None]
 
 
@@ -101,79 +103,22 @@ def state_shardings(
 def init_state(
     config: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
 ) -> State:
-    """A new state. Each device computes its own shards and never holds more than them.
+    """A new state, with random parameters or those of train.init_from.
 
-    The values are the same on every mesh, except for rounding.
+    Each device computes or loads its own shards and never holds more than them. Random
+    values are the same on every mesh, except for rounding.
     """
+    shardings = state_shardings(config, mesh, optimizer)
+    if config.train.init_from:
+        parameters = initial.load_weights(config, mesh)
+        init_optimizer = jax.jit(optimizer.init, out_shardings=shardings.optimizer)
+        return State(parameters, init_optimizer(parameters))
 
     def init() -> State:
         parameters = model.init(config.model, jax.random.key(config.train.seed))
         return State(parameters, optimizer.init(parameters))
 
-    shardings = state_shardings(config, mesh, optimizer)
     return jax.jit(init, out_shardings=shardings)()
-
-
-def loss_and_gradients(
-    config: Config, mesh: jax.sharding.Mesh, kernel: str | None = None
-) -> Callable[..., Any]:
-    """(model, batch) -> (mean loss in nats a token, gradients), over the whole batch.
-
-    Args:
-      config: the run's.
-      mesh: of the global arrays that the function takes and returns.
-      kernel: of attention. None: see attention.kernel_for.
-    """
-    platform = chips.platform(mesh)
-    kernel = kernel or attention.kernel_for(
-        platform, config.model, config.train.seq_len
-    )
-    # On a CPU, XLA converts a scan's whole stack of bfloat16 activations at every
-    # layer. Unrolled layers have no such stack, but take longer to compile. An emulated
-    # mesh is for trials, where a short compilation matters more.
-    unroll = platform == "cpu" and mesh.size == 1
-    reduction = choose.reduction_for(config.mesh.reduction, config.model, mesh)
-    options: dict[str, Any] = dict(
-        kernel=kernel,
-        reduction=reduction,
-        remat=config.train.remat,
-        unroll=unroll,
-        chunk=config.train.loss_chunk,
-    )
-    parts = config.train.grad_accum_steps
-
-    def local(parameters: model.Transformer, batch: Batch) -> Any:
-        weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH_AXES), 1)
-        objective = jax.value_and_grad(
-            lambda m, part: model.loss(m, config.model, part, **options) / weight
-        )
-        if parts == 1:
-            loss, gradients = objective(parameters, batch)
-        else:
-            loss, gradients = accumulate(objective, parameters, batch, parts)
-        loss = lax.psum(loss, sharding.BATCH_AXES)
-        return loss, sharding.sum_gradients(gradients, specs)
-
-    specs = sharding.parameter_specs(model.abstract(config.model))
-    return sharding.shard_map(
-        local, mesh, (specs, BATCH_SPECS), (sharding.REPLICATED, specs)
-    )
-
-
-def accumulate(
-    objective: Callable[..., Any],
-    parameters: model.Transformer,
-    batch: Batch,
-    parts: int,
-) -> Any:
-    """Splits a batch into `parts`, and sums `objective` (loss, gradients) over them."""
-
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, objective(parameters, part)), None
-
-    batches = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters)
-    return lax.scan(add, zeros, batches)[0]
 
 
 def make_step(
@@ -181,35 +126,38 @@ def make_step(
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformationExtraArgs,
     kernel: str | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Callable[..., Any]:
     """The compiled training step: (state, batch) -> (state, results).
 
     It donates the state. `results` are scalars: loss (before the step), gradient_norm
     (before clipping) and parameter_norm (after the step; it is finite only if a
-    checkpoint of the new state is).
+    checkpoint of the new state is); with a parent also divergence and cross_entropy,
+    which make up the loss. With `extras` its third argument is a dict of their arrays.
     """
-    gradients_of = loss_and_gradients(config, mesh, kernel)
+    gradients_of = loss_and_gradients(config, mesh, kernel, extras)
     specs = sharding.parameter_specs(model.abstract(config.model))
     norm_of = sharding.shard_map(
         lambda tree: sharding.norm(tree, specs), mesh, (specs,), sharding.REPLICATED
     )
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        loss, gradients = gradients_of(state.model, batch)
+    def step(
+        state: State, batch: Batch, *inputs: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        losses, gradients = gradients_of(state.model, batch, *inputs)
         norm = norm_of(gradients)
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer, state.model, norm=norm
         )
         parameters = optax.apply_updates(state.model, updates)
-        results = dict(
-            loss=loss, gradient_norm=norm, parameter_norm=norm_of(parameters)
-        )
+        results = losses | dict(gradient_norm=norm, parameter_norm=norm_of(parameters))
         return State(parameters, optimizer_state), results
 
     shardings = state_shardings(config, mesh, optimizer)
+    inputs = (BATCH_SPECS, *extras.specs())
     return jax.jit(
         step,
-        in_shardings=(shardings, sharding.named_shardings(mesh, BATCH_SPECS)),
+        in_shardings=(shardings, *sharding.named_shardings(mesh, inputs)),
         out_shardings=(
             shardings,
             sharding.named_shardings(mesh, sharding.REPLICATED),
@@ -219,28 +167,37 @@ def make_step(
     )
 
 
-def make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """(model, batch) -> (sum of losses in nats, sum of weights), compiled."""
+def make_evaluation(
+    config: Config, mesh: jax.sharding.Mesh, freshness: bool = False
+) -> Callable[..., Any]:
+    """(model, batch) -> (sum of losses in nats, sum of weights), compiled.
+
+    With `freshness` its third argument is a dict with that array (objective.Extras).
+    """
     platform = chips.platform(mesh)
     options: dict[str, Any] = dict(
         kernel=attention.kernel_for(platform, config.model, config.train.seq_len),
         chunk=config.train.loss_chunk,
     )
 
-    def local(parameters: model.Transformer, batch: Batch) -> Any:
-        loss = model.loss(parameters, config.model, batch, **options)
+    def local(parameters: model.Transformer, batch: Batch, *inputs: Any) -> Any:
+        fresh = dict(*inputs)
+        loss = model.loss(parameters, config.model, batch, **options, **fresh)
         return lax.psum((loss, batch["weights"].sum()), sharding.BATCH_AXES)
 
     specs = sharding.parameter_specs(model.abstract(config.model))
+    inputs = Extras(freshness=freshness).specs()
     results = (sharding.REPLICATED, sharding.REPLICATED)
     return jax.jit(
-        sharding.shard_map(local, mesh, (specs, BATCH_SPECS), results),
+        sharding.shard_map(local, mesh, (specs, BATCH_SPECS, *inputs), results),
         compiler_options=xla_options.options(mesh),
     )
 
 
 def flops_per_token(model_config: Model, length: int) -> int:
     """Model FLOPs of training on one token: 6 N + 12 L heads H T.
+
+    In layers with a sliding window it stands for T if it is less.
 
     N is the number of parameters without the input embedding, which is not multiplied
     (a tied embedding counts once, as the output's). Attention counts all T x T
@@ -251,7 +208,12 @@ def flops_per_token(model_config: Model, length: int) -> int:
     if not model_config.tie_embeddings:
         count -= model_config.vocab_size * model_config.dim
     width = model_config.heads * model_config.head_dim
-    return 6 * count + 12 * model_config.layers * width * length
+    seen = model_config.layers * length
+    if model_config.sliding_window is not None:
+        blocks = [b for layer in model_config.residual_schedule().layers for b in layer]
+        windows = sum(block.window for block in blocks)
+        seen -= windows * max(length - model_config.sliding_window, 0)
+    return 6 * count + 12 * seen * width
 
 
 def parameter_count(tree: Any) -> int:
@@ -265,6 +227,8 @@ def parameter_count(tree: Any) -> int:
 class Job(NamedTuple):
     """A run after `prepare` has checked its configuration, data and folder."""
 
+    config: Config  # with the model of train.init_from
+    parent: Model | None  # the shape of distill.parent
     mesh: jax.sharding.Mesh
     tokenizer: tokenizers.Tokenizer
     corpus: corpora.Corpus
@@ -297,7 +261,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
         # ---- checks and data
         job = prepare(config, resume, say)
-        mesh, corpus = job.mesh, job.corpus
+        config, mesh, corpus = job.config, job.mesh, job.corpus
         shard, shards = sharding.data_shard(mesh)
         split = dict(
             batch=config.train.global_batch // shards,
@@ -320,8 +284,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 "one started: continue it with --resume, or choose another folder"
             )
         optimizer = make_optimizer(config.optimizer, steps)
+        meta = job.meta
         if job.saved:
-            first, state = restore(config, job, optimizer, checkpoints, batches)
+            first, state, meta = restore(config, job, optimizer, checkpoints, batches)
             say(f"resumed at step {first} of {steps} from {checkpoints.folder}")
         else:
             first, state = 0, init_state(config, mesh, optimizer)
@@ -331,8 +296,16 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         say(describe(config, mesh, count))
 
         # ---- programs and reports
-        train_step = make_step(config, mesh, optimizer)
+        inputs = StepInputs(config, mesh, job.parent, meta.get("anneal"))
+        # By whether a step takes a freshness. XLA compiles each when it first runs.
+        train_steps = {
+            annealing: make_step(
+                config, mesh, optimizer, None, inputs.extras(annealing)
+            )
+            for annealing in {inputs.annealing, False}
+        }
         evaluation = make_evaluation(config, mesh)
+        blended = make_evaluation(config, mesh, True) if inputs.annealing else None
         rate = jax.jit(learning_rate(config.optimizer, steps))
         pace = stack.enter_context(Pace(first))
         metrics = None
@@ -342,6 +315,24 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
         def report(measured: Measured) -> None:
             reports.step(measured, finite(measured, checkpoints))
+
+        def first_held_out() -> Iterable[Batch]:
+            return itertools.islice(held_out, config.train.eval_batches)
+
+        def anneal(step: int) -> dict[str, float]:
+            """Measures the blended model, on which the annealed delay waits."""
+            if blended is None or not inputs.annealing:
+                return {}
+            fresh = inputs.freshness(step)
+            values = evaluate(blended, state, first_held_out(), job, fresh)
+            inputs.see(values["held_out_loss"])
+            return dict(
+                freshness=float(fresh["freshness"]),
+                blended_held_out_loss=values["held_out_loss"],
+            )
+
+        if first == 0:
+            anneal(0)
 
         # ---- loop
         def due(step: int, every: int) -> bool:
@@ -354,11 +345,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         step, stopped, unread = first, None, None
         while step < steps and not (stopped := stop.requested(step)):
             profile.before_step(step, state)
-            state, results = train_step(state, to_devices(mesh, next(batches)))
+            batch = to_devices(mesh, next(batches))
+            train_step = train_steps[inputs.annealing]
+            state, results = train_step(state, batch, *inputs.for_step(step))
             # A small program of its own. The device runs it before the next step, since
             # the host queues it first.
             results["learning_rate"] = rate(np.int32(step))
             step += 1
+            inputs.after_step()
             output.advance()
             if unread:  # the host reports the last step while the device runs this one
                 report(unread)
@@ -371,13 +365,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             if evaluating or saving:
                 report(pace.measure(step, results))
                 if evaluating:
-                    first_ones = itertools.islice(held_out, config.train.eval_batches)
-                    values = evaluate(evaluation, state, first_ones, job)
+                    values = evaluate(evaluation, state, first_held_out(), job)
+                    values |= anneal(step)
                     reports.evaluation(step, values)
                     summary |= values
                 if saving:
                     start = time.perf_counter()
-                    checkpoints.save(step, state._asdict(), batches, job.meta)
+                    meta = job.meta | inputs.state()
+                    checkpoints.save(step, state._asdict(), batches, meta)
                     reports.save_s = time.perf_counter() - start
                 pace.restart(step)
             elif due(step, config.train.log_every):
@@ -387,7 +382,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 report(unread)
             else:
                 finite(Measured(step, results), checkpoints)
-            checkpoints.save(step, state._asdict(), batches, job.meta)
+            meta = job.meta | inputs.state()
+            checkpoints.save(step, state._asdict(), batches, meta)
 
     summary |= dict(
         step=step,
@@ -415,17 +411,18 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     Raises ConfigError for the first mistake.
     """
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = tokenizers.load(config.data.tokenizer)
+    out = Path(config.train.out).expanduser()
+    saved = saved_steps(out / "checkpoints")
+    config, tokenizer, origin = initial.resolve(config, out, bool(saved and resume))
+    check_anneal(config)
     check_vocabulary(config, mesh, tokenizer)
     rows = config.train.global_batch // config.train.grad_accum_steps
     sharding.check_fits(config.model, mesh, rows)
     sharding.data_shard(mesh)
     if config.train.tensorboard:
         require_tensorboard()
-    out = Path(config.train.out).expanduser()
     check_writable(out, config.train.out)
     require_plain_name(out, "train.out")
-    saved = saved_steps(out / "checkpoints")
     if saved and not resume:
         raise ConfigError(
             f"{out} already holds a run, at step {saved[-1]}: "
@@ -438,12 +435,26 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     )
     before = read_meta(out) if saved else meta
     check_resumed(before, meta, out)
-    corpus = prepare_corpus(config.data, tokenizer)
-    say(corpus.report)
+    parent = initial.parent_model(config, mesh, tokenizer)
+    corpus = prepare_corpus(config.data, tokenizer).cut(config.train.seq_len)
+    for line in (origin, corpus.report):
+        if line:
+            say(line)
     meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
     meta["documents"] = corpus.digest
     check_resumed(meta | before, meta, out)
-    return Job(mesh, tokenizer, corpus, out, meta, bool(saved))
+    return Job(config, parent, mesh, tokenizer, corpus, out, meta, bool(saved))
+
+
+def check_anneal(config: Config) -> None:
+    """Raises ConfigError where distill.anneal_steps has no delay to anneal."""
+    notation, layers = config.model.residual, config.model.layers
+    blocks = [b for layer in schedule.parse(notation, layers).layers for b in layer]
+    if config.distill.anneal_steps and not any(block.delay for block in blocks):
+        raise ConfigError(
+            f"distill.anneal_steps={config.distill.anneal_steps} is not accepted with "
+            f"model.residual={notation!r}, which has no delay: it must be 0"
+        )
 
 
 def check_vocabulary(
@@ -479,7 +490,7 @@ def check_writable(out: Path, value: str) -> None:
 # The fields that a resumed run may not change. None: every field of the section.
 FROZEN: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "data": ("text_field", "held_out_fraction"),
+    "data": ("format", "text_field", "train_on", "held_out_fraction"),
     "train": ("global_batch", "seq_len", "seed"),
 }
 
@@ -517,8 +528,12 @@ def check_resumed(
         ("source", "corpus"),
         ("source", "documents"),
     ):
-        comparable = contents in saved and contents in now
-        if comparable and saved[contents] != now[contents]:
+        if contents not in saved or contents not in now:
+            continue
+        old, new = saved[contents], now[contents]
+        if contents == "tokenizer":  # what belongs to prompts alone may change
+            old, new = (tokenizers.from_json(x).documents_json() for x in (old, new))
+        if old != new:
             value = getattr(after.data, field)
             raise ConfigError(
                 f"data.{field}={value!r} has other contents now than in the run to "
@@ -545,13 +560,13 @@ def restore(
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Any,
-) -> tuple[int, State]:
-    """(step, state) of the newest checkpoint. Moves the iterator `batches` to the batch
-    that follows it."""
+) -> tuple[int, State, dict[str, Any]]:
+    """(step, state, meta) of the newest checkpoint. Moves the iterator `batches` to the
+    batch that follows it."""
     abstract = abstract_state(config, job.mesh, optimizer)._asdict()
     saved = job.meta["config"]
-    step, arrays, _ = checkpoints.restore(abstract, batches, config=saved)
-    return step, State(**arrays)
+    step, arrays, meta = checkpoints.restore(abstract, batches, config=saved)
+    return step, State(**arrays), meta
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
@@ -610,11 +625,21 @@ def finite(measured: Measured, checkpoints: Checkpoints) -> dict[str, float]:
 
 
 def evaluate(
-    evaluation: Callable[..., Any], state: State, batches: Iterable[Batch], job: Job
+    evaluation: Callable[..., Any],
+    state: State,
+    batches: Iterable[Batch],
+    job: Job,
+    *inputs: dict[str, Any],
 ) -> dict[str, float]:
-    """The mean loss over held-out `batches`, in nats a token and in bits per byte."""
+    """The mean loss over held-out `batches`, in nats a token and in bits per byte.
+
+    `inputs`: the last argument of `evaluation`, if it takes a freshness.
+    """
     start = time.perf_counter()
-    totals = [evaluation(state.model, to_devices(job.mesh, batch)) for batch in batches]
+    totals = [
+        evaluation(state.model, to_devices(job.mesh, batch), *inputs)
+        for batch in batches
+    ]
     loss, weight = np.sum(jax.device_get(totals), axis=0)
     return dict(
         held_out_loss=float(loss / weight),
@@ -634,7 +659,7 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         seed=config.train.seed,
-        stop_token_ids=(tokenizer.eos,),
+        stop_token_ids=tokenizer.eos_ids,
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))

@@ -16,8 +16,23 @@ def norm(x, scale, eps):
 def rope(x_TNH, positions_T, config):
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_theta ** (jnp.arange(half) / half)
-    if config.rope_scaling.factor != 1:  # Llama 3.1: three bands of wavelengths
-        s = config.rope_scaling
+    s, size = config.rope_scaling, 1.0
+    if s.kind == "linear":  # positions are divided
+        frequency = frequency / s.factor
+    elif s.kind == "yarn":  # a ramp over the pairs' indices, and larger scores
+        at = lambda turns: (
+            half
+            * (
+                jnp.log(s.original_length / (2 * jnp.pi * turns))
+                / jnp.log(config.rope_theta)
+            )
+        )
+        low = jnp.maximum(jnp.floor(at(s.beta_fast)), 0)
+        high = jnp.minimum(jnp.ceil(at(s.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low), 0, 1)
+        frequency = (1 - ramp) * frequency + ramp * frequency / s.factor
+        size = 0.1 * jnp.log(s.factor) + 1
+    elif s.factor != 1:  # Llama 3.1: three bands of wavelengths
         wavelength = 2 * jnp.pi / frequency
         smooth = (s.original_length / wavelength - s.low_freq_factor) / (
             s.high_freq_factor - s.low_freq_factor
@@ -31,7 +46,7 @@ def rope(x_TNH, positions_T, config):
             ),
         )
     angle = positions_T[:, None] * frequency
-    cosine, sine = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cosine, sine = size * jnp.cos(angle)[:, None], size * jnp.sin(angle)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
@@ -43,7 +58,7 @@ def share(size, ranks, rank):
     return jnp.float32(jnp.arange(size) * ranks // size == rank)
 
 
-def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
+def attention(p, u_TD, positions_T, segments_T, config, layer, ranks=1, rank=0):
     """One rank's partial output: only its own heads reach the output projection."""
     N, K = config.heads, config.kv_heads
     q = jnp.einsum("td,dnh->tnh", u_TD, p.wq[...])
@@ -56,13 +71,19 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
             norm(q, p.q_norm[...], config.norm_eps),
             norm(k, p.k_norm[...], config.norm_eps),
         )
-    q, k = rope(q, positions_T, config), rope(k, positions_T, config)
+    if layer not in parse_layers(config.nope_layers, config.layers):
+        q, k = rope(q, positions_T, config), rope(k, positions_T, config)
     # Every query head gets a copy of its own.
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     T = len(q)
     allowed = jnp.tril(jnp.ones((T, T), bool)) & (
         segments_T[:, None] == segments_T[None]
     )
+    if config.sliding_window and layer in parse_layers(
+        config.window_layers, config.layers
+    ):
+        distance = jnp.arange(T)[:, None] - jnp.arange(T)
+        allowed &= distance < config.sliding_window
     scores = jnp.einsum("tnh,snh->nts", q, k) / jnp.sqrt(config.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30))
     heads = jnp.einsum("nts,snh->tnh", weights, v) * share(N, ranks, rank)[:, None]
@@ -70,8 +91,24 @@ def attention(p, u_TD, positions_T, segments_T, config, ranks=1, rank=0):
 
 
 def mlp(p, u_TD, config, ranks=1, rank=0):
-    units = jax.nn.silu(u_TD @ p.gate[...]) * (u_TD @ p.up[...])
+    gate, up = u_TD @ p.gate[...], u_TD @ p.up[...]
+    if p.gate_bias is not None:
+        gate, up = gate + p.gate_bias[...], up + p.up_bias[...]
+    if config.activation == "silu":
+        units = gate / (1 + jnp.exp(-gate)) * up
+    elif config.activation == "gelu":  # by the normal distribution function
+        units = gate * (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2 * up
+    else:
+        inner = jnp.sqrt(2 / jnp.pi) * (gate + 0.044715 * gate**3)
+        units = gate * (1 + jnp.tanh(inner)) / 2 * up
     return (units * share(config.ffn_dim, ranks, rank)) @ p.down[...]
+
+
+def bias(p):
+    """The bias on a block's output, which no rank has a share of."""
+    if hasattr(p, "wo"):
+        return 0 if p.bo is None else p.bo[...]
+    return 0 if p.down_bias is None else p.down_bias[...]
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
@@ -85,21 +122,24 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)
     ]
-    attend = lambda p, u, **rank: attention(
-        p, u, positions_T, segments_T, config, **rank
+    head_sum = lambda i, u, **rank: attention(
+        layers[i].attention, u, positions_T, segments_T, config, i, **rank
     )
+    unit_sum = lambda i, u, **rank: mlp(layers[i].mlp, u, config, **rank)
+    attend = lambda i, u: head_sum(i, u) + bias(layers[i].attention)
+    feed = lambda i, u: unit_sum(i, u) + bias(layers[i].mlp)
     kind, _, argument = config.residual.partition(":")
 
     if kind == "standard":
-        for layer in layers:
-            x = x + attend(layer.attention, norm(x, layer.attention.norm[...], eps))
-            x = x + mlp(layer.mlp, norm(x, layer.mlp.norm[...], eps), config)
+        for i, layer in enumerate(layers):
+            x = x + attend(i, norm(x, layer.attention.norm[...], eps))
+            x = x + feed(i, norm(x, layer.mlp.norm[...], eps))
         return x
 
     if kind == "parallel":
-        for layer in layers:
+        for i, layer in enumerate(layers):
             u = norm(x, layer.attention.norm[...], eps)
-            x = x + attend(layer.attention, u) + mlp(layer.mlp, u, config)
+            x = x + attend(i, u) + feed(i, u)
         return x
 
     if kind == "hybrid":
@@ -109,18 +149,17 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
             if i in parse_layers(argument, config.layers):
                 previous = mlp_stream
                 attention_stream = previous + attend(
-                    layer.attention,
-                    norm(attention_stream, layer.attention.norm[...], eps),
+                    i, norm(attention_stream, layer.attention.norm[...], eps)
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(previous, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    i, norm(previous, layer.mlp.norm[...], eps)
                 )
             else:
                 attention_stream = mlp_stream + attend(
-                    layer.attention, norm(mlp_stream, layer.attention.norm[...], eps)
+                    i, norm(mlp_stream, layer.attention.norm[...], eps)
                 )
-                mlp_stream = attention_stream + mlp(
-                    layer.mlp, norm(attention_stream, layer.mlp.norm[...], eps), config
+                mlp_stream = attention_stream + feed(
+                    i, norm(attention_stream, layer.mlp.norm[...], eps)
                 )
         return mlp_stream
 
@@ -142,12 +181,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                 module = getattr(layer, part)
                 u = norm(seen, module.norm[...], eps)
                 history.append(
-                    history[-1]
-                    + (
-                        attend(module, u)
-                        if part == "attention"
-                        else mlp(module, u, config)
-                    )
+                    history[-1] + (attend(i, u) if part == "attention" else feed(i, u))
                 )
         return history[-1]
 
@@ -162,38 +196,41 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                     u = norm(copies[rank], module.norm[...], eps)
                     own = dict(ranks=ranks, rank=rank)
                     outputs.append(
-                        attend(module, u, **own)
+                        head_sum(i, u, **own)
                         if part == "attention"
-                        else mlp(module, u, config, **own)
+                        else unit_sum(i, u, **own)
                     )
+                # Every rank adds the bias to its own stream, reduced or not.
                 if (block + 1) % every == 0 or block == blocks - 1:
-                    total = sum(outputs) + sum(copies) / ranks
+                    total = sum(outputs) + bias(module) + sum(copies) / ranks
                     copies = [total] * ranks
                 else:
-                    copies = [copy + output for copy, output in zip(copies, outputs)]
+                    copies = [
+                        copy + output + bias(module)
+                        for copy, output in zip(copies, outputs)
+                    ]
         return copies[0]
     if kind == "dtp":
-        return dtp_streams(attend, config, layers, x, int(argument), ranks)
+        return dtp_streams(head_sum, unit_sum, config, layers, x, int(argument), ranks)
     raise AssertionError(config.residual)
 
 
-def dtp_streams(attend, config, layers, x, d, ranks):
+def dtp_streams(head_sum, unit_sum, config, layers, x, d, ranks):
     """Every rank's final stream [ranks, T, D], from the equations in residual/dtp.py.
 
-    `outputs[n][l]` is o_l^n.
+    `outputs[n][l]` is o_l^n. The bias on a block's output is rank 0's, which sends it
+    to the others with its partial; every rank adds that of a block that is not sent.
     """
     streams, outputs = [x] * ranks, []
-    blocks = [(layer, part) for layer in layers for part in ("attention", "mlp")]
-    for n, (layer, part) in enumerate(blocks):
-        module, own = getattr(layer, part), []
+    blocks = [(i, part) for i in range(len(layers)) for part in ("attention", "mlp")]
+    for n, (i, part) in enumerate(blocks):
+        module, own = getattr(layers[i], part), []
         for rank in range(ranks):
             u = norm(streams[rank], module.norm[...], config.norm_eps)
-            which = dict(ranks=ranks, rank=rank)
-            own.append(
-                attend(module, u, **which)
-                if part == "attention"
-                else mlp(module, u, config, **which)
-            )
+            partial = head_sum if part == "attention" else unit_sum
+            output = partial(i, u, ranks=ranks, rank=rank)
+            has_bias = rank == 0 or n >= len(blocks) - d
+            own.append(output + bias(module) if has_bias else output)
         outputs.append(own)
         for rank in range(ranks):
             if n < d:
@@ -206,6 +243,8 @@ def dtp_streams(attend, config, layers, x, d, ranks):
 
 
 def parse_layers(text, count):
+    if text in ("all", "none"):
+        return range(count if text == "all" else 0)
     if text.startswith("last"):
         return range(count - int(text[4:]), count)
     layers_of_list = []

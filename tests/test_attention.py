@@ -35,14 +35,15 @@ def inputs(B=2, T=10, N=4, K=2, H=8, dtype=jnp.float32):
     return q, k, v, jnp.asarray(segments, jnp.int32)
 
 
-def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
     """Attention written for reading: one softmax for every row, head and token."""
     q, k, v, segments = (
         np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH, segments_BT)
     )
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        first = 0 if window is None else max(t - window + 1, 0)
+        seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
         # Consecutive query heads share a key-value head.
         head = n * k.shape[2] // q.shape[2]
         scores = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1])
@@ -85,6 +86,41 @@ def test_attention_in_xla_is_the_loop(N, K):
     )
 
 
+@pytest.mark.parametrize("window", [1, 3, 10, 99])
+def test_with_a_window_a_token_sees_no_token_further_back(window):
+    tensors = inputs(N=4, K=2)
+    np.testing.assert_allclose(
+        attention.attend(*tensors, window=window),
+        looped(*tensors, window),
+        rtol=0,
+        atol=2e-6,
+    )
+
+
+@pytest.mark.parametrize("window", [100, 200])
+def test_slices_of_a_window_are_one_softmax_over_all_keys(window):
+    """384 tokens are three slices: the last ones leave out keys before their window."""
+    tensors = inputs(N=2, K=1, T=384)
+
+    def whole(q, k, v, segments):
+        """A mask over all scores."""
+        distance = jnp.arange(384)[:, None] - jnp.arange(384)
+        mask = (distance >= 0) & (distance < window)
+        mask &= segments[:, :, None] == segments[:, None, :]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], implementation="xla"
+        )
+
+    assert_close(
+        value_and_gradients(
+            functools.partial(attention.attend, window=window), *tensors
+        ),
+        value_and_gradients(whole, *tensors),
+        1e-5,
+        f"a window of {window}",
+    )
+
+
 @pytest.mark.parametrize(
     "N, K, T",
     [
@@ -102,6 +138,19 @@ def test_splash_in_pallas_interpret_mode_is_the_xla_path(N, K, T):
         value_and_gradients(attention.attend, *tensors),
         2e-5,
         f"splash, {N} query and {K} key-value heads, {T} tokens",
+    )
+
+
+@pytest.mark.parametrize("window", [5, 130])
+def test_splash_has_the_same_window(window):
+    tensors = inputs(N=2, K=1, T=256, H=16)
+    splash = functools.partial(attention.splash, window=window, interpret=True)
+    attend = functools.partial(attention.attend, window=window)
+    assert_close(
+        value_and_gradients(splash, *tensors),
+        value_and_gradients(attend, *tensors),
+        2e-5,
+        f"splash with a window of {window}",
     )
 
 
@@ -123,7 +172,8 @@ def test_splash_does_not_repeat_keys_and_values():
     ), f"the kernel should take 8 query heads, 2 key and value heads; it takes {shapes}"
 
 
-def test_cudnns_arguments_give_the_same_result_in_xla():
+@pytest.mark.parametrize("window", [None, 4])
+def test_cudnns_arguments_give_the_same_result_in_xla(window):
     """The call for cuDNN goes to the same function's XLA implementation instead.
 
     So any platform can check what it means.
@@ -137,12 +187,14 @@ def test_cudnns_arguments_give_the_same_result_in_xla():
 
     with mock.patch.object(jax.nn, "dot_product_attention", anywhere):
         actual = value_and_gradients(
-            functools.partial(attention.attend, kernel="cudnn"), *tensors
+            functools.partial(attention.attend, kernel="cudnn", window=window), *tensors
         )
     assert set(implementations) == {"cudnn"}
     assert_close(
         actual,
-        value_and_gradients(attention.attend, *tensors),
+        value_and_gradients(
+            functools.partial(attention.attend, window=window), *tensors
+        ),
         1e-5,
         "cudnn's arguments",
     )
@@ -152,15 +204,15 @@ def test_cudnns_arguments_give_the_same_result_in_xla():
     jax.default_backend() != "gpu",
     reason="cuDNN needs an NVIDIA GPU (run with JAX_PLATFORMS=cuda)",
 )
+@pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("N, K, H", [(4, 4, 64), (4, 2, 128), (4, 1, 8), (4, 2, 72)])
-def test_cudnn_is_the_xla_path(N, K, H):
+def test_cudnn_is_the_xla_path(N, K, H, window):
     tensors = inputs(N=N, K=K, T=64, H=H, dtype=jnp.bfloat16)
     settings = config.Model(heads=N, kv_heads=K, head_dim=H)
     assert attention.kernel_for("cuda", settings, 64) == "cudnn"
-    actual = value_and_gradients(
-        functools.partial(attention.attend, kernel="cudnn"), *tensors
-    )
-    assert_close(actual, value_and_gradients(attention.attend, *tensors), 2e-2, "cudnn")
+    attend = functools.partial(attention.attend, window=window)
+    actual = value_and_gradients(functools.partial(attend, kernel="cudnn"), *tensors)
+    assert_close(actual, value_and_gradients(attend, *tensors), 2e-2, "cudnn")
 
 
 @pytest.mark.parametrize(
@@ -186,55 +238,21 @@ def test_the_kernel_is_one_that_takes_the_model(platform, length, settings, expe
     assert attention.kernel_for(platform, config.Model(**settings), length) == expected
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("N, K", HEADS)
-def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K):
+def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K, window):
     """Rows are at positions of their own; entries beyond them are never read."""
     q, k, v, _ = inputs(N=N, K=K)
-    whole = attention.attend(q, k, v, jnp.zeros(q.shape[:2], jnp.int32))
+    segments = jnp.zeros(q.shape[:2], jnp.int32)
+    whole = attention.attend(q, k, v, segments, window=window)
     cached = lambda x: jnp.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e3)
     positions = jnp.array([[3, 4, 5], [7, 8, 9]])
     rows = jnp.arange(2)[:, None]
     heads_first = lambda x: cached(x).transpose(0, 2, 1, 3)
     actual = attention.attend_cache(
-        q[rows, positions], kv_cache.KV(heads_first(k), heads_first(v)), positions
+        q[rows, positions],
+        kv_cache.KV(heads_first(k), heads_first(v)),
+        positions,
+        window,
     )
     np.testing.assert_allclose(actual, whole[rows, positions], rtol=0, atol=1e-6)
-
-
-def test_with_rotary_embeddings_a_score_depends_on_the_distance_alone():
-    """A score depends on the distance of query and key; position 0 is no turn."""
-    q, k, _, _ = inputs(N=1, K=1, H=8)
-    q, k = q[:1, :1], k[:1, :1]
-    score = lambda i, j: jnp.sum(turn(q, i) * turn(k, j))
-    turn = lambda x, at: attention.rotate(
-        x, attention.rotary(jnp.full((1, 1), at), 8, 100.0)
-    )
-    np.testing.assert_array_equal(turn(q, 0), q)
-    np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
-
-
-def test_rope_scaling_is_llama_3_1s():
-    """Short wavelengths stay, long ones are stretched by the factor.
-
-    (Hugging Face's _compute_llama3_parameters.)
-    """
-    scaling = config.RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
-    )
-    theta, H = 5e5, 128
-    base = theta ** -(np.arange(0, H, 2) / H)
-    expected = []
-    for frequency in base:
-        wavelength = 2 * np.pi / frequency
-        smooth = (8192 / wavelength - 1) / (4 - 1)
-        expected.append(
-            frequency
-            if wavelength < 8192 / 4
-            else frequency / 8
-            if wavelength > 8192
-            else (1 - smooth) * frequency / 8 + smooth * frequency
-        )
-    _, sine = attention.rotary(jnp.ones((1, 1), jnp.int32), H, theta, scaling)
-    np.testing.assert_allclose(sine[0, 0, 0], np.sin(expected), rtol=2e-5)
-    assert expected[0] == base[0] and expected[-1] == base[-1] / 8

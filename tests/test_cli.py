@@ -325,7 +325,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line(run, tmp_path, text, message):
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
-    choices = "choose from train, generate, tokenizer, plan, bench"
+    choices = "choose from train, generate, eval, tokenizer, plan, bench"
     assert wrong(run, "fly") == f"unknown command 'fly'; {choices}"
     assert wrong(run, "trian") == f"unknown command 'trian'; {choices} (perhaps train)"
     assert wrong(run, "train") == (
@@ -347,6 +347,7 @@ def test_commands_and_help(run, monkeypatch, recipe):
         ("train", "--help"),
         ("train", recipe, "--help"),
         ("generate", "--help"),
+        ("eval", "--help"),
         ("tokenizer", "-h"),
         ("plan", "--help"),
         ("bench", "--help"),

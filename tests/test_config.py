@@ -48,6 +48,11 @@ WRONG = {  # fields of a section that cannot be -> what the message says
         (dict(factor=0.0), "factor=0.0", "greater than 0"),
         (dict(low_freq_factor=-1.0), "low_freq_factor=-1.0", "greater than 0"),
         (dict(original_length=0), "original_length=0", "greater than 0"),
+        (dict(kind="ntk"), "kind='ntk'", "one of 'llama3', 'linear', 'yarn'"),
+        (dict(beta_slow=0.0), "beta_slow=0.0", "greater than 0"),
+        (dict(beta_fast=0.5), "beta_fast=0.5", "at least as large as beta_slow"),
+        (dict(attention_factor=0.0), "attention_factor=0.0", "greater than 0, or None"),
+        (dict(mscale=-1.0), "mscale=-1.0", "greater than 0, or None"),
         (
             dict(high_freq_factor=1.0),
             "high_freq_factor=1.0",
@@ -73,6 +78,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
         ),
         (dict(heads=12, kv_heads=8), "kv_heads=8", "a divisor of model.heads=12"),
         (dict(head_dim=33), "head_dim=33", "even, for rotary embedding"),
+        (dict(activation="relu"), "activation='relu'", "one of 'silu', 'gelu'"),
         (dict(dtype="float16"), "dtype='float16'", "one of 'float32', 'bfloat16'"),
         (
             dict(residual="ladders"),
@@ -89,6 +95,33 @@ WRONG = {  # fields of a section that cannot be -> what the message says
             "residual='delays:0,1'",
             "4 layers have 8 blocks",
         ),
+        (dict(sliding_window=0), "sliding_window=0", "greater than 0, or None"),
+        (
+            dict(sliding_window=4, window_layers="1,4"),
+            "window_layers='1,4'",
+            "layers run from 0 to 3",
+        ),
+        (
+            dict(sliding_window=4, window_layers="0-99999999999"),
+            "window_layers='0-99999999999'",
+            "layers run from 0 to 3",
+        ),
+        (
+            dict(sliding_window=4, window_layers="some"),
+            "window_layers='some'",
+            "all, none, lastK or layers such as 0,2,5-9",
+        ),
+        (
+            dict(window_layers="1"),
+            "window_layers='1'",
+            "all, unless model.sliding_window is given",
+        ),
+        (
+            dict(rope_theta=0.5, rope_scaling=RopeScaling(kind="yarn", factor=2.0)),
+            "rope_theta=0.5",
+            "greater than 1 with yarn",
+        ),
+        (dict(nope_layers="4"), "nope_layers='4'", "layers run from 0 to 3"),
     ],
     Mesh: [
         (dict(data=0), "data=0", "greater than 0, or -1 for the rest"),
@@ -252,7 +285,7 @@ def test_a_config_survives_json(config):
         (dict(model=dict(layer=3)), "model.layer is not a field: it must be one of "),
         (
             dict(model=dict(rope_scaling=dict(by=3))),
-            "model.rope_scaling.by is not a field: it must be one of factor, ",
+            "model.rope_scaling.by is not a field: it must be one of attention",
         ),
         (dict(mesh=None), "mesh=None is not accepted: it must be Mesh"),
         (

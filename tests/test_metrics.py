@@ -1,5 +1,6 @@
 """What a run leaves to look at, and the numbers behind MFU."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -132,6 +133,14 @@ def test_flops_per_token_are_those_by_hand():
             train.flops_per_token(config.Model(**fields, tie_embeddings=tied), 128)
             == expected
         )
+
+
+def test_flops_per_token_count_what_a_window_sees():
+    model = config.Model(layers=3, heads=4, head_dim=8, kv_heads=4)
+    windowed = dataclasses.replace(model, sliding_window=100, window_layers="0,2")
+    flops = train.flops_per_token
+    assert flops(model, 128) - flops(windowed, 128) == 12 * 2 * 32 * (128 - 100)
+    assert flops(model, 64) == flops(windowed, 64), "the window is longer"
 
 
 def test_flops_per_token_of_llama3_8b_are_those_by_hand():

@@ -25,20 +25,24 @@ from ladder_jax.residual.overlap import AsyncReduction
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 B, T, V = 8, 8, 32
 
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # By schedule: how many layers, and other fields of the model. 16 query heads share 8
 # key-value heads.
 CASES = {
-    "standard": (2, dict(tie_embeddings=True, qkv_bias=True)),
-    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
-    "ladder:1,2": (3, dict(tie_embeddings=True, qk_norm=True)),
-    "hybrid:0": (2, dict(qkv_bias=True)),
-    "hybrid:last1": (2, dict(rope_scaling=True)),
-    "delays:0,1,2,1": (2, dict(qk_norm=True, tie_embeddings=True)),
-    "parallel": (2, dict(qk_norm=True, qkv_bias=True, rope_scaling=True)),
+    "standard": (2, BIASES | dict(tie_embeddings=True)),
+    "ladder": (3, dict(qk_norm=True, qkv_bias=True, rope_scaling="llama3")),
+    "ladder:1,2": (3, BIASES | dict(tie_embeddings=True, qk_norm=True)),
+    "hybrid:0": (
+        2,
+        dict(activation="gelu_pytorch_tanh", qkv_bias=True, sliding_window=2),
+    ),
+    "hybrid:last1": (2, dict(rope_scaling="yarn")),
+    "delays:0,1,2,1": (2, dict(activation="gelu", qk_norm=True, tie_embeddings=True)),
+    "parallel": (2, BIASES | dict(qk_norm=True, rope_scaling="llama3")),
     "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
-    "desync:3": (2, dict(rope_scaling=True)),
-    "dtp:2": (4, dict(tie_embeddings=True, qkv_bias=True)),
+    "desync:3": (2, BIASES | dict(rope_scaling="linear")),
+    "dtp:2": (4, BIASES | dict(tie_embeddings=True)),
 }
 OWN_STREAMS = "desync", "dtp"  # models that differ with the number of tensor shards
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
@@ -48,8 +52,10 @@ def case_model(name, layers=None, **fields):
     """The model of a case; `fields` replace those of the case."""
     case_layers, case_fields = CASES.get(name, (None, {}))
     fields = case_fields | fields
-    if fields.pop("rope_scaling", False):
-        fields["rope_scaling"] = config.RopeScaling(factor=8.0, original_length=16)
+    if kind := fields.pop("rope_scaling", None):
+        fields["rope_scaling"] = config.RopeScaling(
+            kind=kind, factor=8.0, original_length=16, beta_fast=2.0, beta_slow=0.1
+        )
     return small_model(name, layers=layers or case_layers, **fields)
 
 
@@ -252,6 +258,22 @@ def test_the_blocks_after_a_scan_have_a_delay_of_their_own(name, layers):
     )
 
 
+@pytest.mark.parametrize(
+    "name, layers, fields",
+    [
+        ("ladder", 4, dict(window_layers="0,2", nope_layers="1,3")),
+        ("standard", 3, dict(window_layers="last1", nope_layers="0-1")),
+    ],
+)
+def test_layers_may_differ_in_what_their_attention_sees(name, layers, fields):
+    """Layers that alternate are one scan; others end a scan."""
+    model_config = case_model(name, layers=layers, sliding_window=3, **fields)
+    expected = reference_of(model_config, 1)
+    assert_same(computed(model_config, (1, 2, 4)), expected, 1e-5, name)
+    unrolled = computed(model_config, (1, 2, 4), unrolled=True)
+    assert_same(unrolled, expected, 1e-5, f"{name}, unrolled")
+
+
 STANDARD = dict(layers=2, **CASES["standard"][1])
 
 
@@ -288,9 +310,7 @@ def test_desync_is_standard_where_every_block_reduces_or_nothing_is_sharded(name
 def test_parameters_are_standards_but_for_parallels_second_norm(name):
     def counted(name):
         tree = model.abstract(
-            case_model(
-                name, layers=2, qk_norm=True, qkv_bias=True, tie_embeddings=False
-            )
+            case_model(name, layers=2, qk_norm=True, tie_embeddings=False, **BIASES)
         )
         names = sharding.parameter_names(tree)
         return collections.Counter(
@@ -364,6 +384,8 @@ def test_a_token_depends_on_the_earlier_tokens_of_its_document_alone(name):
     )
     for r, t, r2, t2 in np.ndindex(influence.shape):
         sees = r == r2 and t2 <= t and segments[r, t] == segments[r, t2]
+        if model_config.sliding_window:  # a layer sees one window further
+            sees &= t - t2 <= model_config.layers * (model_config.sliding_window - 1)
         assert (influence[r, t, r2, t2] != 0) == sees, (
             f"{name}: the output at row {r}, token {t} "
             f"{'ignores' if sees else 'depends on'} row {r2}, token {t2} "
@@ -661,7 +683,7 @@ VARIANTS = [
     {},
     dict(tie_embeddings=True),
     dict(qk_norm=True),
-    dict(qkv_bias=True),
+    BIASES,
     dict(residual="parallel"),
     dict(residual="desync:2", qk_norm=True, qkv_bias=True, layers=1),
 ]

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import random_parameters
+from helpers import random_parameters, small_model
 from test_model import BATCH, FAST, assert_same, case_model, reference_of
 
 from ladder_jax.bench import quality, quality_results, virtual_shards
@@ -129,6 +129,9 @@ def test_a_real_run_trains_a_model_of_virtual_shards(study, monkeypatch, tmp_pat
     """A seed gives the same loss again; a run past the budget is dropped."""
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(tmp_path))
+    small = small_model(vocab_size=320, layers=2, heads=4, kv_heads=4)
+    size = quality.SIZES["tiny"]._replace(model=small)
+    monkeypatch.setitem(quality.SIZES, "tiny", size)
     arguments = Arguments(
         size="tiny",
         tokens=6 * 64,
@@ -140,7 +143,7 @@ def test_a_real_run_trains_a_model_of_virtual_shards(study, monkeypatch, tmp_pat
         schedules=("dtp:1",),
     )
     one = quality.Study(arguments, print)
-    variant = Variant("dtp:1", 6)
+    variant = Variant("dtp:1", 2)
     first, again = one.train(variant, 0), one.train(variant, 0)
     assert first.steps == 6 and first.tokens == 384
     assert first.held_out_loss == again.held_out_loss and np.isfinite(first.train_loss)

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ladder_jax import cli
+from ladder_jax import cli, evaluate
 from ladder_jax.config import from_recipe
+from ladder_jax.convert import command as convert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorial.md"]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "evaluation.md"]
 COMMANDS = [
     shlex.split(line, comments=True)
     for path in DOCS
@@ -25,8 +27,10 @@ COMMANDS = [
 KINDS = {
     "train": cli.TrainArguments,
     "generate": cli.GenerateArguments,
+    "eval": evaluate.Arguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
+    "inspect": cli.InspectArguments,
 }
 
 
@@ -41,6 +45,8 @@ def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
         assert cli.parse(job.Arguments, arguments[1:], command)
+    elif command == "convert":
+        assert cli.parse(convert.KINDS[arguments[0]], arguments[1:], command)
     else:
         assert cli.parse(KINDS[command], arguments, command)
 

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from ladder_jax import sharding
 from ladder_jax.residual import blocks, stream
 from ladder_jax.residual import layers as residual
-from ladder_jax.schedule import ATTENTION, MLP, Block, parse
+from ladder_jax.schedule import (
+    ATTENTION,
+    MLP,
+    Block,
+    format_layers,
+    parse,
+    parse_layers,
+)
 
 
 def delays(notation, layers):
@@ -129,6 +136,47 @@ def test_repeats_covers_every_layer_once_with_its_own_pattern(layers):
         assert start == len(rebuilt) and (stop - start) % period == 0
         rebuilt += layers[start : start + period] * ((stop - start) // period)
     assert rebuilt == layers, runs
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("all", {0, 1, 2, 3, 4}),
+        ("none", set()),
+        ("last2", {3, 4}),
+        ("0,2-3", {0, 2, 3}),
+    ],
+)
+def test_layers_are_named_by_numbers_and_words(text, expected):
+    assert parse_layers(text, 5) == expected
+
+
+@given(st.integers(1, 9), st.data())
+def test_any_layers_have_a_text(layers, data):
+    chosen = data.draw(st.sets(st.integers(0, layers - 1)))
+    assert parse_layers(format_layers(chosen, layers), layers) == chosen
+
+
+@pytest.mark.parametrize("notation", ["ladder", "parallel", "desync:2"])
+def test_a_window_belongs_to_the_attention_of_its_layers(notation):
+    layers = parse(notation, 3, window_layers="1").layers
+    windowed = [
+        (number, block.parts)
+        for number, blocks in enumerate(layers)
+        for block in blocks
+        if block.window
+    ]
+    assert windowed == [(1, ATTENTION + MLP if notation == "parallel" else ATTENTION)]
+    plain = [[block._replace(window=False) for block in blocks] for blocks in layers]
+    assert plain == [list(blocks) for blocks in parse(notation, 3).layers]
+
+
+def test_layers_without_rope_that_repeat_are_one_scan():
+    """SmolLM3: every fourth layer has none."""
+    layers = parse("ladder", 8, nope_layers="3,7").layers
+    assert [blocks[0].rope for blocks in layers] == [True, True, True, False] * 2
+    assert all(blocks[1].rope for blocks in layers), "an MLP has nothing to rotate"
+    assert residual.repeats(layers) == [(0, 8, 4)]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_wait_counts_with_its_own_layer():
         start("again", "layer1/mlp"),
         done("again", "layer1/mlp"),
     )
-    counter = LayerCounter(Stack("ladder", (1.0, 9.0), ()))
+    counter = LayerCounter(Stack("ladder", "all", "none", (1.0, 9.0), ()))
     played = play_seconds(module, Transfer(0.0, 2.0), count=counter)
     assert [one.count for one in played.collectives] == [1, 9]
     assert played.exposed == played.step == 2 * 1 + 2 * 9

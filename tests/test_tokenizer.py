@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
+from ladder_jax.data.tokenizer_files import Special
 
 TEXTS = [
     "the cat sat on the mat, the cat sat",
@@ -118,16 +119,18 @@ EXACT = {
     "bytes": tokenizer.ByteTokenizer(),
     "bpe": tokenizer.train(TEXTS, 320),
     "sentencepiece": tokenizer.HuggingFace(
-        sentencepiece().to_str(), {"bos": "<s>", "eos": "</s>"}
+        sentencepiece().to_str(), Special({"bos": "<s>", "eos": "</s>"})
     ),
 }
 ALL = EXACT | {
-    "wordpiece": tokenizer.HuggingFace(wordpiece().to_str(), {"eos": "[EOS]"}),
-    "word ends": tokenizer.HuggingFace(word_ends().to_str(), {"eos": "</s>"}),
+    "wordpiece": tokenizer.HuggingFace(wordpiece().to_str(), Special({"eos": "[EOS]"})),
+    "word ends": tokenizer.HuggingFace(word_ends().to_str(), Special({"eos": "</s>"})),
     "unigram": tokenizer.HuggingFace(
-        unigram().to_str(), {"bos": "<s>", "eos": "</s>"}, "data.tokenizer='x.json'"
+        unigram().to_str(),
+        Special({"bos": "<s>", "eos": "</s>"}),
+        "data.tokenizer='x.json'",
     ),
-    "ctc": tokenizer.HuggingFace(ctc().to_str(), {"eos": "</s>"}),
+    "ctc": tokenizer.HuggingFace(ctc().to_str(), Special({"eos": "</s>"})),
 }
 exact = pytest.mark.parametrize("tok", EXACT.values(), ids=EXACT)
 every = pytest.mark.parametrize("tok", ALL.values(), ids=ALL)
@@ -370,7 +373,7 @@ def test_an_empty_prompt_is_the_begin_token_or_else_the_end_token(names):
     library_tokenizer = tokenizers.Tokenizer(models.BPE(tokenizer.byte_alphabet(), []))
     library_tokenizer.add_special_tokens(["<s>", "</s>"])
     library_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok = tokenizer.HuggingFace(library_tokenizer.to_str(), names)
+    tok = tokenizer.HuggingFace(library_tokenizer.to_str(), Special(names))
     assert tok.prompt("") == [256 if "bos" in names else 257]
     assert tok.prompt("a") == tok.encode("a")  # its post-processor adds no token
 
@@ -426,3 +429,95 @@ def test_what_is_written_to_stderr_while_a_tokenizer_loads_is_not_lost(
     monkeypatch.setattr(tokenizers.Tokenizer, "from_str", warn)
     tokenizer.from_json(ALL["bpe"].to_json())
     assert capfd.readouterr().err == "a warning"
+
+
+# What chat models need beside tokenizer.json.
+
+IM_END = {"content": "<|im_end|>"}
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def chat_folder(folder, **files):
+    """A folder of a chat model's tokenizer; `files` by name, dots as __, JSON."""
+    bpe = tokenizers.Tokenizer(models.BPE(tokenizer.byte_alphabet(), []))
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name.replace("__", ".")).write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "files, ids",
+    [
+        ({}, (258,)),
+        (dict(tokenizer_config__json={"eos_token": IM_END}), (257,)),
+        (dict(config__json={"eos_token_id": 257}), (257,)),
+        (
+            dict(
+                generation_config__json={"eos_token_id": [257, 258]},
+                config__json={"eos_token_id": 256},
+            ),
+            (257, 258),
+        ),
+        (
+            dict(
+                generation_config__json={"eos_token_id": None},
+                config__json={"eos_token_id": [256]},
+            ),
+            (256,),
+        ),
+    ],
+)
+def test_a_generation_ends_at_the_ids_of_the_nearest_file(tmp_path, files, ids):
+    tok = tokenizer.load(chat_folder(tmp_path / "chat", **files))
+    assert tok.eos_ids == ids
+    assert tokenizer.from_json(tok.to_json()).eos_ids == ids
+
+
+def test_template_and_bos_setting_travel_with_a_checkpoint(tmp_path):
+    settings = {"bos_token": "<|im_start|>", "chat_template": "old"}
+    folder = chat_folder(
+        tmp_path / "chat",
+        tokenizer_config__json=settings | {"add_bos_token": True},
+        chat_template__jinja=TEMPLATE,
+    )
+    tok = tokenizer.from_json(tokenizer.load(folder).to_json())
+    assert tok.chat_template == TEMPLATE  # the file wins
+    assert tok.prompt("ab")[0] == 256  # tokenizer.json alone would add no bos
+    several = [dict(name="tool_use", template="x"), dict(name="default", template="d")]
+    (tmp_path / "chat" / "chat_template.jinja").unlink()
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": several, "add_bos_token": False})
+    )
+    tok = tokenizer.load(folder)
+    assert tok.chat_template == "d" and tok.prompt("ab") == tok.encode("ab")
+
+
+def test_settings_of_prompts_do_not_change_the_ids_of_documents(tmp_path):
+    plain = tokenizer.load(chat_folder(tmp_path / "a"))
+    chat = tokenizer.load(chat_folder(tmp_path / "b", chat_template__jinja=TEMPLATE))
+    assert plain.to_json() != chat.to_json()
+    assert plain.documents_json() == chat.documents_json()
+    old = json.loads(plain.documents_json())
+    assert tokenizer.from_json(json.dumps(old)).eos_ids == plain.eos_ids
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (dict(generation_config__json={"eos_token_id": "x"}), "an id or a list of ids"),
+        (dict(generation_config__json={"eos_token_id": 999}), "eos_token_id=999"),
+        (dict(generation_config__json="{"), "generation_config.json is not JSON"),
+        (dict(tokenizer_config__json="[]"), "must be a JSON object"),
+        (dict(tokenizer_config__json={"eos_token": 3}), "eos_token=3"),
+        (dict(tokenizer_config__json={"eos_token": "no"}), "is not a token"),
+    ],
+)
+def test_damaged_files_beside_a_tokenizer(tmp_path, files, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        tokenizer.load(chat_folder(tmp_path / "chat", **files))
+    assert "\n" not in str(error.value)

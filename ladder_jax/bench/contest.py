@@ -4,7 +4,7 @@ Turns expose all contenders to the same noise of the machine. The parent starts 
 contender after the other. Then one contender at a time runs, while the others wait for
 a line on stdin, so that no thread pools compete. A contender writes lines of JSON to
 stdout: a message about its setup; for each turn, two times of every step; and at the
-end the peak of its resident set in bytes.
+end its peak memory in bytes.
 
 The two times are seconds on the clock, and processor seconds of all its threads. Other
 work on the machine hardly changes the latter. But threads that spin while they wait
@@ -37,12 +37,23 @@ def quiet() -> None:
     os.dup2(2, 1)
 
 
-def serve(step: Callable[[], object], message: dict[str, Any]) -> None:
+def peak_bytes() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def serve(
+    step: Callable[[], object],
+    message: dict[str, Any],
+    peak_bytes: Callable[[], int] = peak_bytes,
+) -> None:
     """Runs the turns that the parent requests, until the parent closes stdin.
 
     Args:
       step: a turn calls it several times.
       message: the message about the setup, for the parent.
+      peak_bytes: the memory that the parent gets at the end.
     """
     _send(message)
     for line in sys.stdin:
@@ -53,12 +64,6 @@ def serve(step: Callable[[], object], message: dict[str, Any]) -> None:
             times.append((time.perf_counter() - clock, time.process_time() - processor))
         _send(times)
     _send(peak_bytes())
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _send(value: object) -> None:
@@ -94,7 +99,7 @@ class Contender:
         return self._receive()
 
     def finish(self) -> int:
-        """Ends the process. Returns its peak resident set in bytes."""
+        """Ends the process. Returns its peak memory in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         peak = self._receive()

@@ -393,6 +393,7 @@ def run(arguments: Arguments) -> None:
             row = study.train(variant, seed)
             rows.append(row)
             quality_results.write(path, rows)
+            quality_results.write_pages(folder, rows)
             say(
                 f"{number}/{len(todo)} {row.schedule}, {row.layers} layers, "
                 f"seed {seed}: held-out loss {row.held_out_loss:.4f}, "
@@ -401,8 +402,7 @@ def run(arguments: Arguments) -> None:
     except OutOfTime:
         say("--minutes is over: give the same command again to continue")
     if rows:
-        quality_results.write_pages(folder, rows)
-        say(f"wrote {folder / quality_results.PAGE} and the plots beside it")
+        say(f"{folder / quality_results.PAGE} shows all runs")
 
 
 def main(words: Sequence[str] | None = None) -> int:

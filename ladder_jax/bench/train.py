@@ -2,24 +2,26 @@
 `ladder-jax bench train`.
 
 Both train the same Llama (the standard residual schedule) from the same weights on the
-same batch, with the same AdamW and clipping, on one device, with all the cores that the
-process may use. They take turns. The benchmark checks that their losses in the first
-steps agree, since a ratio of speeds needs the same work. transformers runs as its
-Trainer would: eager, sdpa attention, fused AdamW, bfloat16 by autocast. This project
-runs `train.make_step`. The peer needs `pip install ladder_jax[peers]`; `--alone` leaves
-it out.
+same batch, with the same AdamW and clipping, on the CPU with all the cores that the
+process may use, or on one GPU (`--device gpu`). They take turns. The benchmark checks
+that their losses in the first steps agree, since a ratio of speeds needs the same work.
+transformers runs as its Trainer would: eager, sdpa attention, fused AdamW, bfloat16 by
+autocast. This project runs `train.make_step`. The peer needs
+`pip install ladder_jax[peers]`; `--alone` leaves it out.
 
 Other programs on the machine change the medians, and may slow down one contender more
 than the other. They change two columns less: "best" is tokens a second of the fastest
 step, and "a core" is tokens per second of processor time, of the step that takes the
 least. Compare "a core" only where each contender has one core (`taskset -c 0`). "of
-matmul" is the model's FLOPs at the fastest step over the machine's own rate of matrix
-products in that dtype (machine.py).
+matmul" is the model's FLOPs at the fastest step over the device's own rate of matrix
+products in that dtype (machine.py). Peak memory is the process's on a CPU, and on a GPU
+what its arrays take on the device.
 """
 
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -69,6 +71,8 @@ class Arguments:
     """How many turns each contender takes."""
     seconds: float = 2.0
     """About the length of a turn, which has at least one step."""
+    device: machine.Device = "cpu"
+    """What both run on: cpu, or one GPU."""
     alone: bool = False
     """Measure ladder_jax without the peer."""
     json: str | None = None
@@ -147,7 +151,8 @@ def transformers(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
     from transformers import __version__ as version
 
     optimizer_config = config.optimizer
-    model = load_llama(config.model, weights)
+    device = "cuda" if os.environ["JAX_PLATFORMS"] == "cuda" else "cpu"
+    model = load_llama(config.model, weights).to(device)
     model.config.use_cache = False
     model.train()
     norms = [p for p in model.parameters() if p.ndim == 1]
@@ -163,11 +168,11 @@ def transformers(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
         fused=True,
     )
     arrays = batch_of(config).items()
-    batch = {name: torch.from_numpy(array).long() for name, array in arrays}
+    batch = {name: torch.from_numpy(array).long().to(device) for name, array in arrays}
     mixed = config.model.dtype == "bfloat16"
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
             loss = model(
                 input_ids=batch["tokens"],
                 labels=batch["targets"],
@@ -269,18 +274,32 @@ def _copy(array: np.ndarray, model: Any, module: str, transpose: bool = True) ->
 CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}
 
 
-def contend(name: str, weights: str, config: str) -> None:
+def contend(name: str, weights: str, config: str, device: machine.Device) -> None:
     """Runs a contender in this process.
 
     Args:
       name: of CONTENDERS.
       weights: the folder of the initial weights.
       config: a Config as JSON.
+      device: what it runs on.
     """
     contest.quiet()
+    os.environ.update(machine.ENVIRONMENT[device])
     step, message = CONTENDERS[name](from_dict(json.loads(config)), weights)
     losses = [step() for _ in range(CHECKED_STEPS)]
-    contest.serve(step, message | dict(losses=losses))
+    peak_bytes = device_peak(name) if device == "gpu" else contest.peak_bytes
+    contest.serve(step, message | dict(losses=losses), peak_bytes)
+
+
+def device_peak(name: str) -> Callable[[], int]:
+    """Returns a function: the most bytes that a contender took on the GPU so far."""
+    if name == "ladder_jax":
+        import jax
+
+        return lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    import torch
+
+    return torch.cuda.max_memory_allocated
 
 
 # ---------------------------------------------------------------- the comparison
@@ -298,7 +317,14 @@ def compare(
     with tempfile.TemporaryDirectory() as weights:
         contenders = [
             contest.Contender(
-                name, [*command, name, weights, json.dumps(to_dict(config))]
+                name,
+                [
+                    *command,
+                    name,
+                    weights,
+                    json.dumps(to_dict(config)),
+                    arguments.device,
+                ],
             )
             for name in names
         ]
@@ -404,7 +430,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
             f"{' and '.join(missing)} not installed: pip install ladder_jax[peers], "
             "or --alone to measure without the peer"
         )
-    cpu = machine.measure()
+    cpu = machine.measure(arguments.device)
     print(cpu)
     print(HEADER, flush=True)
     rows = []
@@ -426,7 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: a list of command-line arguments, or the process's own."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["contend"]:
-        return contend(*arguments[1:])
+        return contend(*arguments[1:])  # type: ignore[arg-type]
     try:
         run(parse(Arguments, arguments, "bench train"))
     except (ConfigError, ArithmeticError) as error:

@@ -14,8 +14,11 @@ Others:
 - `corpus.documents(data_config)`: the training documents as text.
 - `tokenizer.train(texts, vocab_size)`: a tokenizer trained on texts.
 - `tokenizer.from_json(text)`: the tokenizer of a checkpoint.
+- `chat.ChatEncoder(tokenizer)`: conversations as ids, by a chat template.
 - `jsonl.read_jsonl(file)`: the rows of a file of JSON Lines.
 
 Files below them: `sources` finds the files of `data.source`, `formats` reads one file,
-`python_docs` is the source "builtin", and `token_cache` keeps token ids on disk.
+`rows` reads one as rows, `chat_rows` makes messages of a row, `chat_template` renders
+them, `python_docs` is the source "builtin", `token_cache` keeps token ids on disk, and
+`packing` fills rows with whole conversations.
 """

@@ -8,6 +8,8 @@ and no row but the last of an epoch is padded:
     targets         a b eos |     c eos
     T = 2       row 0: a b    row 1: eos c    row 2: eos, padding
 
+Conversations are not cut, see `packing`.
+
 A row is a function of its number: the order of the documents in an epoch is a seeded
 permutation, and so is the order of rows. So the state of an iterator is the number of
 batches it has returned. To restore it takes no time, and memory does not grow with
@@ -23,6 +25,7 @@ import numpy as np
 
 from ladder_jax.config import ConfigError, require
 from ladder_jax.data.corpus import Corpus, Side
+from ladder_jax.data.packing import WholeRows, add_piece, empty_row
 
 # Grain shuffles the rows of an epoch by 32-bit numbers.
 _MAX_ROWS = 2**32
@@ -69,12 +72,8 @@ class Rows(grain.MapDataset):
         row_start = row * self._length  # in targets of the epoch
         order_D, stops_D = self._order(epoch)
         side, length = self._side, self._length
-        tokens_T = np.full(length, side.pad, np.int32)
-        targets_T = np.full(length, side.pad, np.int32)
-        segments_T = np.zeros(length, np.int32)
-        positions_T = np.zeros(length, np.int32)
-        weights_T = np.zeros(length, np.float32)
-        column = segment = 0
+        row_T = empty_row(length, side.pad)
+        column = 0
         i = np.searchsorted(stops_D, row_start, side="right")
         while column < length and i < len(order_D):
             document = order_D[i]
@@ -84,23 +83,16 @@ class Rows(grain.MapDataset):
             begin = row_start + column - document_start
             size = min(targets - begin, length - column)
             start = side.starts_D[document] + begin
-            ids = side.ids[start : start + size + 1]
-            columns = slice(column, column + size)
-            segment += 1
-            tokens_T[columns] = ids[:-1]
-            targets_T[columns] = ids[1:]
-            segments_T[columns] = segment
-            positions_T[columns] = np.arange(size)
-            weights_T[columns] = 1
+            add_piece(row_T, column, side, start, size)
             column += size
             i += 1
-        return {
-            "tokens": tokens_T,
-            "targets": targets_T,
-            "segments": segments_T,
-            "positions": positions_T,
-            "weights": weights_T,
-        }
+        return row_T
+
+
+def _rows_of(side: Side, length: int, seed: int, multiple: int = 1) -> Rows | WholeRows:
+    """Returns the rows of texts or of conversations; see both classes."""
+    kind = Rows if side.counted is None else WholeRows
+    return kind(side, length, seed, multiple)
 
 
 def _check_share(
@@ -136,7 +128,8 @@ def train_iterator(
       document.
     - segments: int32; 1, 2, ... for each document in the row, 0 in padding.
     - positions: int32; from 0 in each piece of a document in the row.
-    - weights: float32; 1 where there is a target, 0 where the row is padded.
+    - weights: float32; 1 where a target counts, 0 in padding and where a conversation
+      has a target that does not count.
 
     Args:
       corpus: from `corpus.prepare`.
@@ -153,7 +146,7 @@ def train_iterator(
       ConfigError: if an argument is out of range.
     """
     _check_share(batch, length, process_index, process_count)
-    rows = Rows(corpus.train, length, seed)
+    rows = _rows_of(corpus.train, length, seed)
     if len(rows) > _MAX_ROWS:
         raise ConfigError(
             f"length={length} is not accepted: it cuts the {corpus.train.tokens} "
@@ -184,5 +177,5 @@ def held_out_batches(
     Args and raises: as in `train_iterator`.
     """
     _check_share(batch, length, process_index, process_count)
-    rows = Rows(corpus.held_out, length, 0, multiple=batch * process_count)
+    rows = _rows_of(corpus.held_out, length, 0, multiple=batch * process_count)
     return rows.batch(batch)[process_index::process_count]

@@ -5,6 +5,7 @@
 3. A hash of a document's text decides its side. So copies of a document are on one
    side, and new documents in the source do not move the others.
 
+A document is a text, or a conversation, in which only some targets count (see `chat`).
 `batches` packs the documents of a side into rows and batches.
 
 Dims: D documents.
@@ -15,11 +16,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from ladder_jax.config import ConfigError, Data
-from ladder_jax.data import sources, token_cache
+from ladder_jax.data import chat, sources, token_cache
 from ladder_jax.data.tokenizer import Tokenizer
 
 
@@ -31,8 +33,10 @@ class Side:
       ids: token ids of the whole corpus, each document as bos, text, eos.
       starts_D: where each document of this side begins in `ids`.
       targets_D: how many targets each document has: its text tokens and eos.
-      bytes: the size of the documents' text in UTF-8.
+      bytes: the size in UTF-8 of the text of all targets that count.
       pad: the id that fills rows of a batch.
+      counted: of conversations, 1 for each of `ids` that counts as a target; None: all
+        count. Conversations are not cut where a row ends.
     """
 
     ids: np.ndarray
@@ -40,11 +44,60 @@ class Side:
     targets_D: np.ndarray
     bytes: int
     pad: int
+    counted: np.ndarray | None = None
 
     @functools.cached_property
     def tokens(self) -> int:
-        """The number of targets in an epoch: all text tokens, one eos per document."""
-        return int(self.targets_D.sum())
+        """The number of targets that count in an epoch.
+
+        Of texts, these are all text tokens, and one eos per document.
+        """
+        return int(self._counted_D().sum())
+
+    def _counted_D(self) -> np.ndarray:
+        """Returns how many targets of each document count."""
+        if self.counted is None:
+            return self.targets_D
+        counts = [
+            np.count_nonzero(self.counted[start + 1 : start + 1 + size])
+            for start, size in zip(self.starts_D, self.targets_D)
+        ]
+        return np.array(counts, np.int64)
+
+    def cut(self, length: int) -> tuple["Side", list[str]]:
+        """Returns this side for rows of `length` targets, and what that leaves out.
+
+        A longer conversation is cut after `length` targets. If none of these counts, it
+        is left out. Texts do not change: they go on in the next row.
+        """
+        if self.counted is None or (self.targets_D <= length).all():
+            return self, []
+        sizes_D = np.minimum(self.targets_D, length)
+        short = dataclasses.replace(self, targets_D=sizes_D)
+        counted_D = short._counted_D()
+        kept_D = counted_D > 0
+        tokens = int(counted_D.sum())
+        # The bytes of single targets are not stored: their mean is.
+        size = round(self.bytes * tokens / self.tokens)
+        side = dataclasses.replace(
+            short,
+            starts_D=self.starts_D[kept_D],
+            targets_D=sizes_D[kept_D],
+            bytes=size,
+        )
+        cut = np.count_nonzero(kept_D & (self.targets_D > length))
+        lost = len(kept_D) - np.count_nonzero(kept_D)
+        notes = [
+            f"{self.tokens - tokens:,} of {self.tokens:,} tokens that count cut off"
+        ]
+        if cut:
+            notes.append(f"{cut:,} conversations cut after {length} tokens")
+        if lost:
+            notes.append(
+                f"{lost:,} conversations left out, as none of their first {length} "
+                "tokens counts"
+            )
+        return side, notes
 
     def bits_per_byte(self, loss: float) -> float:
         """Converts a mean loss in nats a target to bits a byte of text.
@@ -62,9 +115,10 @@ class Corpus:
 
     Attributes:
       train, held_out: the sides.
-      digest: a hash of all documents in order. It does not depend on the paths of their
-        files. Two corpora have the same sides if digest, tokenizer and
-        data.held_out_fraction are equal.
+      digest: a hash of all documents in order; of conversations, and of the tokenizer
+        with its chat template. It does not depend on the paths of their files. Two
+        corpora have the same sides if digest, tokenizer and data.held_out_fraction are
+        equal.
       report: one line that counts what was read, left out and repaired.
     """
 
@@ -73,24 +127,71 @@ class Corpus:
     digest: str
     report: str
 
+    def cut(self, length: int) -> "Corpus":
+        """Returns the corpus for rows of `length` targets, see `Side.cut`.
 
-def documents(data_config: Data) -> Iterator[str]:
-    """Yields the text of the training documents of `data.source`.
+        Raises:
+          ConfigError: if no conversation of a side has a target that counts.
+        """
+        train, notes = self.train.cut(length)
+        held_out, held_out_notes = self.held_out.cut(length)
+        for name, side in (("training", train), ("held-out", held_out)):
+            if not len(side.starts_D):
+                raise ConfigError(
+                    f"train.seq_len={length} is not accepted: in no {name} "
+                    f"conversation does one of the first {length} tokens count; it "
+                    "must be larger"
+                )
+        report = "; ".join(
+            [
+                self.report,
+                *(f"train: {note}" for note in notes),
+                *(f"held out: {note}" for note in held_out_notes),
+            ]
+        )
+        return dataclasses.replace(self, train=train, held_out=held_out, report=report)
+
+
+def documents(data_config: Data, held_out: bool = False) -> Iterator[str]:
+    """Yields the text of the training or held-out documents of `data.source`.
+
+    The text of a conversation is its messages, one after the other.
 
     Raises:
-      ConfigError: if there is no training document.
+      ConfigError: if there is no such document.
     """
     tally = sources.Tally()
     is_empty = True
     threshold = _threshold(data_config.held_out_fraction)
-    for path in sources.files(data_config.source, tally):
+    files = sources.files(data_config.source, tally)
+    is_chat = sources.holds_chat(data_config, files)
+    read = _hashed_conversations if is_chat else _hashed_texts
+    for text, hash in read(data_config, files, tally):
+        if (hash < threshold) == held_out:
+            is_empty = False
+            yield text
+    if is_empty:
+        side = "training" if held_out else "held out"
+        raise sources.no_document(data_config, tally, is_chat, f"all of it is {side}")
+
+
+def _hashed_texts(
+    data_config: Data, files: list[Path], tally: sources.Tally
+) -> Iterator[tuple[str, int]]:
+    """Yields (text, hash) of each document."""
+    for path in files:
         texts = sources.read(data_config.source, path, data_config.text_field, tally)
         for text in texts:
-            if token_cache.document_hash(text.encode()) >= threshold:
-                is_empty = False
-                yield text
-    if is_empty:
-        raise sources.no_document(data_config, tally)
+            yield text, token_cache.document_hash(text.encode())
+
+
+def _hashed_conversations(
+    data_config: Data, files: list[Path], tally: sources.Tally
+) -> Iterator[tuple[str, int]]:
+    """Yields (text, hash) of each conversation."""
+    for messages in chat.read_messages(files, tally):
+        text = "\n".join(message["content"] for message in messages)
+        yield text, token_cache.conversation_hash(messages)
 
 
 def _threshold(held_out_fraction: float) -> int:
@@ -106,16 +207,26 @@ def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
 
     Raises:
       ConfigError: if the source is missing or has no usable document, if the tokenizer
-        fails, if the cache cannot be written, or if one side would be empty.
+        fails, if the cache cannot be written, if one side would be empty, or if the
+        source has no chat and `data.train_on` is not its default.
     """
     cache = token_cache.open_cache(data_config, tokenizer)
+    if cache.counted is None and data_config.train_on != Data.train_on:
+        raise ConfigError(
+            f"data.train_on={data_config.train_on!r} is not accepted: "
+            f"data.source={data_config.source!r} holds text, of which all tokens count "
+            "(data.format='chat' reads its rows as chat)"
+        )
     hash_D = cache.documents_D["hash"]
     held_out_D = hash_D < np.uint64(_threshold(data_config.held_out_fraction))
     _check_split(data_config, hash_D, held_out_D)
     train = _side(cache, ~held_out_D, tokenizer.pad)
     held_out = _side(cache, held_out_D, tokenizer.pad)
     report = _report(data_config, cache, train, held_out)
-    return Corpus(train, held_out, _digest(cache.documents_D), report)
+    # The rows do not tell what a chat template makes of them.
+    settings = "" if cache.counted is None else tokenizer.to_json()
+    digest = _digest(cache.documents_D, settings)
+    return Corpus(train, held_out, digest, report)
 
 
 def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Side:
@@ -129,12 +240,13 @@ def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Sid
         targets_D=targets_D[in_side_D],
         bytes=int(cache.documents_D["bytes"][in_side_D].sum()),
         pad=pad,
+        counted=cache.counted,
     )
 
 
-def _digest(documents_D: np.ndarray) -> str:
-    """Returns a hash of the sizes and hashes of all documents."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(documents_D: np.ndarray, settings: str) -> str:
+    """Returns a hash of the sizes and hashes of all documents, and of `settings`."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for field in ("bytes", "hash"):
         digest.update(np.ascontiguousarray(documents_D[field]).data)
     return digest.hexdigest()
@@ -144,9 +256,12 @@ def _report(
     data_config: Data, cache: token_cache.TokenCache, train: Side, held_out: Side
 ) -> str:
     """Returns `Corpus.report`."""
+    kind, unit = "documents", "tokens"
+    if cache.counted is not None:
+        kind, unit = "conversations", "tokens that count"
     parts = [
-        f"{name} {len(side.starts_D):,} documents, {side.bytes / 1e6:.2f} MB, "
-        f"{side.tokens:,} tokens"
+        f"{name} {len(side.starts_D):,} {kind}, {side.bytes / 1e6:.2f} MB, "
+        f"{side.tokens:,} {unit}"
         for name, side in (("train", train), ("held out", held_out))
     ]
     parts += [f"left out: {count:,} {kind}" for kind, count in cache.left_out.items()]

@@ -95,7 +95,7 @@ class Tally:
         return None
 
 
-class _NotText(Exception):
+class NotText(Exception):
     """The content of a file is not text."""
 
 
@@ -111,18 +111,18 @@ def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str
       ConfigError: if a package that the format needs is not installed.
       one of UNREADABLE: if the file is damaged.
     """
-    if _is_parquet(path):
+    if is_parquet(path):
         yield from _read_parquet(path, text_field, tally)
         return
     try:
-        with _open_text(path, Tally()) as file:
-            is_json_lines = _is_named_json_lines(path) or _holds_json_lines(file)
-        with _open_text(path, tally) as file:
+        with open_text(path, Tally()) as file:
+            is_json_lines = is_named_json_lines(path) or holds_json_lines(file)
+        with open_text(path, tally) as file:
             if is_json_lines:
                 yield from _read_json_lines(file, text_field, tally)
             else:
                 yield _read_text(file, tally)
-    except _NotText:
+    except NotText:
         tally.left_out["files that are not text"] += 1
 
 
@@ -157,7 +157,7 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
 
 
 @contextlib.contextmanager
-def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
+def open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
     """Opens a file as a stream of bytes, decompressed; UTF-16 and UTF-32 as UTF-8."""
     with open(path, "rb") as file:
         start = file.read(16)
@@ -177,12 +177,12 @@ def _open_text(path: Path, tally: Tally) -> Iterator[BinaryIO]:
 def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
     """Returns UTF-16 or UTF-32 as UTF-8.
 
-    Raises _NotText if too many characters cannot be decoded.
+    Raises NotText if too many characters cannot be decoded.
     """
     text = content.decode(encoding, "replace")
     broken = text.count("\ufffd")
     if broken > _MAX_BROKEN_FRACTION * len(text):
-        raise _NotText
+        raise NotText
     tally.repaired += bool(broken)
     return text.encode()
 
@@ -191,10 +191,10 @@ def _to_utf8(content: bytes, encoding: str, tally: Tally) -> bytes:
 
 
 def _read_text(file: BinaryIO, tally: Tally) -> bytes:
-    """Returns the content of a text file. Raises _NotText if it is not text."""
+    """Returns the content of a text file. Raises NotText if it is not text."""
     content = file.read()
     if b"\0" in content and not _is_text_with_nul(content):
-        raise _NotText
+        raise NotText
     if _JSON_START.match(content.removeprefix(codecs.BOM_UTF8)):
         tally.noted["files that look like JSON, not JSON Lines, are read as text"] += 1
     return content
@@ -214,7 +214,7 @@ def _is_text_with_nul(content: bytes) -> bool:
 # ------------------------------------------------------------------ JSON Lines
 
 
-def _is_named_json_lines(path: Path) -> bool:
+def is_named_json_lines(path: Path) -> bool:
     """Whether the name of a file, compressed or not, is that of JSON Lines."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
@@ -227,7 +227,7 @@ def _parse_row(line: bytes) -> Any:
     return json.loads(line.decode("utf-8-sig", "surrogateescape"))
 
 
-def _holds_json_lines(file: BinaryIO) -> bool:
+def holds_json_lines(file: BinaryIO) -> bool:
     """Whether most of the first lines that are not blank are JSON objects."""
     lines = (line for _, line in read_lines(file) if line.strip())
     are_objects = [_is_object(line) for line in itertools.islice(lines, _FIRST_LINES)]
@@ -241,34 +241,38 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _no_text_field(text_field: str) -> str:
+def no_text_field(text_field: str) -> str:
     """Returns the kind of `Tally.left_out` for rows without the text field."""
     return f"rows without a text field {text_field!r}"
 
 
-def _read_json_lines(
-    file: BinaryIO, text_field: str, tally: Tally
-) -> Iterator[bytes | str]:
+def json_lines_rows(file: BinaryIO, tally: Tally) -> Iterator[Any]:
+    """Yields the JSON value of each line; counts lines that are not JSON."""
     for _, line in read_lines(file):
         tally.read += len(line)
         if not line.strip():
             continue
         try:
-            row = _parse_row(line)
+            yield _parse_row(line)
         except (ValueError, RecursionError):
             tally.left_out["rows that are not JSON"] += 1
-            continue
+
+
+def _read_json_lines(
+    file: BinaryIO, text_field: str, tally: Tally
+) -> Iterator[bytes | str]:
+    for row in json_lines_rows(file, tally):
         value = row.get(text_field) if isinstance(row, dict) else None
         if isinstance(value, str):
             yield value
         else:
-            tally.left_out[_no_text_field(text_field)] += 1
+            tally.left_out[no_text_field(text_field)] += 1
 
 
 # ------------------------------------------------------------------ Parquet
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
     if path.suffix.lower() in _PARQUET_SUFFIXES:
         return True
     with open(path, "rb") as file:
@@ -280,8 +284,8 @@ def _is_parquet(path: Path) -> bool:
         return file.read() == _PARQUET_MAGIC
 
 
-def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
-    """Yields the cells of a Parquet column of any type of strings or bytes."""
+def import_parquet(path: Path) -> tuple[Any, Any]:
+    """Returns the modules pyarrow and pyarrow.parquet, to read `path`."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -290,6 +294,12 @@ def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes |
             f"data.source: {str(path)!r} is Parquet, which needs pyarrow: "
             "pip install 'ladder_jax[parquet]'"
         ) from None
+    return pyarrow, parquet
+
+
+def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
+    """Yields the cells of a Parquet column of any type of strings or bytes."""
+    pyarrow, parquet = import_parquet(path)
     size = path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
@@ -300,13 +310,13 @@ def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes |
                 tally.left_out[kind] += rows
                 return
             if not columns or not _holds_text(file.schema_arrow.field(columns[0]).type):
-                tally.left_out[_no_text_field(text_field)] += rows
+                tally.left_out[no_text_field(text_field)] += rows
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
                 tally.read += size * batch.num_rows // rows
                 # As bytes: Parquet does not check that strings are UTF-8.
                 cells = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-                tally.left_out[_no_text_field(text_field)] += cells.count(None)
+                tally.left_out[no_text_field(text_field)] += cells.count(None)
                 yield from (cell for cell in cells if cell is not None)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None

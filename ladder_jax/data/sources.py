@@ -1,19 +1,22 @@
 """Finds the files of a source of text and reads them one document at a time.
 
 A source is a folder, file or glob of text, JSON Lines and Parquet files (see
-`formats`), or "builtin" (see `python_docs`). It counts what it leaves out.
+`formats`), or "builtin" (see `python_docs`). It holds text, or rows of chat (see
+`chat_rows`). It counts what it leaves out.
 """
 
+import contextlib
 import functools
 import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ladder_jax.config import ConfigError, Data
-from ladder_jax.data import formats, python_docs
+from ladder_jax.data import chat_rows, formats, python_docs, rows
 from ladder_jax.data.formats import Tally
 
 # A folder that has both markers is the train.out of a run, which wrote these outputs.
@@ -138,6 +141,17 @@ def _is_readable_kind(path: Path, tally: Tally) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _count_unreadable(path: Path, tally: Tally) -> Iterator[None]:
+    """Counts a damaged file, and its bytes as read, in whatever way it is read."""
+    size, read_before = size_and_time(path)[0], tally.read
+    try:
+        yield
+    except (*formats.UNREADABLE, SyntaxError):
+        tally.left_out["unreadable files"] += 1
+    tally.read = max(tally.read, read_before + size)
+
+
 def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str]:
     """Yields the documents of one of the `files` of a source.
 
@@ -150,9 +164,8 @@ def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str
     Raises:
       ConfigError: if a package that the file's format needs is not installed.
     """
-    size, read_before = size_and_time(path)[0], tally.read
     values: Iterator[bytes | str]
-    try:
+    with _count_unreadable(path, tally):
         if source == "builtin":
             values = python_docs.read_file(path)
         else:
@@ -161,18 +174,68 @@ def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str
             text = tally.clean(value)
             if text is not None:
                 yield text
-    except (*formats.UNREADABLE, SyntaxError):
-        tally.left_out["unreadable files"] += 1
-    tally.read = max(tally.read, read_before + size)
 
 
-def no_document(data_config: Data, tally: Tally) -> ConfigError:
-    """Returns the error for a source without a usable document, with the reason."""
-    reason = _describe_left_out(tally) or "all of it is held out"
+def read_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
+    """Yields the rows of one of the `files` of a source, see `rows.read_rows`.
+
+    A damaged file is counted.
+    """
+    with _count_unreadable(path, tally):
+        yield from rows.read_rows(path, fields, tally)
+
+
+def holds_chat(data_config: Data, paths: Iterable[Path]) -> bool:
+    """Whether a source is rows of chat: `data.format`, or the first file with rows.
+
+    Rows that have the text field are text, whatever else they have.
+
+    Args:
+      data_config: with the source and its format.
+      paths: the `files` of the source.
+    """
+    if data_config.format != "auto":
+        return data_config.format == "chat"
+    if data_config.source == "builtin":
+        return False
+    for path in paths:
+        with _count_unreadable(path, Tally()):
+            fields = (data_config.text_field, *chat_rows.FIELDS)
+            first_rows = rows.first_rows(path, fields)
+            if first_rows:
+                return _are_chat(first_rows, data_config.text_field)
+    return False
+
+
+def _are_chat(first_rows: list[Any], text_field: str) -> bool:
+    """Whether most rows look like chat, and none has the text field."""
+    values = [row.get(text_field) for row in first_rows if isinstance(row, dict)]
+    if any(isinstance(value, str) for value in values):
+        return False
+    return 2 * sum(map(chat_rows.looks_like_chat, first_rows)) > len(first_rows)
+
+
+def no_document(
+    data_config: Data,
+    tally: Tally,
+    is_chat: bool = False,
+    otherwise: str = "all of it is held out",
+) -> ConfigError:
+    """Returns the error for a source without a usable document, with the reason.
+
+    otherwise: the reason if nothing was left out.
+    """
+    reason = _describe_left_out(tally) or otherwise
+    name = f"data.source={data_config.source!r}"
+    if is_chat:
+        return ConfigError(
+            f"{name} has no usable conversation ({reason}): it must hold "
+            f"{chat_rows.ACCEPTED}"
+        )
     return ConfigError(
-        f"data.source={data_config.source!r} has no usable document ({reason}): it "
-        f"must hold text, or rows with a text field {data_config.text_field!r} "
-        "(data.text_field)"
+        f"{name} has no usable document ({reason}): it must hold text, or rows with a "
+        f"text field {data_config.text_field!r} (data.text_field), or "
+        f"{chat_rows.ACCEPTED}"
     )
 
 

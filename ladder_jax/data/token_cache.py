@@ -2,9 +2,10 @@
 
 A cache is a folder `tokens-<fingerprint>` in `data.token_cache`:
 
-- ids.bin: the ids of all documents, each as bos, text, eos.
+- ids.bin: the ids of all documents, each as bos, text, eos; or a conversation each.
+- counted.bin: of conversations alone: a byte for each id, 1 if it counts as a target.
 - documents.npy: an array of `DOCUMENT`, one element a document.
-- about.json: dtype, sizes and checksums of both, and what reading left out.
+- about.json: dtype, sizes and checksums of these, and what reading left out.
 
 The process that tokenises writes the files in a folder of its own and then renames it:
 a cache is complete or absent. If a cache is damaged later, it is written again.
@@ -24,18 +25,18 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from ladder_jax.config import ConfigError, Data
-from ladder_jax.data import sources
+from ladder_jax.data import chat, sources
 from ladder_jax.data.tokenizer import Tokenizer
 
 # The version of a cache's contents. Raise it if the layout of its files changes, or the
-# documents that `sources` reads from a file.
-FORMAT = 2
+# documents that `sources` reads from a file, or the ids of a conversation.
+FORMAT = 3
 # A longer document is tokenised in pieces of this many characters, cut at line ends.
 PIECE_CHARACTERS = 1 << 20
 # One call of the tokenizer has about this many characters.
@@ -46,8 +47,8 @@ STALE_SECONDS = 86400
 CHECKSUM_BYTES = 1 << 30
 CHECKSUM_BLOCK = 1 << 20
 
-# stop: where the document ends in ids.bin, in ids; bytes: of its text in UTF-8; hash:
-# `document_hash`.
+# stop: where the document ends in ids.bin, in ids; bytes: of its text in UTF-8 (of a
+# conversation, of the text of its targets that count); hash: `document_hash`.
 DOCUMENT = np.dtype([("stop", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
 
 
@@ -58,12 +59,15 @@ class TokenCache:
     Attributes:
       ids: all ids, memory-mapped.
       documents_D: `DOCUMENT` of each document.
+      counted: of conversations, whether each of `ids` counts as a target,
+        memory-mapped; None if all do.
       left_out, noted, repaired: as in `sources.Tally`.
       damage: the damage of the cache that this one replaces, or None.
     """
 
     ids: np.ndarray
     documents_D: np.ndarray
+    counted: np.ndarray | None
     left_out: dict[str, int]
     noted: dict[str, int]
     repaired: int
@@ -73,6 +77,11 @@ class TokenCache:
 def document_hash(raw: bytes) -> int:
     """Returns a 64-bit hash of a document, which is given as UTF-8."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def conversation_hash(messages: list[dict[str, str]]) -> int:
+    """Returns `document_hash` of a conversation: it depends on no chat template."""
+    return document_hash(json.dumps(messages, sort_keys=True).encode())
 
 
 def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
@@ -115,14 +124,19 @@ def open_cache(data_config: Data, tokenizer: Tokenizer) -> TokenCache:
 def _fingerprint(data_config: Data, files: list[Path], tokenizer: Tokenizer) -> str:
     """Returns the name of a cache: a hash of everything that decides its contents.
 
-    These are the path, size and time of every file, the tokenizer, the text field and
-    FORMAT.
+    These are the path, size and time of every file, the tokenizer with its chat
+    template, the fields of data that say what to read, and FORMAT.
     """
+    is_builtin = data_config.source == "builtin"
+    # Texts do not depend on the chat template; a source may turn out to be chat.
+    is_text = is_builtin or data_config.format == "text"
     values = [
         FORMAT,
-        data_config.source == "builtin",
+        is_builtin,
         data_config.text_field,
-        tokenizer.to_json(),
+        data_config.format,
+        data_config.train_on,
+        tokenizer.documents_json() if is_text else tokenizer.to_json(),
         [(os.path.abspath(path), *sources.size_and_time(path)) for path in files],
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
@@ -158,9 +172,13 @@ def _rename(working: Path, folder: Path) -> None:
 def _open(folder: Path, damage: str | None) -> TokenCache:
     """Opens a complete cache. damage: see `TokenCache`."""
     about = _read_about(folder)
+    counted = None
+    if "counted.bin" in about["files"]:
+        counted = np.asarray(np.memmap(folder / "counted.bin", np.uint8, "r"))
     return TokenCache(
         ids=np.asarray(np.memmap(folder / "ids.bin", about["dtype"], "r")),
         documents_D=np.load(folder / "documents.npy"),
+        counted=counted,
         left_out=about["left_out"],
         noted=about["noted"],
         repaired=about["repaired"],
@@ -254,6 +272,66 @@ def _batches(
     yield batch
 
 
+class _Writer:
+    """Writes the files of a cache, document by document.
+
+    Args:
+      folder: where they are written.
+      size: of the tokenizer.
+      is_chat: whether the documents are conversations.
+    """
+
+    def __init__(self, folder: Path, size: int, is_chat: bool) -> None:
+        self._folder = folder
+        self._dtype = np.dtype("<u2" if size <= 1 << 16 else "<u4")
+        self._names = ["ids.bin", *(["counted.bin"] if is_chat else [])]
+        self._stop = 0
+        # stop, bytes and hash of each document, one after the other. An array takes 24
+        # bytes a document; a list would take 150.
+        self._document_fields = array.array("Q")
+
+    def __enter__(self) -> Self:
+        self._files = [open(self._folder / name, "wb") for name in self._names]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def write(self, ids: list[int], counted: list[bool] | None = None) -> None:
+        """Writes ids, and for conversations which of them count."""
+        self._files[0].write(np.array(ids, self._dtype).tobytes())
+        if counted is not None:
+            self._files[1].write(np.array(counted, np.uint8).tobytes())
+        self._stop += len(ids)
+
+    def end_document(self, size: int, hash: int) -> None:
+        """Ends a document: all ids since the one before. size: in bytes of text."""
+        self._document_fields.extend((self._stop, size, hash))
+
+    def finish(self, tally: sources.Tally) -> bool:
+        """Writes the last files. Returns False, and writes none, without a document."""
+        if not self._document_fields:
+            return False
+        for file in self._files:
+            file.flush()
+        documents_D = np.frombuffer(self._document_fields, np.uint64).view(DOCUMENT)
+        np.save(self._folder / "documents.npy", documents_D)
+        about: dict[str, Any] = {
+            "dtype": self._dtype.str,
+            # Without the kinds whose count is 0.
+            "left_out": +tally.left_out,
+            "noted": +tally.noted,
+            "repaired": tally.repaired,
+            "files": {
+                name: size_and_checksum(self._folder / name)
+                for name in (*self._names, "documents.npy")
+            },
+        }
+        _write_about(self._folder, about)
+        return True
+
+
 def _tokenise(
     data_config: Data,
     files: list[Path],
@@ -261,42 +339,50 @@ def _tokenise(
     tally: sources.Tally,
     folder: Path,
 ) -> None:
-    """Writes the three files of a cache into `folder`."""
-    dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
-    # stop, bytes and hash of each document, one after the other. An array takes 24
-    # bytes a document; a list would take 150.
-    document_fields = array.array("Q")
-    stop = 0
+    """Writes the files of a cache into `folder`."""
+    is_chat = sources.holds_chat(data_config, files)
+    write = _write_conversations if is_chat else _write_texts
     total = sum(sources.size_and_time(path)[0] for path in files)
     progress = tqdm(
         total=total, unit="B", unit_scale=True, desc="tokenise", disable=None
     )
-    with open(folder / "ids.bin", "wb") as file, progress:
-        for batch in _batches(data_config, files, tally):
-            batch_ids = tokenizer.encode_batch([piece.text for piece in batch])
-            for ids, piece in zip(batch_ids, batch):
-                if piece.is_first:
-                    ids = [tokenizer.bos, *ids]
-                if piece.document:
-                    ids = [*ids, tokenizer.eos]
-                file.write(np.array(ids, dtype).tobytes())
-                stop += len(ids)
-                if piece.document:
-                    document_fields.extend((stop, *piece.document))
+    with _Writer(folder, tokenizer.size, is_chat) as writer, progress:
+        for _ in write(data_config, files, tokenizer, tally, writer):
             progress.update(tally.read - progress.n)
-    if not document_fields:
-        raise sources.no_document(data_config, tally)
-    documents_D = np.frombuffer(document_fields, np.uint64).view(DOCUMENT)
-    np.save(folder / "documents.npy", documents_D)
-    about: dict[str, Any] = {
-        "dtype": dtype.str,
-        # Without the kinds whose count is 0.
-        "left_out": +tally.left_out,
-        "noted": +tally.noted,
-        "repaired": tally.repaired,
-        "files": {
-            name: size_and_checksum(folder / name)
-            for name in ("ids.bin", "documents.npy")
-        },
-    }
-    _write_about(folder, about)
+        if not writer.finish(tally):
+            raise sources.no_document(data_config, tally, is_chat)
+
+
+def _write_texts(
+    data_config: Data,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    tally: sources.Tally,
+    writer: _Writer,
+) -> Iterator[None]:
+    """Writes all documents; yields after each batch of their pieces."""
+    for batch in _batches(data_config, files, tally):
+        batch_ids = tokenizer.encode_batch([piece.text for piece in batch])
+        for ids, piece in zip(batch_ids, batch):
+            if piece.is_first:
+                ids = [tokenizer.bos, *ids]
+            if piece.document:
+                ids = [*ids, tokenizer.eos]
+            writer.write(ids)
+            if piece.document:
+                writer.end_document(*piece.document)
+        yield
+
+
+def _write_conversations(
+    data_config: Data,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    tally: sources.Tally,
+    writer: _Writer,
+) -> Iterator[None]:
+    """Writes all conversations; yields after each one."""
+    for messages, encoded in chat.read(data_config, files, tokenizer, tally):
+        writer.write(encoded.ids, encoded.counted)
+        writer.end_document(encoded.bytes, conversation_hash(messages))
+        yield

@@ -2,8 +2,9 @@
 
 All have one interface, `Tokenizer`. `encode` treats the name of a special token in a
 text, such as "<|eos|>", as plain text. `prompt` encodes text for a model to continue,
-and converts such names to the special tokens. `load` opens the tokenizer of a
-configuration, `from_json` opens that of a checkpoint, and `train` trains BPE on texts.
+and converts such names to the special tokens; so does `encode_rendered`, for the text
+of a chat template. `load` opens the tokenizer of a configuration, `from_json` opens
+that of a checkpoint, and `train` trains BPE on texts.
 """
 
 import codecs
@@ -16,35 +17,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.config import ConfigError, require
+from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
 
-# The usual names of special tokens. `load` uses the first one that a tokenizer.json
-# has. Tokenizers of this project use the first name of each kind.
-NAMES = {
-    "bos": (
-        "<|bos|>",
-        "<|begin_of_text|>",
-        "<|startoftext|>",
-        "<s>",
-        "<bos>",
-        "<｜begin▁of▁sentence｜>",
-    ),
-    "eos": (
-        "<|eos|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "</s>",
-        "<eos>",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "pad": ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"),
-}
 _OWN_NAMES = [names[0] for names in NAMES.values()]
+# It splits a text into names of special tokens and what is between them.
+_OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
 # Halves of a UTF-16 surrogate pair: JSON can contain them, UTF-8 cannot.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -65,6 +48,13 @@ _ALPHABET = byte_alphabet()
 
 
 # ------------------------------------------------------------------ interface
+
+
+class Rendered(NamedTuple):
+    """The ids of a text of a chat template, and the characters that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # of each id: its first character, and the one after
 
 
 class Stream:
@@ -107,12 +97,21 @@ class Tokenizer:
       size: one more than the largest id.
       bos, eos, pad: ids of the tokens that start a document, end it and fill rows. A
         Hugging Face tokenizer without bos or pad uses its eos for them, as GPT-2 does.
+      eos_ids: the ids that end a generation, at least one. A chat model may have
+        several, which need not include eos.
+      chat_template: the template of conversations, in Jinja; None if there is none.
+      special: the names of its special tokens and the settings that belong to them.
+      starts_with_bos: whether a prompt starts with bos.
     """
 
     size: int
     bos: int
     eos: int
     pad: int
+    eos_ids: tuple[int, ...]
+    chat_template: str | None = None
+    special: Special
+    starts_with_bos: bool
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, none of them a special token."""
@@ -126,16 +125,33 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, at least one.
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
+        """Returns the ids of a prompt, at least one unless `bos` is False.
 
         A name of a special token in the text becomes that token. The ids start with bos
         if the tokenizer is configured so. The ids of "" are bos alone (eos, if the
         tokenizer has no bos): the model starts a new document.
 
+        bos: whether to put bos before ids that do not start with it. None: as the
+        tokenizer is configured.
+
         Raises:
           ConfigError: if the tokenizer cannot encode the text.
         """
+        raise NotImplementedError
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        """Returns the ids of each text, and where in the text they come from.
+
+        Names of special tokens become these tokens. Nothing is added.
+
+        Raises:
+          ConfigError: if the tokenizer cannot encode a text.
+        """
+        raise NotImplementedError
+
+    def token_name(self, token: int) -> str | None:
+        """Returns the name of a token in the vocabulary, None for other ids."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -150,6 +166,10 @@ class Tokenizer:
     def to_json(self) -> str:
         """Returns the whole tokenizer as a string; `from_json` is the inverse."""
         raise NotImplementedError
+
+    def documents_json(self) -> str:
+        """Returns what decides on the ids of documents: a part of `to_json`."""
+        return self.to_json()
 
     def tokenizer_json(self) -> str:
         """Returns the text of a Hugging Face tokenizer.json that gives the same ids."""
@@ -195,12 +215,39 @@ class ByteTokenizer(Tokenizer):
     """A tokenizer with the bytes of UTF-8 as ids 0 to 255, and bos, eos, pad after."""
 
     bos, eos, pad, size = 256, 257, 258, 259
+    eos_ids = (eos,)
+    starts_with_bos = True
+    special = Special(dict(zip(NAMES, _OWN_NAMES)))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(_without_surrogates(text).encode()) for text in texts]
 
-    def prompt(self, text: str) -> list[int]:
-        return [self.bos, *self.encode(text)]
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
+        return [self.bos] * (bos is not False) + self.encode(text)
+
+    def token_name(self, token: int) -> str | None:
+        if 0 <= token < 256:
+            return next(name for name, byte in _ALPHABET.items() if byte == token)
+        return dict(enumerate(_OWN_NAMES, start=256)).get(token)
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        return [self._encode_rendered(_without_surrogates(text)) for text in texts]
+
+    def _encode_rendered(self, text: str) -> Rendered:
+        special = dict(zip(_OWN_NAMES, (self.bos, self.eos, self.pad)))
+        rendered = Rendered([], [])
+        start = 0
+        for part in _OWN_NAMES_PATTERN.split(text):
+            if part in special:
+                rendered.ids.append(special[part])
+                rendered.offsets.append((start, start + len(part)))
+            else:
+                for i, character in enumerate(part, start):
+                    ids = character.encode()
+                    rendered.ids.extend(ids)
+                    rendered.offsets.extend([(i, i + 1)] * len(ids))
+            start += len(part)
+        return rendered
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bytes"})
@@ -279,17 +326,19 @@ class HuggingFace(Tokenizer):
 
     Args:
       text: the content of tokenizer.json.
-      names: {kind: name} of its special tokens: "eos", and perhaps "bos" and "pad".
+      special: what the files beside it say.
       origin: its name in messages.
+      chat_template: its Jinja template, if it has one.
 
     Raises:
-      ConfigError: if `text` is no tokenizer or has no token of these names.
+      ConfigError: if `text` is no tokenizer or has no token of these names or ids.
     """
 
     def __init__(
-        self, text: str, names: dict[str, str], origin: str = "this tokenizer"
+        self, text: str, special: Special, origin: str = "this tokenizer"
     ) -> None:
-        self._json, self.names, self._origin = text, names, origin
+        self._json, self.special, self._origin = text, special, origin
+        names = special.names
         self._plain = _parse(text)
         # It encodes names of special tokens in a text as plain text.
         self._plain.encode_special_tokens = True
@@ -303,6 +352,14 @@ class HuggingFace(Tokenizer):
         self.eos = vocabulary[names["eos"]]
         self.bos = vocabulary[names.get("bos", names["eos"])]
         self.pad = vocabulary[names.get("pad", names["eos"])]
+        self.eos_ids = special.eos_ids or (self.eos,)
+        require(
+            max(self.eos_ids) < self.size,
+            "eos_token_id",
+            max(self.eos_ids),
+            f"one of the tokenizer's {self.size} ids",
+        )
+        self.chat_template = special.chat_template
         added = self._plain.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
         decoder = json.loads(text).get("decoder") or {}
@@ -319,8 +376,20 @@ class HuggingFace(Tokenizer):
         return _parse(self._json)
 
     @functools.cached_property
-    def _starts_with_bos(self) -> bool:
-        """Whether the tokenizer's post-processor puts bos before a text."""
+    def _without_processor(self) -> tokenizers.Tokenizer:
+        """`_with_special_tokens` whose offsets keep the spaces of a token.
+
+        The post-processor would cut them off.
+        """
+        values = json.loads(self._json)
+        values["post_processor"] = None
+        return _parse(json.dumps(values))
+
+    @functools.cached_property
+    def starts_with_bos(self) -> bool:  # type: ignore[override]
+        """Whether prompts start with bos: by its setting, else its post-processor."""
+        if self.special.add_bos is not None:
+            return self.special.add_bos and "bos" in self.special.names
         names = sorted(self._with_special_tokens.get_vocab(with_added_tokens=False))
         for text in ("a", *names[:100]):
             try:
@@ -335,19 +404,33 @@ class HuggingFace(Tokenizer):
             encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str, bos: bool | None = None) -> list[int]:
         text = _without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        if not ids or (self._starts_with_bos and ids[0] != self.bos):
-            ids = [self.bos, *ids]
-        return ids
+        if bos is None:
+            bos = self.starts_with_bos or not ids
+        return [self.bos, *ids] if bos and ids[:1] != [self.bos] else ids
+
+    def token_name(self, token: int) -> str | None:
+        return self._plain.id_to_token(token) if 0 <= token < self.size else None
+
+    def encode_rendered(self, texts: list[str]) -> list[Rendered]:
+        texts = [_without_surrogates(text) for text in texts]
+        library_tokenizer = self._without_processor
+        with _library_errors(f"{self._origin} cannot encode a conversation"):
+            encodings = library_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [Rendered(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"kind": "huggingface", "names": self.names, "tokenizer": self._json},
-            ensure_ascii=False,
-        )
+        return self._to_json(self.special._asdict())
+
+    def documents_json(self) -> str:
+        return self._to_json({"names": self.special.names})
+
+    def _to_json(self, settings: dict[str, Any]) -> str:
+        values = {"kind": "huggingface"} | settings | {"tokenizer": self._json}
+        return json.dumps(values, ensure_ascii=False)
 
     def tokenizer_json(self) -> str:
         return self._json
@@ -356,7 +439,7 @@ class HuggingFace(Tokenizer):
         return self._cached_bytes(token, previous if self._needs_previous else None)
 
     def _bytes_of(self, token: int, previous: int | None) -> bytes | None:
-        name = self._plain.id_to_token(token) if 0 <= token < self.size else None
+        name = self.token_name(token)
         if name is None or token in self._special:
             return None
         if "ByteLevel" in self._decoders:
@@ -423,7 +506,7 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     )
     library_tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
     _make_byte_level(library_tokenizer)
-    return HuggingFace(library_tokenizer.to_str(), dict(zip(NAMES, _OWN_NAMES)))
+    return HuggingFace(library_tokenizer.to_str(), ByteTokenizer.special)
 
 
 def from_json(text: str) -> Tokenizer:
@@ -439,7 +522,11 @@ def from_json(text: str) -> Tokenizer:
             return ByteTokenizer()
         if kind == "huggingface":
             origin = "the checkpoint's tokenizer"
-            return HuggingFace(values["tokenizer"], values["names"], origin)
+            text = values["tokenizer"]
+            # Checkpoints of older versions have the names alone.
+            fields = {name: values[name] for name in Special._fields if name in values}
+            fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
+            return HuggingFace(text, Special(**fields), origin)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"this is not a tokenizer that to_json wrote: {error!r}"
@@ -449,15 +536,39 @@ def from_json(text: str) -> Tokenizer:
     )
 
 
-def load(spec: str) -> Tokenizer:
-    """Returns the tokenizer of `data.tokenizer`.
+def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
+    """Returns the tokenizer of a folder with a tokenizer.json.
 
-    tokenizer.json does not say which token ends a text. tokenizer_config.json and
-    special_tokens_map.json in the same folder do. Without these, the token is the first
-    of `NAMES` in tokenizer.json.
+    tokenizer.json does not say which token ends a text. The files beside it do (see
+    tokenizer_files.py). Without these, the token is the first of NAMES in
+    tokenizer.json.
 
     Args:
-      spec: "bytes", or the path of a tokenizer.json or of a folder that holds one.
+      read: gives the content of a file by its name, None if there is no such file.
+      origin: its name in messages.
+
+    Raises:
+      ConfigError: if it is no tokenizer, or has no token that ends a text.
+    """
+    text = read("tokenizer.json")
+    if text is None:
+        hint = " (tokenizer.model alone is not read: convert it with transformers)"
+        try:
+            has_model = read("tokenizer.model") is not None
+        except ValueError:  # it is there, and not text
+            has_model = True
+        raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
+    added = _parse(text).get_added_tokens_decoder().values()
+    special = read_special(read, (token.content for token in added))
+    return HuggingFace(text, special, origin)
+
+
+def load(spec: str) -> Tokenizer:
+    """Returns the tokenizer of `data.tokenizer`, see `from_files`.
+
+    Args:
+      spec: "bytes", or the path of a tokenizer.json, of a folder that holds one, or
+        of a run or checkpoint.
 
     Raises:
       ConfigError: if there is no such file, if it is no tokenizer, or if it has no
@@ -467,48 +578,38 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     origin = f"data.tokenizer={spec!r}"
     path = Path(spec).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        tokenizer = _from_checkpoint(path)
+        if tokenizer:
+            return tokenizer
     path = path / "tokenizer.json" if path.is_dir() else path
+
+    def read(name: str) -> str | None:
+        """The named file is tokenizer.json, whatever its name is."""
+        file = path if name == "tokenizer.json" else path.parent / name
+        if name == "tokenizer.json" or file.exists():
+            return file.read_text(encoding="utf-8")
+        return None
+
     try:
-        text = path.read_text(encoding="utf-8")
-        return HuggingFace(text, _special_names(text, path.parent), origin)
+        return from_files(read, origin)
     except OSError as error:
         raise ConfigError(
             f"{origin} cannot be read ({error.strerror}): it must be 'bytes', or the "
-            "path of a tokenizer.json or of a folder that holds one"
+            "path of a tokenizer.json, of a folder that holds one, or of a run"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{origin} is not accepted: {error}") from None
 
 
-def _special_names(text: str, folder: Path) -> dict[str, str]:
-    """Returns {kind: name} of the special tokens: "eos", perhaps "bos" and "pad".
+def _from_checkpoint(path: Path) -> Tokenizer | None:
+    """Returns the tokenizer of a run, its checkpoints or one of them; None: it is none.
 
-    Args:
-      text: the content of a tokenizer.json.
-      folder: the folder of the file; other files there may name the tokens.
+    Orbax is imported only where it is needed.
     """
-    settings: dict[str, Any] = {}
-    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if path.exists():
-            settings |= json.loads(path.read_text(encoding="utf-8"))
-    added = {
-        token.content for token in _parse(text).get_added_tokens_decoder().values()
-    }
-    names = {}
-    for kind, usual_names in NAMES.items():
-        field = f"{kind}_token"
-        name = settings.get(field)
-        if isinstance(name, dict):
-            name = name["content"]
-        # A null says that there is no such token. It does not count for eos, which
-        # every tokenizer needs.
-        if name is None and (kind == "eos" or field not in settings):
-            name = next((usual for usual in usual_names if usual in added), None)
-        if name is not None:
-            names[kind] = name
-    if "eos" not in names:
-        raise ConfigError(
-            "it has no token that ends a text: name one as eos_token in a "
-            f"tokenizer_config.json beside it, or use one of {', '.join(NAMES['eos'])}"
-        )
-    return names
+    from ladder_jax import checkpoint
+
+    try:
+        return from_json(checkpoint.read_meta(path)["tokenizer"])
+    except (ValueError, KeyError, OSError):
+        return None

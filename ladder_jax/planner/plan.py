@@ -15,7 +15,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import config, model, schedule, sharding, train
+from ladder_jax import config, model, sharding, train
 from ladder_jax.config import Config, ConfigError
 from ladder_jax.hardware import aot, chips
 from ladder_jax.kv_cache import KV
@@ -112,14 +112,14 @@ def make_mesh_for(
 
 def short_stack(request: Request) -> Stack:
     """The stack of few layers to compile in place of the model of a request."""
-    notation, layers = request.config.model.residual, request.config.model.layers
+    model_config = request.config.model
     ends = 1
     if request.workload == "prefill":
         # The last layers compute less: only the last position's output is needed.
-        blocks = schedule.parse(notation, layers)
+        blocks = model_config.residual_schedule()
         first_narrow = narrow_blocks(blocks)[0] // len(blocks.layers[0])
-        ends = layers - first_narrow
-    return shorten(notation, layers, request.most + ends - 1, ends)
+        ends = model_config.layers - first_narrow
+    return shorten(model_config, request.most + ends - 1, ends)
 
 
 def _explain(error: Exception, request: Request, stack: Stack) -> str | None:
@@ -147,7 +147,11 @@ def make_program(
     model_config = request.config.model
     if stack is not None:
         model_config = dataclasses.replace(
-            model_config, layers=len(stack.counts), residual=stack.notation
+            model_config,
+            layers=len(stack.counts),
+            residual=stack.notation,
+            window_layers=stack.window_layers,
+            nope_layers=stack.nope_layers,
         )
     if request.workload == "train":
         train_config = dataclasses.replace(

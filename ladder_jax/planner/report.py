@@ -226,14 +226,13 @@ def forward_flops(
     decoding = workload == "decode"
     tokens = batch * (1 if decoding else context)
     read = tokens if workload == "train" else batch  # positions whose logits are needed
-    seen = context if decoding else context / 2  # positions that a query attends to
     query = model_config.heads * model_config.head_dim
     keys_and_values = 2 * model_config.kv_heads * model_config.head_dim
     by_part = dict(
-        attention=4 * query * (model_config.dim + seen),  # without keys and values
+        attention=4 * query * model_config.dim,  # without keys and values
         mlp=6 * model_config.dim * model_config.ffn_dim,
     )
-    parsed = schedule.parse(model_config.residual, model_config.layers)
+    parsed = model_config.residual_schedule()
     blocks = [block for layer in parsed.layers for block in layer]
     first_narrow = narrow_blocks(parsed)[0]
     flops: float = tokens * model_config.layers * 2 * model_config.dim * keys_and_values
@@ -241,7 +240,17 @@ def forward_flops(
     for number, block in enumerate(blocks):
         rows = tokens if number < first_narrow else read
         flops += rows * sum(by_part[part] for part in block.parts)
+        if "attention" in block.parts:
+            window = model_config.sliding_window if block.window else None
+            flops += rows * 4 * query * _seen(context, window, decoding)
     return flops
+
+
+def _seen(context: int, window: int | None, decoding: bool) -> float:
+    """The positions that a query attends to: in decode those of the last token, else
+    the mean over all tokens."""
+    most = context if window is None else min(context, window)
+    return most if decoding else most - most**2 / (2 * context)
 
 
 # ---------------------------------------------------------------- copies of weights

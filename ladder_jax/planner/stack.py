@@ -7,7 +7,7 @@ model stands for several executions in the deep model.
 from typing import NamedTuple
 
 from ladder_jax import schedule
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, Model
 from ladder_jax.planner.hlo import Instruction
 from ladder_jax.planner.scopes import place_of
 from ladder_jax.residual.layers import repeats
@@ -17,6 +17,10 @@ class Stack(NamedTuple):
     """The short model."""
 
     notation: str  # its residual schedule
+    # Its layers with a sliding window, and those without rotary embedding, as in
+    # config.Model.
+    window_layers: str
+    nope_layers: str
     # For each layer of the short model: the number of deep layers that it stands for.
     counts: tuple[float, ...]
     trips: tuple[tuple[str, int], ...]  # scope of a scan -> its trips in the deep model
@@ -54,18 +58,17 @@ class LayerCounter:
         return self.current
 
 
-def shorten(notation: str, layers: int, most: int, ends: int = 1) -> Stack:
+def shorten(model_config: Model, most: int, ends: int = 1) -> Stack:
     """The `Stack` for a deep model.
 
     Args:
-      notation: the deep model's residual schedule.
-      layers: its depth.
+      model_config: the deep model's.
       most: repetitions to compile of every pattern of layers that the schedule repeats.
       ends: how many of the last repetitions stand for themselves alone, as the first
         one does.
     Raises ConfigError where no short model has such a schedule.
     """
-    deep = schedule.parse(notation, layers)
+    notation, deep = model_config.residual, model_config.residual_schedule()
     short: list[tuple[schedule.Block, ...]] = []
     counts: list[float] = []
     trips: list[tuple[str, int]] = []
@@ -78,10 +81,21 @@ def shorten(notation: str, layers: int, most: int, ends: int = 1) -> Stack:
         for count in _counts(deep_repeats, short_repeats, ends):
             counts += [count] * period
     delays = ",".join(str(block.delay) for blocks in short for block in blocks)
+    windowed = [i for i, blocks in enumerate(short) if any(b.window for b in blocks)]
+    without_rope = [
+        i for i, blocks in enumerate(short) if not all(b.rope for b in blocks)
+    ]
+    windows = schedule.format_layers(windowed, len(short))
+    nope = schedule.format_layers(without_rope, len(short))
     for candidate in (notation, f"delays:{delays}"):
         try:
-            if schedule.parse(candidate, len(short)).layers == tuple(short):
-                return Stack(candidate, tuple(counts), tuple(trips))
+            parsed = schedule.parse(
+                candidate, len(short), window_layers=windows, nope_layers=nope
+            )
+            if parsed.layers == tuple(short):
+                if model_config.sliding_window is None:
+                    windows = "all"  # which means nothing then
+                return Stack(candidate, windows, nope, tuple(counts), tuple(trips))
         except ValueError:
             pass
     raise ConfigError(f"schedule={notation!r} has no shorter stack of the same kind")

@@ -17,7 +17,8 @@ from ladder_jax.residual.reductions import Policy, copy_to_tensor_axis
 from ladder_jax.residual.stream import Stream
 from ladder_jax.schedule import Block
 
-# A scalar, which may be traced: a change of its value compiles nothing.
+# A scalar, or an array with a value for every block. It may be traced: a change of its
+# value compiles nothing.
 Freshness = jax.Array | float
 
 
@@ -29,8 +30,8 @@ def check_freshness(
     if schedule.parse(notation, model_config.layers).local:
         raise config.ConfigError(
             f"model.residual={notation!r} cannot be annealed: each tensor shard has a "
-            "residual stream of its own, and there is no fresh stream to blend it "
-            "with; freshness is for ladder, hybrid and delays"
+            "residual stream of its own, without a fresh stream to blend it with; "
+            "freshness is for ladder, hybrid and delays"
         )
     if isinstance(freshness, int | float) and not 0 <= freshness <= 1:
         raise config.ConfigError(

@@ -52,7 +52,7 @@ def run(
         all. If `layers` is a list, its last blocks compute no others (`narrow_blocks`).
         A scan computes all its layers alike: only the last reduction is narrow then.
       freshness: None, or how much of the terms that its delay skips a block reads
-        (annealing.py).
+        (annealing.py): one value, or an array with one for every block.
 
     Returns:
       The stream after the last block [B, T or R, D], ready for column-parallel work
@@ -70,7 +70,12 @@ def run(
     ) -> tuple[Stream, tuple[Any, ...]]:
         outputs = []
         next_delays = [*(block.delay for block in blocks[1:]), next_delay]
-        for block, next_block_delay, block_rows in zip(blocks, next_delays, rows):
+        shares: Any = [freshness] * len(blocks)
+        if by_block:
+            layer, shares = layer
+        for block, next_block_delay, block_rows, share in zip(
+            blocks, next_delays, rows, shares
+        ):
             compute_block = partial(compute, layer, block)
             # Profiles and the planner tell blocks apart by this name.
             with jax.named_scope("+".join(block.parts)):
@@ -79,9 +84,9 @@ def run(
                     stream, output = run_local(
                         stream, block, compute_block, reduction, block_rows
                     )
-                elif freshness is not None:
+                elif annealed:
                     stream, output = run_annealed_block(
-                        stream, block, freshness, compute_block, reduction, block_rows
+                        stream, block, share, compute_block, reduction, block_rows
                     )
                 else:
                     stream, output = run_block(
@@ -98,6 +103,11 @@ def run(
     with jax.named_scope("embedding"):
         stream = _first_stream(schedule, embedded_BTD, reduction)
     annealed = freshness is not None
+    by_block = freshness is not None and jnp.ndim(freshness) > 0
+    if freshness is not None and by_block:
+        share_LB = jnp.reshape(freshness, (len(schedule.layers), -1))
+        is_list = isinstance(layers, list)
+        layers = list(zip(layers, share_LB)) if is_list else (layers, share_LB)
     if isinstance(layers, list):
         narrow = range(0) if read_BR is None else narrow_blocks(schedule, annealed)
         stream, outputs = _run_list(

@@ -86,6 +86,9 @@ class Engine:
         pipelined: bool = True,
     ) -> None:
         options = options or Decode()
+        if tokenizer is not None:  # requests stop at every id that it ends at
+            most_ids = max(options.max_stop_ids, len(tokenizer.eos_ids))
+            options = dataclasses.replace(options, max_stop_ids=most_ids)
         self.model_config, self.mesh, self.tokenizer = model_config, mesh, tokenizer
         self.length = options.max_length or model_config.max_length
         self.vocabulary = tokenizer.size if tokenizer else model_config.vocab_size
@@ -175,7 +178,7 @@ class Engine:
           stop: a string or several; the output ends before the first of them that the
             model generates.
           stop_token_ids: ids that end the output and are not part of it (default: the
-            tokenizer's eos).
+            tokenizer's eos_ids).
           logprobs: how many alternatives' log-probabilities come with every token's
             own, 0 or more (default: None, no log-probabilities).
           priority: -1000 to 1000; higher goes first, equals in order of submission.

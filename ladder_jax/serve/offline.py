@@ -1,8 +1,9 @@
 """Offline generation: a file of prompts becomes a file of outputs, and can be resumed.
 
-Input: a JSON object a line, with `prompt` (text, or a list of ids) and any option of
-`Engine.submit` (max_tokens, seed, stop, ...). A row without a `seed` gets one of its
-own, so that equal prompts get different samples, see `row_seed`.
+Input: a JSON object a line, with `prompt` (text, or a list of ids) or `messages` (a
+conversation, for the tokenizer's chat template), and any option of `Engine.submit`
+(max_tokens, seed, stop, ...). A row without a `seed` gets one of its own, so that equal
+prompts get different samples, see `row_seed`.
 
 Output: a JSON object a line, in the order in which requests finish:
 
@@ -16,12 +17,13 @@ that holds anything but outputs for the same prompts and options.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from ladder_jax import sampling
 from ladder_jax.config import ConfigError
+from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.request import QueueFull, Request, RequestFailed
@@ -41,7 +44,7 @@ class Row:
 
     index: int  # the number of the line, from 0
     digest: str  # a hash of prompt and options: 16 hexadecimal digits
-    options: dict[str, Any]  # options of Engine.submit, the prompt included
+    options: dict[str, Any]  # of Engine.submit; `messages` may stand for `prompt`
     error: str | None  # why the line is not a request, or None
 
     @property
@@ -110,6 +113,9 @@ def _row(index: int, value: Any, defaults: Mapping[str, Any]) -> Row:
         error = str(value)
     elif not isinstance(value, dict):
         error = "it is not a JSON object"
+    elif "messages" in value:
+        if "prompt" in value:
+            error = "it has both prompt and messages"
     elif "prompt" not in value:
         error = "it has no prompt"
     elif not _is_prompt(value["prompt"]):
@@ -263,6 +269,7 @@ def _generate(
     running: list[tuple[Row, Request]] = []
     slots = engine.options.slots or 1
     most_running = max(1, min(engine.options.queue_size, 4 * slots))
+    submit_options = _chat_prompts(engine)
     try:
         while waiting or running:
             while waiting and len(running) < most_running:
@@ -271,7 +278,7 @@ def _generate(
                     yield waiting.popleft(), _error_values(row, row.error)
                     continue
                 try:
-                    request = engine.submit(**row.options)
+                    request = engine.submit(**submit_options(row.options))
                 except QueueFull:  # another client filled the queue
                     break
                 except Exception as error:  # the other rows are still generated
@@ -287,6 +294,30 @@ def _generate(
     finally:
         for _, request in running:
             request.cancel()
+
+
+def _chat_prompts(engine: Engine) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns a function that replaces `messages` among the options of a row.
+
+    The prompt and the ids that end an answer are those of the tokenizer's template.
+    """
+
+    @functools.cache
+    def encoder() -> ChatEncoder:
+        if engine.tokenizer is None:
+            raise ConfigError("messages need a tokenizer, and this engine has none")
+        return ChatEncoder(engine.tokenizer)
+
+    def replace(options: dict[str, Any]) -> dict[str, Any]:
+        if "messages" not in options:
+            return options
+        others = {name: v for name, v in options.items() if name != "messages"}
+        if others.get("stop_token_ids") is None:
+            end_ids = encoder().end_ids[: engine.options.max_stop_ids]
+            others["stop_token_ids"] = list(end_ids)
+        return others | dict(prompt=encoder().prompt(options["messages"]))
+
+    return replace
 
 
 def _output_values(row: Row, request: Request) -> dict[str, Any]:

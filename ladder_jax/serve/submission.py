@@ -85,7 +85,7 @@ def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
     """Returns the options of a request with a prompt of so many tokens."""
     room = accepts.length - prompt_tokens
     last_id = accepts.vocabulary - 1
-    eos = () if accepts.tokenizer is None else (accepts.tokenizer.eos,)
+    eos = () if accepts.tokenizer is None else accepts.tokenizer.eos_ids
     return {
         "max_tokens": Option(
             min(DEFAULT_MAX_TOKENS, room),

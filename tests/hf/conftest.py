@@ -1,6 +1,15 @@
-"""Comparisons with PyTorch, transformers and lm-eval: `make test` runs them in .venv-hf."""
+"""Comparisons with PyTorch, transformers and lm-eval.
+
+`make test` runs them in .venv-hf.
+"""
 
 import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))  # for tests/helpers.py
 
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:

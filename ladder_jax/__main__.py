@@ -1,0 +1,5 @@
+"""`python -m ladder_jax`: the command `ladder-jax`."""
+
+from ladder_jax.cli import main
+
+main()

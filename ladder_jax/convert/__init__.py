@@ -1,0 +1,1 @@
+"""Checkpoints of other tools: Hugging Face folders and GGUF files, read and written."""

@@ -1,0 +1,112 @@
+"""What a conversion needs, and what there is: memory of the devices, disk."""
+
+import contextlib
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ladder_jax import model as models
+from ladder_jax import sharding
+from ladder_jax.config import ConfigError, Model
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class Needs(NamedTuple):
+    """Bytes that a conversion takes."""
+
+    parameters: int  # their number
+    disk: int
+    device: int  # on each device: its shards, and one tensor
+    devices: int
+    dtype: str
+
+    def text(self) -> str:
+        """A line about it."""
+        each = "" if self.devices == 1 else f" on each of {self.devices} devices"
+        return (
+            f"{self.parameters:,} parameters in {self.dtype}: needs "
+            f"{size(self.disk)} of disk and {size(self.device)} of memory{each}"
+        )
+
+    def check(self, there: "Available") -> None:
+        """Raises ConfigError where disk or memory do not suffice."""
+        if there.disk is not None and self.disk > there.disk:
+            raise ConfigError(
+                f"out needs {size(self.disk)} of disk, and {size(there.disk)} are "
+                "free there: choose another folder or --dtype bfloat16"
+            )
+        if there.memory is not None and self.device > there.memory:
+            raise ConfigError(
+                f"the model needs {size(self.device)} of memory on each of "
+                f"{self.devices} devices, and {size(there.memory)} are free: choose "
+                "more devices with --tensor or --fsdp, or --dtype bfloat16"
+            )
+
+
+class Available(NamedTuple):
+    """Bytes that are free; None where that is not known."""
+
+    disk: int | None
+    memory: int | None  # of each device
+
+
+def size(count: float) -> str:
+    """A number of bytes as text: 1.5 GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def needs_of(model: Model, dtype: str, mesh: Mesh) -> Needs:
+    """What a model in `dtype` on a mesh takes."""
+    shapes = models.abstract(model)
+    names = jax.tree.leaves(sharding.parameter_names(shapes))
+    total, shards, largest = 0, 0, 0
+    for name, leaf in zip(names, jax.tree.leaves(shapes)):
+        axes = sharding.PARAMETERS[name].axes
+        count = math.prod(leaf.shape)
+        shard = count // math.prod(mesh.shape[x] for x in axes.values() if x)
+        total, shards = total + count, shards + shard
+        layers = leaf.shape[0] if leaf.ndim > len(axes) else 1
+        largest = max(largest, shard // layers)
+    width = BYTES[dtype]
+    device = width * (shards + largest)
+    return Needs(total, width * total, device, mesh.size, dtype)
+
+
+def available(out: Path, mesh: Mesh) -> Available:
+    """The free disk where `out` will be, and a device's free memory."""
+    disk = free_disk(out)
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return Available(disk, limit and limit - stats.get("bytes_in_use", 0))
+    host = host_memory()
+    own = sum(d.process_index == jax.process_index() for d in np.ravel(mesh.devices))
+    return Available(disk, None if host is None else host // max(own, 1))
+
+
+def free_disk(out: Path) -> int | None:
+    """The free bytes of the file system where `out` is or will be."""
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(parent).free
+    return None
+
+
+def host_memory() -> int | None:
+    """The memory that the host can still give, in bytes; None where it does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,55 @@
+"""A checkpoint of another tool, as the importer sees it: a config, tensors, texts.
+
+`safetensors_source.py` opens Hugging Face's folders in this form, `gguf_source.py`
+llama.cpp's files. `from_hf.py` reads nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+# The texts beside the weights that the importer reads, by their names in a folder.
+TEXTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+class TensorInfo(NamedTuple):
+    """The shape and dtype of what `TensorSource.read` returns for a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # ml_dtypes.bfloat16 for BF16
+
+
+class TensorSource(Protocol):
+    """A checkpoint whose config, names and layout are those of Hugging Face.
+
+    Attributes:
+      name: what messages call it, such as its path.
+      config: the content of config.json, or its equal made from other metadata.
+      tensors: every tensor, by its name in a Hugging Face folder. Nothing of the
+        weights has been read.
+    """
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor; a view of the mapped file where no conversion is needed.
+
+        The caller does not write into it, and keeps it only until the next call.
+        Raises ConfigError, one line, where the file does not hold what it promised.
+        """
+        ...
+
+    def text(self, name: str) -> str | None:
+        """Returns the content of a text of TEXTS, or None if there is no such text."""
+        ...

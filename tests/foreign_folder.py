@@ -1,0 +1,91 @@
+"""Hugging Face folders of tiny models, written without transformers."""
+
+import json
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from ladder_jax.convert import layout
+from ladder_jax.convert.families import read_config
+from ladder_jax.convert.safetensors_file import write_file
+from ladder_jax.convert.source import TensorInfo
+from ladder_jax.data.tokenizer import byte_alphabet
+
+CONFIG = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    bos_token_id=256,
+    eos_token_id=257,
+)
+
+
+def infos_of(config, dtype=np.float32):
+    """The tensors that a config needs: {name: TensorInfo}."""
+    imported = read_config(config)
+    model = imported.model
+    return {
+        tensor.name.format(layer): TensorInfo(
+            layout.foreign_shape(tensor, model), np.dtype(dtype)
+        )
+        for tensor in imported.tensors
+        for layer in range(model.layers if tensor.stacked else 1)
+    }
+
+
+def values_of(infos, seed=0):
+    """Random values of these tensors."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (random.standard_normal(info.shape) / 6).astype(info.dtype)
+        for name, info in infos.items()
+    }
+
+
+def write(folder, tokens=True, shards=1, dtype=np.float32, **fields):
+    """Writes a folder; returns its tensors. `fields` change CONFIG."""
+    config = {k: v for k, v in (CONFIG | fields).items() if v != "absent"}
+    infos = infos_of(config, dtype)
+    values = values_of(infos)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if tokens:
+        write_tokenizer(folder)
+    if shards == 1:
+        write_file(folder / "model.safetensors", infos, values.__getitem__)
+        return values
+    weight_map = {
+        name: f"part-{i % shards}.safetensors" for i, name in enumerate(infos)
+    }
+    for file in sorted(set(weight_map.values())):
+        inside = {name: infos[name] for name in infos if weight_map[name] == file}
+        write_file(folder / file, inside, values.__getitem__)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(metadata={}, weight_map=weight_map)))
+    return values
+
+
+def write_tokenizer(folder, names=("<s>", "</s>", "<|im_end|>"), **settings):
+    """A byte-level BPE tokenizer of 256 bytes and these special tokens."""
+    bpe = tokenizers.Tokenizer(models.BPE(byte_alphabet(), []))
+    bpe.add_special_tokens(list(names))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = dict(bos_token="<s>", eos_token="</s>") | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def rewrite(folder, values, **dtypes):
+    """Writes these tensors as the folder's only weights."""
+    infos = {k: TensorInfo(v.shape, v.dtype) for k, v in values.items()}
+    write_file(folder / "model.safetensors", infos, values.__getitem__)
