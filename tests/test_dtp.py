@@ -58,7 +58,7 @@ def test_what_is_in_flight_lands_after_d_blocks(
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_a_plan_finds_a_short_stack_that_stands_for_a_deep_one(delay):
-    stack = shorten(f"dtp:{delay}", 80, 4)
+    stack = shorten(case_model(f"dtp:{delay}", layers=80), 4)
     assert stack.notation == f"dtp:{delay}" and sum(stack.counts) == 80
     assert len(stack.counts) < 10
 
