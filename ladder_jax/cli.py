@@ -100,7 +100,7 @@ class GenerateArguments:
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
-    """Devices to shard the model over. None: 1; for a desync model, as in training."""
+    """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
     decode: Decode = field(default_factory=lambda: Decode(slots=16), metadata=FLAT)
@@ -144,8 +144,8 @@ class PlanArguments:
     tensor: int | None = None
     """Devices that share a block's work. None: the recipe's mesh.tensor."""
     compare: bool = False
-    """Compare the schedules standard, parallel, ladder, hybrid and desync, and a model
-    that does not communicate."""
+    """Compare the schedules standard, parallel, ladder, hybrid, desync and dtp, and a
+    model that does not communicate."""
     plot: str | None = None
     """Write the timeline to this PNG file."""
     hlo: str | None = None
@@ -313,12 +313,12 @@ def plan(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|peers|conversion ...`"""
-    names = ("train", "decode", "peers", "conversion")
+    """`ladder-jax bench train|decode|peers|conversion|quality ...`"""
+    names = ("train", "decode", "peers", "conversion", "quality")
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
         print(
-            "Measures this project beside others. "
+            "Measures this project beside others, and its schedules side by side. "
             "See ladder-jax bench train --help, and so on."
         )
         return 0
@@ -396,7 +396,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
   inspect PATH           shows what a checkpoint holds, without loading it
-  bench WHAT             measures: train, decode, peers, conversion
+  bench WHAT             measures: train, decode, peers, conversion, quality
 
 Each command has options: see ladder-jax COMMAND --help.
 

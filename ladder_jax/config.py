@@ -142,8 +142,8 @@ class Model(Section):
     ffn_dim: int = 768
     # The longest context, in tokens.
     max_length: int = 2048
-    # The residual schedule: standard, parallel, ladder, hybrid:last16, desync:2, ...
-    # (see schedule.py).
+    # The residual schedule: standard, parallel, ladder, hybrid:last16, desync:2, dtp:1,
+    # ... (see schedule.py).
     residual: str = "ladder"
     # The base of the rotary embedding.
     rope_theta: float = 10000.0

@@ -126,7 +126,8 @@ def load(
       path: a run's folder, its checkpoints folder, or one step's.
       step: the number of the checkpoint (default: the newest that can be read).
       mesh: a config.Mesh to shard the model over (default: one device). The tensor axis
-        of a desync model is part of the model: it must stay as it was in training.
+        of a desync or dtp model is part of the model: it must stay as it was in
+        training.
       devices: the devices (default: as many of jax.devices() as the mesh needs).
     Raises ConfigError or ValueError if there is no such checkpoint, or if it does not
     fit the mesh.
@@ -151,10 +152,10 @@ def _make_mesh(
     trained_tensor: mesh.tensor of the training run.
     """
     residual = config.model.residual
-    # With a desync schedule, each tensor rank has a residual stream of its own.
-    is_desync = schedule.parse(residual, config.model.layers).local
+    # With desync or dtp, each tensor rank has a residual stream of its own.
+    own_streams = schedule.parse(residual, config.model.layers).local
     if mesh_config is None:
-        mesh_config = Mesh(data=1, tensor=trained_tensor if is_desync else 1)
+        mesh_config = Mesh(data=1, tensor=trained_tensor if own_streams else 1)
     sizes = mesh_config.data, mesh_config.fsdp, mesh_config.tensor
     # -1 stands for all remaining devices, see config.Mesh.
     if devices is None and -1 not in sizes:
@@ -163,12 +164,12 @@ def _make_mesh(
             reason = f" ({residual} models keep the mesh.tensor they were trained with)"
             raise ConfigError(
                 f"the mesh needs {count} devices, but there are {jax.device_count()}"
-                + (reason if is_desync else "")
+                + (reason if own_streams else "")
             )
         devices = jax.devices()[:count]
     mesh = sharding.make_mesh(mesh_config, devices)
     tensor = mesh.shape[sharding.TENSOR]
-    if is_desync and tensor != trained_tensor:
+    if own_streams and tensor != trained_tensor:
         raise ConfigError(
             f"mesh.tensor={tensor} is not accepted: this {residual} model was trained "
             f"with mesh.tensor={trained_tensor}, and each of its tensor ranks has a "

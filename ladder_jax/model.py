@@ -25,6 +25,7 @@ from ladder_jax.attention import attend, attend_cache
 from ladder_jax.matmul import einsum
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
+from ladder_jax.residual.dtp import mean_of_streams
 from ladder_jax.residual.reductions import Policy, reduce
 from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
@@ -280,6 +281,7 @@ def hidden(
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
+      With dtp it is this tensor shard's own stream; `logits` takes the mean.
     """
     if freshness is not None:
         check_freshness(model_config, freshness)
@@ -380,6 +382,9 @@ def logits(
 ) -> jax.Array:
     """This tensor shard's logits [B, T, V], float32, from the final residual stream."""
     u_BTD = rms_norm(x_BTD, model.norm[...], model_config.norm_eps)
+    if schedule.parse(model_config.residual, model_config.layers).mean:
+        with jax.named_scope("last"):
+            u_BTD = mean_of_streams(u_BTD)
     dtype = u_BTD.dtype
     if model.unembedding is None:
         table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]

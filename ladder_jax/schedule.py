@@ -15,6 +15,9 @@ Notation, the same in configs, on the command line and in checkpoints:
     parallel            attention and MLP share a norm and a reduction (GPT-J, PaLM)
     desync:n            one reduction every n blocks (published: 2, 4), which also
                         replaces the tensor shards' streams by their mean
+    dtp:d               every tensor shard adds its own partial at once, and those of
+                        the other shards d blocks later (Delayed Tensor Parallelism,
+                        Kog 2026: residual/dtp.py); dtp:0 is standard
     upper-bound         no reduction at all: wrong outputs, at the speed of a machine
                         whose communication takes no time
 """
@@ -32,21 +35,34 @@ class Block(NamedTuple):
     parts: tuple[str, ...]
     delay: int = 0  # how many of the newest partials it does not read
     reduce: bool = True  # False: each tensor shard adds only its own partial
+    # With dtp: how many earlier blocks' partials the other shards still lack when the
+    # block starts, and whether the oldest of them joins their streams after it.
+    in_flight: int = 0
+    lands: bool = False
     window: bool = False  # its attention sees the model's sliding window alone
     rope: bool = True  # its attention has rotary embedding
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an earlier block's reduction can run while this one computes."""
+        return self.delay > 0 or self.in_flight > 0
 
 
 class Schedule(NamedTuple):
     """A model's blocks, layer by layer."""
 
     layers: tuple[tuple[Block, ...], ...]
-    # True (desync, upper-bound): every tensor shard has its own stream.
+    # True (desync, dtp, upper-bound): every tensor shard has its own stream, so that
+    # the model belongs to one size of the tensor axis.
     local: bool = False
+    # True (dtp): at the end every shard normalises its stream, and the head reads the
+    # mean of them.
+    mean: bool = False
 
 
 FORMS = (
     "standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), "
-    "delays:D,D,... (one a block), parallel, desync:N or upper-bound"
+    "delays:D,D,... (one a block), parallel, desync:N, dtp:D or upper-bound"
 )
 
 
@@ -111,6 +127,14 @@ def _parse(notation: str, layers: int) -> Schedule:
                 raise ValueError("desync:N takes one number of blocks, 1 or more")
             interval, last = numbers[0], 2 * layers - 1
             return _desync(lambda b: (b + 1) % interval == 0 or b == last, layers)
+        case "dtp":
+            numbers = _numbers(argument, "dtp:D")
+            if len(numbers) != 1 or numbers[0] > layers:
+                raise ValueError(
+                    f"dtp:D takes one delay, from 0 to {layers}: half of the "
+                    f"{2 * layers} blocks"
+                )
+            return _dtp(numbers[0], layers)
         case "upper-bound":
             return _desync(lambda block: False, layers)
     raise ValueError(f"it must be {FORMS}")
@@ -158,6 +182,20 @@ def _desync(reduces: Callable[[int], bool], layers: int) -> Schedule:
         for i in range(layers)
     ]
     return Schedule(tuple(blocks), local=True)
+
+
+def _dtp(delay: int, layers: int) -> Schedule:
+    """A schedule of shards' own streams, which lack the newest `delay` corrections."""
+    if not delay:
+        return _delayed([0] * 2 * layers)
+    sent = 2 * layers - delay  # the blocks whose partials reach the other shards
+
+    def block(parts: tuple[str, ...], number: int) -> Block:
+        in_flight = min(number, sent) - max(number - delay, 0)
+        return Block(parts, 0, number < sent, in_flight, number >= delay)
+
+    blocks = [(block(ATTENTION, 2 * i), block(MLP, 2 * i + 1)) for i in range(layers)]
+    return Schedule(tuple(blocks), local=True, mean=True)
 
 
 def _numbers(text: str, form: str) -> list[int]:

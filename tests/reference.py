@@ -1,8 +1,8 @@
 """The models as their papers write them, on one device, with loops and no sharding.
 
 It is written from the equations (Ladder Residual, arXiv 2501.06589: eq. 1, eq. 2;
-GPT-J/PaLM parallel blocks; desync residual with the mean rule), not from ladder_jax:
-only the parameter tree is shared.
+GPT-J/PaLM parallel blocks; desync residual with the mean rule; delayed tensor
+parallelism of Kog's article), not from ladder_jax: only the parameter tree is shared.
 """
 
 import jax
@@ -112,10 +112,10 @@ def bias(p):
 
 
 def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=0.0):
-    """The final residual stream [T, D].
+    """The final residual stream [T, D]; with dtp, every rank's.
 
-    `ranks` matters to desync alone, and `freshness` to ladder and delays: a block reads
-    that share of the stream of standard, and the rest of the stale stream.
+    `ranks` matters to desync and dtp alone, and `freshness` to ladder and delays: a
+    block reads that share of the stream of standard, and the rest of the stale stream.
     """
     x = model.embedding[...][tokens_T]
     eps = config.norm_eps
@@ -210,7 +210,36 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
                         for copy, output in zip(copies, outputs)
                     ]
         return copies[0]
+    if kind == "dtp":
+        return dtp_streams(head_sum, unit_sum, config, layers, x, int(argument), ranks)
     raise AssertionError(config.residual)
+
+
+def dtp_streams(head_sum, unit_sum, config, layers, x, d, ranks):
+    """Every rank's final stream [ranks, T, D], from the equations in residual/dtp.py.
+
+    `outputs[n][l]` is o_l^n. The bias on a block's output is rank 0's, which sends it
+    to the others with its partial; every rank adds that of a block that is not sent.
+    """
+    streams, outputs = [x] * ranks, []
+    blocks = [(i, part) for i in range(len(layers)) for part in ("attention", "mlp")]
+    for n, (i, part) in enumerate(blocks):
+        module, own = getattr(layers[i], part), []
+        for rank in range(ranks):
+            u = norm(streams[rank], module.norm[...], config.norm_eps)
+            partial = head_sum if part == "attention" else unit_sum
+            output = partial(i, u, ranks=ranks, rank=rank)
+            has_bias = rank == 0 or n >= len(blocks) - d
+            own.append(output + bias(module) if has_bias else output)
+        outputs.append(own)
+        for rank in range(ranks):
+            if n < d:
+                streams[rank] = streams[rank] + jnp.sqrt(ranks) * own[rank]
+            else:
+                streams[rank] = streams[rank] + own[rank]
+                for other in set(range(ranks)) - {rank}:
+                    streams[rank] = streams[rank] + outputs[n - d][other]
+    return jnp.stack(streams)
 
 
 def parse_layers(text, count):
@@ -231,6 +260,8 @@ def logits(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
         model.norm[...],
         config.norm_eps,
     )
+    if config.residual.startswith("dtp"):
+        x = x.mean(axis=0)  # of the ranks
     return x @ (
         model.embedding[...].T if model.unembedding is None else model.unembedding[...]
     )

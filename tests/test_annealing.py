@@ -206,7 +206,7 @@ def test_a_prefill_that_reads_some_positions_is_the_annealed_model(unstacked):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["desync:2", "upper-bound"])
+@pytest.mark.parametrize("name", ["desync:2", "dtp:1", "upper-bound"])
 def test_a_schedule_of_own_streams_refuses_in_one_line(name):
     model_config = case_model(name, layers=2)
     with pytest.raises(ConfigError) as error:

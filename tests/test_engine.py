@@ -176,6 +176,7 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
         ("ladder", 8),
         ("hybrid:last1", 2),
         ("desync:2", 2),
+        ("dtp:2", 4),
         ("parallel", 1),
         *(
             pytest.param(residual, 2, marks=pytest.mark.slow)
@@ -184,15 +185,15 @@ def test_a_loop_that_cannot_end_early_runs_no_more_than_is_left_to_do():
     ],
 )
 def test_every_residual_schedule_and_number_of_shards_is_token_exact(residual, tensor):
-    """The reference runs on one device; for desync, it runs on the same mesh, because
-    the number of ranks is part of the model.
+    """The reference runs on one device; for desync and dtp, it runs on the same mesh,
+    because the number of ranks is part of the model.
     """
     model_config = dataclasses.replace(ENGINE_MODEL, residual=residual)
     run(
         make_engine(model_config, tensor),
         make_requests(4, longest=15),
         model_config=model_config,
-        tensor=tensor if "desync" in residual else 1,
+        tensor=tensor if residual.startswith(("desync", "dtp")) else 1,
     )
 
 

@@ -23,6 +23,8 @@ from ladder_jax.data import tokenizer
 
 V, LENGTH = 40, 24
 SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladder:1,2"]
+SCHEDULES += ["dtp:1", "dtp:2"]
+OWN_STREAMS = "desync", "dtp"  # on each number of ranks, another model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,8 +68,7 @@ def uncached(model_config, prompt, count, ranks):
 @pytest.mark.parametrize("residual", SCHEDULES)
 def test_cached_generation_is_the_full_forward_pass(residual):
     model_config, prompt, count = generate_model(residual), [3, 1, 4, 1, 5], 18
-    # On each number of ranks, desync is another model.
-    local = residual.startswith("desync")
+    local = residual.startswith(OWN_STREAMS)
     texts = {
         ranks: uncached(model_config, prompt, count, ranks)
         for ranks in ((1, 2, 8) if local else (1,))
@@ -334,13 +335,14 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_loaded(
     )
 
 
-def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
-    run = save(tmp_path, generate_model("desync:2", vocab_size=264), tensor=4)
+@pytest.mark.parametrize("residual", ["desync:2", "dtp:1"])
+def test_a_model_of_own_streams_keeps_its_ranks(residual, tmp_path, monkeypatch):
+    run = save(tmp_path, generate_model(residual, vocab_size=264), tensor=4)
     assert ladder_jax.load(run).mesh.shape["tensor"] == 4
     assert ladder_jax.load(run, mesh=config.Mesh(2, 1, -1)).mesh.shape["tensor"] == 4
     with pytest.raises(
         ConfigError,
-        match="mesh.tensor=8 is not accepted: this desync:2 model was trained with",
+        match=f"mesh.tensor=8 is not accepted: this {residual} model was trained with",
     ):
         ladder_jax.load(run, mesh=config.Mesh(1, 1, 8))
     with pytest.raises(ConfigError, match=r"has 4 devices, but there are 2"):
@@ -348,7 +350,7 @@ def test_a_desync_model_keeps_its_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(
         ConfigError,
-        match=r"needs 4 devices, but there are 2 \(desync:2 models keep the mesh",
+        match=rf"needs 4 devices, but there are 2 \({residual} models keep the mesh",
     ):
         ladder_jax.load(run)
 

@@ -42,7 +42,9 @@ CASES = {
     "desync:2": (2, dict(tie_embeddings=True, qkv_bias=True)),
     "desync:4": (4, dict(qk_norm=True)),
     "desync:3": (2, BIASES | dict(rope_scaling="linear")),
+    "dtp:2": (4, BIASES | dict(tie_embeddings=True)),
 }
+OWN_STREAMS = "desync", "dtp"  # models that differ with the number of tensor shards
 MESHES = [(1, 1, 8), (2, 2, 2), (1, 1, 1), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 
 
@@ -181,7 +183,9 @@ QUICK = {
 )
 def test_loss_and_every_gradient_are_the_references(name, mesh):
     model_config = case_model(name)
-    expected = reference_of(model_config, mesh[2] if name.startswith("desync") else 1)
+    expected = reference_of(
+        model_config, mesh[2] if name.startswith(OWN_STREAMS) else 1
+    )
     assert_same(
         computed(model_config, mesh),
         expected,
@@ -642,7 +646,8 @@ def test_all_matrix_products_are_of_bfloat16_summed_in_float32(remat):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name != "desync:3"] + ["upper-bound"]
+    "name",
+    [name for name in CASES if name not in ("desync:3", "dtp:2")] + ["upper-bound"],
 )
 def test_no_partial_is_left_in_the_final_stream(name):
     """JAX's types of the unrolled forward pass prove that shards' streams are equal.

@@ -567,6 +567,21 @@ def test_gpu_runs_a_ladders_reductions_behind_its_blocks(reduction):
 
 
 @needs_gpu
+def test_gpu_runs_the_sums_of_dtp_behind_the_next_block():
+    """Those of all blocks but the last, which sends nothing; then the streams' mean."""
+    result = planned("h100:1x8", "dtp:1", "psum")
+    rows = of_layers(result)
+    assert len(rows) == 7
+    assert all(row["asynchronous"] and row["merged"] == 1 for row in rows)
+    for row in rows:
+        assert row["window_compute_us"] > 0, (
+            f"nothing is computed while {row['name']} ({row['block']}) runs"
+        )
+    assert sum(row["last_of_stack"] for row in result["collectives"]) == 1
+    assert hides(result), result["totals"]
+
+
+@needs_gpu
 def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_backward():
     rows = of_layers(
         planned("h100:1x8", "ladder", "psum", "train", batch=1, context=1024)

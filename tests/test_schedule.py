@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ladder_jax import sharding
+from ladder_jax.residual import blocks, stream
 from ladder_jax.residual import layers as residual
-from ladder_jax.residual import stream
 from ladder_jax.schedule import (
     ATTENTION,
     MLP,
@@ -114,6 +114,10 @@ def test_parallel_is_one_block_a_layer():
         ("desync:0", "1 or more"),
         ("desync:2,2", "one number"),
         ("desync:x", "whole numbers"),
+        ("dtp", "whole numbers"),
+        ("dtp:5", "one delay, from 0 to 4: half of the 8 blocks"),
+        ("dtp:1,2", "one delay"),
+        ("dtp:-1", "from 0 up"),
     ],
 )
 def test_a_wrong_notation_is_one_line_that_says_what_is_accepted(notation, says):
@@ -239,7 +243,9 @@ def run_toy(plan, unrolled):
             residual,
             reduce=lambda x, _: 2 * x,
             copy_to_tensor_axis=triple,
-            with_gradient_of=triple,
+        ),
+        mock.patch.multiple(
+            blocks, copy_to_tensor_axis=triple, with_gradient_of=triple
         ),
         mock.patch.object(sharding, "axis_size", lambda axis: 8),
     ):

@@ -476,6 +476,7 @@ def test_the_command_compares_schedules(plan_on_cpu):
         "ladder",
         "hybrid:last3",
         "desync:2",
+        "dtp:1",
         "no communication",
     ]
     steps = {row["variant"]: row["totals"]["step_us"] for row in rows}
@@ -687,7 +688,7 @@ def test_the_survey_goes_on_where_it_was_stopped(surveyed):
 def test_the_survey_compares_schedules_with_a_row_for_each(surveyed, tmp_path):
     planned = surveyed("compare")
     rows = records.read(tmp_path)
-    assert len(planned) == len(rows) == 4 * 7
+    assert len(planned) == len(rows) == 4 * 8
     fast = [row for row in rows if row.all_reduce_us]
     assert [(row.target, row.all_reduce_us) for row in fast] == [("h100:1x8", 7.8)] * 3
     assert (tmp_path / "schedules.md").read_text("utf-8").count("\n## ") == 4

@@ -569,12 +569,13 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
         ConfigError, match="data.tokenizer='bytes' has other contents now"
     ):
         train.check_resumed(meta, {**meta, "tokenizer": "{}"})
-    desync = json.loads(json.dumps(meta).replace('"ladder"', '"desync:2"'))
-    with pytest.raises(
-        ConfigError,
-        match="mesh.tensor was 2 in the run to resume and is 4 now: a desync:2 model",
-    ):
-        train.check_resumed(desync, {**desync, "tensor": 4})
+    for residual in ("desync:2", "dtp:1"):
+        own = json.loads(json.dumps(meta).replace('"ladder"', f'"{residual}"'))
+        with pytest.raises(
+            ConfigError,
+            match=f"mesh.tensor was 2 in the run to resume and is 4 now: a {residual}",
+        ):
+            train.check_resumed(own, {**own, "tensor": 4})
     train.check_resumed(meta, {**meta, "tensor": 4})
 
 

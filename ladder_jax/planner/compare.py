@@ -51,6 +51,7 @@ def variants(request: Request) -> list[Variant]:
         Variant("ladder", with_schedule(request, "ladder", reduction)),
         Variant(hybrid, with_schedule(request, hybrid, reduction)),
         Variant("desync:2", with_schedule(request, "desync:2", reduction)),
+        Variant("dtp:1", with_schedule(request, "dtp:1", reduction)),
         Variant("no communication", with_schedule(request, "upper-bound", reduction)),
     ]
 

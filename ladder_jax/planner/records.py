@@ -113,7 +113,15 @@ def _sort_key(record: Record) -> tuple[object, ...]:
     target: tuple[int, str] = (len(SLICES), record.target)
     if record.target in SLICES:
         target = SLICES.index(record.target), ""
-    schedules = "standard", "parallel", "ladder", "hybrid", "desync", "upper-bound"
+    schedules = (
+        "standard",
+        "parallel",
+        "ladder",
+        "hybrid",
+        "desync",
+        "dtp",
+        "upper-bound",
+    )
     kind = record.schedule.partition(":")[0]
     schedule = schedules.index(kind) if kind in schedules else len(schedules)
     return (

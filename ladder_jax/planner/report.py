@@ -164,10 +164,10 @@ def mesh_axes(groups: hlo.Groups, mesh: jax.sharding.Mesh) -> str:
 def unavoidable(compiled: Compiled, played: Timeline) -> float:
     """Seconds of tensor-axis communication that no order of the instructions hides.
 
-    If a block has a delay, the reduction in its scope can run while the block computes:
-    at least max(0, communication - compute) stays exposed. Without a delay, and outside
-    of the layers, all communication stays exposed. Where XLA names a layer and no
-    block, all of the layer's compute counts.
+    If a block has a delay, or dtp's partials in flight, the reduction in its scope can
+    run while the block computes: at least max(0, communication - compute) stays
+    exposed. Otherwise, and outside of the layers, all communication stays exposed.
+    Where XLA names a layer and no block, all of the layer's compute counts.
     """
     stack = compiled.stack
     layers = schedule.parse(stack.notation, len(stack.counts)).layers
@@ -184,7 +184,7 @@ def unavoidable(compiled: Compiled, played: Timeline) -> float:
     total = 0.0
     for place, seconds in sent.items():
         beside = 0.0
-        if _has_delay(place, layers):
+        if _overlaps(place, layers):
             beside = sum(
                 spent
                 for other, spent in computed.items()
@@ -194,12 +194,12 @@ def unavoidable(compiled: Compiled, played: Timeline) -> float:
     return total
 
 
-def _has_delay(place: Place, layers: tuple[tuple[schedule.Block, ...], ...]) -> bool:
-    """Whether a block that `place` names reads a stale stream."""
+def _overlaps(place: Place, layers: tuple[tuple[schedule.Block, ...], ...]) -> bool:
+    """Whether a reduction can run beside a block that `place` names."""
     if place.number is None:
         return False
     return any(
-        block.delay
+        block.overlaps
         for block in layers[place.number]
         if place.block in ("", "+".join(block.parts))
     )

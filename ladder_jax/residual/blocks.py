@@ -1,7 +1,7 @@
 """Computes one block on the residual stream.
 
-`run_block` defines what a delay does, `run_desync_block` what desync does. annealing.py
-has a block of a schedule that is being annealed.
+`run_block` defines what a delay does, `run_desync_block` what desync does; dtp.py and
+annealing.py have the blocks of dtp and of an annealed delay.
 """
 
 from collections.abc import Callable

@@ -296,7 +296,7 @@ def reduction_for(
         return auto_reduction(model_config, mesh)
     if (
         name == "one-shot"
-        and _has_delays(model_config)
+        and _overlaps(model_config)
         and chips.kind_of(mesh.devices.flat[0]) == "v5e"
     ):
         raise ConfigError(
@@ -307,10 +307,10 @@ def reduction_for(
     return name
 
 
-def _has_delays(model_config: Model) -> bool:
-    """Whether some block reads a stale stream, so that it can hide a reduction."""
+def _overlaps(model_config: Model) -> bool:
+    """Whether a reduction can run beside some block."""
     residual_schedule = schedule.parse(model_config.residual, model_config.layers)
-    return any(block.delay for layer in residual_schedule.layers for block in layer)
+    return any(block.overlaps for layer in residual_schedule.layers for block in layer)
 
 
 @functools.lru_cache(maxsize=32)
@@ -325,7 +325,7 @@ def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy
     if network is None or tensor == 1:
         return "psum"
     groups = np.arange(mesh.size).reshape(-1, tensor).tolist()
-    hides = _has_delays(model_config)
+    hides = _overlaps(model_config)
 
     @functools.cache
     def choose(rows: int, size: int) -> str:

@@ -14,6 +14,7 @@ from jax import lax
 
 from ladder_jax.residual.annealing import Freshness, run_annealed_block
 from ladder_jax.residual.blocks import Rows, run_block, run_desync_block, take
+from ladder_jax.residual.dtp import run_dtp_block
 from ladder_jax.residual.reductions import Policy, copy_to_tensor_axis, reduce
 from ladder_jax.residual.stream import Stream
 from ladder_jax.schedule import Block, Schedule
@@ -54,9 +55,10 @@ def run(
         (annealing.py): one value, or an array with one for every block.
 
     Returns:
-      The stream after the last block [B, T or R, D], ready for column-parallel work,
-      and the outputs: a tuple with an entry for every block of a layer, stacked by
-      layer, or a list of such tuples if `layers` is a list.
+      The stream after the last block [B, T or R, D], ready for column-parallel work
+      (of a schedule with `mean`: this shard's own stream), and the outputs: a tuple
+      with an entry for every block of a layer, stacked by layer, or a list of such
+      tuples if `layers` is a list.
     """
 
     def run_layer(
@@ -78,7 +80,8 @@ def run(
             # Profiles and the planner tell blocks apart by this name.
             with jax.named_scope("+".join(block.parts)):
                 if schedule.local:
-                    stream, output = run_desync_block(
+                    run_local = run_dtp_block if schedule.mean else run_desync_block
+                    stream, output = run_local(
                         stream, block, compute_block, reduction, block_rows
                     )
                 elif annealed:
