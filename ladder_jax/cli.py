@@ -165,6 +165,7 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
+    malloc.run_programs_in_turn()
     join(arguments)
     require_devices()
     import jax

@@ -42,11 +42,11 @@ def test_bench_train_alone_writes_a_row_of_its_own_measurements(tmp_path, capsys
     )
     assert row["best"] >= max(row["turns"]) > 0 and row["best_per_core"] > 0
     assert row["peak_bytes"] > 50e6 and row["losses_apart"] == 0
-    rate = written["machine"]["gflops"]["float32"] * 1e9
+    rate = written["machine"]["gflops"]["jax"]["float32"] * 1e9
     flops = row["best"] * row["flops_per_token"]
     assert row["of_matmul"] == pytest.approx(flops / rate)
     cpu, header, line = capsys.readouterr().out.splitlines()
-    assert cpu.startswith(written["machine"]["cpu"]) and "GFLOP/s: float32 " in cpu
+    assert cpu.startswith(written["machine"]["cpu"]) and "GFLOP/s: jax float32 " in cpu
     assert header == bench.HEADER and line.startswith("tiny  float32   ladder_jax")
 
 
@@ -143,14 +143,46 @@ def test_the_comparison_refuses_wrong_arguments(arguments, message):
         peers.run(peers.Arguments(**arguments))
 
 
-def test_the_machine_has_a_name_and_a_rate_for_every_dtype():
-    cpu = machine.Machine("Model 1", 4, {"float32": 50.0, "bfloat16": 100.0})
-    assert cpu.share("bfloat16", 25e9) == 0.25
+def test_the_machine_has_a_rate_for_every_library_and_dtype():
+    rates = {
+        "jax": {"float32": 50.0, "bfloat16": 100.0},
+        "torch": {"float32": 60.0, "bfloat16": 80.0},
+    }
+    cpu = machine.Machine("Model 1", 4, rates)
+    assert cpu.share("bfloat16", 25e9) == 0.25  # of the fastest library's
+    assert cpu.share("bfloat16", 20e9, "torch") == 0.25
+    assert cpu.share("float32", 25e9, "jax") == 0.5
     assert str(cpu) == (
-        "Model 1, 4 cores; matrix products, GFLOP/s: float32 50, bfloat16 100"
+        "Model 1, 4 cores; matrix products, GFLOP/s: "
+        "jax float32 50, bfloat16 100; torch float32 60, bfloat16 80"
     )
-    assert machine.cpu_name() and "\n" not in machine.cpu_name()
+    assert "jax" in machine.libraries()
     assert machine.matmul_gflops("float32", size=64, repeats=2) > 0
+
+
+def test_each_side_gets_the_share_of_its_own_librarys_rate():
+    rates = {"jax": {"float32": 50.0}, "torch": {"float32": 100.0}}
+    rows = [
+        dict(name="ladder_jax", dtype="float32", best=10.0, flops_per_token=1e9),
+        dict(name="transformers", dtype="float32", best=10.0),
+    ]
+    bench.add_shares(rows, machine.Machine("Model 1", 4, rates))
+    assert [row["of_matmul"] for row in rows] == [0.2, 0.1]
+
+
+def test_the_cpus_name_tells_kinds_of_one_brand_apart(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+        "flags\t\t: fpu avx2 avx512f avx512_bf16\n\n"
+        "processor\t: 1\nmodel name\t: other\n"
+    )
+    assert machine.cpu_name(info) == (
+        "AMD EPYC (cpu family 25, model 17, avx2, avx512f, avx512_bf16)"
+    )
+    info.write_text("processor\t: 0\nmodel name\t: Model 1\n")
+    assert machine.cpu_name(info) == "Model 1"
+    assert machine.cpu_name() and "\n" not in machine.cpu_name()
 
 
 def test_a_token_is_multiplied_by_all_parameters_but_the_embedding():
