@@ -5,12 +5,15 @@ import importlib.util
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from ladder_jax import sharding, train
 from ladder_jax.bench import contest, machine, peers, sizes
 from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
+from ladder_jax.optimizer import make_optimizer
 
 
 def test_bench_train_alone_writes_a_row_of_its_own_measurements(tmp_path, capsys):
@@ -60,6 +63,34 @@ def test_bench_train_says_what_to_install_where_the_peer_is_missing(monkeypatch)
 def test_an_unknown_size_or_dtype_is_one_line_that_names_the_known(arguments):
     with pytest.raises(SystemExit, match="it must be among"):
         bench.main(arguments)
+
+
+def test_a_steps_temporaries_are_what_its_backward_pass_needs():
+    config = bench.config_of("tiny", "float32", batch=4, length=128)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = train.abstract_state(config, mesh, optimizer)
+    specs = sharding.named_shardings(mesh, sharding.TOKENS)
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=specs)
+        for name, array in bench.batch_of(config).items()
+    }
+    compiled = train.make_step(config, mesh, optimizer).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    sizes = config.model
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    logits = 2 * sizes.vocab_size  # and their derivatives
+    heads = sizes.heads * sizes.head_dim
+    layer = 5 * sizes.dim + 8 * heads + 5 * sizes.ffn_dim
+    layer += 2 * sizes.heads * config.train.seq_len  # weights and scores of attention
+    tokens = config.train.global_batch * config.train.seq_len
+    # Gradients and a second copy of the parameters, by layer.
+    needed = 4 * (2 * parameters + tokens * (logits + sizes.layers * layer))
+    assert memory.temp_size_in_bytes < needed, (
+        f"{memory.temp_size_in_bytes:,} bytes of temporaries, {needed:,} expected"
+    )
+    # The new state is written over the old one.
+    assert memory.alias_size_in_bytes >= 3 * 4 * parameters
 
 
 def test_both_sides_get_the_same_batch_of_whole_sequences():

@@ -221,7 +221,6 @@ def run(x):
 
 x = jnp.float32(0.1)
 compiled = run.lower(x).compile()
-x = compiled(x).block_until_ready()
 before = mallinfo2().used
 grown = 0
 for _ in range(12):
