@@ -188,8 +188,8 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
-    from ladder_jax.train import flops_per_step
-    from ladder_jax.train import train as run
+    from ladder_jax.training import flops_per_step
+    from ladder_jax.training import train as run
 
     if flops_per_step(arguments.config) >= LONG_STEP:
         malloc.run_programs_in_turn()
