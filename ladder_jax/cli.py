@@ -18,7 +18,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -203,7 +203,7 @@ def train(words: list[str]) -> int:
     return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
 
 
-def outcome(summary: dict[str, Any], words: list[str]) -> str:
+def outcome(summary: Mapping[str, Any], words: list[str]) -> str:
     """The last line of a training run: what it did, and the command to continue it."""
     step, out = summary["step"], summary["out"]
     if summary["stopped"]:
