@@ -18,7 +18,8 @@ from ladder_jax import config
 USES = {
     "load": """
 loaded = ladder_jax.load("loaded")
-print(len(list(loaded.generate("The", max_tokens=3))))
+logits_TV, ids = loaded.logits("The")
+print(logits_TV.shape == (len(ids), loaded.tokenizer.size))
 """,
     "save_hf": """
 print(ladder_jax.save_hf("loaded", "exported").name)
@@ -63,7 +64,7 @@ except ladder_jax.ConfigError as error:
 """,
 }
 PRINTED = {
-    "load": "3\n",
+    "load": "True\n",
     "save_hf": "exported\n2\n",
     "load_hf": "0\n",
     "Engine": "4\n",

@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ladder_jax.config import Config, Mesh, require
+import jax
+
+from ladder_jax.config import Config, ConfigError, Mesh, require
 from ladder_jax.hardware import aot
 from ladder_jax.planner import lanes, tables
 from ladder_jax.planner.plan import Request, build
@@ -100,8 +102,9 @@ def plan(
     collective, `plan.figure()` draws two layers.
 
     Raises ConfigError where an argument is not accepted, the model does not fit the
-    mesh, or XLA's compiler for the target is not installed (the extra [plan]). Call it
-    in a process that computes on CPUs: the compilers may not load beside a real device.
+    mesh, or XLA's compiler for the target is not installed (the extra [plan]). The
+    compilers need a process in which JAX computes on the CPU: if JAX has not started,
+    `plan` starts it there.
     """
     request = make_request(
         config,
@@ -114,8 +117,19 @@ def plan(
         tensor=tensor,
     )
     aot.prepare()
-    with aot.silence():
-        return plan_of(request)
+    if not jax.config.jax_platforms:  # JAX was imported before `prepare`
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        with aot.silence():
+            return plan_of(request)
+    except ConfigError as error:
+        if "not implemented" not in str(error):
+            raise
+        # JAX looked for GPUs or TPUs when it started, and gave up their plugins.
+        raise ConfigError(
+            f"target={target!r} cannot be compiled for in this process, because JAX "
+            "has started on other devices: set JAX_PLATFORMS=cpu before it starts"
+        ) from None
 
 
 def plan_of(request: Request) -> Plan:
