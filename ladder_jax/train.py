@@ -216,6 +216,12 @@ def flops_per_token(model_config: Model, length: int) -> int:
     return 6 * count + 12 * seen * width
 
 
+def flops_per_step(config: Config) -> int:
+    """Model FLOPs of a training step; JAX need not have started."""
+    tokens = config.train.global_batch * config.train.seq_len
+    return tokens * flops_per_token(config.model, config.train.seq_len)
+
+
 def parameter_count(tree: Any) -> int:
     """The number of elements of all arrays in `tree`."""
     return sum(x.size for x in jax.tree.leaves(tree))

@@ -5,12 +5,15 @@ import importlib.util
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from ladder_jax import sharding, train
 from ladder_jax.bench import contest, machine, peers, sizes
 from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
+from ladder_jax.optimizer import make_optimizer
 
 
 def test_bench_train_alone_writes_a_row_of_its_own_measurements(tmp_path, capsys):
@@ -42,11 +45,11 @@ def test_bench_train_alone_writes_a_row_of_its_own_measurements(tmp_path, capsys
     )
     assert row["best"] >= max(row["turns"]) > 0 and row["best_per_core"] > 0
     assert row["peak_bytes"] > 50e6 and row["losses_apart"] == 0
-    rate = written["machine"]["gflops"]["float32"] * 1e9
+    rate = written["machine"]["gflops"]["jax"]["float32"] * 1e9
     flops = row["best"] * row["flops_per_token"]
     assert row["of_matmul"] == pytest.approx(flops / rate)
     cpu, header, line = capsys.readouterr().out.splitlines()
-    assert cpu.startswith(written["machine"]["cpu"]) and "GFLOP/s: float32 " in cpu
+    assert cpu.startswith(written["machine"]["cpu"]) and "GFLOP/s: jax float32 " in cpu
     assert header == bench.HEADER and line.startswith("tiny  float32   ladder_jax")
 
 
@@ -60,6 +63,34 @@ def test_bench_train_says_what_to_install_where_the_peer_is_missing(monkeypatch)
 def test_an_unknown_size_or_dtype_is_one_line_that_names_the_known(arguments):
     with pytest.raises(SystemExit, match="it must be among"):
         bench.main(arguments)
+
+
+def test_a_steps_temporaries_are_what_its_backward_pass_needs():
+    config = bench.config_of("tiny", "float32", batch=4, length=128)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = train.abstract_state(config, mesh, optimizer)
+    specs = sharding.named_shardings(mesh, sharding.TOKENS)
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=specs)
+        for name, array in bench.batch_of(config).items()
+    }
+    compiled = train.make_step(config, mesh, optimizer).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    sizes = config.model
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    logits = 2 * sizes.vocab_size  # and their derivatives
+    heads = sizes.heads * sizes.head_dim
+    layer = 5 * sizes.dim + 8 * heads + 5 * sizes.ffn_dim
+    layer += 2 * sizes.heads * config.train.seq_len  # weights and scores of attention
+    tokens = config.train.global_batch * config.train.seq_len
+    # Gradients and a second copy of the parameters, by layer.
+    needed = 4 * (2 * parameters + tokens * (logits + sizes.layers * layer))
+    assert memory.temp_size_in_bytes < needed, (
+        f"{memory.temp_size_in_bytes:,} bytes of temporaries, {needed:,} expected"
+    )
+    # The new state is written over the old one.
+    assert memory.alias_size_in_bytes >= 3 * 4 * parameters
 
 
 def test_both_sides_get_the_same_batch_of_whole_sequences():
@@ -143,14 +174,46 @@ def test_the_comparison_refuses_wrong_arguments(arguments, message):
         peers.run(peers.Arguments(**arguments))
 
 
-def test_the_machine_has_a_name_and_a_rate_for_every_dtype():
-    cpu = machine.Machine("Model 1", 4, {"float32": 50.0, "bfloat16": 100.0})
-    assert cpu.share("bfloat16", 25e9) == 0.25
+def test_the_machine_has_a_rate_for_every_library_and_dtype():
+    rates = {
+        "jax": {"float32": 50.0, "bfloat16": 100.0},
+        "torch": {"float32": 60.0, "bfloat16": 80.0},
+    }
+    cpu = machine.Machine("Model 1", 4, rates)
+    assert cpu.share("bfloat16", 25e9) == 0.25  # of the fastest library's
+    assert cpu.share("bfloat16", 20e9, "torch") == 0.25
+    assert cpu.share("float32", 25e9, "jax") == 0.5
     assert str(cpu) == (
-        "Model 1, 4 cores; matrix products, GFLOP/s: float32 50, bfloat16 100"
+        "Model 1, 4 cores; matrix products, GFLOP/s: "
+        "jax float32 50, bfloat16 100; torch float32 60, bfloat16 80"
     )
-    assert machine.cpu_name() and "\n" not in machine.cpu_name()
+    assert "jax" in machine.libraries()
     assert machine.matmul_gflops("float32", size=64, repeats=2) > 0
+
+
+def test_each_side_gets_the_share_of_its_own_librarys_rate():
+    rates = {"jax": {"float32": 50.0}, "torch": {"float32": 100.0}}
+    rows = [
+        dict(name="ladder_jax", dtype="float32", best=10.0, flops_per_token=1e9),
+        dict(name="transformers", dtype="float32", best=10.0),
+    ]
+    bench.add_shares(rows, machine.Machine("Model 1", 4, rates))
+    assert [row["of_matmul"] for row in rows] == [0.2, 0.1]
+
+
+def test_the_cpus_name_tells_kinds_of_one_brand_apart(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+        "flags\t\t: fpu avx2 avx512f avx512_bf16\n\n"
+        "processor\t: 1\nmodel name\t: other\n"
+    )
+    assert machine.cpu_name(info) == (
+        "AMD EPYC (cpu family 25, model 17, avx2, avx512f, avx512_bf16)"
+    )
+    info.write_text("processor\t: 0\nmodel name\t: Model 1\n")
+    assert machine.cpu_name(info) == "Model 1"
+    assert machine.cpu_name() and "\n" not in machine.cpu_name()
 
 
 def test_a_token_is_multiplied_by_all_parameters_but_the_embedding():

@@ -1,5 +1,6 @@
 """Platforms, chips and the process's memory, on devices that are only descriptions."""
 
+import ctypes
 import os
 import platform as machine
 import subprocess
@@ -171,6 +172,85 @@ def test_memory_is_left_alone_on_accelerators_and_without_mallopt(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: SimpleNamespace())
     assert malloc.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072", True),
+        ("MALLOC_ARENA_MAX", "2", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", True),
+        ("GLIBC_TUNABLES", "glibc.pthread.rseq=0", False),
+        ("MALLOC", "1", False),
+    ],
+)
+def test_a_user_who_sets_malloc_keeps_that_setting(monkeypatch, name, value, expected):
+    assert malloc.set_by_user({name: value}) is expected
+    if expected:
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        monkeypatch.setenv(name, value)
+        assert malloc.keep_freed_memory() is False
+
+
+# Runs a program, each time on its last result, and never waits for it. Prints what
+# run_programs_in_turn returned, the bytes of the program's temporaries, and the bytes
+# by which malloc's memory in use has grown soon after a call: the most of 12 calls.
+IN_TURN = """
+import ctypes, time
+from ladder_jax.hardware import malloc
+
+malloc.keep_freed_memory()
+result = malloc.run_programs_in_turn()
+import jax
+import jax.numpy as jnp
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used".split()
+    ] + [("free", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+
+@jax.jit
+def run(x):
+    row = x * jnp.arange(4000.0)
+    matrix = jnp.cos(row[:, None] * row)
+    return jnp.tanh(matrix @ row @ row)
+
+x = jnp.float32(0.1)
+compiled = run.lower(x).compile()
+before = mallinfo2().used
+grown = 0
+for _ in range(12):
+    x = compiled(x)
+    time.sleep(0.01)  # a program that still runs has its temporaries by then
+    grown = max(grown, mallinfo2().used - before)
+print(result, compiled.memory_analysis().temp_size_in_bytes, grown)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 has mallinfo2"
+)
+def test_a_program_has_freed_its_temporaries_when_the_next_one_may_start():
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_TURN],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    result, temporaries, grown = ended.stdout.split()
+    assert result == "True" and int(temporaries) > 60e6
+    assert int(grown) < 0.1 * int(temporaries)
+
+
+def test_accelerators_keep_their_own_order_of_programs(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert malloc.run_programs_in_turn() is False
 
 
 def test_a_module_of_no_package_is_not_installed():

@@ -222,7 +222,8 @@ class Study:
                 held_out_fraction=share,
                 token_cache=str(out / "text"),
             )
-            self.corpora[kind] = corpora.prepare(data, tokenizer)
+            corpus = corpora.prepare(data, tokenizer)
+            self.corpora[kind] = corpus.cut(arguments.length)
             say(self.corpora[kind].report)
         self.held_out = {kind: self._held_out(kind) for kind in MEASURED}
 
@@ -388,6 +389,7 @@ def train_run(
                     return
                 if time.perf_counter() > stop_at:
                     return
+        jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         rate = (trained - 1) * tokens_per_step / seconds if trained > 1 else math.nan
         values = study.measure(state.model, stale)

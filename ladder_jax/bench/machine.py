@@ -2,7 +2,7 @@
 
 Tokens a second cannot be compared between machines; the share of the device's own rate
 that a contender reaches can. A process of its own measures the rate in the same run,
-with the libraries that the contenders use.
+with the libraries that the contenders use: JAX, and PyTorch where it is installed.
 """
 
 import importlib.util
@@ -26,6 +26,8 @@ ENVIRONMENT: dict[Device, dict[str, str]] = {
 }
 # Rows of the matrices that are multiplied.
 SIZE: dict[Device, int] = {"cpu": 1024, "gpu": 8192}
+# Of the processor flags in /proc/cpuinfo, those that decide the rate of products.
+UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
 class Machine(NamedTuple):
@@ -33,15 +35,28 @@ class Machine(NamedTuple):
 
     cpu: str
     cores: int  # that the process may use
-    gflops: dict[str, float]  # of matrix products, by dtype
-    gpu: str = ""  # what has this rate; empty: the CPU
+    # GFLOP/s of matrix products: {library: {dtype: rate}}
+    gflops: dict[str, dict[str, float]]
+    gpu: str = ""  # what has these rates; empty: the CPU
 
-    def share(self, dtype: str, flops_per_second: float) -> float:
-        """The share of the device's own rate that `flops_per_second` is."""
-        return flops_per_second / (self.gflops[dtype] * 1e9)
+    def rate(self, dtype: str, library: str | None = None) -> float:
+        """GFLOP/s of products in `dtype` by `library`; None: by the fastest library."""
+        if library is not None:
+            return self.gflops[library][dtype]
+        return max(rates[dtype] for rates in self.gflops.values())
+
+    def share(
+        self, dtype: str, flops_per_second: float, library: str | None = None
+    ) -> float:
+        """The share of `rate` that `flops_per_second` is."""
+        return flops_per_second / (self.rate(dtype, library) * 1e9)
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in self.gflops.items())
+        rates = "; ".join(
+            f"{library} "
+            + ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in by_dtype.items())
+            for library, by_dtype in self.gflops.items()
+        )
         name = f"{self.gpu}; {self.cpu}" if self.gpu else self.cpu
         return f"{name}, {self.cores} cores; matrix products, GFLOP/s: {rates}"
 
@@ -56,31 +71,47 @@ def measure(device: Device = "cpu") -> Machine:
     return Machine(**json.loads(process.stdout))
 
 
-def cpu_name() -> str:
-    """The CPU's model name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model name; its family, model and vector units where Linux tells them.
+
+    Virtual machines hide the model's full name.
+    """
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in info.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    details = [
+        f"{field} {fields[field]}"
+        for field in ("cpu family", "model")
+        if field in fields
+    ]
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    details += [unit for unit in UNITS if unit in flags]
+    return f"{name} ({', '.join(details)})" if details else name
 
 
-def matmul_gflops(dtype: str, size: int = 1024, repeats: int = 10) -> float:
-    """GFLOP/s of a product of two square matrices: the faster of JAX and PyTorch.
+def libraries() -> tuple[str, ...]:
+    """The libraries whose products are measured: those that are installed."""
+    has_torch = importlib.util.find_spec("torch") is not None
+    return ("jax", "torch") if has_torch else ("jax",)
 
-    PyTorch is measured where it is installed.
+
+def matmul_gflops(
+    dtype: str, library: str = "jax", size: int = 1024, repeats: int = 10
+) -> float:
+    """GFLOP/s of a product of two square matrices.
 
     Args:
       dtype: of DTYPES.
+      library: jax or torch.
       size: rows of the matrices.
       repeats: measurements; the fastest counts.
     """
-    products = [_jax_product(dtype, size)]
-    if importlib.util.find_spec("torch") is not None:
-        products.append(_torch_product(dtype, size))
-    seconds = min(_fastest(product, repeats) for product in products)
-    return 2 * size**3 / seconds / 1e9
+    make = dict(jax=_jax_product, torch=_torch_product)[library]
+    return 2 * size**3 / _fastest(make(dtype, size), repeats) / 1e9
 
 
 def _fastest(run: Callable[[], object], repeats: int) -> float:
@@ -130,7 +161,13 @@ def main(device: Device) -> None:
             dict(
                 cpu=cpu_name(),
                 cores=len(os.sched_getaffinity(0)),
-                gflops={dtype: matmul_gflops(dtype, SIZE[device]) for dtype in DTYPES},
+                gflops={
+                    library: {
+                        dtype: matmul_gflops(dtype, library, SIZE[device])
+                        for dtype in DTYPES
+                    }
+                    for library in libraries()
+                },
                 gpu="" if device == "cpu" else jax.devices()[0].device_kind,
             )
         )

@@ -13,9 +13,10 @@ Other programs on the machine change the medians, and may slow down one contende
 than the other. They change two columns less: "best" is tokens a second of the fastest
 step, and "a core" is tokens per second of processor time, of the step that takes the
 least. Compare "a core" only where each contender has one core (`taskset -c 0`). "of
-matmul" is the model's FLOPs at the fastest step over the device's own rate of matrix
-products in that dtype (machine.py). Peak memory is the process's on a CPU, and on a GPU
-what its arrays take on the device.
+matmul" is the model's FLOPs at the fastest step over the rate of matrix products of the
+contender's own library (JAX, PyTorch) in that dtype on this machine (machine.py); the
+first line of the output has these rates. Peak memory is the process's on a CPU, and
+on a GPU what its arrays take on the device.
 """
 
 import dataclasses
@@ -119,6 +120,7 @@ def ladder_jax(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
     Returns the step, and a message about the setup.
     """
     malloc.keep_freed_memory()
+    malloc.run_programs_in_turn()
     import jax
 
     from ladder_jax import sharding, train
@@ -272,6 +274,7 @@ def _copy(array: np.ndarray, model: Any, module: str, transpose: bool = True) ->
 
 
 CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}
+LIBRARIES = {"ladder_jax": "jax", "transformers": "torch"}  # that multiply for them
 
 
 def contend(name: str, weights: str, config: str, device: machine.Device) -> None:
@@ -373,10 +376,11 @@ def check_same_work(row: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def add_shares(rows: list[dict[str, Any]], cpu: machine.Machine) -> None:
-    """Adds to each row its fastest step's share of the machine's own rate."""
+    """Adds to each row its fastest step's share of its own library's rate."""
     flops = rows[0]["flops_per_token"]
     for row in rows:
-        row["of_matmul"] = cpu.share(row["dtype"], row["best"] * flops)
+        library = LIBRARIES[row["name"]]
+        row["of_matmul"] = cpu.share(row["dtype"], row["best"] * flops, library)
 
 
 HEADER = (

@@ -224,7 +224,7 @@ def _fit_factors(
             factor = float(divisors[0])
             is_plain = abs(factor - 1) < 1e-6
             return None if is_plain else {"rope_type": "linear", "factor": factor}
-        factor = float(str(np.float32(divisors.max())))
+        factor = round(float(divisors.max()), 4)  # the file holds float32
         for length in ORIGINAL_LENGTHS:
             expected = llama3_divisors(theta, head_dim, factor, 1.0, 4.0, length)
             if np.allclose(divisors, expected, rtol=1e-4):

@@ -60,8 +60,12 @@ class Ladderize:
     """The field of JSONL rows and Parquet columns that holds the text."""
     tokens: int = 16384
     """How many tokens of that text auto:K measures on."""
-    length: int = 512
-    """The tokens of a sequence of that text."""
+    length: int | None = None
+    """The tokens of a sequence of that text. None: 512, or the model's max_length if
+    that is less."""
+    held_out_fraction: float = 0.02
+    """The share of the documents that is held out: data.held_out_fraction of the
+    training that follows."""
     greedy: bool = False
     """Let auto:K measure again after each layer that it takes: better for many layers,
     and K times as slow."""
@@ -179,18 +183,17 @@ def notation_of(ladder_layers: Iterable[int], count: int) -> str:
 def measured(arguments: Ladderize, source: Source, number: int) -> list[int]:
     """The layers that auto:K takes. Prints what each layer costs."""
     require(arguments.tokens > 0, "tokens", arguments.tokens, "greater than 0")
+    longest = source.config.model.max_length
+    length = arguments.length or min(512, longest)
     require(
-        1 < arguments.length <= source.config.model.max_length,
-        "length",
-        arguments.length,
-        f"from 2 to model.max_length={source.config.model.max_length}",
+        0 < length <= longest, "length", length, f"from 1 to model.max_length={longest}"
     )
     model_config = dataclasses.replace(source.config.model, residual="ladder")
     mesh_config = Mesh(data=1, fsdp=arguments.fsdp, tensor=arguments.tensor)
     mesh = _mesh(mesh_config)
     sharding.check_fits(model_config, mesh)
     tokenizer = from_json(source.meta["tokenizer"])
-    batches = _batches(arguments, tokenizer, mesh.shape[sharding.FSDP])
+    batches = _batches(arguments, tokenizer, length, mesh.shape[sharding.FSDP])
     shapes = sharding.abstract(model.abstract(model_config), mesh)
     parameters = checkpoint.load_model(str(source.folder), shapes)
     loss = damage.hybrid_loss(parameters, model_config, mesh, batches)
@@ -214,15 +217,17 @@ def _mesh(mesh_config: Mesh) -> Any:
     return sharding.make_mesh(mesh_config, devices[:size])
 
 
-def _batches(arguments: Ladderize, tokenizer: Tokenizer, multiple: int) -> list[Any]:
+def _batches(
+    arguments: Ladderize, tokenizer: Tokenizer, length: int, multiple: int
+) -> list[Any]:
     """Rows of held-out text with about `arguments.tokens` tokens; prints the amount."""
     data = Data(
         source=arguments.data,
         text_field=arguments.text_field,
         token_cache=arguments.token_cache,
+        held_out_fraction=arguments.held_out_fraction,
     )
-    corpus = corpora.prepare(data, tokenizer)
-    length = arguments.length
+    corpus = corpora.prepare(data, tokenizer).cut(length)
     rows = max(round(arguments.tokens / length), 1)
     batch = -(-min(rows, 8) // multiple) * multiple
     batches = held_out_batches(corpus, batch=batch, length=length)

@@ -14,3 +14,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # for tests/helpers.py
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob.append("test_*.py")
+else:
+    import torch
+
+    # The models are tiny: where cores are busy, threads mostly wait for each other.
+    torch.set_num_threads(1)

@@ -294,7 +294,9 @@ def test_auto_tokenizer_encodes_the_exported_folder_alike(tmp_path, bos, add_bos
     after = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
         assert after(text).input_ids == before(text).input_ids
-        if text:
+        # Ours obeys add_bos_token: true; the plain class of transformers does not, only
+        # the classes of single families do.
+        if text and not add_bos:
             assert ours.tokenizer.prompt(text) == before(text).input_ids
     messages = [dict(role="user", content="Hi")]
     assert after.apply_chat_template(messages, tokenize=False) == "Hi<|im_end|>"

@@ -24,7 +24,7 @@ SCHEDULES = [
     "delays:0,1,2,3,1,2",
     "parallel",
 ]
-ROPE = config.RopeScaling(8.0, 1.0, 4.0, 64)
+ROPE = config.RopeScaling(factor=8.0, original_length=64)
 VARIANTS = {
     "plain": {},
     "tied": dict(tie_embeddings=True),
