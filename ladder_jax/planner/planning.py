@@ -117,7 +117,8 @@ def plan(
         tensor=tensor,
     )
     aot.prepare()
-    if not jax.config.jax_platforms:  # JAX was imported before `prepare`
+    # JAX was imported before `prepare`.
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     try:
         with aot.silence():
