@@ -373,7 +373,7 @@ def inspect(words: list[str]) -> int:
 
 def evaluate(words: list[str]) -> int:
     """`ladder-jax eval CHECKPOINT ...`"""
-    job = importlib.import_module("ladder_jax.evaluate")
+    job = importlib.import_module("ladder_jax.evaluation.command")
     arguments = parse(job.Arguments, words, "eval")
     emulate(arguments.devices)
     require_devices()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ladder_jax import cli, evaluate
+from ladder_jax import cli
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
+from ladder_jax.evaluation import command as evaluation
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,7 +28,7 @@ COMMANDS = [
 KINDS = {
     "train": cli.TrainArguments,
     "generate": cli.GenerateArguments,
-    "eval": evaluate.Arguments,
+    "eval": evaluation.Arguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
     "inspect": cli.InspectArguments,
