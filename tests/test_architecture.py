@@ -51,6 +51,8 @@ ROWS = {
         "run_folder",
         "metrics",
         "config",
+        "sections",
+        "checks",
         "arguments",
         "schedule",
     ],
