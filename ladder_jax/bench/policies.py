@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ladder_jax import decode, model
+from ladder_jax import decode, decode_state, model
 from ladder_jax.config import Decode, Model, require
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.counters import Counters
@@ -86,7 +86,7 @@ class Concurrent:
         request = self.engine.submit(prompt, max_tokens=max_tokens)
         self.engine.stepper.queue.remove(request)
         length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
-        state = decode.empty(self.engine.spec, 1, 1, length)
+        state = decode_state.empty(self.engine.spec, 1, 1, length)
         self.running.append(SingleRequest(request, state, False))
         return request
 

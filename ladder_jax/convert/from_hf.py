@@ -25,10 +25,11 @@ from ladder_jax.checkpoint import Checkpoints, require_plain_name
 from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
-from ladder_jax.convert.families import Imported, check_names, read_config
+from ladder_jax.convert.families import Imported, read_config
 from ladder_jax.convert.layout import Tensor
 from ladder_jax.convert.needs import available, needs_of
 from ladder_jax.convert.source import TensorSource
+from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.tokenizer_files import write_special
 

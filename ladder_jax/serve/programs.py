@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode, decode_shapes
+from ladder_jax import decode, decode_shapes, decode_state
 from ladder_jax.model import Transformer
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -50,7 +50,7 @@ class Programs:
         # Frees the old state first: the memory may not hold two states.
         self.state = None
         self.width, self.length = self.capacity.widths[0], self.capacity.lengths[0]
-        self.state = decode.empty(
+        self.state = decode_state.empty(
             self.spec, self.width, self.capacity.staging_size, self.length
         )
 
