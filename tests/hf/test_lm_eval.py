@@ -305,12 +305,13 @@ def compare(ours, theirs, name):
 
 @pytest.fixture(scope="module")
 def checkpoint(loaded, tmp_path_factory):
-    """A checkpoint of the same weights, for commands."""
+    """A checkpoint of the same weights, without a chat template, for commands."""
     folder = tmp_path_factory.mktemp("run")
+    tokenizer = json.loads(loaded.tokenizer.to_json()) | dict(chat_template=None)
     meta = dict(
         config=config.to_dict(loaded.config),
         tensor=1,
-        tokenizer=loaded.tokenizer.to_json(),
+        tokenizer=json.dumps(tokenizer),
     )
     with tiny.Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, dict(model=loaded.model), None, meta)
@@ -334,7 +335,7 @@ def test_command(checkpoint, capsys):
         "minimal_pairs --include-path /nowhere": "include_path='/nowhere'",
     }
     for mistake, message in mistakes.items():
-        assert cli.run([*words, "--tasks", *mistake.split()]) == 2
+        assert cli.run([*words, "--tasks", *mistake.split()]) == 2, mistake
         out, error = capsys.readouterr()
         assert message in error and error.count("\n") == 1 and not out
 
