@@ -325,7 +325,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line(run, tmp_path, text, message):
 
 
 def test_commands_and_help(run, monkeypatch, recipe):
-    choices = "choose from train, generate, eval, tokenizer, plan, bench"
+    choices = "choose from " + ", ".join(cli.COMMANDS)
     assert wrong(run, "fly") == f"unknown command 'fly'; {choices}"
     assert wrong(run, "trian") == f"unknown command 'trian'; {choices} (perhaps train)"
     assert wrong(run, "train") == (
@@ -336,9 +336,10 @@ def test_commands_and_help(run, monkeypatch, recipe):
         "missing argument: CHECKPOINT (A run's folder, its checkpoints folder"
     )
     assert wrong(run, "plan", "recipe.py").startswith("missing argument: --target (TPU")
-    assert wrong(run, "bench") == "missing argument: one of train, decode, peers"
+    kinds = "train, decode, peers, conversion, quality"
+    assert wrong(run, "bench") == f"missing argument: one of {kinds}"
     assert wrong(run, "bench", "trane") == (
-        "unknown benchmark 'trane'; choose from train, decode, peers (perhaps train)"
+        f"unknown benchmark 'trane'; choose from {kinds} (perhaps train)"
     )
     assert run() == (2, "", cli.USAGE + "\n")
     assert run("--help") == (0, cli.USAGE + "\n", "")
@@ -352,6 +353,11 @@ def test_commands_and_help(run, monkeypatch, recipe):
         ("plan", "--help"),
         ("bench", "--help"),
         ("bench", "train", "--help"),
+        ("bench", "conversion", "--help"),
+        ("inspect", "--help"),
+        ("convert", "--help"),
+        ("convert", "from-hf", "--help"),
+        ("convert", "from-gguf", "--help"),
     ):
         status, out, err = run(*arguments)
         assert (status, err) == (0, ""), arguments
