@@ -408,12 +408,12 @@ def test_a_run_at_a_terminal_shows_its_progress_there(trained):
     assert re.fullmatch(
         r"step 5/20  loss 5\.\d{4}  grad norm \d\.\d{3}  lr 3.00e-03  "
         r"[\d,]+ tok/s  MFU \d+\.\d%  "
-        r"\dm\d\ds left  \(last save \d\.\ds\)",
+        r"\d+m\d\ds left  \(last save \d+\.\ds\)",
         next(line for line in lines if line.startswith("step 5/20")),
     )
     assert re.search(
         r"\nstep 20/20  held-out loss 3\.\d{4}, 5\.\d{3} bits per byte  "
-        r"\(evaluated in \d\.\ds\)\n---- the model writes:\n",
+        r"\(evaluated in \d+\.\ds\)\n---- the model writes:\n",
         stdout,
     )
     assert re.fullmatch(
@@ -422,7 +422,8 @@ def test_a_run_at_a_terminal_shows_its_progress_there(trained):
         rf"loss curve {folder}/loss.png",
         lines[-1],
     )
-    assert "20/20" in terminal_text and "step/s" in terminal_text
+    assert "20/20" in terminal_text
+    assert re.search("step/s|s/step", terminal_text)  # a fast or a slow machine
     assert not re.search("warning|error|traceback", terminal_text.lower())
     steps = [row["step"] for row in tiny.rows(folder) if "loss" in row]
     assert steps == [3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20]
