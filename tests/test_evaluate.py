@@ -256,7 +256,8 @@ def save_run(folder, own, scale=1.0, **meta):
 
 
 def run_json(capsys, *words):
-    assert cli.run(["eval", *map(str, words), "--json"]) == 0
+    small = ["--batch-tokens", "512", "--json"]
+    assert cli.run(["eval", *map(str, words), *small]) == 0
     return json.loads(capsys.readouterr().out)
 
 
