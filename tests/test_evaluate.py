@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from helpers import COMMAND, code_environment, make_mesh, random_parameters
+from helpers import code_environment, make_mesh, random_parameters
 from jax import random
 
 from ladder_jax import cli, config, interrupts, model
@@ -256,7 +257,8 @@ def save_run(folder, own, scale=1.0, **meta):
 
 
 def run_json(capsys, *words):
-    assert cli.run(["eval", *map(str, words), "--json"]) == 0
+    small = ["--batch-tokens", "512", "--json"]
+    assert cli.run(["eval", *map(str, words), *small]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -333,6 +335,19 @@ def test_parameters_that_are_not_finite(tmp_path, capsys):
     assert "the loss of document 0 (from 0) is nan" in capsys.readouterr().err
 
 
+# The command, which says when the job starts.
+ANNOUNCED = """
+from ladder_jax import cli, evaluate
+
+def run(arguments, job=evaluate.run):
+    print("started", flush=True)
+    return job(arguments)
+
+evaluate.run = run
+cli.main()
+"""
+
+
 def test_interrupt_is_one_line(run_folder, tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 30000)
     words = ["eval", run_folder, "--data", tmp_path / "a.txt", "--stride", "1"]
@@ -341,7 +356,7 @@ def test_interrupt_is_one_line(run_folder, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         child = subprocess.Popen(
-            [*COMMAND, *map(str, words)],
+            [sys.executable, "-c", ANNOUNCED, *map(str, words)],
             env=code_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -350,7 +365,8 @@ def test_interrupt_is_one_line(run_folder, tmp_path):
     finally:
         signal.signal(signal.SIGINT, received)
     try:
-        time.sleep(6)
+        assert child.stdout.readline() == "started\n"
+        time.sleep(1)
         child.send_signal(signal.SIGINT)
         out, error = child.communicate(timeout=60)
     finally:
