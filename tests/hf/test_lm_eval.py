@@ -325,7 +325,7 @@ def test_command(checkpoint, capsys):
         "minimal_pairs --include-path /nowhere": "include_path='/nowhere'",
     }
     for mistake, message in mistakes.items():
-        assert cli.run([*words, "--tasks", *mistake.split()]) == 2
+        assert cli.run([*words, "--tasks", *mistake.split()]) == 2, mistake
         out, error = capsys.readouterr()
         assert message in error and error.count("\n") == 1 and not out
 
