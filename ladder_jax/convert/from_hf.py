@@ -238,7 +238,7 @@ def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Pat
     require_plain_name(path, "out")
     folder.require_new(path)
     sharding.check_fits(job.model, mesh)
-    needs = needs_of(job.model, dtype, mesh)
+    needs = needs_of(job.model, dtype, mesh, saves=True)
     say(needs.text())
     needs.check(available(path, mesh))
     return path

@@ -101,6 +101,21 @@ CASES = {
     ),
     "gemma": ("gemma", dict(head_dim=16, tie_word_embeddings=True), "llama"),
 }
+# Their options are in other cases, too: in `make test-slow`.
+SLOW = {
+    "llama, wide heads",
+    "llama, one kv head",
+    "llama, yarn",
+    "mistral",
+    "ministral, all slide",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "smollm3, rope everywhere",
+    "phi3",
+    "granite",
+}
 T = 40
 
 
@@ -139,7 +154,13 @@ def packed_logits(loaded, ids_BT, segments_BT, positions_BT):
     return np.asarray(jax.jit(f)(loaded.model, *arrays))
 
 
-@pytest.mark.parametrize("kind, fields, exported", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "kind, fields, exported",
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, case in CASES.items()
+    ],
+)
 def test_numbers_tokens_and_the_way_back(tmp_path, kind, fields, exported):
     theirs = foreign.write(tmp_path / "model", kind, **fields)
     ours = ladder_jax.load_hf(tmp_path / "model")

@@ -33,9 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    ours = tiny_llama.load(folder)
-    ours.tokenizer.chat_template = tiny_llama.TEMPLATE
-    return ours
+    return tiny_llama.load(folder)
 
 
 def backend(folder, **options):
@@ -296,12 +294,13 @@ def compare(ours, theirs, name):
 
 @pytest.fixture(scope="module")
 def checkpoint(loaded, tmp_path_factory):
-    """A checkpoint of the same weights, for commands."""
+    """A checkpoint of the same weights, without a chat template, for commands."""
     folder = tmp_path_factory.mktemp("run")
+    tokenizer = json.loads(loaded.tokenizer.to_json()) | dict(chat_template=None)
     meta = dict(
         config=config.to_dict(loaded.config),
         tensor=1,
-        tokenizer=loaded.tokenizer.to_json(),
+        tokenizer=json.dumps(tokenizer),
     )
     with tiny.Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, dict(model=loaded.model), None, meta)
