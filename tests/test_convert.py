@@ -598,7 +598,7 @@ def test_a_70b_model_is_planned_without_allocating_it():
     assert saving.device == 2 * share and not saving.host
     elsewhere = plan._replace(host=plan.disk)
     assert "of the host's" in elsewhere.text()
-    with pytest.raises(ConfigError, match="saving the model needs 141.1 GB of the host"):
+    with pytest.raises(ConfigError, match="needs 141.1 GB of the host"):
         elsewhere.check(needs.Available(None, None, host=10**11))
 
 

@@ -25,6 +25,7 @@ def set_bos(text: str, name: str, add: bool) -> str:
     """
     library_tokenizer = tokenizers.Tokenizer.from_str(text)
     id = library_tokenizer.token_to_id(name)
+    assert id is not None, name
     nothing = library_tokenizer.encode("", add_special_tokens=False)
     if (library_tokenizer.post_process(nothing).ids[:1] == [id]) == add:
         return text
@@ -67,7 +68,7 @@ def _without_bos(processor: Values | None, name: str, id: int) -> Values | None:
         return processor | pieces
     if processor.get("cls", [None, None])[1] != id:
         return processor
-    # BertProcessing and RobertaProcessing: bos A sep, and another sep after A in a pair.
+    # BertProcessing is bos A sep B sep; RobertaProcessing has two sep between A and B.
     sep, sep_id = processor["sep"]
     is_roberta = processor["type"] == "RobertaProcessing"
     template = _template(
