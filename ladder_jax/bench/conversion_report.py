@@ -168,10 +168,17 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.set_title(f"{layers}, {kind}", fontsize=9)
             axes.set_xscale("symlog", linthresh=5e4)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:.1f}")
+            axes.yaxis.set_minor_formatter("{x:.1f}")
+            axes.tick_params(labelsize=7, which="both")
             axes.grid(alpha=0.3, which="both")
         axes_row[0].set_ylabel("held-out bits per byte")
+    budgets = sorted({int(row["tokens"]) for row in rows if group_of(row) == group})
     for axes in grid[-1]:
-        axes.set_xlabel("tokens of training")
+        labels = [f"{tokens / 1e6:.1f}" for tokens in budgets]
+        axes.set_xticks(budgets, labels)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("millions of tokens of training")
     if chosen:
         grid[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
