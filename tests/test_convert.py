@@ -570,12 +570,19 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
     for there, message in (
         (needs.Available(1000, None), "of disk"),
         (needs.Available(None, 1000), "of memory"),
-        # The parameters fit, but not Orbax's copy of them.
-        (needs.Available(None, 6 * 28224), "of memory"),
     ):
         monkeypatch.setattr(from_hf, "available", lambda *_, there=there: there)
         assert run(*words) == 2
         assert re.search(f"needs.*{message}.*free", capsys.readouterr().err)
+    # The parameters fit, but not Orbax's copy of them.
+    model = from_hf.prepare(open_source(tmp_path / "model")).model
+
+    def just_the_parameters(_, mesh):
+        return needs.Available(None, needs.needs_of(model, "float32", mesh).device)
+
+    monkeypatch.setattr(from_hf, "available", just_the_parameters)
+    assert run(*words) == 2
+    assert "of memory" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(*words, "--dry-run") == 0
     assert "parameters in float32: needs" in capsys.readouterr().out
@@ -595,7 +602,7 @@ def test_a_70b_model_is_planned_without_allocating_it():
     assert share < plan.device < 1.03 * share  # its shards, and one tensor more
     # Saving: the shards a second time, of the host's memory where devices have theirs.
     saving = needs.needs_of(model, "bfloat16", mesh, saves=True)
-    assert saving.device == 2 * share and not saving.host
+    assert 2 * share < saving.device < 2.01 * share and not saving.host
     elsewhere = plan._replace(host=plan.disk)
     assert "of the host's" in elsewhere.text()
     with pytest.raises(ConfigError, match="needs 141.1 GB of the host"):
