@@ -21,7 +21,8 @@ model = ladder_jax.load("$(SMOLLM2)/checkpoint")
 messages = [dict(role="user", content="What is the capital of France?")]
 template = jinja2.Environment().from_string(model.tokenizer.chat_template)
 prompt = template.render(messages=messages, add_generation_prompt=True)
-print(messages[0]["content"], *model.generate(prompt, max_tokens=40), sep="")
+print(messages[0]["content"])
+print(*model.generate(prompt, max_tokens=40), sep="")
 endef
 export SMOLLM2_CHAT
 
