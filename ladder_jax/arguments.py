@@ -256,6 +256,19 @@ def help_text(cls: type, options: list[Option], command: str, first: str = "") -
     return "\n".join(lines)
 
 
+def kinds_text(command: str, kinds: dict[str, type]) -> str:
+    """The help of a command whose first argument says which job it does: `kinds` has
+    the dataclass of each job's arguments."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    column = max(map(len, kinds)) + 4
+    lines = [f"usage: ladder-jax {command} {'|'.join(kinds)} [OPTIONS]", ""]
+    for name, kind in kinds.items():
+        first, *more = _wrap(_docstring(kind), width, " " * column)
+        lines += [f"  {name:{column - 2}}{first.strip()}", *more]
+    lines += ["", f"See ladder-jax {command} {next(iter(kinds))} --help, and so on."]
+    return "\n".join(lines)
+
+
 def _option_lines(option: Option, width: int) -> list[str]:
     """An option in a left column, its help and default in a right one."""
     head = f"  {_label(option)}"
@@ -312,7 +325,18 @@ def _docstring(cls: type) -> str:
 
 @functools.cache
 def field_texts(cls: type) -> dict[str, str]:
-    """The help text of each field of a dataclass that has one, read from the source."""
+    """The help text of each field of a dataclass that has one, read from the source.
+
+    Fields of its base classes are among them."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            texts |= _own_field_texts(base)
+    return texts
+
+
+def _own_field_texts(cls: type) -> dict[str, str]:
+    """`field_texts` without those of base classes."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except OSError:  # no source is installed

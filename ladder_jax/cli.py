@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ladder_jax.arguments import BARE, FLAT, POSITIONAL, parse
+from ladder_jax.arguments import BARE, FLAT, POSITIONAL, kinds_text, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -320,21 +320,21 @@ def plan(words: list[str]) -> int:
     return 0
 
 
+BENCH = "ladder_jax.bench"
+
+
 def bench(words: list[str]) -> int:
     """`ladder-jax bench train|decode|peers|conversion|quality ...`"""
     names = ("train", "decode", "peers", "conversion", "quality")
     if words[:1] in (["-h"], ["--help"]):
-        print(f"usage: ladder-jax bench {'|'.join(names)} [OPTIONS]\n")
-        print(
-            "Measures this project beside others, and its schedules side by side. "
-            "See ladder-jax bench train --help, and so on."
-        )
+        jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
+        print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
         return 0
     if not words:
         raise ConfigError(f"missing argument: one of {', '.join(names)}")
     if words[0] not in names:
         raise ConfigError(unknown("benchmark", words[0], names))
-    job = importlib.import_module(f"ladder_jax.bench.{words[0]}")
+    job = importlib.import_module(f"{BENCH}.{words[0]}")
     job.run(parse(job.Arguments, words[1:], f"bench {words[0]}"))
     return 0
 
@@ -345,10 +345,7 @@ def convert(words: list[str]) -> int:
 
     names = tuple(command.KINDS)
     if words[:1] in (["-h"], ["--help"]):
-        print(f"usage: ladder-jax convert {'|'.join(names)} ...\n")
-        for name, kind in command.KINDS.items():
-            print(f"  {name:12}{' '.join((kind.__doc__ or '').split())}")
-        print("\nSee ladder-jax convert from-hf --help, and so on.")
+        print(kinds_text("convert", command.KINDS))
         return 0
     if not words:
         raise ConfigError(f"missing argument: one of {', '.join(names)}")
@@ -373,7 +370,7 @@ def inspect(words: list[str]) -> int:
 
 def evaluate(words: list[str]) -> int:
     """`ladder-jax eval CHECKPOINT ...`"""
-    job = importlib.import_module("ladder_jax.evaluate")
+    job = importlib.import_module("ladder_jax.evaluation.command")
     arguments = parse(job.Arguments, words, "eval")
     emulate(arguments.devices)
     require_devices()

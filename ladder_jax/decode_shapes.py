@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ladder_jax.decode import NO_REQUEST, DecodeState, Slots, SlotState
+from ladder_jax.decode_state import NO_REQUEST, DecodeState, Slots, SlotState
 
 
 def source_slots(active_W: jax.Array, width: int) -> jax.Array:

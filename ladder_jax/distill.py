@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ladder_jax import config, model, sharding
+from ladder_jax.cross_entropy import cross_entropy, sum_over_tokens
 from ladder_jax.residual.reductions import reduce
 
 EXCLUDED = -1e30  # the logit of a token that is counted elsewhere
@@ -70,11 +71,11 @@ def losses(
         with jax.named_scope("parent"):
             parent_BTV = model.logits(parent, parent_config, y_BTD)
         divergence_BT = divergence(logits_BTV, parent_BTV, temperature, top_k)
-        entropy_BT = model.cross_entropy(logits_BTV, targets_BT)
+        entropy_BT = cross_entropy(logits_BTV, targets_BT)
         return jnp.stack([jnp.sum(x * weights_BT) for x in (divergence_BT, entropy_BT)])
 
     arrays = x_BTD, y_BTD, batch["targets"], batch["weights"]
-    totals = model.sum_over_tokens(sums, arrays, chunk)
+    totals = sum_over_tokens(sums, arrays, chunk)
     return totals[0], totals[1]
 
 

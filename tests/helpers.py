@@ -184,6 +184,22 @@ def make_requests(
 # ---------------------------------------------------------------- processes
 
 
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
+    """Writes files, {name: content}, into a folder; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+    return folder
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """Writes rows as JSON Lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def free_address() -> str:
     """A localhost:PORT that no process listens on."""
     with socket.socket() as free:

@@ -123,6 +123,21 @@ def test_a_mistake_is_one_line_that_names_the_option(words, message):
     assert str(error.value) == f"{message} (see ladder-jax do --help)"
 
 
+@dataclass(frozen=True)
+class Other(Arguments):
+    """What another command does."""
+
+    place: str = field(metadata=POSITIONAL)
+    """Where that one does it."""
+
+
+def test_fields_of_a_base_class_keep_their_help():
+    assert field_texts(Other) == {
+        "place": "Where that one does it.",
+        "times": "How often it does it.",
+    }
+
+
 def test_help_has_every_option_its_default_and_its_text(capsys):
     assert field_texts(Arguments) == {
         "place": "Where it does it.",

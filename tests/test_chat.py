@@ -7,6 +7,7 @@ import re
 import chat_templates
 import numpy as np
 import pytest
+from helpers import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -349,11 +350,6 @@ def open_corpus(tmp_path):
         return opened if length is None else opened.cut(length)
 
     return call
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def conversations(side):

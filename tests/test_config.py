@@ -279,8 +279,8 @@ def test_a_config_survives_json(config):
     [
         (
             dict(modle={}),
-            "modle is not a field: it must be one of data, mesh, model, optimizer, "
-            "train (perhaps model)",
+            "modle is not a field: it must be one of data, distill, mesh, model, "
+            "optimizer, train (perhaps model)",
         ),
         (dict(model=dict(layer=3)), "model.layer is not a field: it must be one of "),
         (

@@ -7,7 +7,6 @@ import functools
 import math
 import re
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import chex
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ladder_jax import cli, model, sharding, training
@@ -22,7 +22,6 @@ from ladder_jax.config import from_recipe
 from ladder_jax.hardware import chips
 from ladder_jax.optimizer import make_optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 PARAMETERS = {

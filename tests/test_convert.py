@@ -3,6 +3,7 @@
 tests/hf compares the numbers with transformers.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 
 import ladder_jax
-from ladder_jax import checkpoint, cli, config
+from ladder_jax import checkpoint, cli, config, inspection
+from ladder_jax import model as models
 from ladder_jax.config import ConfigError
 from ladder_jax.convert import from_hf, needs, to_hf
 from ladder_jax.convert.safetensors_file import read_header, read_tensor
@@ -479,7 +481,7 @@ def greedy(loaded, prompt, count):
 # ---------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("residual", ["desync:2", "upper-bound"])
+@pytest.mark.parametrize("residual", ["desync:2", "dtp:1", "upper-bound"])
 def test_a_model_that_depends_on_its_shards_is_not_exported(tmp_path, residual):
     foreign.write(tmp_path / "model")
     loaded = ladder_jax.load_hf(tmp_path / "model", residual=residual)
@@ -498,6 +500,32 @@ def test_other_schedules_are_never_called_llama(tmp_path, residual):
     again = ladder_jax.load_hf(out)
     assert again.config.model == loaded.config.model
     assert same(again.model, loaded.model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_parallel_model_goes_out_and_comes_back(tmp_path, tied):
+    """Its layers have one norm, which both of their blocks read."""
+    foreign.write(tmp_path / "model")
+    donor = ladder_jax.load_hf(tmp_path / "model")
+    parallel = dataclasses.replace(
+        donor.config.model, residual="parallel", tie_embeddings=tied
+    )
+    draw = np.random.default_rng(0).standard_normal
+    noise = lambda x: jax.numpy.asarray(draw(x.shape, np.float32))
+    loaded = donor._replace(
+        model=jax.tree.map(noise, models.abstract(parallel)),
+        config=dataclasses.replace(donor.config, model=parallel),
+    )
+    out = ladder_jax.save_hf(loaded, tmp_path / "out")
+    names = open_source(out).tensors
+    assert not any("post_attention_layernorm" in name for name in names)
+    again = ladder_jax.load_hf(out)
+    assert again.config.model == parallel and same(again.model, loaded.model)
+    assert inspection.inspect(out)["model"]["residual"] == "parallel"
+    values = json.loads((out / "config.json").read_text()) | dict(parallel=False)
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="post_attention_layernorm"):
+        ladder_jax.load_hf(out)
 
 
 def test_bfloat16_export_rounds_to_nearest(tmp_path):
@@ -546,6 +574,15 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
         monkeypatch.setattr(from_hf, "available", lambda *_, there=there: there)
         assert run(*words) == 2
         assert re.search(f"needs.*{message}.*free", capsys.readouterr().err)
+    # The parameters fit, but not Orbax's copy of them.
+    model = from_hf.prepare(open_source(tmp_path / "model")).model
+
+    def just_the_parameters(_, mesh):
+        return needs.Available(None, needs.needs_of(model, "float32", mesh).device)
+
+    monkeypatch.setattr(from_hf, "available", just_the_parameters)
+    assert run(*words) == 2
+    assert "of memory" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(*words, "--dry-run") == 0
     assert "parameters in float32: needs" in capsys.readouterr().out
@@ -563,6 +600,13 @@ def test_a_70b_model_is_planned_without_allocating_it():
     assert plan.disk == 2 * plan.parameters
     share = plan.disk / 8
     assert share < plan.device < 1.03 * share  # its shards, and one tensor more
+    # Saving: the shards a second time, of the host's memory where devices have theirs.
+    saving = needs.needs_of(model, "bfloat16", mesh, saves=True)
+    assert 2 * share < saving.device < 2.01 * share and not saving.host
+    elsewhere = plan._replace(host=plan.disk)
+    assert "of the host's" in elsewhere.text()
+    with pytest.raises(ConfigError, match="needs 141.1 GB of the host"):
+        elsewhere.check(needs.Available(None, None, host=10**11))
 
 
 MEMORY = """

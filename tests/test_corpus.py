@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,15 +49,6 @@ def open_corpus(tmp_path):
         )
 
     return call
-
-
-def write_files(folder, contents):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(
-            content if isinstance(content, bytes) else content.encode()
-        )
-    return folder
 
 
 LETTERS = {f"{name}.txt": f"text of {name}" for name in "abcdefgh"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import decode, decode_shapes, kv_cache
+from ladder_jax import decode, decode_shapes, decode_state, kv_cache
 from ladder_jax.config import Model
 
 MODEL_CONFIG = Model(
@@ -81,7 +81,7 @@ def test_the_memory_shuffle_keeps_every_slot_when_there_are_more():
 
 @pytest.mark.parametrize("unroll_layers", [True, False])
 def test_reshaping_keeps_active_requests_and_nothing_else(unroll_layers):
-    state = decode.empty(make_spec(unroll_layers), 4, 2, 8)
+    state = decode_state.empty(make_spec(unroll_layers), 4, 2, 8)
     marks = lambda x: x + jnp.arange(4, dtype=x.dtype).reshape(4, 1, 1, 1)
     slots = state.slots._replace(kv=jax.tree.map(marks, state.slots.kv))
     slots = with_state(slots, request=[-1, 7, -1, 9], active=[False, True, False, True])
@@ -111,7 +111,7 @@ def test_reshaping_keeps_active_requests_and_nothing_else(unroll_layers):
 @pytest.mark.parametrize("fixed_trip_count", [True, False])
 def test_the_lowest_admission_order_takes_the_first_free_slot(fixed_trip_count):
     spec = make_spec(fixed_trip_count=fixed_trip_count)
-    state = decode.empty(spec, 3, 3, 8)
+    state = decode_state.empty(spec, 3, 3, 8)
     state = decode.DecodeState(
         with_state(state.slots, active=[False, True, False], request=[-1, 4, -1]),
         with_state(
@@ -132,7 +132,7 @@ def test_the_lowest_admission_order_takes_the_first_free_slot(fixed_trip_count):
 
 
 def test_cancelling_frees_slots_and_places_of_those_requests_alone():
-    state = decode.empty(make_spec(), 2, 2, 8)
+    state = decode_state.empty(make_spec(), 2, 2, 8)
     state = decode.DecodeState(
         with_state(state.slots, request=[3, 4], active=[True, True]),
         with_state(state.staging, request=[5, 6], admission_order=[5, 6]),

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -14,15 +15,16 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from helpers import COMMAND, code_environment, make_mesh, random_parameters
+from helpers import code_environment, make_mesh, random_parameters
 from jax import random
 
-from ladder_jax import cli, config, evaluate, interrupts, model, perplexity
+from ladder_jax import cli, config, interrupts, model
 from ladder_jax.config import ConfigError
 from ladder_jax.data import corpus
 from ladder_jax.data.tokenizer import ByteTokenizer
+from ladder_jax.evaluation import command, perplexity
+from ladder_jax.evaluation.scoring import Scorer, Window
 from ladder_jax.loading import Loaded
-from ladder_jax.scoring import Scorer, Window
 
 MODEL = config.Model(
     vocab_size=264,
@@ -222,9 +224,9 @@ def test_measures_and_their_errors():
         results["loss"].error / 3 / math.log(2)
     )
     one = perplexity.summarize(documents[:1], losses[:1])
-    assert one["loss"].error is None and "±" not in evaluate.report(SETTINGS, one)
+    assert one["loss"].error is None and "±" not in command.report(SETTINGS, one)
     huge = perplexity.summarize(documents[:2], losses[:2] * 1e4)
-    assert json.loads(evaluate.to_json(SETTINGS, huge))["perplexity"] is None
+    assert json.loads(command.to_json(SETTINGS, huge))["perplexity"] is None
 
 
 SETTINGS = dict(
@@ -255,7 +257,8 @@ def save_run(folder, own, scale=1.0, **meta):
 
 
 def run_json(capsys, *words):
-    assert cli.run(["eval", *map(str, words), "--json"]) == 0
+    small = ["--batch-tokens", "512", "--json"]
+    assert cli.run(["eval", *map(str, words), *small]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -320,8 +323,8 @@ def test_a_model_from_elsewhere_has_no_held_out_documents(tmp_path, capsys):
     save_run(tmp_path / "run", own)
     assert cli.run(["eval", str(tmp_path / "run")]) == 2
     assert "was not trained here" in capsys.readouterr().err
-    assert evaluate.choose_context(None, own, trained_here=False) == 64
-    assert evaluate.choose_context(None, own, trained_here=True) == 32
+    assert command.choose_context(None, own, trained_here=False) == 64
+    assert command.choose_context(None, own, trained_here=True) == 32
 
 
 def test_parameters_that_are_not_finite(tmp_path, capsys):
@@ -332,6 +335,19 @@ def test_parameters_that_are_not_finite(tmp_path, capsys):
     assert "the loss of document 0 (from 0) is nan" in capsys.readouterr().err
 
 
+# The command, which says when the job starts.
+ANNOUNCED = """
+from ladder_jax import cli, evaluate
+
+def run(arguments, job=evaluate.run):
+    print("started", flush=True)
+    return job(arguments)
+
+evaluate.run = run
+cli.main()
+"""
+
+
 def test_interrupt_is_one_line(run_folder, tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 30000)
     words = ["eval", run_folder, "--data", tmp_path / "a.txt", "--stride", "1"]
@@ -340,7 +356,7 @@ def test_interrupt_is_one_line(run_folder, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         child = subprocess.Popen(
-            [*COMMAND, *map(str, words)],
+            [sys.executable, "-c", ANNOUNCED, *map(str, words)],
             env=code_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -349,7 +365,8 @@ def test_interrupt_is_one_line(run_folder, tmp_path):
     finally:
         signal.signal(signal.SIGINT, received)
     try:
-        time.sleep(6)
+        assert child.stdout.readline() == "started\n"
+        time.sleep(1)
         child.send_signal(signal.SIGINT)
         out, error = child.communicate(timeout=60)
     finally:
@@ -380,4 +397,4 @@ def test_an_interrupt_that_python_loses_comes_again():
 def test_errors_of_a_source_name_the_option(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"other": "x"}\n' * 3)
     with pytest.raises(ConfigError, match=r"--text-field"):
-        list(evaluate.read_source(config.Data(source=str(tmp_path))))
+        list(command.read_source(config.Data(source=str(tmp_path))))

@@ -53,9 +53,7 @@ def reference(prompt, **options):
     return list(generate.generate(weights, MODEL_CONFIG, mesh, ids, **options))
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+write = helpers.write_rows
 
 
 def run(prompts, out, **defaults):

@@ -4,16 +4,16 @@ import importlib
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
 import tiny
+from helpers import ROOT
 
-from ladder_jax import cli, evaluate
+from ladder_jax import cli
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
+from ladder_jax.evaluation import command as evaluation
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 DOCS += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "evaluation.md"]
@@ -27,7 +27,7 @@ COMMANDS = [
 KINDS = {
     "train": cli.TrainArguments,
     "generate": cli.GenerateArguments,
-    "eval": evaluate.Arguments,
+    "eval": evaluation.Arguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
     "inspect": cli.InspectArguments,

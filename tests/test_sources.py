@@ -10,6 +10,7 @@ import socket
 import sys
 
 import pytest
+from helpers import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,15 +26,6 @@ def read(source, text_field="text"):
         for path in sources.files(source, tally)
         for text in sources.read(source, path, text_field, tally)
     ], tally
-
-
-def write_files(folder, contents):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(
-            content if isinstance(content, bytes) else content.encode()
-        )
-    return folder
 
 
 def parquet_bytes(tmp_path, columns):

@@ -49,7 +49,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, model, sampling, sharding
+from ladder_jax import decode, decode_state, model, sampling, sharding
 from ladder_jax.bench import machine, plots
 from ladder_jax.bench.latency import (
     HEAD,
@@ -136,7 +136,7 @@ def bare_step(
     an iteration.
     """
     spec = engine.spec
-    state = decode.empty(spec, width, 1, length)
+    state = decode_state.empty(spec, width, 1, length)
 
     def local(weights: Any, token_W: jax.Array, position_W: jax.Array, kv: Any) -> Any:
         def step(_: jax.Array, carry: Any) -> Any:

@@ -242,9 +242,10 @@ def write_gguf(state: dict[str, Any], model_config: Model, path: Path) -> None:
         array = value.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             array = interleave_halves(array, model_config.head_dim)
-        writer.add_tensor(
-            names.get_name(name, (".weight",)), np.ascontiguousarray(array)
-        )
+        tensor = names.get_name(name, (".weight",))
+        if tensor is None:
+            raise ValueError(f"GGUF has no name for the tensor {name!r}")
+        writer.add_tensor(tensor, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ladder_jax import decode, model
+from ladder_jax import decode, decode_state, model
 from ladder_jax.config import Decode, Model, require
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.engine import Engine
-from ladder_jax.serve.programs import slot_state
+from ladder_jax.serve.programs import array, slot_state
 from ladder_jax.serve.request import Request
 from ladder_jax.serve.scheduler import Limits, Load, Scheduler, Step, plan_step
 
@@ -86,7 +86,7 @@ class Concurrent:
         request = self.engine.submit(prompt, max_tokens=max_tokens)
         self.engine.stepper.queue.remove(request)
         length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
-        state = decode.empty(self.engine.spec, 1, 1, length)
+        state = decode_state.empty(self.engine.spec, 1, 1, length)
         self.running.append(SingleRequest(request, state, False))
         return request
 
@@ -124,15 +124,12 @@ class Concurrent:
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, :length] = request.prompt
 
-        def array_of(value: int | bool, dtype: Any = np.int32) -> Any:
-            return np.asarray([value], dtype)
-
         prompts = decode.Prompts(
             tokens=tokens_1T,
-            start=array_of(0),
-            length=array_of(length),
-            staging_index=array_of(0),
-            last=array_of(True, bool),
+            start=array(0),
+            length=array(length),
+            staging_index=array(0),
+            last=array(True, bool),
             prompt=tokens_1T,
             state=slot_state(
                 request.number,

@@ -231,7 +231,7 @@ class Study:
         config = config_of(arguments, self.variants[0], 0, self.dtype)
         loaded = tokenizer.load(config.data.tokenizer)
         check_vocabulary(config, _one_device(), loaded)
-        self.corpus = corpus.prepare(config.data, loaded)
+        self.corpus = corpus.prepare(config.data, loaded).cut(config.train.seq_len)
         say(self.corpus.report)
         self.programs: dict[Variant, Programs] = {}
         self.start = time.monotonic()

@@ -25,11 +25,13 @@ from ladder_jax.checkpoint import Checkpoints, require_plain_name
 from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
-from ladder_jax.convert.families import Imported, check_names, read_config
+from ladder_jax.convert.families import Imported, read_config
 from ladder_jax.convert.layout import Tensor
 from ladder_jax.convert.needs import available, needs_of
 from ladder_jax.convert.source import TensorSource
+from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
 
 Say = Callable[[str], None]
@@ -237,7 +239,7 @@ def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Pat
     require_plain_name(path, "out")
     folder.require_new(path)
     sharding.check_fits(job.model, mesh)
-    needs = needs_of(job.model, dtype, mesh)
+    needs = needs_of(job.model, dtype, mesh, saves=True)
     say(needs.text())
     needs.check(available(path, mesh))
     return path
@@ -254,9 +256,17 @@ def config_of(job: Import, out: Path) -> Config:
     )
 
 
-def write_tokenizer_files(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
-    """Writes tokenizer.json and the files beside it into a folder."""
-    files = write_special(tokenizer.special)
-    files["tokenizer.json"] = tokenizer.tokenizer_json()
+def write_tokenizer_files(
+    tokenizer: tokenizers.Tokenizer, path: Path, *, for_others: bool = False
+) -> None:
+    """Writes tokenizer.json and the files beside it into a folder.
+
+    for_others: whether other programs will read it. They ignore add_bos_token, so
+    tokenizer.json says it itself.
+    """
+    special, text = tokenizer.special, tokenizer.tokenizer_json()
+    if for_others and special.add_bos is not None and "bos" in special.names:
+        text = set_bos(text, special.names["bos"], special.add_bos)
+    files = write_special(special) | {"tokenizer.json": text}
     for name, content in files.items():
         (path / name).write_text(content, encoding="utf-8")

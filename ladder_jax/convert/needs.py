@@ -25,13 +25,17 @@ class Needs(NamedTuple):
     device: int  # on each device: its shards, and one tensor
     devices: int
     dtype: str
+    # Of the host's memory, where the devices have their own: what Orbax holds while it
+    # saves. On a CPU it is part of `device`.
+    host: int = 0
 
     def text(self) -> str:
         """A line about it."""
         each = "" if self.devices == 1 else f" on each of {self.devices} devices"
+        host = f", and {size(self.host)} of the host's" if self.host else ""
         return (
             f"{self.parameters:,} parameters in {self.dtype}: needs "
-            f"{size(self.disk)} of disk and {size(self.device)} of memory{each}"
+            f"{size(self.disk)} of disk and {size(self.device)} of memory{each}{host}"
         )
 
     def check(self, there: "Available") -> None:
@@ -47,6 +51,11 @@ class Needs(NamedTuple):
                 f"{self.devices} devices, and {size(there.memory)} are free: choose "
                 "more devices with --tensor or --fsdp, or --dtype bfloat16"
             )
+        if there.host is not None and self.host > there.host:
+            raise ConfigError(
+                f"saving the model needs {size(self.host)} of the host's memory, and "
+                f"{size(there.host)} are free: choose --dtype bfloat16 or more hosts"
+            )
 
 
 class Available(NamedTuple):
@@ -54,6 +63,7 @@ class Available(NamedTuple):
 
     disk: int | None
     memory: int | None  # of each device
+    host: int | None = None  # of this host, where the devices have memory of their own
 
 
 def size(count: float) -> str:
@@ -65,8 +75,12 @@ def size(count: float) -> str:
     return f"{count:,.1f} GB"
 
 
-def needs_of(model: Model, dtype: str, mesh: Mesh) -> Needs:
-    """What a model in `dtype` on a mesh takes."""
+def needs_of(model: Model, dtype: str, mesh: Mesh, saves: bool = False) -> Needs:
+    """What a model in `dtype` on a mesh takes.
+
+    saves: whether Orbax saves it as a checkpoint: while it writes, the host holds a
+    copy of all arrays.
+    """
     shapes = models.abstract(model)
     names = jax.tree.leaves(sharding.parameter_names(shapes))
     total, shards, largest = 0, 0, 0
@@ -78,8 +92,16 @@ def needs_of(model: Model, dtype: str, mesh: Mesh) -> Needs:
         layers = leaf.shape[0] if leaf.ndim > len(axes) else 1
         largest = max(largest, shard // layers)
     width = BYTES[dtype]
-    device = width * (shards + largest)
-    return Needs(total, width * total, device, mesh.size, dtype)
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    copy = shards if saves else 0
+    device = width * (shards + max(largest, copy if is_cpu else 0))
+    host = 0 if is_cpu else width * copy * _own_devices(mesh)
+    return Needs(total, width * total, device, mesh.size, dtype, host)
+
+
+def _own_devices(mesh: Mesh) -> int:
+    """The devices of this process in a mesh."""
+    return sum(d.process_index == jax.process_index() for d in np.ravel(mesh.devices))
 
 
 def available(out: Path, mesh: Mesh) -> Available:
@@ -89,10 +111,10 @@ def available(out: Path, mesh: Mesh) -> Available:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")
-        return Available(disk, limit and limit - stats.get("bytes_in_use", 0))
+        free = limit and limit - stats.get("bytes_in_use", 0)
+        return Available(disk, free, host_memory())
     host = host_memory()
-    own = sum(d.process_index == jax.process_index() for d in np.ravel(mesh.devices))
-    return Available(disk, None if host is None else host // max(own, 1))
+    return Available(disk, None if host is None else host // max(_own_devices(mesh), 1))
 
 
 def free_disk(out: Path) -> int | None:

@@ -83,7 +83,7 @@ def write_hf(
 
     with folder.new_folder(path) as part:
         _write_weights(part, infos, read, shard_bytes)
-        write_tokenizer_files(tokenizer, part)
+        write_tokenizer_files(tokenizer, part, for_others=True)
         if values["model_type"] == ladder_llama.MODEL_TYPE:
             values = ladder_llama.write_ladder_llama(part, values)
         files = {

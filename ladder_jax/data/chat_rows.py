@@ -14,11 +14,11 @@ type text, which are joined.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ladder_jax.data.formats import Tally
+from ladder_jax.data.surrogates import without_surrogates
 
 Message = dict[str, str]
 
@@ -56,7 +56,6 @@ _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 # Some tools read them as: do not train on this message.
 _FLAGS = ("weight", "train")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Kinds of `Tally.left_out`; FLAGGED of `Tally.noted`.
 NO_MESSAGES = "rows without messages"
@@ -170,13 +169,12 @@ def check_messages(
         raise Unusable(EMPTY)
     if any(value.get(name) is not None for value in values for name in _FLAGS):
         tally.noted[FLAGGED] += 1
-    if any(_SURROGATES.search(text) for m in messages for text in m.values()):
-        tally.repaired += 1
-        messages = [
-            {key: _SURROGATES.sub("\ufffd", text) for key, text in message.items()}
-            for message in messages
-        ]
-    return messages
+    repaired = [
+        {key: without_surrogates(text) for key, text in message.items()}
+        for message in messages
+    ]
+    tally.repaired += repaired != messages
+    return repaired
 
 
 def _message(value: Mapping[str, Any]) -> Message:

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data.jsonl import read_lines
+from ladder_jax.data.surrogates import without_surrogates
 
 try:
     _zstd: Any = importlib.import_module("compression.zstd")
@@ -49,7 +50,6 @@ _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _PARQUET_MAGIC = b"PAR1"
 _PARQUET_MIN_BYTES = 12  # the magic number twice, and the length of the footer
-_SURROGATES = re.compile("[\ud800-\udfff]")
 # The start of a JSON object or of an array of objects, arrays or strings.
 _JSON_START = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\[])')
 # This many lines decide whether a file is JSON Lines. One line would not be enough, as
@@ -86,11 +86,10 @@ class Tally:
         else:
             text = value
         # Surrogates stand for bytes that are not UTF-8, or come from JSON escapes.
-        if not text.isascii() and _SURROGATES.search(text):
-            text = _SURROGATES.sub("\ufffd", text)
-            self.repaired += 1
-        if text.strip():
-            return text
+        repaired = without_surrogates(text)
+        self.repaired += repaired != text
+        if repaired.strip():
+            return repaired
         self.left_out["empty documents"] += 1
         return None
 

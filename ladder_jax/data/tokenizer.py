@@ -23,13 +23,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax.config import ConfigError, require
+from ladder_jax.data.surrogates import without_surrogates
 from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
 
 _OWN_NAMES = [names[0] for names in NAMES.values()]
 # It splits a text into names of special tokens and what is between them.
 _OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
-# Halves of a UTF-16 surrogate pair: JSON can contain them, UTF-8 cannot.
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -203,11 +202,6 @@ class Tokenizer:
         raise NotImplementedError
 
 
-def _without_surrogates(text: str) -> str:
-    """Returns the text with U+FFFD instead of every surrogate."""
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
-
-
 # ------------------------------------------------------------------ bytes
 
 
@@ -220,7 +214,7 @@ class ByteTokenizer(Tokenizer):
     special = Special(dict(zip(NAMES, _OWN_NAMES)))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [list(_without_surrogates(text).encode()) for text in texts]
+        return [list(without_surrogates(text).encode()) for text in texts]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:
         return [self.bos] * (bos is not False) + self.encode(text)
@@ -231,7 +225,7 @@ class ByteTokenizer(Tokenizer):
         return dict(enumerate(_OWN_NAMES, start=256)).get(token)
 
     def encode_rendered(self, texts: list[str]) -> list[Rendered]:
-        return [self._encode_rendered(_without_surrogates(text)) for text in texts]
+        return [self._encode_rendered(without_surrogates(text)) for text in texts]
 
     def _encode_rendered(self, text: str) -> Rendered:
         special = dict(zip(_OWN_NAMES, (self.bos, self.eos, self.pad)))
@@ -399,13 +393,13 @@ class HuggingFace(Tokenizer):
         return False
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        texts = [_without_surrogates(text) for text in texts]
+        texts = [without_surrogates(text) for text in texts]
         with _library_errors(f"{self._origin} cannot encode a text"):
             encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         with _library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
         if bos is None:
@@ -416,7 +410,7 @@ class HuggingFace(Tokenizer):
         return self._plain.id_to_token(token) if 0 <= token < self.size else None
 
     def encode_rendered(self, texts: list[str]) -> list[Rendered]:
-        texts = [_without_surrogates(text) for text in texts]
+        texts = [without_surrogates(text) for text in texts]
         library_tokenizer = self._without_processor
         with _library_errors(f"{self._origin} cannot encode a conversation"):
             encodings = library_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -504,7 +498,7 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
         initial_alphabet=sorted(_ALPHABET),
         show_progress=False,
     )
-    library_tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
+    library_tokenizer.train_from_iterator(map(without_surrogates, texts), trainer)
     _make_byte_level(library_tokenizer)
     return HuggingFace(library_tokenizer.to_str(), ByteTokenizer.special)
 

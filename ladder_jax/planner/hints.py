@@ -15,8 +15,8 @@ from unittest import mock
 
 from ladder_jax.config import ConfigError, Mesh, from_recipe
 from ladder_jax.hardware import aot
+from ladder_jax.planner.records import SLICES
 
-TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")
 SHAPES = {  # batch x context
     "decode": ("1x2048", "16x2048", "64x2048"),
     "prefill": ("1x1024",),
@@ -88,7 +88,7 @@ def main() -> None:
     )
     parser.add_argument("workload", choices=SHAPES)
     parser.add_argument("--recipes", nargs="+", default=["llama3_8b"])
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--targets", nargs="+", default=SLICES)
     parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
     args = parser.parse_args()
     aot.prepare()

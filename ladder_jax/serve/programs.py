@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode, decode_shapes
+from ladder_jax import decode, decode_shapes, decode_state
 from ladder_jax.model import Transformer
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -50,7 +50,7 @@ class Programs:
         # Frees the old state first: the memory may not hold two states.
         self.state = None
         self.width, self.length = self.capacity.widths[0], self.capacity.lengths[0]
-        self.state = decode.empty(
+        self.state = decode_state.empty(
             self.spec, self.width, self.capacity.staging_size, self.length
         )
 
@@ -172,11 +172,16 @@ class Programs:
         """Runs a prefill call of `count` rows of padding."""
         padding_row = packing.Piece(self.capacity.staging_size, 0, width, False)
         prompt = np.zeros(width, np.int32)
-        state = decode.empty_slots(1, self.spec)._replace(history=None)
+        state = decode_state.empty_slots(1, self.spec)._replace(history=None)
         prompts = self.pack(
             [padding_row] * count, width, context, [prompt] * count, [state] * count
         )
         self.run_prefill(prompts)
+
+
+def array(value: Any, dtype: Any = np.int32) -> Any:
+    """Returns a value as an array of one row, [1]."""
+    return np.asarray([value], dtype)
 
 
 def slot_state(
@@ -186,9 +191,6 @@ def slot_state(
 
     admission_order: the device admits the staged request with the lowest one first.
     """
-
-    def array(value: Any, dtype: Any = np.int32) -> Any:
-        return np.asarray([value], dtype)
 
     stop_ids = submission.stop_token_ids
     padding = [decode.NO_REQUEST] * (max_stop_ids - len(stop_ids))

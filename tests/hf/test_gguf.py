@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import TRICKY
 
 import ladder_jax
-from ladder_jax import cli
+from ladder_jax import cli, inspection
 from ladder_jax.config import ConfigError
 from ladder_jax.convert import gguf_tokenizer
 from ladder_jax.convert.gguf_file import GGUFFile
@@ -113,6 +113,24 @@ def test_every_kind_that_the_package_dequantises_is_read(kind, tmp_path):
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(rows, kind)
     np.testing.assert_array_equal(found.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_0])
+def test_inspect_reads_no_weights(kind, tmp_path, monkeypatch, capsys):
+    model = gguf_files.hf_model("qwen2")
+    path = gguf_files.write(tmp_path / "m.gguf", model, kind, "qwen2")
+    monkeypatch.setattr(GGUFFile, "read", None)
+    report = inspection.inspect(path)
+    assert (report["format"], report["family"]) == ("GGUF", "qwen2")
+    assert report["parameters"] == sum(x.numel() for x in model.state_dict().values())
+    assert report["model"]["qkv_bias"] and report["model"]["layers"] == 2
+    assert report["tokenizer"]["chat_template"]
+    assert cli.run(["inspect", str(path)]) == 0
+    assert "GGUF qwen2" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:200])
+    assert cli.run(["inspect", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "m.gguf" in error and error.count("\n") == 1
 
 
 def llama3_factors(config):

@@ -18,9 +18,11 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ladder_jax import cli, config, lm_eval_chat, perplexity
+from ladder_jax import cli, config, load_hf
 from ladder_jax.config import ConfigError
-from ladder_jax.lm_eval_model import LadderLM
+from ladder_jax.data.tokenizer import HuggingFace
+from ladder_jax.evaluation import perplexity
+from ladder_jax.evaluation.harness import LadderLM
 
 TASKS = str(ROOT / "configs" / "eval")
 LONG = "one two three, the cat sat on the mat in 東京. " * 12
@@ -33,9 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    ours = tiny_llama.load(folder)
-    ours.tokenizer.chat_template = tiny_llama.TEMPLATE
-    return ours
+    return load_hf(folder)
 
 
 def backend(folder, **options):
@@ -207,14 +207,23 @@ def test_chat_template(loaded, theirs):
     expected = theirs.apply_chat_template(chat, add_generation_prompt=False)
     assert ours.apply_chat_template(chat, add_generation_prompt=False) == expected
     assert ours.tokenizer_name == LadderLM(loaded).tokenizer_name
-    refusing = "{{ raise_exception('no such role') }}"
-    with pytest.raises(ConfigError, match="no such role"):
-        lm_eval_chat.render(refusing, chat[1:], True, {})
-    only_users = (
+    refusing = with_template(loaded, "{{ raise_exception('no such role') }}")
+    with pytest.raises(ConfigError, match="cannot be applied: no such role"):
+        refusing.apply_chat_template(chat[1:])
+    only_users = with_template(
+        loaded,
         "{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ raise_exception('x') }}{% endif %}{{ m.content }}{% endfor %}"
+        "{{ raise_exception('x') }}{% endif %}{{ m.content }}{% endfor %}",
     )
-    assert lm_eval_chat.render(only_users, chat[:2], True, {}) == chat[1]["content"]
+    assert only_users.apply_chat_template(chat[:2]) == chat[1]["content"]
+
+
+def with_template(loaded, template):
+    """The model with another chat template."""
+    old = loaded.tokenizer
+    special = old.special._replace(chat_template=template)
+    tokenizer = HuggingFace(old._json, special)
+    return LadderLM(loaded._replace(tokenizer=tokenizer))
 
 
 # ---------------------------------------------------------------- tasks
@@ -296,12 +305,13 @@ def compare(ours, theirs, name):
 
 @pytest.fixture(scope="module")
 def checkpoint(loaded, tmp_path_factory):
-    """A checkpoint of the same weights, for commands."""
+    """A checkpoint of the same weights, without a chat template, for commands."""
     folder = tmp_path_factory.mktemp("run")
+    tokenizer = json.loads(loaded.tokenizer.to_json()) | dict(chat_template=None)
     meta = dict(
         config=config.to_dict(loaded.config),
         tensor=1,
-        tokenizer=loaded.tokenizer.to_json(),
+        tokenizer=json.dumps(tokenizer),
     )
     with tiny.Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, dict(model=loaded.model), None, meta)
@@ -325,13 +335,13 @@ def test_command(checkpoint, capsys):
         "minimal_pairs --include-path /nowhere": "include_path='/nowhere'",
     }
     for mistake, message in mistakes.items():
-        assert cli.run([*words, "--tasks", *mistake.split()]) == 2
+        assert cli.run([*words, "--tasks", *mistake.split()]) == 2, mistake
         out, error = capsys.readouterr()
         assert message in error and error.count("\n") == 1 and not out
 
 
 def test_the_command_of_the_harness(checkpoint, tmp_path):
-    command = [sys.executable, "-m", "ladder_jax.lm_eval_model", "run"]
+    command = [sys.executable, "-m", "ladder_jax.evaluation.harness", "run"]
     command += ["--model", "ladder_jax", "--model_args", f"path={checkpoint}"]
     command += ["--tasks", "minimal_pairs", "--include_path", TASKS, "--limit", "3"]
     command += ["--output_path", str(tmp_path / "out.json"), "--batch_size", "4"]
@@ -353,9 +363,9 @@ def test_the_registry_has_the_model():
 # ---------------------------------------------------------------- perplexity
 
 
-@pytest.mark.parametrize("mesh", [{}, dict(data=2, tensor=4)])
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, tensor=4)])
 def test_perplexity_equals_the_loss_of_transformers(folder, theirs, mesh):
-    loaded = tiny_llama.load(folder, **mesh)
+    loaded = load_hf(folder, mesh=config.Mesh(**mesh))
     texts = [tiny_llama.TEXT, "One two", "café 🙂"]
     for bos in (True, False):
         documents = list(perplexity.encode(texts, loaded.tokenizer, bos=bos))

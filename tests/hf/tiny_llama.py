@@ -1,16 +1,11 @@
-"""A tiny random Llama that transformers saves, and the same weights as a Loaded."""
+"""A tiny random Llama that transformers saves."""
 
 import json
 
-import jax.numpy as jnp
 import torch
 import transformers
-from helpers import make_mesh
-from jax import device_put, tree
 
-from ladder_jax import config, model, sharding
 from ladder_jax.data import tokenizer
-from ladder_jax.loading import Loaded
 
 TEXT = "The cat sat on the mat, and the naïve café in 東京 was closed 🙂. One two."
 TEMPLATE = (
@@ -53,57 +48,3 @@ def save(folder, max_length=256, seed=0):
             llama.lm_head.weight.data[token] = 0
     llama.save_pretrained(folder)
     return folder
-
-
-def load(folder, **mesh):
-    """Returns the model that `save` wrote as a Loaded."""
-    llama = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = {name: x.numpy() for name, x in llama.state_dict().items()}
-    c = llama.config
-    own = config.Model(
-        vocab_size=c.vocab_size,
-        dim=c.hidden_size,
-        layers=c.num_hidden_layers,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        ffn_dim=c.intermediate_size,
-        max_length=c.max_position_embeddings,
-        norm_eps=c.rms_norm_eps,
-        residual="standard",
-        dtype="float32",
-    )
-    D, N, K, H = own.dim, own.heads, own.kv_heads, own.head_dim
-    maps = {
-        "attention.norm": ("input_layernorm", lambda x: x),
-        "attention.wq": ("self_attn.q_proj", lambda x: x.T.reshape(D, N, H)),
-        "attention.wk": ("self_attn.k_proj", lambda x: x.T.reshape(D, K, H)),
-        "attention.wv": ("self_attn.v_proj", lambda x: x.T.reshape(D, K, H)),
-        "attention.wo": ("self_attn.o_proj", lambda x: x.T.reshape(N, H, D)),
-        "mlp.norm": ("post_attention_layernorm", lambda x: x),
-        "mlp.gate": ("mlp.gate_proj", lambda x: x.T),
-        "mlp.up": ("mlp.up_proj", lambda x: x.T),
-        "mlp.down": ("mlp.down_proj", lambda x: x.T),
-    }
-    others = {
-        "embedding": theirs["model.embed_tokens.weight"],
-        "unembedding": theirs["lm_head.weight"].T,
-        "norm": theirs["model.norm.weight"],
-    }
-
-    def value(name):
-        if name in others:
-            return jnp.asarray(others[name])
-        part, convert = maps[name]
-        names = [f"model.layers.{i}.{part}.weight" for i in range(own.layers)]
-        return jnp.stack([convert(theirs[each]) for each in names])
-
-    abstract = model.abstract(own)
-    names = sharding.parameter_names(abstract)
-    specs = sharding.parameter_specs(abstract)
-    device_mesh = make_mesh(**mesh)
-    parameters = tree.map(value, names)
-    parameters = device_put(parameters, sharding.named_shardings(device_mesh, specs))
-    own_config = config.Config(model=own, train=config.Train(seq_len=32))
-    bpe = tokenizer.load(str(folder))
-    return Loaded(parameters, own_config, bpe, device_mesh)

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from ladder_jax import attention, sharding
 from ladder_jax.config import Model
+from ladder_jax.cross_entropy import cross_entropy
 from ladder_jax.hardware import chips, xla_options
-from ladder_jax.model import Transformer, abstract, cross_entropy, hidden, logits
+from ladder_jax.model import Transformer, abstract, hidden, logits
 from ladder_jax.residual import choose
 from ladder_jax.residual.layers import take
 from ladder_jax.serve.buckets import bucket_sizes, round_up

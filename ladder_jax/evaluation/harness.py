@@ -5,7 +5,7 @@ so that both give the same results on the same weights. The harness has no plug-
 this module must be imported before its command looks for the model. So this is its
 command, with all its options:
 
-    python -m ladder_jax.lm_eval_model run --model ladder_jax \
+    python -m ladder_jax.evaluation.harness run --model ladder_jax \
         --model_args path=runs/short --tasks arc_easy
 """
 
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ladder_jax import sampling
 from ladder_jax.config import ConfigError, Decode, Mesh, require
-from ladder_jax.lm_eval_chat import render
+from ladder_jax.data.chat_template import ChatTemplate, Refused
+from ladder_jax.evaluation.scoring import Scorer, Window
 from ladder_jax.loading import Loaded, load
-from ladder_jax.scoring import Scorer, Window
 from ladder_jax.serve.buckets import bucket_sizes, round_up
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.offline import row_seed
@@ -37,6 +37,7 @@ if importlib.util.find_spec("lm_eval") is not None:
 # (context and continuation, ids of the context, ids of the continuation)
 Pair = tuple[Any, list[int], list[int]]
 _MAX_TOKENS = 256  # of an output whose task gives no limit, as in the harness
+_END = "<<the last message ends here>>"  # looked for in the text of a template
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 
@@ -284,12 +285,13 @@ class LadderLM(_Base):
         special = {text: self._special_id(text) for text in until}
         stops = [text for text, token in special.items() if token is None]
         stop_ids = [token for token in special.values() if token is not None]
-        # A chat model may have further ids that end an answer.
-        end_ids = getattr(self.tokenizer, "eos_ids", ())
         options |= dict(
             max_tokens=max_tokens,
             stop=stops,
-            stop_token_ids=sorted({self.tokenizer.eos, *end_ids, *stop_ids}),
+            # A chat model may have further ids that end an answer.
+            stop_token_ids=sorted(
+                {self.tokenizer.eos, *self.tokenizer.eos_ids, *stop_ids}
+            ),
         )
         return ids, options
 
@@ -338,13 +340,17 @@ class LadderLM(_Base):
         """Returns the tokenizer's chat template; None if the user asked for none."""
         if chat_template is False or chat_template is None:
             return None
-        template = getattr(self.tokenizer, "chat_template", None)
+        template = self.tokenizer.chat_template
         if template is None:
             raise ConfigError(
                 "apply_chat_template is not accepted: this checkpoint's tokenizer has "
                 "no chat template"
             )
         return template
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -354,15 +360,26 @@ class LadderLM(_Base):
         add_generation_prompt: whether the assistant's turn begins at the end. Without
         it, the prompt ends within the last message.
         """
-        template = self.chat_template(True)
-        assert template is not None
-        ids = dict(
-            bos_token=self.tokenizer.bos,
-            eos_token=self.tokenizer.eos,
-            pad_token=self.tokenizer.pad,
-        )
-        names = {kind: self.tokenizer.token_name(token) for kind, token in ids.items()}
-        return render(template, chat_history, add_generation_prompt, names)
+        self.chat_template(True)  # raises ConfigError if there is none
+        messages = list(chat_history)
+        if not add_generation_prompt:
+            text = messages[-1]["content"] + _END
+            messages[-1] = messages[-1] | {"content": text}
+        try:
+            text = self._render(messages, add_generation_prompt)
+        except Refused as error:
+            raise ConfigError(f"the chat template cannot be applied: {error}") from None
+        return text if add_generation_prompt else text[: text.rindex(_END)]
+
+    def _render(self, messages: list[dict[str, str]], is_prompt: bool) -> str:
+        """Renders messages; without the system's, if the template refuses those."""
+        try:
+            return self._template.render(messages, is_prompt).text
+        except Refused:
+            others = [each for each in messages if each["role"] != "system"]
+            if len(others) == len(messages):
+                raise
+            return self._template.render(others, is_prompt).text
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the harness writes into its results."""
@@ -407,7 +424,7 @@ def main(command: Callable[[], None] | None = None) -> None:
 
         (command or cli_evaluate)()
     except ConfigError as error:
-        print(f"ladder_jax.lm_eval_model: {error}", file=sys.stderr)
+        print(f"ladder_jax.evaluation.harness: {error}", file=sys.stderr)
         sys.exit(2)
 
 

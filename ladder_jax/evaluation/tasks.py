@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ladder_jax.config import ConfigError, near_matches, require, short_repr
-from ladder_jax.lm_eval_model import LadderLM
+from ladder_jax.evaluation.harness import LadderLM
 from ladder_jax.loading import Loaded
 
 

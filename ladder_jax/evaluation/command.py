@@ -11,8 +11,8 @@ from ladder_jax import checkpoint
 from ladder_jax.arguments import POSITIONAL
 from ladder_jax.config import Config, ConfigError, Data, Mesh, require
 from ladder_jax.data import corpus, sources
+from ladder_jax.evaluation.perplexity import Estimate, encode, score, summarize
 from ladder_jax.loading import Loaded, load
-from ladder_jax.perplexity import Estimate, encode, score, summarize
 
 # Where the user gives no context: the most ids for a model that was not trained here.
 _CONTEXT = 2048
@@ -118,11 +118,11 @@ def run(arguments: Arguments) -> str:
 
 def run_tasks(arguments: Arguments, mesh: Mesh | None) -> str:
     """Runs tasks of lm-evaluation-harness, and returns the text to print."""
-    from ladder_jax import lm_eval_model, lm_eval_tasks
+    from ladder_jax.evaluation import harness, tasks
 
-    lm_eval_model.require_installed()
+    harness.require_installed()
     loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh)
-    return lm_eval_tasks.run(
+    return tasks.run(
         with_dtype(loaded, arguments.dtype),
         arguments.tasks,
         include_path=arguments.include_path,

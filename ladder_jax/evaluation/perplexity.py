@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data.tokenizer import Tokenizer
+from ladder_jax.evaluation.scoring import Scorer, Window
 from ladder_jax.loading import Loaded
-from ladder_jax.scoring import Scorer, Window
 
 # Documents that are tokenised together.
 _TOGETHER = 256

@@ -1,0 +1,196 @@
+"""What the decode programs keep on the device: the state, its types and its specs.
+
+W slots, R staging rows, P prompts, T prompt tokens, C prompt width, S cache length,
+V vocabulary, E entries of a list, K iterations. In the shape of a cache: L layers, K
+key-value heads, H head.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ladder_jax import kv_cache, sampling, sharding
+from ladder_jax.config import Model
+from ladder_jax.sampling import Array
+
+NO_REQUEST = -1  # the request id of an empty slot
+NOT_WAITING = 2**31 - 1  # the admission order of an empty row of staging
+
+# Flags of an event: no token, a token, the last one that max_tokens allows, a stop id.
+IDLE, TOKEN, LENGTH, STOP = range(4)
+
+
+# ---------------------------------------------------------------- types
+
+
+class SlotState(NamedTuple):
+    """Everything that the device needs to decode requests, without keys and values.
+
+    The first dimension of every array is that of the slots, or of the staging rows. The
+    host builds the arrays of a new request with NumPy.
+    """
+
+    request: Array  # int32: the request's id, or NO_REQUEST
+    active: Array  # bool: the request advances in this iteration (staging: False)
+    admission_order: Array  # int32: the lowest one is admitted first; or NOT_WAITING
+    token: Array  # int32: the last token, which the model has not seen yet
+    position: Array  # int32: the index of that token in its sequence
+    remaining: Array  # int32: how many tokens it may still emit
+    stops: Array  # int32 [., E]: ids that end it, padded with NO_REQUEST
+    logprobs: Array  # bool: its events carry log-probabilities
+    sampling: sampling.SamplingParams
+    history: Array  # int32 [., V], see sampling.update_history
+
+
+class Slots(NamedTuple):
+    """The rows of all slots, or all rows of staging.
+
+    Keys and values are a list of KVs [W or R, K, S, H], one a layer, if the layers are
+    unrolled; else one KV [L, W or R, K, S, H].
+    """
+
+    state: SlotState
+    kv: list[kv_cache.KV] | kv_cache.KV
+
+
+class DecodeState(NamedTuple):
+    """All that a decode program keeps on the device from call to call."""
+
+    slots: Slots
+    staging: Slots
+
+
+class Events(NamedTuple):
+    """The events of the rows: arrays [K, W] of a chunk, [P] of a prefill call."""
+
+    request: Array  # int32: a request id, or NO_REQUEST
+    token: Array  # int32
+    flag: Array  # int32: IDLE, TOKEN, LENGTH or STOP
+    logprob: Array  # float32, before any sampling rule; 0 if not requested
+    top_ids: Array  # int32 [..., E]: the likeliest ids
+    top_logprobs: Array  # float32 [..., E]: their log-probabilities
+
+
+class Prompts(NamedTuple):
+    """Pieces of P prompts for one prefill call, NumPy or device arrays."""
+
+    tokens: Array  # int32 [P, T]: the piece, padded
+    start: Array  # int32: where in its prompt the piece starts
+    length: Array  # int32: tokens of the piece without padding
+    staging_index: Array  # int32: its row of staging; R: this row is padding
+    last: Array  # bool: the prompt ends with this piece
+    # int32 [P, C]: the whole prompt, padded with ids outside the vocabulary; only
+    # rows with `last` are read.
+    prompt: Array
+    # The requests' states. Prefill sets token, position, history and active.
+    state: SlotState
+
+
+class DecodeSpec(NamedTuple):
+    """Everything, except array shapes, that an engine's compiled programs depend on.
+
+    It is hashable: engines with equal specs share their compiled programs.
+    """
+
+    model_config: Model
+    mesh: Mesh
+    vocabulary: int  # only ids below it are sampled
+    max_stop_ids: int  # stop ids that a request may have
+    max_logit_bias: int  # ids that a request may bias
+    max_logprobs: int  # likeliest ids that an event has room for
+    kv_dtype: str  # one of kv_cache.DTYPES
+    unroll_layers: bool  # one array a layer, not a stack of all layers
+    fixed_trip_count: bool  # no branches, see ADMISSIONS_PER_STEP
+    reduction: Any = "psum"  # see model.hidden
+
+
+# ---------------------------------------------------------------- the state
+
+
+def empty_slots(count: int, spec: DecodeSpec) -> SlotState:
+    """Returns a `SlotState` of `count` rows that belong to no request."""
+    zeros = functools.partial(jnp.zeros, count)
+    return SlotState(
+        request=jnp.full(count, NO_REQUEST, jnp.int32),
+        active=zeros(bool),
+        admission_order=jnp.full(count, NOT_WAITING, jnp.int32),
+        token=zeros(jnp.int32),
+        position=zeros(jnp.int32),
+        remaining=zeros(jnp.int32),
+        stops=jnp.full((count, spec.max_stop_ids), NO_REQUEST, jnp.int32),
+        logprobs=zeros(bool),
+        sampling=sampling.neutral_params(count, spec.max_logit_bias),
+        history=jnp.zeros((count, spec.model_config.vocab_size), jnp.int32),
+    )
+
+
+def kv_specs(spec: DecodeSpec) -> Any:
+    """Returns the PartitionSpecs of `Slots.kv`."""
+    if not spec.unroll_layers:
+        return sharding.CACHE
+    return [P(*sharding.CACHE[1:])] * spec.model_config.layers
+
+
+def slots_specs(spec: DecodeSpec) -> Any:
+    """Returns the PartitionSpecs of `Slots`: only keys and values are sharded."""
+    return Slots(P(), kv_specs(spec))  # type: ignore[arg-type]  # specs for arrays
+
+
+def state_specs(spec: DecodeSpec) -> Any:
+    """Returns the PartitionSpecs of a `DecodeState`."""
+    return DecodeState(slots_specs(spec), slots_specs(spec))
+
+
+def empty(spec: DecodeSpec, width: int, staging_size: int, length: int) -> DecodeState:
+    """Allocates a DecodeState without requests.
+
+    Args:
+      width: W, the number of slots.
+      staging_size: R, the number of rows of staging.
+      length: S, the tokens that each row's keys and values have room for.
+    """
+    return _make_empty(spec, width, staging_size, length)()
+
+
+@functools.lru_cache(maxsize=256)
+def _make_empty(
+    spec: DecodeSpec, width: int, staging_size: int, length: int
+) -> Callable[[], DecodeState]:
+    """Jits the function without arguments that allocates the state."""
+    model_config = spec.model_config
+
+    def empty_rows(count: int) -> Slots:
+        shape = count, model_config.kv_heads, length, model_config.head_dim
+        layers = model_config.layers
+        state = empty_slots(count, spec)
+        if spec.unroll_layers:
+            kv = [kv_cache.empty(shape, spec.kv_dtype) for _ in range(layers)]
+            return Slots(state, kv)
+        return Slots(state, kv_cache.empty((layers, *shape), spec.kv_dtype))
+
+    def build() -> DecodeState:
+        state = DecodeState(empty_rows(width), empty_rows(staging_size))
+        return without_weak_types(state)
+
+    def spec_of_every_array(partition: P, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: partition, subtree)
+
+    # `state_specs` has one PartitionSpec for a whole subtree. jit wants one per array.
+    specs = jax.tree.map(
+        spec_of_every_array,
+        state_specs(spec),
+        jax.eval_shape(build),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    return jax.jit(build, out_shardings=sharding.named_shardings(spec.mesh, specs))
+
+
+def without_weak_types(tree: Any) -> Any:
+    """Returns the arrays of a tree with the same dtypes, none of them weakly typed."""
+    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), tree)

@@ -1,0 +1,1 @@
+"""Evaluation of a model: perplexity on documents, and tasks of lm-eval."""
