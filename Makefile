@@ -34,7 +34,7 @@ demo: $(VENV)/demo
 
 test: lint docs $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
-	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py
+	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py tests/test_notebook.py::test_timeline
 	$(PARITY)/bin/python -m pytest --junit-xml=runs/hf.xml tests/hf
 	@echo "done: every test passed, their times are in runs/tests.xml, runs/plan.xml and runs/hf.xml"
 

@@ -18,7 +18,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -188,8 +188,8 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
-    from ladder_jax.train import flops_per_step
-    from ladder_jax.train import train as run
+    from ladder_jax.training import flops_per_step
+    from ladder_jax.training import train as run
 
     if flops_per_step(arguments.config) >= LONG_STEP:
         malloc.run_programs_in_turn()
@@ -203,7 +203,7 @@ def train(words: list[str]) -> int:
     return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
 
 
-def outcome(summary: dict[str, Any], words: list[str]) -> str:
+def outcome(summary: Mapping[str, Any], words: list[str]) -> str:
     """The last line of a training run: what it did, and the command to continue it."""
     step, out = summary["step"], summary["out"]
     if summary["stopped"]:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
 ROWS = {
     "doors": ["__main__", "cli", "serve.server"],
     "jobs": [
-        "train",
+        "training",
         "step_inputs",
         "initial",
         "anneal",

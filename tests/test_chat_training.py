@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import chat, cli, train
+from ladder_jax import chat, cli, training
 from ladder_jax.config import ConfigError, Decode
 from ladder_jax.data import corpus, tokenizer
 from ladder_jax.data.batches import held_out_batches
@@ -64,7 +64,7 @@ def make(folder, out, **fields):
 @pytest.fixture(scope="module")
 def run(folder):
     with tiny.compiled_once(folder / "programs"):
-        summary = train.train(make(folder, "run"))
+        summary = training.train(make(folder, "run"))
     return folder / "run", summary
 
 
@@ -73,8 +73,8 @@ def test_the_loss_of_packed_rows_is_that_of_each_conversation_alone(folder):
     side = corpus.prepare(cfg.data, BYTES).train
     parameters = helpers.random_parameters(cfg.model, helpers.make_mesh())
     mesh = helpers.make_mesh()
-    evaluation = train.make_evaluation(cfg, mesh)
-    place = lambda batch: train.to_devices(mesh, batch)
+    evaluation = training.make_evaluation(cfg, mesh)
+    place = lambda batch: training.to_devices(mesh, batch)
     both = dataclasses.replace(corpus.prepare(cfg.data, BYTES), held_out=side)
     packed = [
         evaluation(parameters, place(b))
@@ -116,9 +116,9 @@ def test_a_resumed_run_gives_the_same_numbers(folder):
         optimizer_lr_schedule="constant", optimizer_warmup_steps=0, train_save_every=4
     )
     with tiny.compiled_once(folder / "programs"):
-        train.train(make(folder, "one", train_steps=8, **fields))
-        train.train(make(folder, "half", train_steps=4, **fields))
-        train.train(make(folder, "half", train_steps=8, **fields), resume=True)
+        training.train(make(folder, "one", train_steps=8, **fields))
+        training.train(make(folder, "half", train_steps=4, **fields))
+        training.train(make(folder, "half", train_steps=8, **fields), resume=True)
     whole, resumed = tiny.rows(folder / "one"), tiny.rows(folder / "half")
     assert [row for row in resumed if "loss" in row] == [
         row for row in whole if "loss" in row
@@ -135,7 +135,7 @@ def test_a_resumed_run_gives_the_same_numbers(folder):
 )
 def test_a_resumed_run_keeps_what_counts(run, folder, fields, message):
     with pytest.raises(ConfigError, match=message):
-        train.train(make(folder, "run", **fields), resume=True)
+        training.train(make(folder, "run", **fields), resume=True)
 
 
 def test_a_run_is_a_tokenizer_for_another_run(run):

@@ -17,7 +17,7 @@ import pytest
 from helpers import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ladder_jax import cli, model, sharding, train
+from ladder_jax import cli, model, sharding, training
 from ladder_jax.config import from_recipe
 from ladder_jax.hardware import chips
 from ladder_jax.optimizer import make_optimizer
@@ -99,7 +99,7 @@ def batch_of(config, rows):
             (rows, config.train.seq_len),
             jnp.float32 if name == "weights" else jnp.int32,
         )
-        for name in train.BATCH_FIELDS
+        for name in training.BATCH_FIELDS
     }
 
 
@@ -123,7 +123,7 @@ def kept_for_backward(config, mesh):
 
     specs = (
         sharding.parameter_specs(parameters(config.model)),
-        dict.fromkeys(train.BATCH_FIELDS, sharding.TOKENS),
+        dict.fromkeys(training.BATCH_FIELDS, sharding.TOKENS),
     )
     local = sharding.shard_map(forward, mesh, specs, PartitionSpec())
     return jax.eval_shape(
@@ -153,16 +153,16 @@ def test_a_recipe_fits_its_hardware_at_full_size(name, planned):
         config.model, mesh, config.train.global_batch // config.train.grad_accum_steps
     )
 
-    state = train.abstract_state(config, mesh, optimizer)
+    state = training.abstract_state(config, mesh, optimizer)
     after, results = jax.eval_shape(
-        train.make_step(config, mesh, optimizer),
+        training.make_step(config, mesh, optimizer),
         state,
         batch_of(config, config.train.global_batch),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert results["loss"].shape == ()
     evaluated = jax.eval_shape(
-        train.make_evaluation(config, mesh),
+        training.make_evaluation(config, mesh),
         state.model,
         batch_of(config, config.train.global_batch),
     )
@@ -212,7 +212,7 @@ def test_the_numbers_of_a_recipes_docstring_are_right(name):
     ).groups()
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     assert float(flops) == pytest.approx(
-        tokens * train.flops_per_token(config.model, config.train.seq_len), rel=0.005
+        tokens * training.flops_per_token(config.model, config.train.seq_len), rel=0.005
     )
     seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
     assert written == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ladder_jax
-from ladder_jax import config, train
+from ladder_jax import config, training
 from ladder_jax.checkpoint import read_meta
 
 RUN = Path(__file__).parent / "data" / "run_0.1.0.tar.gz"
@@ -60,7 +60,7 @@ def test_an_old_run_goes_on(run, monkeypatch):
     )
     values = config.to_dict(saved)
     values["train"]["steps"] = 6
-    train.train(config.from_dict(values), resume=True)
+    training.train(config.from_dict(values), resume=True)
     rows = [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]

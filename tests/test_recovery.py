@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import anneal, checkpoint, config, loading, train
+from ladder_jax import anneal, checkpoint, config, loading, training
 from ladder_jax.config import ConfigError, Distill, to_dict
 from ladder_jax.convert import ladderize
 from ladder_jax.data import tokenizer
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("recovery")
     tiny.write_corpus(path / "corpus")
     with tiny.compiled_once(tmp_path_factory.mktemp("compiled")):
-        train.train(tiny.make(path, model_residual="standard"))
+        training.train(tiny.make(path, model_residual="standard"))
         arguments = ladderize.Ladderize(str(path / "run"), str(path / "new"), "all")
         ladderize.run(arguments)
         yield path
@@ -54,7 +54,7 @@ def rows(out):
 def whole(folder):
     """A whole run with distillation and an annealed delay."""
     out = folder / "whole"
-    train.train(recovery(folder, out, distill_anneal_steps=4))
+    training.train(recovery(folder, out, distill_anneal_steps=4))
     return out
 
 
@@ -92,15 +92,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, whole, tmp_path, stop_after):
     own = dataclasses.replace(run.train, init_from=str(origin))
     run = dataclasses.replace(run, train=own)
 
-    class Stop(train.StopSignal):
+    class Stop(training.StopSignal):
         def requested(self, step):
             return signal.SIGTERM if step == stop_after else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "StopSignal", Stop)
-        assert train.train(run)["step"] == stop_after
+        patch.setattr(training, "StopSignal", Stop)
+        assert training.train(run)["step"] == stop_after
     shutil.rmtree(origin)
-    train.train(run, resume=True)
+    training.train(run, resume=True)
     assert rows(tmp_path / "run") == rows(whole)
     left, right = (loading.load(path).model for path in (tmp_path / "run", whole))
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
@@ -110,11 +110,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, whole, tmp_path, stop_after):
 def test_without_a_parent_the_loss_is_the_cross_entropy(folder, tmp_path):
     """Supervised fine-tuning; the first loss is the conversion's own."""
     run = recovery(folder, tmp_path / "run", distill_parent="", train_steps=1)
-    train.train(run)
+    training.train(run)
     first = rows(tmp_path / "run")[0]
     assert "divergence" not in first
     fresh = recovery(folder, tmp_path / "b", train_steps=1)
-    train.train(fresh)
+    training.train(fresh)
     expected = rows(tmp_path / "b")[0]["cross_entropy"]
     assert first["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -163,7 +163,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(others, tmp_path, fields, mess
     own = dict(train_init_from=str(others / "new"), distill_parent=str(others / "run"))
     run = tiny.make(others, train_out=str(tmp_path / "run"), **own | fields)
     with pytest.raises(ConfigError, match="(?s).*") as error:
-        train.train(run)
+        training.train(run)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -173,7 +173,7 @@ def test_a_field_that_may_differ_is_said(folder, tmp_path, capfd):
     run = recovery(folder, tmp_path / "run", train_steps=1)
     theta = dataclasses.replace(tiny.make(folder).model, rope_theta=500.0)
     with contextlib.suppress(FloatingPointError):
-        train.train(dataclasses.replace(run, model=theta))
+        training.train(dataclasses.replace(run, model=theta))
     assert "model.rope_theta is 500.0 here and 10000.0 there" in capfd.readouterr().out
 
 

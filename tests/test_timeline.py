@@ -20,6 +20,7 @@ from ladder_jax.planner import (
     compare,
     hlo,
     lanes,
+    planning,
     records,
     survey,
     tables,
@@ -368,7 +369,7 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
         merged=2,
         block="forward layer1 mlp",
     )
-    text = command.plan_text(
+    text = planning.plan_text(
         dict(
             workload="decode",
             layers=80,

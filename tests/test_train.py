@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from tokenizers import decoders, models, pre_tokenizers
 
 import ladder_jax
-from ladder_jax import config, loading, model, progress, sharding, train
+from ladder_jax import config, loading, model, progress, sharding, training
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
@@ -82,10 +82,10 @@ class Watch:
         self.functions, self.traces, self.copies, self.saving = [], 0, 0, False
         loss, make_step, make_evaluation = (
             model.loss,
-            train.make_step,
-            train.make_evaluation,
+            training.make_step,
+            training.make_evaluation,
         )
-        save = train.Checkpoints.save
+        save = training.Checkpoints.save
 
         def traced(*arguments, **options):
             self.traces += 1
@@ -115,10 +115,10 @@ class Watch:
             save(*arguments)
             self.saving = True
 
-        patch.setattr(train.Checkpoints, "save", watched_save)
+        patch.setattr(training.Checkpoints, "save", watched_save)
         patch.setattr(model, "loss", traced)
-        patch.setattr(train, "make_step", watched_step)
-        patch.setattr(train, "make_evaluation", watched_evaluation)
+        patch.setattr(training, "make_step", watched_step)
+        patch.setattr(training, "make_evaluation", watched_evaluation)
 
     def check(self):
         assert [f._cache_size() for f in self.functions] == [
@@ -140,7 +140,7 @@ def watched():
 def whole(folder, environment):
     """The run that nothing interrupts: its folder."""
     with watched():
-        done = train.train(
+        done = training.train(
             tiny.make(
                 folder,
                 train_out=str(folder / "whole"),
@@ -194,7 +194,7 @@ def at_step(number, act):
 
     Where `act` returns a batch, the step takes that one.
     """
-    make_step = train.make_step
+    make_step = training.make_step
 
     def make(*arguments):
         step, count = make_step(*arguments), 0
@@ -207,7 +207,7 @@ def at_step(number, act):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_step", make)
+        patch.setattr(training, "make_step", make)
         yield
 
 
@@ -218,13 +218,13 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     cfg = tiny.make(folder, train_out=str(tmp_path / "run"))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with at_step(step - 1, lambda _: os.kill(os.getpid(), signal.Signals[name])):
-        done = train.train(cfg)
+        done = training.train(cfg)
     assert done["stopped"] == name and done["step"] == step
     assert saved_steps(tmp_path / "run/checkpoints")[-1] == step
     assert f"{name}: stopping after this step" in capfd.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     with watched():
-        done = train.train(cfg, resume=True)
+        done = training.train(cfg, resume=True)
     assert done["step"] == 20 and done["stopped"] is None
     assert f"resumed at step {step} of 20" in capfd.readouterr().out
     assert_same_run(tmp_path / "run", whole)
@@ -233,14 +233,14 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
     folder, tmp_path, monkeypatch
 ):
-    make_evaluation = train.make_evaluation
+    make_evaluation = training.make_evaluation
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return make_evaluation(*arguments)
 
-    monkeypatch.setattr(train, "make_evaluation", interrupted)
-    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")))
+    monkeypatch.setattr(training, "make_evaluation", interrupted)
+    done = training.train(tiny.make(folder, train_out=str(tmp_path / "run")))
     assert (done["step"], done["stopped"], done["saved"]) == (0, "SIGTERM", False)
     assert saved_steps(tmp_path / "run/checkpoints") == []
 
@@ -249,14 +249,16 @@ def test_a_signal_right_after_resuming_keeps_what_was_saved(
     whole, folder, tmp_path, monkeypatch
 ):
     copy(whole, tmp_path / "run", 9)
-    make_evaluation = train.make_evaluation
+    make_evaluation = training.make_evaluation
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGHUP)
         return make_evaluation(*arguments)
 
-    monkeypatch.setattr(train, "make_evaluation", interrupted)
-    done = train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    monkeypatch.setattr(training, "make_evaluation", interrupted)
+    done = training.train(
+        tiny.make(folder, train_out=str(tmp_path / "run")), resume=True
+    )
     assert (done["step"], done["stopped"], done["saved"]) == (9, "SIGHUP", True)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6, 9]
 
@@ -271,7 +273,7 @@ def test_a_run_of_3_billion_steps_ends_when_it_is_stopped(folder, tmp_path):
         train_eval_every=2**40,
     )
     with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        done = train.train(cfg)
+        done = training.train(cfg)
     assert (done["step"], done["stopped"], done["saved"]) == (2, "SIGTERM", True)
     rates = [row["learning_rate"] for row in tiny.rows(tmp_path / "run")]
     assert rates == pytest.approx([3e-3 / 5, 2 * 3e-3 / 5])
@@ -279,7 +281,7 @@ def test_a_run_of_3_billion_steps_ends_when_it_is_stopped(folder, tmp_path):
 
 def test_no_step_is_reported_faster_than_it_is(folder, tmp_path, monkeypatch):
     """Steps that take 50 ms at least, around evaluations and saves that count apart."""
-    make_step = train.make_step
+    make_step = training.make_step
 
     def slow(*arguments):
         step = make_step(*arguments)
@@ -290,11 +292,11 @@ def test_no_step_is_reported_faster_than_it_is(folder, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(train, "make_step", slow)
+    monkeypatch.setattr(training, "make_step", slow)
     for log_every in (1, 3):
         out = tmp_path / f"run{log_every}"
         cfg = tiny.make(folder, train_out=str(out), train_log_every=log_every)
-        train.train(cfg)
+        training.train(cfg)
         lines = (out / "metrics.jsonl").read_text().splitlines()
         rates = [json.loads(line).get("tokens_per_s") for line in lines]
         rates = [rate for rate in rates if rate is not None]
@@ -355,9 +357,9 @@ def test_without_a_begin_token_a_document_starts_at_the_eos(
         prompts.append(list(prompt))
         return iter([0, 1])
 
-    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(training, "generate", generate)
     monkeypatch.setattr(loading, "generate", generate)
-    assert train.train(cfg)["sample"] == '!"'
+    assert training.train(cfg)["sample"] == '!"'
     loaded = ladder_jax.load(tmp_path / "run")
     assert "".join(loaded.generate("")) == '!"'
     assert prompts == [[loaded.tokenizer.eos]] * 2
@@ -375,14 +377,14 @@ def test_a_checkpoint_of_a_newer_version_names_itself(whole, folder, tmp_path):
         "its configuration: model.experts is not a field"
     )
     with pytest.raises(ConfigError, match=message):
-        train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+        training.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
     with pytest.raises(ConfigError, match=message):
         ladder_jax.load(tmp_path / "run")
 
 
 def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
     with at_step(2, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        done = train.train(
+        done = training.train(
             tiny.make(
                 folder,
                 train_out=str(tmp_path / "run"),
@@ -396,7 +398,7 @@ def test_a_signal_in_the_last_step_is_the_end(whole, folder, tmp_path):
     assert done["stopped"] and tiny.rows(tmp_path / "run") == []
     copy(whole, tmp_path / "end", 18)
     with at_step(1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        done = train.train(
+        done = training.train(
             tiny.make(folder, train_out=str(tmp_path / "end")), resume=True
         )
     assert done["stopped"] is None and "held_out_loss" in done
@@ -407,12 +409,12 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import jax
-from ladder_jax import config, train
+from ladder_jax import config, training
 
 recipe, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-place, choose = train.to_devices, random.Random(0)
+place, choose = training.to_devices, random.Random(0)
 # Slow steps, so that there is time between two saves.
-train.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)
+training.to_devices = lambda *arguments: time.sleep(0.05) or place(*arguments)
 saving = lambda: list((out / "checkpoints").glob("*tmp*"))
 folders = lambda: (out / "checkpoints").glob("[0-9]*")
 newest = lambda: max((int(f.name) for f in folders() if f.name.isdigit()), default=0)
@@ -421,7 +423,7 @@ while True:
     if not (child := os.fork()):
         try:
             jax.config.update("jax_num_cpu_devices", 8)
-            train.train(config.from_recipe(recipe), resume=True)
+            training.train(config.from_recipe(recipe), resume=True)
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -464,7 +466,7 @@ def test_on_another_mesh_the_run_goes_on(whole, folder, tmp_path):
     cfg = tiny.make(
         folder, train_out=str(tmp_path / "run"), mesh_data=1, mesh_fsdp=1, mesh_tensor=8
     )
-    train.train(cfg, resume=True)
+    training.train(cfg, resume=True)
     for left, right in zip(tiny.rows(tmp_path / "run"), tiny.rows(whole), strict=True):
         assert left == (
             right if right["step"] <= 12 else pytest.approx(right, rel=1e-4)
@@ -479,11 +481,11 @@ def test_a_step_that_is_not_finite_stops_the_run(whole, folder, tmp_path, capfd)
             match=r"^step 9 is not finite \(gradient_norm nan, loss nan, "
             r"parameter_norm nan\): stopped; the checkpoint of step 6 is good\. Try a ",
         ):
-            train.train(cfg)
+            training.train(cfg)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6]
     assert [row["step"] for row in tiny.rows(tmp_path / "run")] == [3, 6, 7, 7]
     assert "nan" not in (tmp_path / "run/metrics.jsonl").read_text().lower()
-    train.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
+    training.train(tiny.make(folder, train_out=str(tmp_path / "run")), resume=True)
     assert (
         arrays(tmp_path / "run", 20)[-1][1].tobytes()
         == arrays(whole, 20)[-1][1].tobytes()
@@ -511,24 +513,24 @@ def test_a_full_disk_ends_the_run_and_the_rest_is_good(whole, folder, tmp_path, 
                 OSError, match=r"/9 could not be written: .*; those before it are as "
             ),
         ):
-            train.train(cfg)
+            training.train(cfg)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved_steps(tmp_path / "run/checkpoints") == [3, 6]
-    train.train(cfg, resume=True)
+    training.train(cfg, resume=True)
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_resume_without_a_run_starts_it(folder, tmp_path, capfd):
     cfg = tiny.make(folder, train_out=str(tmp_path / "run"))
     with at_step(0, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        train.train(cfg, resume=True)
+        training.train(cfg, resume=True)
     assert "nothing to resume in" in capfd.readouterr().out
     with pytest.raises(
         ConfigError,
         match="already holds a run, at step 1: continue it with --resume, or",
     ):
-        train.train(cfg)
+        training.train(cfg)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +552,7 @@ def test_resume_without_a_run_starts_it(folder, tmp_path, capfd):
 def test_what_a_resumed_run_may_not_change(whole, folder, changed, message):
     before = sorted(whole.rglob("*"))
     with pytest.raises(ConfigError, match=message):
-        train.train(tiny.make(folder, train_out=str(whole), **changed), resume=True)
+        training.train(tiny.make(folder, train_out=str(whole), **changed), resume=True)
     assert sorted(whole.rglob("*")) == before
 
 
@@ -564,19 +566,19 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
         ConfigError,
         match="data.source=.* has other contents now than in the run to resume: rest",
     ):
-        train.check_resumed(meta, now)
+        training.check_resumed(meta, now)
     with pytest.raises(
         ConfigError, match="data.tokenizer='bytes' has other contents now"
     ):
-        train.check_resumed(meta, {**meta, "tokenizer": "{}"})
+        training.check_resumed(meta, {**meta, "tokenizer": "{}"})
     for residual in ("desync:2", "dtp:1"):
         own = json.loads(json.dumps(meta).replace('"ladder"', f'"{residual}"'))
         with pytest.raises(
             ConfigError,
             match=f"mesh.tensor was 2 in the run to resume and is 4 now: a {residual}",
         ):
-            train.check_resumed(own, {**own, "tensor": 4})
-    train.check_resumed(meta, {**meta, "tensor": 4})
+            training.check_resumed(own, {**own, "tensor": 4})
+    training.check_resumed(meta, {**meta, "tensor": 4})
 
 
 def test_a_run_goes_on_after_it_and_its_corpus_moved(folder, whole, tmp_path):
@@ -585,22 +587,22 @@ def test_a_run_goes_on_after_it_and_its_corpus_moved(folder, whole, tmp_path):
     # The corpus in other words; then a folder that also holds train.out and the cache.
     for source in ("moved/./corpus/", "moved"):
         moved = tiny.make(tmp_path / "moved", data_source=f"{tmp_path}/{source}")
-        assert train.train(moved, resume=True)["step"] == 20
+        assert training.train(moved, resume=True)["step"] == 20
     (tmp_path / "moved/corpus/new.txt").write_text("one more document")
     with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
-        train.train(moved, resume=True)
+        training.train(moved, resume=True)
 
 
 def test_documents_with_as_many_tokens_but_other_contents_are_not_the_same_run(whole):
     meta = json.loads((whole / "checkpoints/20/meta/data.json").read_text())
     changed = {**meta, "documents": "another digest"}
     with pytest.raises(ConfigError, match="data.source=.* has other contents now"):
-        train.check_resumed(meta, changed)
+        training.check_resumed(meta, changed)
     del meta["documents"]  # a checkpoint from before there was a digest
-    train.check_resumed(meta, changed)
+    training.check_resumed(meta, changed)
     older = json.loads(json.dumps(meta))
     del older["config"]["model"]["qk_norm"]  # from before there was such a field
-    train.check_resumed(older, meta)
+    training.check_resumed(older, meta)
 
 
 def test_mistakes_leave_nothing_behind(folder, tmp_path):
@@ -612,14 +614,16 @@ def test_mistakes_leave_nothing_behind(folder, tmp_path):
         (dict(mesh_tensor=3), "has 12 devices, but there are 8"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            train.train(tiny.make(folder, train_out=str(tmp_path / "run"), **changed))
+            training.train(
+                tiny.make(folder, train_out=str(tmp_path / "run"), **changed)
+            )
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     with pytest.raises(
         ConfigError,
         match="train.out='.*file/run' is not accepted: .*/file is not a folder that",
     ):
-        train.train(tiny.make(folder, train_out=str(tmp_path / "file/run")))
+        training.train(tiny.make(folder, train_out=str(tmp_path / "file/run")))
 
 
 def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch):
@@ -627,7 +631,7 @@ def test_tensorboard_that_is_not_installed(folder, tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError, match=re.escape("pip install 'ladder_jax[tensorboard]'")
     ):
-        train.train(
+        training.train(
             tiny.make(folder, train_out=str(tmp_path / "run"), train_tensorboard=True)
         )
     assert not (tmp_path / "run").exists()
@@ -669,7 +673,7 @@ def test_rows_trace_plot_and_events(whole):
     for row in reports[1:]:
         assert row["mfu"] == pytest.approx(
             row["tokens_per_s"]
-            * train.flops_per_token(tiny.make(whole.parent).model, 32)
+            * training.flops_per_token(tiny.make(whole.parent).model, 32)
             / (8 * 1e12)
         )
     assert set(evaluations[0]) == {
@@ -730,7 +734,7 @@ def test_held_out_loss_is_that_of_the_reference(whole, folder):
     batches = held_out_batches(corpus, batch=8, length=32)
     batch = {
         name: np.concatenate([batches[i][name] for i in range(2)])
-        for name in train.BATCH_FIELDS
+        for name in training.BATCH_FIELDS
     }
     from ladder_jax.checkpoint import load_model
 
@@ -751,13 +755,13 @@ def steps_of(cfg, shape, state, batches):
     place = lambda tree, like: jax.tree.map(
         lambda x, y: jax.device_put(x, y.sharding), tree, like
     )
-    state = place(state, train.abstract_state(cfg, mesh, optimizer))
+    state = place(state, training.abstract_state(cfg, mesh, optimizer))
     batches = [
         jax.device_put(batch, sharding.named_shardings(mesh, sharding.TOKENS))
         for batch in batches
     ]
     step = (
-        train.make_step(cfg, mesh, optimizer)
+        training.make_step(cfg, mesh, optimizer)
         .lower(state, batches[0])
         .compile({"xla_backend_optimization_level": 0})
     )
@@ -773,7 +777,7 @@ def state(folder, whole):
     """The state that the runs start from, on the host."""
     cfg = tiny.make(folder)
     return jax.device_get(
-        train.init_state(
+        training.init_state(
             cfg, sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, 20)
         )
     )
@@ -827,15 +831,15 @@ def test_a_step_updates_in_place(folder):
     cfg = tiny.make(folder)
     mesh = helpers.make_mesh(2, 2, 2)
     optimizer = make_optimizer(cfg.optimizer, 20)
-    state = train.abstract_state(cfg, mesh, optimizer)
+    state = training.abstract_state(cfg, mesh, optimizer)
     tokens = sharding.named_shardings(mesh, sharding.TOKENS)
     batch = {
         name: jax.ShapeDtypeStruct(
             (8, 32), jnp.float32 if name == "weights" else jnp.int32, sharding=tokens
         )
-        for name in train.BATCH_FIELDS
+        for name in training.BATCH_FIELDS
     }
-    compiled = train.make_step(cfg, mesh, optimizer).lower(state, batch).compile()
+    compiled = training.make_step(cfg, mesh, optimizer).lower(state, batch).compile()
     local = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
@@ -846,7 +850,7 @@ def test_a_step_updates_in_place(folder):
 def test_the_first_state_is_the_same_on_every_mesh(folder, state):
     cfg = tiny.make(folder)
     mesh = helpers.make_mesh()
-    first = train.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
+    first = training.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
     for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from ladder_jax import attention, checkpoint, distill, objective, sharding, train
+from ladder_jax import attention, checkpoint, distill, objective, sharding, training
 from ladder_jax import model as models
 from ladder_jax.arguments import POSITIONAL, parse
 from ladder_jax.bench import conversion_report as reports
@@ -203,7 +203,7 @@ class Study:
         self.weights = load_parent(arguments.parent, self.parent, self.mesh)
         self.optimizer = with_rate(make_optimizer(self.config.optimizer, 10**9))
         self.steps = {
-            name: train.make_step(
+            name: training.make_step(
                 self.config,
                 self.mesh,
                 self.optimizer,
@@ -252,7 +252,7 @@ class Study:
         )
         count = -(-arguments.measured_tokens // (arguments.batch * arguments.length))
         picked = [batches[i] for i in range(min(count, len(batches)))]
-        return [train.to_devices(self.mesh, batch) for batch in picked]
+        return [training.to_devices(self.mesh, batch) for batch in picked]
 
     def _make_measurement(self) -> Callable[..., Any]:
         """(model, batch, extras) -> sums of (divergence, cross-entropy, weights)."""
@@ -300,15 +300,15 @@ class Study:
             values[f"{kind}_divergence"] = float(kl / weight)
         return values
 
-    def first_state(self, rate: float) -> train.State:
+    def first_state(self, rate: float) -> training.State:
         """The parent's parameters in float32, and a new optimizer."""
-        shapes = train.abstract_state(self.config, self.mesh, self.optimizer)
+        shapes = training.abstract_state(self.config, self.mesh, self.optimizer)
         parameters = checkpoint.load_model(self.arguments.parent, shapes.model)
         init = jax.jit(
             self.optimizer.init,
             out_shardings=jax.tree.map(lambda x: x.sharding, shapes.optimizer),
         )
-        return with_rate_of(train.State(parameters, init(parameters)), rate)
+        return with_rate_of(training.State(parameters, init(parameters)), rate)
 
     def ladder_layers(self, text: str, out: Path) -> list[int]:
         """The layers that "last:15", "auto:15", "all" or "none" names."""
@@ -335,11 +335,11 @@ class Study:
         return damage.cheapest(damages, number)
 
 
-def with_rate_of(state: train.State, rate: float) -> train.State:
+def with_rate_of(state: training.State, rate: float) -> training.State:
     """`state` with this learning rate."""
     old = state.optimizer.rate
     new = jax.device_put(np.float32(rate), old.sharding)
-    return train.State(state.model, state.optimizer._replace(rate=new))
+    return training.State(state.model, state.optimizer._replace(rate=new))
 
 
 # ---------------------------------------------------------------- a run
@@ -376,7 +376,7 @@ def train_run(
             inputs: dict[str, Any] = dict(freshness=blended(stale, step, anneal_steps))
             if run.method != "sft":
                 inputs["parent"] = study.weights
-            batch = train.to_devices(study.mesh, next(batches))
+            batch = training.to_devices(study.mesh, next(batches))
             state, results = step_program(state, batch, inputs)
             step, trained = step + 1, trained + 1
             if trained == 1:  # XLA compiled
@@ -421,7 +421,7 @@ class Saver:
         self.study, self.meta = study, dict(run=[*map(str, run)])
         self.folder = out / "state" / "-".join(map(str, run)).replace(":", "")
 
-    def save(self, step: int, state: train.State, batches: Any) -> None:
+    def save(self, step: int, state: training.State, batches: Any) -> None:
         # Another run's state, or an earlier one of this run, is of no use any more.
         with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
             if checkpoints.steps():
@@ -430,17 +430,19 @@ class Saver:
 
     def _abstract(self) -> dict[str, Any]:
         study = self.study
-        return train.abstract_state(study.config, study.mesh, study.optimizer)._asdict()
+        return training.abstract_state(
+            study.config, study.mesh, study.optimizer
+        )._asdict()
 
     def restore(
-        self, state: train.State, batches: Any
-    ) -> tuple[int, train.State] | None:
+        self, state: training.State, batches: Any
+    ) -> tuple[int, training.State] | None:
         if not checkpoint.saved_steps(self.folder):
             return None
         with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
             step, arrays, _ = checkpoints.restore(self._abstract(), batches)
         say(f"goes on from step {step} in {self.folder}")
-        return step, train.State(**arrays)
+        return step, training.State(**arrays)
 
     def remove(self) -> None:
         import shutil

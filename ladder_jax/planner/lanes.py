@@ -32,30 +32,26 @@ class Lanes(NamedTuple):
 
 
 def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
-    """Writes a PNG with two lanes for every timeline: compute above communication.
+    """Writes `figure(timelines)` to the PNG file `path`."""
+    figure(timelines).savefig(path, dpi=130)
 
-    The picture shows two layers from the middle of the stack, and is as wide as the
-    slowest timeline. Green: the device works while it sends (or would wait for
-    prefetched weights in any case). Red: it waits for the transfer.
+
+def figure(timelines: Sequence[tuple[str, Timeline]]) -> Any:
+    """A matplotlib Figure: for every timeline, compute above communication.
+
+    It shows two layers from the middle of the stack, and is as wide as the slowest
+    timeline. Green: the device works while it sends (or would wait for prefetched
+    weights in any case). Red: it waits for the transfer.
 
     Args:
-      path: of the PNG.
       timelines: (title, timeline) of each pair of lanes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     titled = [(title, lanes_of(timeline)) for title, timeline in timelines]
     longest = max(lanes.seconds for _, lanes in titled)
-    figure, axes = plt.subplots(
-        len(titled),
-        1,
-        figsize=(12, 0.5 + 1.1 * len(titled)),
-        sharex=True,
-        squeeze=False,
-    )
+    picture = Figure(figsize=(12, 0.5 + 1.1 * len(titled)))
+    axes = picture.subplots(len(titled), 1, sharex=True, squeeze=False)
     for ax, (title, lanes) in zip(axes[:, 0], titled):
         _draw_bars(ax, lanes.compute, COMPUTE_LANE)
         _draw_bars(ax, lanes.send, SEND_LANE)
@@ -69,10 +65,9 @@ def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False, labelsize=8)
     axes[-1, 0].set_xlabel("microseconds, two layers from the middle of the stack")
-    _draw_legend(figure)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_size_inches()[1]))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _draw_legend(picture)
+    picture.tight_layout(rect=(0, 0, 1, 1 - 0.25 / picture.get_size_inches()[1]))
+    return picture
 
 
 def _draw_bars(ax: Any, bars: list[Bar], lane: tuple[float, float]) -> None:

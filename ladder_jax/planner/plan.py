@@ -15,7 +15,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import config, model, sharding, train
+from ladder_jax import config, model, sharding, training
 from ladder_jax.config import Config, ConfigError
 from ladder_jax.hardware import aot, chips
 from ladder_jax.kv_cache import KV
@@ -258,15 +258,15 @@ def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:
     """The training step of a config."""
     optimizer = make_optimizer(whole.optimizer, whole.train.steps)
     shape = whole.train.global_batch, whole.train.seq_len
-    dtypes = dict.fromkeys(train.BATCH_FIELDS, jnp.int32) | {"weights": jnp.float32}
+    dtypes = dict.fromkeys(training.BATCH_FIELDS, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     # JAX asks cuDNN during tracing what it can do, and cuDNN is not here: XLA's own
     # attention stands for it.
     kernel = "xla" if chips.platform(mesh) != "tpu" else None
     return Program(
-        train.make_step(whole, mesh, optimizer, kernel),
+        training.make_step(whole, mesh, optimizer, kernel),
         (
-            train.abstract_state(whole, mesh, optimizer),
+            training.abstract_state(whole, mesh, optimizer),
             sharding.abstract(batch, mesh, dict.fromkeys(batch, sharding.TOKENS)),
         ),
     )

@@ -50,7 +50,7 @@ COMPARED = [
 # The files of ladder_jax that determine a plan: see `code_version`.
 HASHED_FILES = (
     *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
-    *("optimizer.py", "schedule.py", "sharding.py", "train.py"),
+    *("optimizer.py", "schedule.py", "sharding.py", "training.py"),
     *("hardware/*.py", "residual/*.py"),
     *(f"planner/{name}.py" for name in ("hlo", "operations", "plan", "report")),
     *(f"planner/{name}.py" for name in ("scopes", "stack", "timeline")),

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from ladder_jax.config import (
     Data,
     Model,
     from_meta,
+    require,
     to_dict,
 )
 from ladder_jax.data import corpus as corpora
@@ -243,20 +244,41 @@ class Job(NamedTuple):
     saved: bool  # whether there is a checkpoint to resume from
 
 
-def train(config: Config, resume: bool = False) -> dict[str, Any]:
+class Summary(TypedDict):
+    """What a run did: the numbers of its last reports, and where its files are."""
+
+    step: int  # the last one
+    out: str  # the run's folder, which `load` takes
+    parameters: int
+    plot: str | None  # the path of loss.png; None without matplotlib
+    stopped: str | None  # the name of the signal that stopped it
+    saved: bool  # whether there is a checkpoint
+    loss: NotRequired[float]  # of the last reported step, nats a token
+    # Of the last evaluation: nats a token, bits per byte, seconds.
+    held_out_loss: NotRequired[float]
+    held_out_bits_per_byte: NotRequired[float]
+    evaluation_s: NotRequired[float]
+    # With an annealed delay: how fresh it is, and the loss of the blended model.
+    freshness: NotRequired[float]
+    blended_held_out_loss: NotRequired[float]
+    sample: NotRequired[str]  # if train.sample_tokens > 0
+
+
+def train(config: Config, resume: bool = False) -> Summary:
     """Trains until the last step, or until SIGTERM, Ctrl-C or SIGHUP, and then saves.
 
     Args:
       config: the run's.
       resume: whether to continue the run in train.out from its newest checkpoint, bit
         for bit as if it had not stopped. Without a checkpoint the run starts.
-    Returns step, out, parameters, plot (a path or None), stopped (the signal's name or
-      None), saved (whether there is a checkpoint); held_out_loss and
-      held_out_bits_per_byte of the last evaluation; sample, if train.sample_tokens > 0.
+
+    Returns the final metrics and the run's folder, as a dict (`Summary`).
+
     Raises ConfigError where the configuration, data or checkpoint does not fit, before
-      it writes anything; FloatingPointError where a step is not finite (the last
-      checkpoint stays good); OSError where a file cannot be written.
+    it writes anything; FloatingPointError where a step is not finite (the last
+    checkpoint stays good); OSError where a file cannot be written.
     """
+    require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     leader = jax.process_index() == 0
     steps, out = config.train.steps, Path(config.train.out).expanduser()
     summary: dict[str, Any] = {}
@@ -320,7 +342,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         reports = Reports(output, metrics, pace, speed_of(config, mesh))
 
         def report(measured: Measured) -> None:
-            reports.step(measured, finite(measured, checkpoints))
+            values = finite(measured, checkpoints)
+            summary["loss"] = values["loss"]
+            reports.step(measured, values)
 
         def first_held_out() -> Iterable[Batch]:
             return itertools.islice(held_out, config.train.eval_batches)
@@ -405,7 +429,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     if not stopped and config.train.sample_tokens:
         summary["sample"] = sample(config, job, state.model)
         say(f"---- the model writes:\n{summary['sample']}\n----")
-    return summary
+    return cast(Summary, summary)
 
 
 # ---------------------------------------------------------------- stages of the job
