@@ -240,7 +240,7 @@ def test_save_and_load(tmp_path):
     half = exported.load(tmp_path / "b", dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert half.lm_head.weight is half.model.embed_tokens.weight
-    assert half.model.rotary.frequency_H.dtype == torch.float32
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_loss_and_gradients(tmp_path):

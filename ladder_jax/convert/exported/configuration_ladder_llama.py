@@ -38,7 +38,7 @@ class LadderLlamaConfig(PretrainedConfig):
     """
 
     model_type = "ladder_llama"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

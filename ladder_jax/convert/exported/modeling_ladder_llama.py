@@ -7,11 +7,13 @@ N query heads, K key-value heads, H head.
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -19,6 +21,7 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -38,7 +41,9 @@ MASK_ARGUMENTS = {
     layer_type: frozenset(inspect.signature(function).parameters)
     for layer_type, function in MASKS.items()
 }
+MASKS_TAKE_CACHE_POSITION = "cache_position" in MASK_ARGUMENTS["full_attention"]
 OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
 
 
@@ -56,46 +61,60 @@ class LadderLlamaRMSNorm(nn.Module):
         return (self.weight * (x32 * scale)).to(x.dtype)
 
 
-class LadderLlamaRotary:
-    """Cosines and sines of the rotary angles.
-
-    It is no module, so that no cast of the model rounds its frequencies.
-    """
+class LadderLlamaRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles."""
 
     def __init__(self, config: LadderLlamaConfig) -> None:
-        rope = config.rope_parameters or {}
+        super().__init__()
+        self.config = config
+        self.inv_freq: torch.Tensor
+        frequency_H, self.attention_scaling = self.frequencies()
+        self.register_buffer("inv_freq", frequency_H, persistent=False)
+
+    def frequencies(self) -> tuple[torch.Tensor, float]:
+        """The frequencies [H/2] in float32, and the factor of cosines and sines."""
+        rope = self.config.rope_parameters or {}
         kind = rope.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type={kind!r}: it must be one of {ROPE_TYPES}")
         # from_pretrained builds the model on the meta device.
         with torch.device("cpu"):
-            if kind == "default":
-                exponent_H = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-                theta = rope.get("rope_theta", 10000.0)
-                self.frequency_H = theta ** -(exponent_H / config.head_dim)
-                self.scale = 1.0
-            else:
-                self.frequency_H, self.scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+            if kind != "default":
+                return ROPE_INIT_FUNCTIONS[kind](self.config, "cpu")
+            H = self.config.head_dim
+            exponent_H = torch.arange(0, H, 2, dtype=torch.float32) / H
+            return rope.get("rope_theta", 10000.0) ** -exponent_H, 1.0
 
-    def __call__(
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Moves the frequencies, and leaves them in float32 when the model is cast."""
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
+
+    def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosines and sines [B, 1, T, H] at positions [B, T], in x's dtype."""
-        frequency_H = self.frequency_H.to(x.device, torch.float32)
-        half = position_ids[:, None, :, None].to(torch.float32) * frequency_H
+        """The cosines and sines [B, T, H] at positions [B, T], in x's dtype."""
+        frequency_H = self.inv_freq.to(x.device)
+        half = position_ids[:, :, None].to(torch.float32) * frequency_H
         angle = torch.cat((half, half), dim=-1)
-        cosine, sine = angle.cos() * self.scale, angle.sin() * self.scale
-        return cosine.to(x.dtype), sine.to(x.dtype)
+        cosine, sine = angle.cos(), angle.sin()
+        scale = self.attention_scaling
+        return (cosine * scale).to(x.dtype), (sine * scale).to(x.dtype)
 
 
 def rotate(
     x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Turns the first half of each head against its second half."""
-    cosine, sine = rotation
+    """Turns the first half of each head of x [B, N, T, H] against its second half."""
+    cosine, sine = (part[:, None] for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -158,10 +177,12 @@ class LadderLlamaAttention(nn.Module):
         if self.has_rope:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
-            position = {"cache_position": kwargs.get("cache_position")}
-            key, value = cache.update(key, value, self.layer_idx, position)
-        name = self.config._attn_implementation
-        attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+            # A paged cache adds its block tables to these arguments.
+            key, value = cache.update(key, value, self.layer_idx, kwargs)
+        # transformers looks for this call before it lets a user change the function.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attend(
             self,
             query,
@@ -191,7 +212,7 @@ class LadderLlamaMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class LadderLlamaDecoderLayer(nn.Module):
+class LadderLlamaDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each with its norm; a parallel layer has one norm for both."""
 
     def __init__(self, config: LadderLlamaConfig, layer_idx: int) -> None:
@@ -206,26 +227,36 @@ class LadderLlamaDecoderLayer(nn.Module):
         self.delays = config.delays[2 * layer_idx : 2 * layer_idx + 2]
 
     def forward(
-        self, history: list[torch.Tensor], **kwargs: Any
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Appends the streams [B, T, D] after this layer's blocks to `history`.
+        self, *history: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The streams [B, T, D] after this layer's blocks, and attention's weights.
 
-        Returns the history, and the weights of eager attention.
+        The weights are None where attention is not eager. `history` are the streams
+        before, the newest last: separate arguments, since gradient checkpointing
+        follows tensors and not lists of them.
         """
         if self.parallel:
             u = self.input_layernorm(history[-1])
             output, weights = self.self_attn(u, **kwargs)
-            return [history[-1] + (output + self.mlp(u))], weights
+            return history[-1] + (output + self.mlp(u)), weights
         u = self.input_layernorm(delayed(history, self.delays[0]))
         output, weights = self.self_attn(u, **kwargs)
-        history = [*history, history[-1] + output]
+        history = (*history, history[-1] + output)
         u = self.post_attention_layernorm(delayed(history, self.delays[1]))
-        return [*history, history[-1] + self.mlp(u)], weights
+        return history[-1], history[-1] + self.mlp(u), weights
 
 
-def delayed(history: list[torch.Tensor], delay: int) -> torch.Tensor:
+def delayed(history: tuple[torch.Tensor, ...], delay: int) -> torch.Tensor:
     """The stream without the outputs of the newest `delay` blocks."""
     return history[max(len(history) - 1 - delay, 0)]
+
+
+def kept_states(wanted: bool | int | list[int] | None, count: int) -> set[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for."""
+    if isinstance(wanted, bool) or wanted is None:
+        return set(range(count)) if wanted else set()
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    return {range(count)[index] for index in indices}
 
 
 class LadderLlamaPreTrainedModel(PreTrainedModel):
@@ -233,13 +264,19 @@ class LadderLlamaPreTrainedModel(PreTrainedModel):
 
     config_class = LadderLlamaConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["LadderLlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _supports_flex_attn = True
     _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LadderLlamaRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies()[0])
 
 
 class LadderLlamaModel(LadderLlamaPreTrainedModel):
@@ -252,7 +289,8 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             LadderLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = LadderLlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LadderLlamaRotary(config)
+        self.rotary_emb = LadderLlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
         # How many streams a block may look back, its own input included.
         self.depth = 1 + max(config.delays)
         self.post_init()
@@ -267,14 +305,15 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """The normalised final stream, and the cache.
 
         `hidden_states` of the result are the embedding and the stream after each layer,
-        the last one normalised; `attentions` are set for eager attention.
+        the last one normalised; where `output_hidden_states` is a list of indices, the
+        others are None. `attentions` are set for eager attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -290,33 +329,43 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
         )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs each layer again, which would cache its keys twice.
+            cache, use_cache = None, False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        past = 0 if cache is None else cache.get_seq_length()
-        cache_position = torch.arange(x.shape[1], device=x.device) + past
-        kwargs.setdefault("cache_position", cache_position)
-        if position_ids is None:
-            position_ids = cache_position[None]
+        if position_ids is None or MASKS_TAKE_CACHE_POSITION:
+            past = 0 if cache is None else cache.get_seq_length()
+            cache_position = torch.arange(x.shape[1], device=x.device) + past
+            position_ids = (
+                cache_position[None] if position_ids is None else position_ids
+            )
+            if MASKS_TAKE_CACHE_POSITION:
+                kwargs.setdefault("cache_position", cache_position)
         masks = self._masks(attention_mask, x, cache, position_ids, kwargs)
-        rotation = self.rotary(x, position_ids)
-        history, all_states, all_weights = [x], [x], []
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
-            history, weights = layer(
-                history,
+        rotation = self.rotary_emb(x, position_ids)
+        kept = kept_states(states, len(self.layers) + 1)
+        history: tuple[torch.Tensor, ...] = (x,)
+        all_states, all_weights = [x if 0 in kept else None], []
+        for i, layer in enumerate(self.layers):
+            *streams, weights = layer(
+                *history,
                 rotation=rotation,
-                attention_mask=masks[layer_type],
+                attention_mask=masks[self.config.layer_types[i]],
                 cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
             # A later block reads no stream before these; the first is the embedding.
-            history = history[-self.depth :]
-            all_states.append(history[-1])
-            all_weights.append(weights)
+            history = (*history, *streams)[-self.depth :]
+            all_states.append(history[-1] if i + 1 in kept else None)
+            all_weights.append(weights if attentions else None)
         x = self.norm(history[-1])
+        if len(self.layers) in kept:
+            all_states[-1] = x
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=(*all_states[:-1], x) if states else None,
+            hidden_states=tuple(all_states) if kept else None,
             attentions=tuple(all_weights) if attentions else None,
             **{CACHE_FIELD: cache if use_cache else None},
         )
@@ -341,7 +390,7 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             "cache": cache,
             "past_key_values": cache,
             "position_ids": position_ids,
-            "cache_position": kwargs["cache_position"],
+            "cache_position": kwargs.get("cache_position"),
         }
         return {
             layer_type: MASKS[layer_type](
@@ -376,7 +425,7 @@ class LadderLlamaForCausalLM(LadderLlamaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
