@@ -323,10 +323,11 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             ("return_dict", return_dict),
             ("use_cache", use_cache),
         )
-        attentions, states, as_dict, use_cache = (
+        attentions, states, as_dict, keep = (
             getattr(self.config, name, None) if value is None else value
             for name, value in wanted
         )
+        use_cache = bool(keep)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
