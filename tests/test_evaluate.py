@@ -337,13 +337,14 @@ def test_parameters_that_are_not_finite(tmp_path, capsys):
 
 # The command, which says when the job starts.
 ANNOUNCED = """
-from ladder_jax import cli, evaluate
+from ladder_jax import cli
+from ladder_jax.evaluation import command
 
-def run(arguments, job=evaluate.run):
+def run(arguments, job=command.run):
     print("started", flush=True)
     return job(arguments)
 
-evaluate.run = run
+command.run = run
 cli.main()
 """
 
