@@ -66,9 +66,12 @@ class StopSignal(contextlib.AbstractContextManager):
 class InsistentInterrupt(contextlib.AbstractContextManager):
     """Raises KeyboardInterrupt at Ctrl-C, and every second again until this ends.
 
-    Python loses a KeyboardInterrupt that it raises in a callback, such as JAX's of the
-    garbage collection; the work would go on.
+    Python loses a KeyboardInterrupt that it raises in a callback, and the work would go
+    on. JAX has one in the garbage collection, where an exception may also end the
+    process with a segmentation fault: the interrupt waits until it has returned.
     """
+
+    JAX_CALLBACK = "_xla_gc_callback"
 
     def __enter__(self) -> "InsistentInterrupt":
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -84,6 +87,9 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _raise(self, number: int, _: FrameType | None) -> None:
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == self.JAX_CALLBACK:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            return
         signal.setitimer(signal.ITIMER_REAL, 1)
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import signal
@@ -375,6 +376,24 @@ def test_interrupt_is_one_line(run_folder, tmp_path):
     assert child.returncode == 130 and not out
     # Where Python lost the first KeyboardInterrupt, it says so.
     assert error.endswith("ladder-jax eval: interrupted\n")
+
+
+def test_an_interrupt_waits_for_jaxs_callback_of_the_garbage_collection():
+    seen = []
+
+    def _xla_gc_callback():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("the callback has returned")
+
+    with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
+        _xla_gc_callback()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pass
+    assert seen
+    assert interrupts.InsistentInterrupt.JAX_CALLBACK in {
+        c.__name__ for c in gc.callbacks
+    }
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
