@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -213,9 +214,8 @@ def test_auto_measures_and_says_on_what(folder, tmp_path, capfd, greedy):
     out = capfd.readouterr().out
     assert "held-out tokens of data" in out and "together add" in out
     chosen = loading.load(tmp_path / "new").config.model.residual
-    marked = [word for word in out.split() if word.endswith("*")]
-    number = int(marked[0][:-1])
-    assert chosen == ladderize.notation_of([number], 2) and len(marked) == 1
+    (marked,) = re.findall(r"\b(\d+)\*", out)
+    assert chosen == ladderize.notation_of([int(marked)], 2)
 
 
 MISTAKES = [
