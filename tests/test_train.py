@@ -567,10 +567,11 @@ def test_a_corpus_or_tokenizer_with_other_contents_is_not_the_same_run(
         match="data.source=.* has other contents now than in the run to resume: rest",
     ):
         training.check_resumed(meta, now)
+    other = tokenizer.train(["one two three"] * 9, 270).to_json()
     with pytest.raises(
         ConfigError, match="data.tokenizer='bytes' has other contents now"
     ):
-        training.check_resumed(meta, {**meta, "tokenizer": "{}"})
+        training.check_resumed(meta, {**meta, "tokenizer": other})
     for residual in ("desync:2", "dtp:1"):
         own = json.loads(json.dumps(meta).replace('"ladder"', f'"{residual}"'))
         with pytest.raises(
