@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-# Compiles in half the time: most of these tests' time is compilation of tiny models.
-FAST = " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST
 sys.path.append(str(Path(__file__).parents[1]))  # for tests/helpers.py
 
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob.append("test_*.py")
-else:
+else:  # pytest reads this file in every environment; these settings are for one
     import torch
+
+    # Compiles in half the time: most of these tests' time is compilation of tiny models.
+    FAST = " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST
 
     # The models are tiny: where cores are busy, threads mostly wait for each other.
     torch.set_num_threads(1)
