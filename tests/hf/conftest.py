@@ -17,7 +17,7 @@ if importlib.util.find_spec("torch") is None:
 else:  # pytest reads this file in every environment; these settings are for one
     import torch
 
-    # Compiles in half the time: most of these tests' time is compilation of tiny models.
+    # Compiles in half the time; most of these tests' time is compilation.
     FAST = " --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST
 
