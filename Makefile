@@ -7,6 +7,8 @@ RUN := $(VENV)/bin
 COMPILERS ?= .venv-plan
 # PyTorch, transformers and lm-eval, which tests/hf compares with, take 2 GB.
 PARITY ?= .venv-hf
+# Processes that run tests; each takes up to 3 GB.
+WORKERS ?= 2
 # Tests of single parts; and of the model, two schedules on one mesh.
 FAST := architecture arguments batches buckets capacity chat choose config corpus docs inspection jsonl launch \
 	matmul metrics packing prefix_cache reductions rotary sampling schedule scheduler sharding sources stop_strings
@@ -26,16 +28,16 @@ print(*model.generate(prompt, max_tokens=40), sep="")
 endef
 export SMOLLM2_CHAT
 
-.PHONY: demo test test-fast test-slow lint docs smollm2 convert-demo clean
+.PHONY: demo serve test test-fast test-slow lint docs test-tools smollm2 convert-demo clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo
 	$(RUN)/ladder-jax train configs/demo.py --devices 8
 
 test: lint docs $(COMPILERS)/test $(PARITY)/test
-	$(RUN)/python -m pytest --junit-xml=runs/tests.xml
-	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_plan.py tests/test_notebook.py::test_timeline
-	$(PARITY)/bin/python -m pytest --junit-xml=runs/hf.xml tests/hf
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/tests.xml
+	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_compilers.py tests/test_notebook.py::test_timeline
+	$(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/hf.xml tests/hf
 	@echo "done: every test passed, their times are in runs/tests.xml, runs/plan.xml and runs/hf.xml"
 
 test-fast: $(VENV)/test
@@ -45,7 +47,7 @@ test-fast: $(VENV)/test
 test-slow: $(VENV)/test $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest -m slow
 	$(PARITY)/bin/python -m pytest -m slow tests/hf
-	$(COMPILERS)/bin/python -m pytest -m slow tests/test_plan.py
+	$(COMPILERS)/bin/python -m pytest -m slow tests/test_compilers.py
 
 lint: $(VENV)/test
 	$(RUN)/ruff check .
@@ -57,6 +59,19 @@ docs: $(VENV)/test
 	rm -rf build/docs
 	$(RUN)/python docs/api_pages.py build/docs
 	@echo "done: open build/docs/index.html"
+
+# The real model if it is there, else that of the demo, which is trained first if need be.
+SERVED := $(firstword $(wildcard $(SMOLLM2)/checkpoint) runs/demo)
+serve: $(VENV)/serve $(filter runs/demo,$(SERVED))
+	$(RUN)/ladder-jax serve $(SERVED) --model-name $(if $(findstring demo,$(SERVED)),demo,smollm2) $(SERVE)
+
+runs/demo: | $(VENV)/demo
+	$(RUN)/ladder-jax train configs/demo.py --devices 8
+
+# What some tests skip without: Chromium, for the page, and HAProxy. Needs root, on Debian or Ubuntu.
+test-tools:
+	apt-get install -y --no-install-recommends chromium-headless-shell haproxy || \
+	apt-get install -y --no-install-recommends chromium haproxy
 
 smollm2: $(SMOLLM2)/checkpoint
 	@$(RUN)/python -c "$$SMOLLM2_CHAT"
@@ -93,6 +108,10 @@ $(VENV)/demo: pyproject.toml
 
 $(VENV)/test: $(VENV)/demo
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/serve: $(VENV)/demo
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve]'
 	touch $@
 
 $(COMPILERS)/test: $(VENV)/test

@@ -73,7 +73,7 @@ def attend(
         return splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if kernel == "cudnn":
         index_T = jnp.arange(q_BTNH.shape[1])
-        seen_TS = _sees(index_T[:, None], index_T, window)
+        seen_TS = sees(index_T[:, None], index_T, window)
         mask_BTS = seen_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
         return jax.nn.dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], implementation="cudnn"
@@ -85,7 +85,7 @@ def attend(
     return out_BTKGH.reshape(B, T, N, H)
 
 
-def _sees(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+def sees(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     """Whether the token at index `query` sees the one at index `key`."""
     seen = query >= key
     return seen if window is None else seen & (key > query - window)
@@ -122,7 +122,7 @@ def _scores(
     keys = _keys_of(queries, window)
     mask_BTS = segments_BT[:, queries, None] == segments_BT[:, None, keys]
     query_T1 = jnp.arange(queries.start, queries.stop)[:, None]
-    mask_BTS &= _sees(query_T1, jnp.arange(keys.start, keys.stop), window)
+    mask_BTS &= sees(query_T1, jnp.arange(keys.start, keys.stop), window)
     scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH[:, queries], k_BSKH[:, keys])
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
 
@@ -282,7 +282,7 @@ def attend_cache(
     if cache.k_scale is not None:
         scores_BKRS = scores_BKRS * cache.k_scale.reshape(B, K, 1, S)
     positions_BR1 = jnp.repeat(positions_BT, G, axis=1)[:, :, None]
-    mask_BRS = _sees(positions_BR1, jnp.arange(S), window)
+    mask_BRS = sees(positions_BR1, jnp.arange(S), window)
     scores_BKRS = jnp.where(mask_BRS[:, None], scores_BKRS, MASKED)
     weights_BKRS = jax.nn.softmax(scores_BKRS, axis=-1)
     if cache.v_scale is not None:

@@ -11,11 +11,11 @@ see notebooks/checkpoint.ipynb.
 
 import contextlib
 import gc
+import hashlib
 import importlib.metadata
 import json
 import logging
-import sys
-import warnings
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -28,7 +28,9 @@ from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
 from ladder_jax.config import ConfigError, require
+from ladder_jax.orbax_output import silent, without_progress
 from ladder_jax.run_folder import Lease
+from ladder_jax.stored_arrays import StoredArray, open_arrays
 
 # The version of the file format. It rises when older versions of ladder_jax cannot read
 # new checkpoints.
@@ -41,6 +43,7 @@ VERSION = next(
     "not installed",
 )
 PATTERNS = "*?[\\"  # the special characters of file patterns: `require_plain_name`
+READ_BYTES = 1 << 30  # of arrays that are read at one time
 log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
@@ -87,10 +90,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         # If a background thread failed to make the folder, Orbax's other threads would
         # wait for the folder for minutes.
         context.asynchronous.create_directories_asynchronously = False
+        context.array.saving.scoped_storage_options_creator = _storage_options
         every_call = training.save_decision_policies.FixedIntervalPolicy(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _silent():
+            with silent(Damaged):
                 self._checkpointer = training.Checkpointer(
                     self.folder,
                     context=context,
@@ -102,7 +106,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise _not_written(self.folder, error) from error
         # The steps that were here at the start, and those that this run saved.
         self._own_steps = set(self.steps())
-        self._log_filter.enter_context(_without_progress())
+        self._log_filter.enter_context(without_progress())
 
     def save(
         self, step: int, state: dict[str, Any], data_iterator: Any, meta: Meta
@@ -217,7 +221,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step, arrays = self._unverified
         # In its own thread: in the main thread asyncio, which Orbax uses, would turn
         # an interrupt into a description that cannot be read.
-        with _silent(), ThreadPoolExecutor(max_workers=1) as reader:
+        with silent(Damaged), ThreadPoolExecutor(max_workers=1) as reader:
             reader.submit(_check_arrays, self.folder / str(step), arrays).result()
         self._unverified = None
 
@@ -252,6 +256,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             # checkpoints stay, since the last one was not read back.
             self._unverified = self._step = None
         self.close()
+
+
+def _storage_options(keys: tuple[Any, ...], value: Any) -> Any:
+    """How Orbax stores an array: the matrices of each layer in chunks of their own.
+
+    A reader of one layer (stored_arrays.py) then reads no others.
+    """
+    is_stack = keystr(keys[:1], simple=True) == "layers" and value.ndim >= 3
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    return options(shard_axes=(0,)) if is_stack else None
 
 
 def require_plain_name(folder: epath.PathLike, name: str = "folder") -> None:
@@ -331,12 +345,42 @@ def load_model(
     return state["model"]
 
 
+def open_model(
+    path: epath.PathLike, abstract_model: Any, step: int | None = None
+) -> tuple[Path, dict[str, StoredArray]]:
+    """Opens the parameters that `load_model` would load, and reads none of them.
+
+    Returns (the checkpoint's folder, its arrays by names such as layers/mlp/gate).
+    `path`, `step` and the ValueError are those of `load_model`; shardings do not
+    matter.
+    """
+
+    def read(path: Path) -> dict[str, StoredArray]:
+        _check_arrays(path, {"model": _shapes(abstract_model)}, cast=True)
+        with _reading("model"):
+            return open_arrays(path / "model")
+
+    return _newest(_find(path, step), read)
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest that another save's folder does not have, even of equal arrays.
+
+    It is that of the small files which name the parameters' files: their names are
+    random.
+    """
+    digest = hashlib.sha256()
+    for file in ("model/manifest.ocdbt", "meta/data.json"):
+        digest.update((folder / file).read_bytes())
+    return digest.hexdigest()
+
+
 def saved_steps(folder: epath.PathLike) -> list[int]:
     """The steps of all complete checkpoints in `folder`, ascending.
 
     The list is empty if there is no such folder.
     """
-    with _silent():
+    with silent(Damaged):
         names = ocp.path.step.standard_name_format()
         return sorted(entry.step for entry in names.find_all(_absolute(folder)))
 
@@ -382,7 +426,7 @@ def _newest(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T]:
     """(path, read(path)) of the first of `paths` that is not damaged."""
     for path in paths:
         try:
-            with _silent():
+            with silent(Damaged):
                 return path, read(path)
         except Damaged as error:
             reason = f"checkpoint {path} is damaged: {error}"
@@ -408,11 +452,10 @@ def _reading(part: str) -> Iterator[None]:
 def _read_error(error: BaseException, part: str) -> BaseException:
     """The error to raise for `error`: `Damaged`, or `error`'s cause (out of memory).
 
-    `error` refers to Orbax's tasks, which `_silent` must be able to collect. So no
+    `error` refers to Orbax's tasks, which `silent` must be able to collect. So no
     function that `Damaged` passes through may have a variable that refers to `error`.
     """
-    while error.__cause__ is not None:  # Orbax wraps the cause in its own errors
-        error = error.__cause__
+    error = _cause(error)
     machine_errors = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     if isinstance(error, machine_errors):
         return error
@@ -422,7 +465,8 @@ def _read_error(error: BaseException, part: str) -> BaseException:
 def _meta(path: Path) -> Meta:
     """A checkpoint's meta; ValueError where its format is newer than FORMAT."""
     with _reading("meta"):
-        meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
+        with _alone():
+            meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
         version = meta["format"]
     if version > FORMAT:
         raise ValueError(
@@ -430,6 +474,24 @@ def _meta(path: Path) -> Meta:
             f"ladder_jax {VERSION} reads up to {FORMAT}"
         )
     return meta
+
+
+def _alone() -> contextlib.AbstractContextManager[Any]:
+    """Orbax then reads in this process alone, and waits for no other.
+
+    Otherwise a process that finds no checkpoint, or a damaged one, would leave the
+    others waiting for minutes.
+    """
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    own = jax.process_index()
+    return ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own,
+            active_processes={own},
+            barrier_sync_key_prefix=f"process_{own}",
+        )
+    )
 
 
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -441,9 +503,9 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _sharding(x: Any) -> jax.sharding.Sharding:
-    """The sharding of `x`; if it has none, that of the first device."""
+    """The sharding of `x`; if it has none, that of this process's first device."""
     sharding = getattr(x, "sharding", None)
-    return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _check_arrays(
@@ -491,7 +553,7 @@ def _load(
         raise ValueError(f"{path} holds no data, only {', '.join(meta['parts'])}")
     nested = {name: unflatten_dict(flat, sep="/") for name, flat in wanted.items()}
     with _reading("arrays"):
-        loaded = ocp.load_checkpointables(path, nested)
+        loaded = _read_arrays(path, nested, _largest_shard(wanted))
     if data_iterator is not None:
         _set_position(data_iterator, path)
     state = {}
@@ -500,6 +562,45 @@ def _load(
         leaves = [arrays[array] for array in wanted[name]]
         state[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
     return state, meta
+
+
+def _largest_shard(arrays: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> int:
+    """The bytes of the largest shard of any array, as float32."""
+    shapes = [
+        x.sharding.shard_shape(x.shape)
+        for part in arrays.values()
+        for x in part.values()
+        if x.sharding is not None
+    ]
+    return max((4 * math.prod(shape) for shape in shapes), default=0)
+
+
+def _read_arrays(path: Path, nested: dict[str, Any], largest: int) -> dict[str, Any]:
+    """Reads arrays onto their devices, with at most READ_BYTES on their way.
+
+    Without a limit, Orbax reads all arrays at once, and the host holds the whole model.
+
+    largest: bytes of the largest shard: as much as two of them is always read.
+    """
+    limit: int | None = max(READ_BYTES, 2 * largest + 1)
+    while True:
+        memory = ocp.options.MemoryOptions(read_concurrent_bytes=limit)
+        try:
+            with ocp.Context(memory_options=memory):
+                return ocp.load_checkpointables(path, nested)
+        except Exception as error:
+            # A shard here may need whole chunks of a run with fewer shards.
+            if limit is None or "Requested more bytes" not in str(_cause(error)):
+                raise
+        gc.collect()  # while `silent` drops what Orbax's unfinished tasks print
+        limit = limit * 4 if limit < 64 * largest else None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first cause of an error: Orbax wraps errors in its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _set_position(data_iterator: Any, path: Path) -> None:
@@ -596,59 +697,3 @@ def _not_written(path: Path, error: Exception) -> OSError:
         f"checkpoint {path} could not be written: {_line(error)}; "
         "those before it are as they were"
     )
-
-
-# ---------------------------------------------------------------- what Orbax prints
-
-
-@contextlib.contextmanager
-def _filtered(
-    names: Sequence[str | None], passes: Callable[[logging.LogRecord], bool]
-) -> Iterator[None]:
-    """Drops the records of these loggers for which `passes` is false."""
-
-    # A new function for each call: removeFilter then leaves other calls' filters alone.
-    def filter_of_this_call(record: logging.LogRecord) -> bool:
-        return passes(record)
-
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addFilter(filter_of_this_call)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(filter_of_this_call)
-
-
-def _without_progress() -> contextlib.AbstractContextManager[None]:
-    """Drops Orbax's progress reports and its tracebacks of failures.
-
-    `Checkpoints` raises the failures itself.
-    """
-
-    def passes(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.levelno == logging.WARNING
-
-    return _filtered(["absl"], passes)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Drops the many lines that Orbax prints about a damaged checkpoint.
-
-    Orbax does not await its failed tasks. Python prints their errors when it collects
-    them (`sys.unraisablehook`), so this function collects them while the hook is off.
-    """
-    hook, drop = sys.unraisablehook, lambda _: False
-    with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
-        warnings.simplefilter("ignore")
-        sys.unraisablehook = drop
-        try:
-            yield
-        except Damaged as error:
-            error.__context__ = None  # the context refers to the tasks
-            gc.collect()
-            raise
-        finally:
-            sys.unraisablehook = hook

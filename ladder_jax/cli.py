@@ -12,6 +12,7 @@ Exit statuses, for shells and schedulers:
 LADDER_JAX_TRACEBACK=1 shows the traceback behind a line about a failure.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -34,6 +35,7 @@ from ladder_jax.config import (
     require,
 )
 from ladder_jax.hardware import distributed, malloc
+from ladder_jax.interrupts import InsistentInterrupt
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class GenerateArguments:
     max_tokens: int | None = None
     """The most tokens to generate. None: 200, or fewer if the model's max_length is
     reached first."""
+    min_tokens: int = 0
+    """The fewest tokens to generate before the end token or a stop string can end the
+    output."""
     temperature: float = 0.0
     """Divides the logits before a token is drawn. 0: always the most probable token."""
     top_k: int = 0
@@ -97,13 +102,17 @@ class GenerateArguments:
     stop_token_ids: tuple[int, ...] = ()
     """Ids of tokens at which generation stops. By default, the tokenizer's
     end token; with --chat, also the end of a turn."""
+    ignore_eos: bool = False
+    """Do not stop at the tokenizer's end token, nor at the end of a turn."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
     tensor: int | None = None
     """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
-    decode: Decode = field(default_factory=lambda: Decode(slots=16), metadata=FLAT)
+    decode: Decode = field(
+        default_factory=lambda: Decode(slots=16, burst_ms=0), metadata=FLAT
+    )
 
 
 @dataclass(frozen=True)
@@ -169,11 +178,6 @@ class InspectArguments:
 
 # ---------------------------------------------------------------- commands
 
-# FLOPs of a training step that takes a CPU 0.1 s or more. The few milliseconds that the
-# host works between two steps are nothing then; a short step overlaps with them, and
-# its temporaries are small.
-LONG_STEP = 2e10
-
 
 def train(words: list[str]) -> int:
     """`ladder-jax train RECIPE ...`"""
@@ -188,16 +192,14 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
-    from ladder_jax.training import flops_per_step
-    from ladder_jax.training import train as run
+    from ladder_jax import training
 
-    if flops_per_step(arguments.config) >= LONG_STEP:
-        malloc.run_programs_in_turn()
+    training.run_long_steps_in_turn(arguments.config)
     join(arguments)
     require_devices()
     import jax
 
-    summary = run(arguments.config, arguments.resume)
+    summary = training.train(arguments.config, arguments.resume)
     if jax.process_index() == 0:
         print_safely(outcome(summary, words))
     return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
@@ -237,10 +239,18 @@ def generate(words: list[str]) -> int:
 
     tensor = arguments.tensor
     mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
-    loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh_config)
+    loaded = load(
+        arguments.checkpoint,
+        step=arguments.step,
+        mesh=mesh_config,
+        weights_dtype=arguments.decode.weights_dtype,
+    )
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     options = {name: getattr(arguments, name) for name in names}
     options["stop_token_ids"] = arguments.stop_token_ids or None
+    # Outputs of --prompts-file that lack newer options can be continued.
+    newer = {name: getattr(arguments, name) for name in ("min_tokens", "ignore_eos")}
+    options |= {name: value for name, value in newer.items() if value}
     if arguments.prompts_file is not None:
         return generate_file(arguments.prompts_file, arguments, loaded, options)
     if arguments.chat is not None:
@@ -282,7 +292,9 @@ def generate_file(
         loaded.tokenizer,
     )
     print(engine.report(), file=sys.stderr)
-    count, before, failed = offline.run(engine, path, arguments.out, options)
+    count, before, failed = offline.run(
+        engine, path, arguments.out, options, model=loaded.model
+    )
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
     text += f", {failed} of them errors" if failed else ""
@@ -324,8 +336,8 @@ BENCH = "ladder_jax.bench"
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|peers|conversion|quality ...`"""
-    names = ("train", "decode", "peers", "conversion", "quality")
+    """`ladder-jax bench train|decode|serve|peers|conversion|quality ...`"""
+    names = ("train", "decode", "serve", "peers", "conversion", "quality")
     if words[:1] in (["-h"], ["--help"]):
         jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
         print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
@@ -352,7 +364,7 @@ def convert(words: list[str]) -> int:
     if words[0] not in names:
         raise ConfigError(unknown("conversion", words[0], names))
     arguments = parse(command.KINDS[words[0]], words[1:], f"convert {words[0]}")
-    emulate(arguments.devices)
+    emulate(getattr(arguments, "devices", None))
     require_devices()
     print_safely(command.run(arguments))
     return 0
@@ -374,17 +386,29 @@ def evaluate(words: list[str]) -> int:
     arguments = parse(job.Arguments, words, "eval")
     emulate(arguments.devices)
     require_devices()
-    from ladder_jax.interrupts import InsistentInterrupt
-
-    with InsistentInterrupt():
-        text = job.run(arguments)
-    print(text, flush=True)
+    print(job.run(arguments), flush=True)
     return 0
+
+
+def serve(words: list[str]) -> int:
+    """`ladder-jax serve CHECKPOINT ...`"""
+    try:
+        job = importlib.import_module("ladder_jax.server.command")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the server needs {error.name}: pip install 'ladder_jax[serve]'"
+        ) from None
+    arguments = parse(job.Arguments, words, "serve")
+    emulate(arguments.start.devices)
+    if not arguments.start.distributed:  # else the processes must join first
+        require_devices()
+    return job.run(arguments)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
+    "serve": serve,
     "eval": evaluate,
     "tokenizer": tokenizer,
     "plan": plan,
@@ -392,10 +416,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "bench": bench,
 }
+# Commands with handlers of their own for Ctrl-C. All others get a KeyboardInterrupt.
+# (`train` has handlers while it trains, and this one before and after.)
+OWN_HANDLERS = frozenset({"serve"})
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
   generate CHECKPOINT    continues a prompt, or each prompt of a file
+  serve CHECKPOINT       answers HTTP requests by OpenAI's API
   eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
   plan RECIPE            predicts a program's speed on chips that this machine lacks
@@ -468,13 +496,23 @@ def require_devices() -> None:
 
 def main() -> None:
     """Entry point of the command: exits with a status that the module's text lists."""
-    open_standard_streams()
     try:
-        status = run(sys.argv[1:])
-    except BrokenPipeError:
-        status = 128 + signal.SIGPIPE
-    finally:
-        discard_unwritten()
+        open_standard_streams()
+        try:
+            status = run(sys.argv[1:])
+        except BrokenPipeError:
+            status = 128 + signal.SIGPIPE
+        finally:
+            discard_unwritten()
+        # The work is done, or its end is reported. What Python and its libraries do now
+        # would answer a Ctrl-C with tracebacks.
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:  # before or after `run`
+        if os.environ.get("LADDER_JAX_TRACEBACK"):
+            raise
+        print_safely("ladder-jax: interrupted", sys.stderr)
+        status = 128 + signal.SIGINT
     sys.exit(status)
 
 
@@ -487,23 +525,32 @@ def run(words: list[str]) -> int:
         print(f"ladder-jax {importlib.metadata.version('ladder_jax')}")
         return 0
     name = f"ladder-jax {words[0]}" if words[0] in COMMANDS else "ladder-jax"
+    interrupt = InsistentInterrupt()
     try:
         if words[0] not in COMMANDS:
             raise ConfigError(unknown("command", words[0], COMMANDS))
-        return COMMANDS[words[0]](words[1:])
-    except BrokenPipeError:
-        raise
-    except KeyboardInterrupt:
+        own = words[0] in OWN_HANDLERS
+        with contextlib.nullcontext() if own else interrupt:
+            return COMMANDS[words[0]](words[1:])
+    except (KeyboardInterrupt, Exception) as error:
+        # An interrupt reaches Python code that C++ calls, too, and ends as its error.
+        stopped = interrupt.pressed or isinstance(error, KeyboardInterrupt)
+        if not (stopped or isinstance(error, EXPECTED)):
+            raise
         if os.environ.get("LADDER_JAX_TRACEBACK"):
             raise
-        print_safely(f"{name}: interrupted", sys.stderr)
-        return 128 + signal.SIGINT
-    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
-        if os.environ.get("LADDER_JAX_TRACEBACK"):
+        if stopped:
+            print_safely(f"{name}: interrupted", sys.stderr)
+            return 128 + signal.SIGINT
+        if isinstance(error, BrokenPipeError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         print_safely(f"{name}: {text}", sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+# The errors whose message is a line for the user.
+EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def unknown(kind: str, word: str, known: Any) -> str:

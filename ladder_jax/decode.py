@@ -32,14 +32,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import sampling, sharding
+from ladder_jax import decode_pages, decode_scores, pages, quantised, sampling, sharding
 from ladder_jax.decode_state import (
     IDLE,
     LENGTH,
     NO_REQUEST,
     NOT_WAITING,
+    PREEMPTED,
     STOP,
     TOKEN,
     DecodeSpec,
@@ -69,34 +71,95 @@ ADMISSIONS_PER_STEP = 2
 
 def weights_specs(spec: DecodeSpec) -> Any:
     """Returns the PartitionSpecs of the weights that `prepare_weights` returns."""
+    return sharding.parameter_specs(_weights_shapes(spec))
+
+
+def abstract_weights(spec: DecodeSpec) -> Any:
+    """Returns these weights as shapes with shardings; nothing is allocated."""
+    return sharding.abstract(_weights_shapes(spec), spec.mesh)
+
+
+def _weights_shapes(spec: DecodeSpec) -> Transformer | Unstacked:
     cast = functools.partial(_cast_and_unstack, spec)
-    weights = jax.eval_shape(cast, abstract(spec.model_config))
-    return sharding.parameter_specs(weights)
+    return jax.eval_shape(cast, abstract(spec.model_config))
 
 
-def prepare_weights(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
+def prepare_weights(
+    spec: DecodeSpec, model: Transformer | Unstacked, consume: bool = False
+) -> Transformer | Unstacked:
     """Converts the weights of `model`, which is on the mesh, for the compiled programs.
 
-    Matrices are cast to the compute dtype and, if `spec.unroll_layers`, the layers
-    become a list. The time of an iteration is the time to read the weights: a cast in
-    the iteration would read twice as much, and on GPUs a scan over stacked layers
-    copies each layer out of the stack.
+    Matrices are cast to the compute dtype, or to int8 as `spec.weights_dtype` says. If
+    `spec.unroll_layers`, the layers become a list. The time of an iteration is the time
+    to read the weights: a cast in the iteration would read twice as much, and on GPUs a
+    scan over stacked layers copies each layer out of the stack.
+
+    consume: delete each array of `model` once it is converted, so that only one exists
+      twice. An array that needs no conversion becomes one of the weights.
+    Weights that are converted already are returned as they are.
     """
-    return _make_prepare_weights(spec)(model)
+    if isinstance(model, Unstacked):
+        return model
+    if spec.weights_dtype == "int8":
+        model = quantised.quantise_on_mesh(model, spec.mesh, consume)
+    leaves, tree = jax.tree.flatten(model)
+    names = jax.tree.leaves(sharding.parameter_names(model))
+    partitions = jax.tree.leaves(sharding.parameter_specs(model))
+    converted: list[Any] = []  # a layer's parameter: a list, if the layers become one
+    for name, partition, x in zip(names, partitions, leaves, strict=True):
+        row = sharding.PARAMETERS[name]
+        dtype = _dtype(spec, row.role, x)
+        has_layers = spec.unroll_layers and x.ndim > len(row.axes)
+        count = x.shape[0] if has_layers else None
+        if x.dtype == dtype and count is None:
+            converted.append(x)
+            continue
+        converted.append(_make_convert(spec.mesh, partition, dtype, count)(x))
+        if consume:
+            jax.block_until_ready(converted[-1])
+            x.delete()
+
+    def model_of(layer: int) -> Transformer:
+        values = [x[layer] if isinstance(x, list) else x for x in converted]
+        return jax.tree.unflatten(tree, values)
+
+    if not spec.unroll_layers:
+        return model_of(0)
+    models = [model_of(layer) for layer in range(spec.model_config.layers)]
+    layers = [each.layers for each in models]
+    first = models[0]
+    return Unstacked(first.embedding, layers, first.norm, first.unembedding)
 
 
-@functools.lru_cache(maxsize=32)
-def _make_prepare_weights(spec: DecodeSpec) -> Callable[..., Any]:
-    return jax.jit(
-        functools.partial(_cast_and_unstack, spec),
-        out_shardings=sharding.named_shardings(spec.mesh, weights_specs(spec)),
-    )
+@functools.lru_cache(maxsize=128)
+def _make_convert(
+    mesh: Mesh, partition: P, dtype: Any, count: int | None
+) -> Callable[[jax.Array], Any]:
+    """Jits the cast of a parameter, which also splits it into `count` layers."""
+
+    def convert(x: jax.Array) -> Any:
+        if count is None:
+            return x.astype(dtype)
+        return [x[i].astype(dtype) for i in range(count)]
+
+    one = partition if count is None else P(*partition[1:])
+    shardings = sharding.named_shardings(mesh, one if count is None else [one] * count)
+    return jax.jit(convert, out_shardings=shardings)
+
+
+def _dtype(spec: DecodeSpec, role: sharding.Role, x: Any) -> Any:
+    """The dtype of an array `x` of the weights; an int8 matrix is two arrays."""
+    is_quantised = spec.weights_dtype == "int8" and role in ("embedding", "matrix")
+    keeps = role == "norm" or is_quantised
+    return x.dtype if keeps else jnp.dtype(spec.model_config.dtype)
 
 
 def _cast_and_unstack(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
     def cast(role: sharding.Role, x: jax.Array) -> jax.Array:
-        return x if role == "norm" else x.astype(spec.model_config.dtype)
+        return x.astype(_dtype(spec, role, x))
 
+    if spec.weights_dtype == "int8":
+        model = quantised.quantise_parameters(model)
     model = jax.tree.map(cast, sharding.parameter_roles(model), model)
     return unstack(model) if spec.unroll_layers else model
 
@@ -135,9 +198,11 @@ def admit(state: DecodeState) -> DecodeState:
     slots = slots._replace(active=slots.active.at[to_slot].set(True, mode="drop"))
     order = staging.admission_order.at[from_index].set(NOT_WAITING, mode="drop")
     request = staging.request.at[from_index].set(NO_REQUEST, mode="drop")
+    # The slot has its pages now.
+    table = staging.table.at[from_index].set(pages.NO_PAGE, mode="drop")
     kv = jax.tree.map(copy_kv, state.slots.kv, state.staging.kv)
-    staging = staging._replace(admission_order=order, request=request)
-    return DecodeState(Slots(slots, kv), Slots(staging, state.staging.kv))
+    staging = staging._replace(admission_order=order, request=request, table=table)
+    return DecodeState(Slots(slots, kv), Slots(staging, state.staging.kv), state.pool)
 
 
 def admit_all(spec: DecodeSpec, state: DecodeState) -> DecodeState:
@@ -188,8 +253,15 @@ def next_tokens(
     Returns (events [B], the new states).
     """
     run = sampling.run_always if spec.fixed_trip_count else sampling.run_if
+    may_stop_B1 = (rows_B.required <= 0)[:, None]
     token_B = sampling.sample_tokens(
-        logits_BV, rows_B.sampling, rows_B.history, position_B, spec.vocabulary, run
+        logits_BV,
+        rows_B.sampling,
+        rows_B.history,
+        position_B,
+        spec.vocabulary,
+        run,
+        banned_BE=jnp.where(may_stop_B1, NO_REQUEST, rows_B.stops),
     )
     wants_logprobs_B = rows_B.logprobs & emits_B
 
@@ -221,6 +293,7 @@ def next_tokens(
         token=token_B,
         position=position_B,
         remaining=remaining_B,
+        required=rows_B.required - 1,
         history=sampling.update_history(rows_B.history, token_B, emits_B),
     )
 
@@ -230,26 +303,57 @@ def iterate(
 ) -> tuple[DecodeState, Events]:
     """Runs one iteration: admits requests, then advances every active slot by a token.
 
+    With pages, a slot may wait for one, or lose its request: decode_pages.grow.
     Returns (state, events [W]).
     """
     state = admit_all(spec, state)
-    slots, kv = state.slots
+    old = state.slots.state
+    growth, reads = decode_pages.Growth(old.active, jnp.zeros_like(old.active)), None
+    if state.pool is not None:
+        page_count = state.pool.users.size
+        state, growth = decode_pages.grow(state)
+        reads = pages.pairs(
+            state.slots.state.table,
+            old.position,
+            growth.runs,
+            spec.page_size,
+            page_count,
+        )
+    slots = state.slots.state
     x_W1D, kv = hidden(
         weights,
         spec.model_config,
         slots.token[:, None],
         slots.position[:, None],
-        cache=kv,
+        cache=state.slots.kv if state.pool is None else state.pool.kv,
+        pages_read=reads,
         reduction=spec.reduction,
     )
     logits_W1V = logits(weights, spec.model_config, x_W1D)
     logits_WV = sharding.gather_vocabulary(logits_W1V)[:, 0]
     next_position_W = slots.position + 1
-    events, slots = next_tokens(spec, logits_WV, slots, next_position_W, slots.active)
+    events, new = next_tokens(spec, logits_WV, slots, next_position_W, growth.runs)
     active_W = events.flag == TOKEN
-    request_W = jnp.where(active_W, slots.request, NO_REQUEST)
-    slots = slots._replace(active=active_W, request=request_W)
-    return state._replace(slots=Slots(slots, kv)), events
+    if state.pool is None:
+        request_W = jnp.where(active_W, new.request, NO_REQUEST)
+        new = new._replace(active=active_W, request=request_W)
+        return state._replace(slots=Slots(new, kv)), events
+
+    def where_it_ran(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(growth.runs, new, old)
+
+    fields = ("token", "position", "remaining", "required")
+    values: dict[str, Any] = {
+        f: where_it_ran(getattr(new, f), getattr(slots, f)) for f in fields
+    }
+    slots = slots._replace(history=new.history, **values)
+    state = state._replace(slots=Slots(slots, None), pool=state.pool._replace(kv=kv))
+    state = decode_pages.release_slots(state, growth.runs & ~active_W)
+    events = events._replace(
+        request=jnp.where(growth.preempted, old.request, events.request),
+        flag=jnp.where(growth.preempted, PREEMPTED, events.flag),
+    )
+    return state, events
 
 
 # ---------------------------------------------------------------- the programs
@@ -340,85 +444,102 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
 def cancel(state: DecodeState, cancelled_C: jax.Array) -> DecodeState:
     """Removes the requests with these ids from slots and staging."""
 
-    def set_cancelled(rows: Slots, **values: Any) -> Slots:
-        """Sets these fields in the rows of the cancelled requests."""
+    def is_cancelled(rows: Slots) -> jax.Array:
         request = rows.state.request
         is_listed = (request[:, None] == cancelled_C).any(axis=1)
-        is_cancelled = is_listed & (request != NO_REQUEST)
+        return is_listed & (request != NO_REQUEST)
+
+    def set_fields(rows: Slots, where: jax.Array, **values: Any) -> Slots:
+        """Sets these fields in the rows `where` is True."""
         fields: dict[str, Any] = {
-            name: jnp.where(is_cancelled, value, getattr(rows.state, name))
+            name: jnp.where(where, value, getattr(rows.state, name))
             for name, value in values.items()
         }
         return rows._replace(state=rows.state._replace(**fields))
 
-    return DecodeState(
-        set_cancelled(state.slots, active=False, request=NO_REQUEST),
-        set_cancelled(state.staging, admission_order=NOT_WAITING, request=NO_REQUEST),
+    slots_W, staging_R = is_cancelled(state.slots), is_cancelled(state.staging)
+    if state.pool is not None:
+        state = decode_pages.release_slots(state, slots_W)
+        staging = decode_pages.release_staging(state.shared_staging(), staging_R)
+        state = state.with_staging(staging)
+    return state._replace(
+        slots=set_fields(state.slots, slots_W, active=False, request=NO_REQUEST),
+        staging=set_fields(
+            state.staging, staging_R, admission_order=NOT_WAITING, request=NO_REQUEST
+        ),
     )
 
 
-@functools.lru_cache(maxsize=32)
-def make_prefill(spec: DecodeSpec) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=64)
+def make_prefill(spec: DecodeSpec, scored: bool = False) -> Callable[..., Any]:
     """Returns the jitted prefill, which computes pieces of P prompts into staging.
 
-    (weights, staging, prompts) -> (staging, events [P])
+    (weights, staging, prompts) -> (staging, events [P], scores)
 
       staging: `Slots` of R rows, donated.
       prompts: `Prompts`. C is the padded width of `prompts.prompt`. All pieces must lie
         within the first C tokens of a row: prefill reads and writes these alone.
+      scores: None, or decode_scores.Scores [P, T] if `scored`. Then the token after
+        each piece must be within the first C tokens, too.
 
     A piece attends to the keys and values that earlier pieces of its prompt, or a
     shared prefix, wrote to its row of staging. After the last piece of a prompt,
     prefill samples the request's first token and emits it, and the request waits for a
-    slot.
+    slot. A request that wants no token emits none and does not wait.
     """
     in_specs = weights_specs(spec), slots_specs(spec), P()
     return _jit_on_mesh(
-        functools.partial(_prefill, spec),
+        functools.partial(_prefill, spec, scored),
         spec,
         in_specs,
-        (slots_specs(spec), P()),
+        (slots_specs(spec), P(), P()),
         donate=1,
         workload="prefill",
     )
 
 
 def _prefill(
-    spec: DecodeSpec, weights: Transformer | Unstacked, staging: Slots, prompts: Prompts
-) -> tuple[Slots, Events]:
-    T, C = prompts.tokens.shape[1], prompts.prompt.shape[1]
+    spec: DecodeSpec,
+    scored: bool,
+    weights: Transformer | Unstacked,
+    staging: Slots,
+    prompts: Prompts,
+) -> tuple[Slots, Events, decode_scores.Scores | None]:
+    T = prompts.tokens.shape[1]
     R = staging.state.admission_order.size
-
-    def first_tokens(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
-        """Returns the index of these rows' first C tokens in [..., R, K, S, H]."""
-        layers = (slice(None),) * (kv.ndim - 4)
-        return *layers, rows_P, slice(None), slice(C)
-
-    def read(kv: jax.Array) -> jax.Array:
-        return kv[first_tokens(kv, prompts.staging_index.clip(0, R - 1))]
-
-    def write(kv: jax.Array, new: jax.Array) -> jax.Array:
-        return kv.at[first_tokens(kv, prompts.staging_index)].set(new, mode="drop")
-
-    prompts_kv = jax.tree.map(read, staging.kv)
+    prompts_kv, reads, lacks_pages_P, write = _prompt_rows(spec, staging, prompts)
     positions_PT = prompts.start[:, None] + jnp.arange(T)
     last_P1 = (prompts.length - 1).clip(0)[:, None]
-    x_P1D, prompts_kv = hidden(
+    x_PRD, prompts_kv = hidden(
         weights,
         spec.model_config,
         prompts.tokens,
         positions_PT,
         cache=prompts_kv,
-        read_BR=last_P1,
+        read_BR=None if scored else last_P1,
+        pages_read=reads,
         reduction=spec.reduction,
     )
-    kv = jax.tree.map(write, staging.kv, prompts_kv)
-    logits_P1V = logits(weights, spec.model_config, x_P1D)
+    scores = None
+    if scored:
+        targets_PT = jnp.take_along_axis(
+            prompts.prompt, positions_PT + 1, axis=1, mode="clip"
+        )
+        scores = decode_scores.score(spec, weights, x_PRD, targets_PT)
+        x_PRD = jnp.take_along_axis(x_PRD, last_P1[:, :, None], axis=1)
+    staging = write(prompts_kv)
+    logits_P1V = logits(weights, spec.model_config, x_PRD)
     logits_PV = sharding.gather_vocabulary(logits_P1V)[:, 0]
-    history_PV = sampling.prompt_history(prompts.prompt, spec.model_config.vocab_size)
-    rows_P = prompts.state._replace(history=history_PV)
+    history_PV = sampling.prompt_history(
+        prompts.prompt,
+        spec.model_config.vocab_size,
+        prompts.size - prompts.generated,
+    )
+    table_PM = staging.state.table[prompts.staging_index.clip(0, R - 1)]
+    rows_P = prompts.state._replace(history=history_PV, table=table_PM)
     next_position_P = prompts.start + prompts.length
-    events, rows_P = next_tokens(spec, logits_PV, rows_P, next_position_P, prompts.last)
+    emits_P = prompts.last & (rows_P.remaining > 0)
+    events, rows_P = next_tokens(spec, logits_PV, rows_P, next_position_P, emits_P)
     # Only requests that wait for a slot from now on are written to staging. A prompt
     # with more pieces to come does not wait yet, and a request that its first token
     # ended does not wait any more: their index is R, and JAX drops the write.
@@ -426,39 +547,111 @@ def _prefill(
     state = jax.tree.map(
         lambda old, new: old.at[index_P].set(new, mode="drop"), staging.state, rows_P
     )
-    return Slots(state, kv), events
+    if lacks_pages_P is not None:
+        # The next call frees the pages of a request that its first token has ended:
+        # the prefix cache may take them until then.
+        has_ended_P = prompts.last & (events.flag != TOKEN)
+        ended_P = jnp.where(has_ended_P, prompts.staging_index, R)
+        request = state.request.at[ended_P].set(NO_REQUEST, mode="drop")
+        state = state._replace(request=request)
+        # The host sees that a prompt lacks pages, and fails.
+        events = events._replace(flag=jnp.where(lacks_pages_P, PREEMPTED, events.flag))
+    return Slots(state, staging.kv), events, scores
+
+
+def _prompt_rows(
+    spec: DecodeSpec, staging: Slots, prompts: Prompts
+) -> tuple[Any, pages.Tables | None, jax.Array | None, Callable[[Any], Slots]]:
+    """Returns the prompts' keys and values.
+
+    They are the first C of their rows of staging; with pages, those of the pool, with
+    the pages to read and bool [P]: which prompts lack a page. Also returns a function
+    that takes the new keys and values, and returns staging with them.
+    """
+    C = prompts.prompt.shape[1]
+    R = staging.state.admission_order.size
+    index_P = prompts.staging_index
+    if spec.page_size:
+        staging = decode_pages.release_staging(staging)
+        table_PM, lacks_P, pool = decode_pages.prompt_tables(
+            staging.kv, staging.state, prompts
+        )
+        # The id tells which row a cancelled request leaves, whatever it computed.
+        rows = staging.state._replace(
+            table=staging.state.table.at[index_P].set(table_PM, mode="drop"),
+            request=staging.state.request.at[index_P].set(
+                prompts.state.request, mode="drop"
+            ),
+        )
+        last_P = jnp.where(index_P < R, prompts.start + prompts.length - 1, 0)
+
+        def with_kv(kv: Any) -> Slots:
+            return Slots(rows, pool._replace(kv=kv))
+
+        return pool.kv, pages.Tables(table_PM, last_P), lacks_P, with_kv
+
+    def first_tokens(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
+        """Returns the index of these rows' first C tokens in [..., R, K, S, H]."""
+        layers = (slice(None),) * (kv.ndim - 4)
+        return *layers, rows_P, slice(None), slice(C)
+
+    def read(kv: jax.Array) -> jax.Array:
+        return kv[first_tokens(kv, index_P.clip(0, R - 1))]
+
+    def write(kv: jax.Array, new: jax.Array) -> jax.Array:
+        return kv.at[first_tokens(kv, index_P)].set(new, mode="drop")
+
+    def write_all(new: Any) -> Slots:
+        return staging._replace(kv=jax.tree.map(write, staging.kv, new))
+
+    return jax.tree.map(read, staging.kv), None, None, write_all
 
 
 @functools.lru_cache(maxsize=32)
 def make_read_block(spec: DecodeSpec, size: int) -> Callable[..., Any]:
-    """Returns a jitted function that copies keys and values out of staging.
+    """Returns a jitted function that takes a block of tokens out of staging.
 
-    (staging, index, start) -> the keys and values [.., 1, K, size, H] of `size` tokens
-    from `start` on, of row `index`.
+    (staging, index, start) -> (staging, block): `size` tokens from `start` on of row
+    `index`. The block is a copy of their keys and values [.., 1, K, size, H]; with
+    pages, it is the pages [E], which have one user more. `staging` is donated.
     """
 
-    def read_block(staging: Slots, index: jax.Array, start: jax.Array) -> Any:
+    def read_block(
+        staging: Slots, index: jax.Array, start: jax.Array
+    ) -> tuple[Slots, Any]:
+        if spec.page_size:
+            return decode_pages.hold_block(staging, index, start, size)
+
         def read(kv: jax.Array) -> jax.Array:
             row = lax.dynamic_slice_in_dim(kv, index, 1, kv.ndim - 4)
             return lax.dynamic_slice_in_dim(row, start, size, kv.ndim - 2)
 
-        return jax.tree.map(read, staging.kv)
+        return staging, jax.tree.map(read, staging.kv)
 
     in_specs = slots_specs(spec), P(), P()
-    return _jit_on_mesh(read_block, spec, in_specs, kv_specs(spec))
+    out_specs = slots_specs(spec), _block_specs(spec)
+    return _jit_on_mesh(read_block, spec, in_specs, out_specs, donate=0)
 
 
 @functools.lru_cache(maxsize=32)
 def make_write_block(spec: DecodeSpec) -> Callable[..., Any]:
-    """Returns a jitted function that copies keys and values into staging.
+    """Returns a jitted function that gives a block of tokens to a row of staging.
 
-    (staging, index, start, block) -> staging with `block` at the tokens from `start` on
-    of row `index`. `block` comes from `make_read_block`. `staging` is donated.
+    (staging, index, start, block, request) -> staging with `block` at the tokens from
+    `start` on of row `index`, which belongs to this request. `block` comes from
+    `make_read_block`. `staging` is donated.
     """
 
     def write_block(
-        staging: Slots, index: jax.Array, start: jax.Array, block: Any
+        staging: Slots,
+        index: jax.Array,
+        start: jax.Array,
+        block: Any,
+        request: jax.Array,
     ) -> Slots:
+        if spec.page_size:
+            return decode_pages.share_block(staging, index, start, block, request)
+
         def write(kv: jax.Array, new: jax.Array) -> jax.Array:
             starts: list[Any] = [0] * kv.ndim
             starts[-4], starts[-2] = index, start
@@ -466,5 +659,23 @@ def make_write_block(spec: DecodeSpec) -> Callable[..., Any]:
 
         return staging._replace(kv=jax.tree.map(write, staging.kv, block))
 
-    in_specs = slots_specs(spec), P(), P(), kv_specs(spec)
+    in_specs = slots_specs(spec), P(), P(), _block_specs(spec), P()
     return _jit_on_mesh(write_block, spec, in_specs, slots_specs(spec), donate=0)
+
+
+@functools.lru_cache(maxsize=32)
+def make_drop_block(spec: DecodeSpec) -> Callable[..., Any]:
+    """Returns a jitted function that drops a block; only pages need it.
+
+    (staging, block) -> staging, donated, whose pages of `block` have one user less.
+    """
+
+    def drop_block(staging: Slots, block: Any) -> Slots:
+        return decode_pages.drop_block(staging, block)
+
+    in_specs = slots_specs(spec), P()
+    return _jit_on_mesh(drop_block, spec, in_specs, slots_specs(spec), donate=0)
+
+
+def _block_specs(spec: DecodeSpec) -> Any:
+    return P() if spec.page_size else kv_specs(spec)

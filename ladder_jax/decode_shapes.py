@@ -2,7 +2,8 @@
 
 The engine keeps the shape close to its load. A change of the number of slots moves the
 active requests, see `source_slots`. A change of the length cuts every row at its end,
-or pads it there.
+or pads it there. With pages the length does not change, and no keys and values move: a
+request takes the table of its pages along.
 
 B rows. In the shape of a cache: K key-value heads, S cache length, H head.
 """
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ladder_jax.decode_state import NO_REQUEST, DecodeState, Slots, SlotState
+from ladder_jax.pages import NO_PAGE
 
 
 def source_slots(active_W: jax.Array, width: int) -> jax.Array:
@@ -77,6 +79,7 @@ def reshape(state: DecodeState, width: int, length: int) -> DecodeState:
     return DecodeState(
         Slots(slots, reshape_kv(state.slots.kv, source)),
         Slots(state.staging.state, reshape_kv(state.staging.kv, None)),
+        state.pool,
     )
 
 
@@ -93,6 +96,7 @@ def _reshape_slots(slots: SlotState, width: int) -> tuple[jax.Array, SlotState]:
     return source, new_slots._replace(
         active=jnp.where(exists, new_slots.active, False),
         request=jnp.where(exists, new_slots.request, NO_REQUEST),
+        table=jnp.where(exists[:, None], new_slots.table, NO_PAGE),
     )
 
 

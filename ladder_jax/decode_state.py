@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import kv_cache, sampling, sharding
+from ladder_jax import kv_cache, pages, sampling, sharding
 from ladder_jax.config import Model
 from ladder_jax.sampling import Array
 
@@ -23,7 +23,8 @@ NO_REQUEST = -1  # the request id of an empty slot
 NOT_WAITING = 2**31 - 1  # the admission order of an empty row of staging
 
 # Flags of an event: no token, a token, the last one that max_tokens allows, a stop id.
-IDLE, TOKEN, LENGTH, STOP = range(4)
+# PREEMPTED carries no token: the request has lost its slot and its pages.
+IDLE, TOKEN, LENGTH, STOP, PREEMPTED = range(5)
 
 
 # ---------------------------------------------------------------- types
@@ -42,28 +43,47 @@ class SlotState(NamedTuple):
     token: Array  # int32: the last token, which the model has not seen yet
     position: Array  # int32: the index of that token in its sequence
     remaining: Array  # int32: how many tokens it may still emit
+    required: Array  # int32: how many of its next tokens are no stop ids
     stops: Array  # int32 [., E]: ids that end it, padded with NO_REQUEST
     logprobs: Array  # bool: its events carry log-probabilities
     sampling: sampling.SamplingParams
     history: Array  # int32 [., V], see sampling.update_history
+    table: Array  # int32 [., M]: its pages, see pages.py; M is 0 if it has a row
 
 
 class Slots(NamedTuple):
     """The rows of all slots, or all rows of staging.
 
     Keys and values are a list of KVs [W or R, K, S, H], one a layer, if the layers are
-    unrolled; else one KV [L, W or R, K, S, H].
+    unrolled; else one KV [L, W or R, K, S, H]. With pages they are None, as all rows
+    share a pool; calls that take one `Slots` alone get it with the pool.
     """
 
     state: SlotState
-    kv: list[kv_cache.KV] | kv_cache.KV
+    kv: Any
 
 
 class DecodeState(NamedTuple):
-    """All that a decode program keeps on the device from call to call."""
+    """All that a decode program keeps on the device from call to call.
+
+    pool: the pages of slots and staging; None if each row has its own array.
+    """
 
     slots: Slots
     staging: Slots
+    pool: pages.Pool | None
+
+    def shared_staging(self) -> Slots:
+        """Returns staging, with the pool if there is one."""
+        if self.pool is None:
+            return self.staging
+        return Slots(self.staging.state, self.pool)
+
+    def with_staging(self, staging: Slots) -> "DecodeState":
+        """Returns the state with another `shared_staging`."""
+        if self.pool is None:
+            return self._replace(staging=staging)
+        return self._replace(staging=Slots(staging.state, None), pool=staging.kv)
 
 
 class Events(NamedTuple):
@@ -85,11 +105,16 @@ class Prompts(NamedTuple):
     length: Array  # int32: tokens of the piece without padding
     staging_index: Array  # int32: its row of staging; R: this row is padding
     last: Array  # bool: the prompt ends with this piece
-    # int32 [P, C]: the whole prompt, padded with ids outside the vocabulary; only
-    # rows with `last` are read.
+    # int32 [P, C]: the beginning of the prompt, padded with ids outside the vocabulary.
+    # With `last`, it is the whole prompt.
     prompt: Array
     # The requests' states. Prefill sets token, position, history and active.
     state: SlotState
+    # int32: tokens of the whole prompt. With its first piece it gets pages for all.
+    size: Array
+    # int32: how many of them, at its end, the request has generated itself, before it
+    # lost its slot.
+    generated: Array
 
 
 class DecodeSpec(NamedTuple):
@@ -108,13 +133,18 @@ class DecodeSpec(NamedTuple):
     unroll_layers: bool  # one array a layer, not a stack of all layers
     fixed_trip_count: bool  # no branches, see ADMISSIONS_PER_STEP
     reduction: Any = "psum"  # see model.hidden
+    page_size: int = 0  # tokens of a page; 0: each row has an array of its own
+    weights_dtype: str = "auto"  # see quantised.py; auto: the model's dtype
 
 
 # ---------------------------------------------------------------- the state
 
 
-def empty_slots(count: int, spec: DecodeSpec) -> SlotState:
-    """Returns a `SlotState` of `count` rows that belong to no request."""
+def empty_slots(count: int, spec: DecodeSpec, length: int = 0) -> SlotState:
+    """Returns a `SlotState` of `count` rows that belong to no request.
+
+    length: the most tokens that the pages of a row hold.
+    """
     zeros = functools.partial(jnp.zeros, count)
     return SlotState(
         request=jnp.full(count, NO_REQUEST, jnp.int32),
@@ -123,59 +153,93 @@ def empty_slots(count: int, spec: DecodeSpec) -> SlotState:
         token=zeros(jnp.int32),
         position=zeros(jnp.int32),
         remaining=zeros(jnp.int32),
+        required=zeros(jnp.int32),
         stops=jnp.full((count, spec.max_stop_ids), NO_REQUEST, jnp.int32),
         logprobs=zeros(bool),
         sampling=sampling.neutral_params(count, spec.max_logit_bias),
         history=jnp.zeros((count, spec.model_config.vocab_size), jnp.int32),
+        table=jnp.full((count, table_size(spec, length)), pages.NO_PAGE, jnp.int32),
     )
+
+
+def table_size(spec: DecodeSpec, length: int) -> int:
+    """Returns how many pages a request of so many tokens has, at the most."""
+    return -(-length // spec.page_size) if spec.page_size else 0
 
 
 def kv_specs(spec: DecodeSpec) -> Any:
     """Returns the PartitionSpecs of `Slots.kv`."""
+    cache = sharding.PAGES if spec.page_size else sharding.CACHE
     if not spec.unroll_layers:
-        return sharding.CACHE
-    return [P(*sharding.CACHE[1:])] * spec.model_config.layers
+        return cache
+    return [P(*cache[1:])] * spec.model_config.layers
 
 
 def slots_specs(spec: DecodeSpec) -> Any:
-    """Returns the PartitionSpecs of `Slots`: only keys and values are sharded."""
-    return Slots(P(), kv_specs(spec))  # type: ignore[arg-type]  # specs for arrays
+    """Returns the PartitionSpecs of `Slots`: only keys and values are sharded.
+
+    With pages, `Slots` has the pool.
+    """
+    kv = kv_specs(spec)
+    if spec.page_size:
+        kv = pages.Pool(kv, P())  # type: ignore[arg-type]  # specs for arrays
+    return Slots(P(), kv)  # type: ignore[arg-type]
 
 
 def state_specs(spec: DecodeSpec) -> Any:
     """Returns the PartitionSpecs of a `DecodeState`."""
-    return DecodeState(slots_specs(spec), slots_specs(spec))
+    rows = slots_specs(spec)
+    if not spec.page_size:
+        return DecodeState(rows, rows, None)
+    without_kv = rows._replace(kv=None)
+    return DecodeState(without_kv, without_kv, rows.kv)
 
 
-def empty(spec: DecodeSpec, width: int, staging_size: int, length: int) -> DecodeState:
+def empty(
+    spec: DecodeSpec, width: int, staging_size: int, length: int, page_count: int = 0
+) -> DecodeState:
     """Allocates a DecodeState without requests.
 
     Args:
       width: W, the number of slots.
       staging_size: R, the number of rows of staging.
       length: S, the tokens that each row's keys and values have room for.
+      page_count: the pages of all rows, if the spec has pages.
     """
-    return _make_empty(spec, width, staging_size, length)()
+    return _make_empty(spec, width, staging_size, length, page_count)()
+
+
+def abstract(
+    spec: DecodeSpec, width: int, staging_size: int, length: int, page_count: int = 0
+) -> DecodeState:
+    """Returns the same state as shapes with shardings; nothing is allocated."""
+    return jax.eval_shape(_make_empty(spec, width, staging_size, length, page_count))
 
 
 @functools.lru_cache(maxsize=256)
 def _make_empty(
-    spec: DecodeSpec, width: int, staging_size: int, length: int
+    spec: DecodeSpec, width: int, staging_size: int, length: int, page_count: int
 ) -> Callable[[], DecodeState]:
     """Jits the function without arguments that allocates the state."""
     model_config = spec.model_config
+    layers, heads = model_config.layers, model_config.kv_heads
+
+    def empty_kv(*shape: int) -> list[kv_cache.KV] | kv_cache.KV:
+        shape = *shape, model_config.head_dim
+        if spec.unroll_layers:
+            return [kv_cache.empty(shape, spec.kv_dtype) for _ in range(layers)]
+        return kv_cache.empty((layers, *shape), spec.kv_dtype)
 
     def empty_rows(count: int) -> Slots:
-        shape = count, model_config.kv_heads, length, model_config.head_dim
-        layers = model_config.layers
-        state = empty_slots(count, spec)
-        if spec.unroll_layers:
-            kv = [kv_cache.empty(shape, spec.kv_dtype) for _ in range(layers)]
-            return Slots(state, kv)
-        return Slots(state, kv_cache.empty((layers, *shape), spec.kv_dtype))
+        kv = None if spec.page_size else empty_kv(count, heads, length)
+        return Slots(empty_slots(count, spec, length), kv)
 
     def build() -> DecodeState:
-        state = DecodeState(empty_rows(width), empty_rows(staging_size))
+        pool = None
+        if spec.page_size:
+            kv = empty_kv(heads, page_count, spec.page_size)
+            pool = pages.Pool(kv, jnp.zeros(page_count, jnp.int32))
+        state = DecodeState(empty_rows(width), empty_rows(staging_size), pool)
         return without_weak_types(state)
 
     def spec_of_every_array(partition: P, subtree: Any) -> Any:

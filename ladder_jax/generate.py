@@ -8,6 +8,7 @@ a cache: L layers, K key-value heads, S cache length, H head.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from ladder_jax import kv_cache, sampling, sharding
 from ladder_jax.config import ConfigError, Model, require
 from ladder_jax.hardware import chips, xla_options
-from ladder_jax.model import Transformer, abstract, hidden, logits
+from ladder_jax.model import Transformer, hidden, logits
 from ladder_jax.residual import choose
 
 
@@ -69,10 +70,7 @@ def make_forward(model_config: Model, mesh: Mesh) -> Callable[..., Any]:
         )
         return logits(model, model_config, x_BTD), cache
 
-    weights = sharding.parameter_specs(abstract(model_config))
-    cache, tokens = sharding.CACHE, sharding.TOKENS
-    in_specs = weights, tokens, tokens, cache, tokens
-    program = sharding.shard_map(local, mesh, in_specs, (sharding.LOGITS, cache))
+    cache_spec, tokens = sharding.CACHE, sharding.TOKENS
 
     def forward(
         model: Transformer,
@@ -81,6 +79,10 @@ def make_forward(model_config: Model, mesh: Mesh) -> Callable[..., Any]:
         cache: kv_cache.KV,
         read_BR: jax.Array | None = None,
     ) -> tuple[jax.Array, kv_cache.KV]:
+        weights = sharding.parameter_specs(model)
+        in_specs = weights, tokens, tokens, cache_spec, tokens
+        out_specs = sharding.LOGITS, cache_spec
+        program = sharding.shard_map(local, mesh, in_specs, out_specs)
         return program(model, tokens_BT, positions_BT, cache, read_BR)
 
     return jax.jit(
@@ -95,11 +97,12 @@ def sample(
     history_BV: jax.Array,
     position: jax.Array,
     vocabulary: int,
+    banned_BE: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the next token's id: sampling.sample_tokens for one request (B = 1)."""
     logits_BV, position_B = logits_V[None], position[None]
     token_B = sampling.sample_tokens(
-        logits_BV, params, history_BV, position_B, vocabulary
+        logits_BV, params, history_BV, position_B, vocabulary, banned_BE=banned_BE
     )
     return token_B[0]
 
@@ -111,6 +114,7 @@ def generate(
     prompt: Iterable[int],
     *,
     max_tokens: int,
+    min_tokens: int = 0,
     stop_token_ids: Iterable[int] = (),
     vocabulary: int | None = None,
     kv_dtype: str = "auto",
@@ -125,6 +129,7 @@ def generate(
       mesh: the devices.
       prompt: ids.
       max_tokens: the most ids to yield.
+      min_tokens: of the first so many ids, none is one of `stop_token_ids`.
       stop_token_ids: ids that end the output and are not part of it.
       vocabulary: ids from this one on are padding of the embedding (default: no id is).
       kv_dtype: of the cache, see kv_cache.choose_dtype.
@@ -133,14 +138,14 @@ def generate(
     Raises ConfigError, before the first id, if an argument is not accepted.
     """
     vocabulary = vocabulary or model_config.vocab_size
-    prompt = _check_ids("prompt", prompt, vocabulary)
+    prompt = _check_ids("prompt", prompt, vocabulary, most=model_config.max_length)
     room = model_config.max_length - len(prompt)
     limit = f"model.max_length={model_config.max_length}"
     if not prompt:
         raise ConfigError("prompt=[] is not accepted: it must be at least one token")
     if room < 0:
         raise ConfigError(
-            f"prompt={len(prompt)} tokens is not accepted: it must be at most "
+            f"prompt={len(prompt)} or more tokens is not accepted: it must be at most "
             f"{limit} tokens"
         )
     is_int = isinstance(max_tokens, (int, np.integer))
@@ -151,21 +156,43 @@ def generate(
         max_tokens,
         f"from 0 to {room}: {limit} less the {len(prompt)} of the prompt",
     )
-    stops = frozenset(_check_ids("stop_token_ids", stop_token_ids, vocabulary))
+    is_int = isinstance(min_tokens, (int, np.integer))
+    is_int = is_int and not isinstance(min_tokens, bool)
+    require(
+        is_int and 0 <= min_tokens <= max_tokens,
+        "min_tokens",
+        min_tokens,
+        f"an integer from 0 to max_tokens={max_tokens}",
+    )
+    stops = frozenset(
+        _check_ids("stop_token_ids", stop_token_ids, vocabulary, most=vocabulary)
+    )
     entries = len(logit_bias) if isinstance(logit_bias, Mapping) else 0
     params = sampling.make_params(logit_bias, entries, vocabulary, **options)
     tokens = _generate_ids(
-        model, model_config, mesh, prompt, max_tokens, params, vocabulary, kv_dtype
+        model,
+        model_config,
+        mesh,
+        prompt,
+        max_tokens,
+        params,
+        vocabulary,
+        kv_dtype,
+        sorted(stops),
+        min_tokens,
     )
     return _until_stop_id(tokens, stops)
 
 
-def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> list[int]:
-    """Returns `ids` as a list; ConfigError unless all are ids of the vocabulary."""
+def _check_ids(name: str, ids: Iterable[int], vocabulary: int, most: int) -> list[int]:
+    """Returns the first `most` + 1 ids, since the iterable may never end, as a list.
+
+    Raises ConfigError unless they are ids of the vocabulary.
+    """
     accepted = f"of ids from 0 to {vocabulary - 1}"
     is_list = isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, dict))
     require(is_list, name, ids, accepted)
-    ids = list(ids)
+    ids = list(itertools.islice(ids, most + 1))
     for token in ids:
         is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
         require(is_int and 0 <= token < vocabulary, name, ids[:8], accepted)
@@ -189,20 +216,18 @@ def _generate_ids(
     params: sampling.SamplingParams,
     vocabulary: int,
     kv_dtype: str,
+    stops: list[int],
+    min_tokens: int,
 ) -> Iterator[int]:
     """Yields `max_tokens` ids, stop ids included; the arguments have been checked."""
     if not max_tokens:
         return
-    # Every data shard computes the same row.
-    rows = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
     end = len(prompt) + max_tokens
     padded = _power_of_two(len(prompt))
     forward = make_forward(model_config, mesh)
+    rows = sharding.batch_shards(mesh)
     cache = empty_cache(model_config, mesh, rows, _power_of_two(end), kv_dtype)
-
-    def tile(values: Sequence[int]) -> np.ndarray:
-        return np.tile(np.asarray(values, np.int32), (rows, 1))
-
+    tile = functools.partial(same_rows, mesh)
     # The padding of a prompt has keys and values, too. Each generated token overwrites
     # those at its position before any token attends to them.
     logits_B1V, cache = forward(
@@ -214,15 +239,29 @@ def _generate_ids(
     )
     history_BV = np.zeros((1, model_config.vocab_size), np.int32)
     history_BV[0, prompt] = 1
+    banned_BE = np.asarray([stops], np.int32) if min_tokens else None
     for position in range(len(prompt), end):
-        logits_V = logits_B1V[0, 0]
+        if banned_BE is not None and position == len(prompt) + min_tokens:
+            banned_BE = np.full_like(banned_BE, -1)  # no ids
         token = int(
-            sample(logits_V, params, history_BV, np.int32(position), vocabulary)
+            sample(
+                logits_B1V[0, 0],
+                params,
+                history_BV,
+                np.int32(position),
+                vocabulary,
+                banned_BE,
+            )
         )
         yield token
         history_BV[0, token] += 2
         if position + 1 < end:
             logits_B1V, cache = forward(model, tile([token]), tile([position]), cache)
+
+
+def same_rows(mesh: Mesh, values: Sequence[int]) -> np.ndarray:
+    """Returns ids or positions [B, T] in which each data shard has the same row."""
+    return np.tile(np.asarray(values, np.int32), (sharding.batch_shards(mesh), 1))
 
 
 def _power_of_two(count: int) -> int:

@@ -7,11 +7,13 @@ import jax
 
 from ladder_jax import sharding
 from ladder_jax.checkpoint import read_meta
-from ladder_jax.config import Config, Mesh, from_meta, require, to_bytes
+from ladder_jax.config import Mesh, from_meta, require, to_bytes
 from ladder_jax.convert import from_hf, to_hf
 from ladder_jax.convert.needs import BYTES
 from ladder_jax.convert.safetensors_source import open_source
-from ladder_jax.loading import Loaded, load
+from ladder_jax.convert.weights import InMemory, OnDisk, Weights
+from ladder_jax.data.tokenizer import from_json
+from ladder_jax.loading import Loaded
 
 DTYPES = tuple(BYTES)
 
@@ -73,6 +75,9 @@ def save_hf(
 ) -> Path:
     """Writes a model as a folder that transformers loads; returns its path.
 
+    A checkpoint is read tensor by tensor. If its export is cut off, the same call goes
+    on after the files that are whole.
+
     Args:
       what: a model of `load` or `load_hf`, or the path of a checkpoint.
       out: the folder, which must not exist.
@@ -84,19 +89,21 @@ def save_hf(
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     shard_bytes = to_bytes(shard_size, "shard_size")
-    if not isinstance(what, tuple):
-        to_hf.check(config_of(what, step).model, out)
-        what = load(what, step=step)
+    weights: Weights
+    if isinstance(what, tuple):
+        model_config, tokenizer = what.config.model, what.tokenizer
+        weights = InMemory(what.model)
+    else:
+        meta = read_meta(what, step)
+        model_config = from_meta(meta, what).model
+        to_hf.check(model_config, out)
+        tokenizer = from_json(meta["tokenizer"])
+        weights = OnDisk(what, model_config, step)
     return to_hf.write_hf(
-        what.model,
-        what.config.model,
-        what.tokenizer,
+        weights,
+        model_config,
+        tokenizer,
         out,
         dtype=dtype,
         shard_bytes=shard_bytes,
     )
-
-
-def config_of(path: str | Path, step: int | None = None) -> Config:
-    """The configuration of a checkpoint; its arrays are not read."""
-    return from_meta(read_meta(path, step), path)

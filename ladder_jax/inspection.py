@@ -13,12 +13,12 @@ from ladder_jax import checkpoint, kv_cache, sharding
 from ladder_jax.config import Model, from_meta, to_dict
 from ladder_jax.convert.families import read_config
 from ladder_jax.convert.from_hf import tokenizer_of
-from ladder_jax.convert.needs import size
 from ladder_jax.convert.safetensors_source import open_source
 from ladder_jax.convert.source import TensorSource
 from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data.tokenizer import Tokenizer, from_json
 from ladder_jax.hardware.chips import CHIPS
+from ladder_jax.hardware.memory import size
 
 Report = dict[str, Any]
 # The share of a device's memory that weights and caches may take.

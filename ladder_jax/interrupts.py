@@ -1,15 +1,15 @@
 """Turns signals of the operating system into a request to stop."""
 
 import contextlib
+import gc
 import os
 import signal
+import sys
 import threading
+import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 
 class StopSignal(contextlib.AbstractContextManager):
@@ -55,6 +55,10 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def requested(self, step: int) -> signal.Signals | None:
         """The signal that asks to stop, or None. All processes get the same answer."""
+        import jax  # the command line reads this file before JAX may start
+        import numpy as np
+        from jax.experimental import multihost_utils
+
         if jax.process_count() == 1:
             return self.signal
         if step % self.every:
@@ -63,33 +67,91 @@ class StopSignal(contextlib.AbstractContextManager):
         return signal.Signals(sent) if sent else None
 
 
-class InsistentInterrupt(contextlib.AbstractContextManager):
-    """Raises KeyboardInterrupt at Ctrl-C, and every second again until this ends.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. `made_by` gets a reference to it that does not keep it alive."""
 
-    Python loses a KeyboardInterrupt that it raises in a callback, and the work would go
-    on. JAX has one in the garbage collection, where an exception may also end the
-    process with a segmentation fault: the interrupt waits until it has returned.
+    def __init__(self, made_by: "InsistentInterrupt") -> None:
+        super().__init__()
+        made_by.raised = weakref.ref(self)
+
+
+class InsistentInterrupt(contextlib.AbstractContextManager):
+    """Raises KeyboardInterrupt at Ctrl-C, and again a second later where it got lost.
+
+    Python loses an exception in a callback that nobody waits for (a `__del__`, the
+    garbage collection), and a library may drop it; the work would go on. A lost
+    exception does not exist any more, while one that a `finally` or `with` delays does:
+    cleanup that takes long is not disturbed. A second Ctrl-C raises in any case.
+
+    JAX has a callback in the garbage collection, where an exception may also end the
+    process with a segmentation fault: the interrupt waits until callbacks of the
+    collection have returned.
+
+    It does nothing outside the main thread, and where Ctrl-C is ignored (`nohup`, jobs
+    in the background).
+
+    Attributes:
+      pressed: whether Ctrl-C was pressed.
     """
 
-    JAX_CALLBACK = "_xla_gc_callback"
+    def __init__(self) -> None:
+        self.pressed = False
+        self.raised: weakref.ref[Interrupted] | None = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_hook: Any = None
 
     def __enter__(self) -> "InsistentInterrupt":
-        self._previous_handlers: dict[signal.Signals, Any] = {}
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            for number in (signal.SIGINT, signal.SIGALRM):
-                self._previous_handlers[number] = signal.signal(number, self._raise)
+            self._previous_hook = sys.unraisablehook
+            sys.unraisablehook = self._unraisable
+            self._handle(signal.SIGINT, self._pressed)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous_handlers:
+        if signal.SIGALRM in self._previous_handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not set from Python, and unknown
+                signal.signal(number, handler)
+        if self._previous_hook is not None:
+            sys.unraisablehook = self._previous_hook
 
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == self.JAX_CALLBACK:
+    def _handle(self, number: signal.Signals, handler: Callable[..., None]) -> None:
+        self._previous_handlers[number] = signal.signal(number, handler)
+
+    def _pressed(self, number: int, frame: FrameType | None) -> None:
+        if not self.pressed:  # others may use the timer until then
+            self._handle(signal.SIGALRM, self._again)
+        self.pressed = True
+        self._raise(frame)
+
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        if self.raised is not None and self.raised() is not None:
+            signal.setitimer(signal.ITIMER_REAL, 1)
+        else:
+            self._raise(frame)
+
+    def _raise(self, frame: FrameType | None) -> None:
+        if _is_collecting(frame):
+            self.raised = None
             signal.setitimer(signal.ITIMER_REAL, 0.001)
             return
         signal.setitimer(signal.ITIMER_REAL, 1)
-        raise KeyboardInterrupt
+        # No variable may refer to it: it would live as long as its own traceback.
+        raise Interrupted(self)
+
+    def _unraisable(self, lost: Any) -> None:
+        """Says nothing about an interrupt that gets lost: it comes again."""
+        if not issubclass(lost.exc_type, Interrupted):
+            self._previous_hook(lost)
+
+
+def _is_collecting(frame: FrameType | None) -> bool:
+    """Whether `frame` runs in a callback of the garbage collection."""
+    codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False

@@ -58,12 +58,19 @@ def write(
     positions_BT1 = positions_BT[:, :, None]
     heads_K = jnp.arange(k_BTKH.shape[2])
 
-    def put(old_BKSH: Any, new_BTKH: jax.Array) -> jax.Array:
-        new_BTKH = new_BTKH.astype(old_BKSH.dtype)
-        at = old_BKSH.at[rows_B11, heads_K, positions_BT1]
-        return at.set(new_BTKH, mode="drop")
+    return write_at(cache, (rows_B11, heads_K, positions_BT1), k_BTKH, v_BTKH)
 
-    if cache.k_scale is None:
+
+def write_at(cache: KV, index: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> KV:
+    """One layer's cache with these keys and values at a NumPy index of its arrays.
+
+    The index has the shape [B, T, K]. What it has outside of the arrays is dropped.
+    """
+
+    def put(old: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        return old.at[index].set(new_BTKH.astype(old.dtype), mode="drop")
+
+    if cache.k_scale is None or cache.v_scale is None:
         return KV(put(cache.k, k_BTKH), put(cache.v, v_BTKH))
     (k_BTKH, k_scale), (v_BTKH, v_scale) = quantise(k_BTKH), quantise(v_BTKH)
     return KV(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ladder_jax.quantised import Quantised
+
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum(spec, a, b)` of two operands of one dtype; the result is float32.
@@ -41,7 +43,9 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.platform_dependent(a, b, **by_platform, default=multiply)
 
 
-def einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype: Any = None) -> jax.Array:
+def einsum(
+    spec: str, a: jax.Array, b: jax.Array | Quantised, out_dtype: Any = None
+) -> jax.Array:
     """`jnp.einsum(spec, a, b)` with float32 sums, forward and backward.
 
     The backward pass rounds the cotangent to `a`'s dtype before it multiplies, so that
@@ -51,10 +55,70 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype: Any = None) -> jax.
     Args:
       spec: two operands; every dimension of one is also in the other or in the result.
       a: its dtype is the compute dtype.
-      b: a weight, for example; it is cast to `a`'s dtype.
+      b: a weight, for example; it is cast to `a`'s dtype. If it is Quantised, there is
+        no derivative, and the result's last dimensions are those of `b` that are not
+        summed over.
       out_dtype: of the result; default, `a`'s.
     """
+    if isinstance(b, Quantised):
+        return _einsum_quantised(spec, a, b).astype(out_dtype or a.dtype)
     return _einsum(spec, a, b, out_dtype)
+
+
+# ---------------------------------------------------------------- int8 weights
+
+# XLA:CPU casts so many elements of a matrix at a time: 4 MiB of float32, which stay in
+# the processor's cache until they are multiplied.
+SLICE_ELEMENTS = 2**20
+
+
+def _einsum_quantised(spec: str, a: jax.Array, b: Quantised) -> jax.Array:
+    """The product of `a` and `b` in float32; no whole matrix is cast in memory.
+
+    XLA:TPU and XLA:GPU cast while they multiply. XLA:CPU would write the whole matrix
+    in `a`'s dtype, or cast and multiply number by number.
+    """
+
+    def multiply(a: jax.Array, int8: jax.Array) -> jax.Array:
+        return product(spec, a, int8.astype(a.dtype))
+
+    sliced = partial(_multiply_slices, spec)
+    result = lax.platform_dependent(a, b.int8, cpu=sliced, default=multiply)
+    right, out = spec.split(",")[1].split("->")
+    summed = [i for i, dim in enumerate(right) if dim not in out]
+    scale = jnp.squeeze(b.scale, summed)
+    assert out.endswith("".join(dim for dim in right if dim in out))
+    return result * scale
+
+
+def _multiply_slices(spec: str, a: jax.Array, int8: jax.Array) -> jax.Array:
+    """The float32 product of `a` and a matrix, of which one slice at a time is cast.
+
+    The slices are those of the matrix's first dimension.
+    """
+    left, right, out = spec.replace("->", ",").split(",")
+    dim, rows = right[0], int8.shape[0]
+    count = min(max(-(-int8.size // SLICE_ELEMENTS), 2), rows)
+    size = -(-rows // count)
+    sizes = dict(zip(left + right, a.shape + int8.shape))
+    result = jnp.zeros([sizes[each] for each in out], jnp.float32)
+
+    def step(i: jax.Array, result: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * size, rows - size)  # the last slice may overlap
+        slice_ = lax.dynamic_slice_in_dim(int8, start, size).astype(a.dtype)
+        if dim in out:
+            part = product(spec, a, slice_)
+            axis = out.index(dim)
+            return lax.dynamic_update_slice_in_dim(result, part, start, axis)
+        axis = left.index(dim)
+        inputs = lax.dynamic_slice_in_dim(a, start, size, axis)
+        if rows % size:
+            shape = [size if each == dim else 1 for each in left]
+            is_new = (start + jnp.arange(size) >= i * size).reshape(shape)
+            inputs = jnp.where(is_new, inputs, 0)
+        return result + product(spec, inputs, slice_)
+
+    return lax.fori_loop(0, count, step, result)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

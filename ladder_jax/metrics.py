@@ -3,11 +3,11 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ladder_jax import files
 from ladder_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -63,9 +63,8 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
     def _drop_after(self, step: int) -> None:
         """Removes the rows after `step`. A kill leaves the old file or the new one."""
         rows = [row for row in read(self.path) if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        files.write_text(self.path, text)
 
     def _move_aside(self) -> None:
         """Renames the file, if it has rows, to the first free metrics.N.jsonl."""
@@ -155,5 +154,6 @@ def plot(folder: str | Path, title: str) -> Path | None:
     if axes.has_data():
         axes.legend()
     path = Path(folder) / "loss.png"
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=120)
     return path

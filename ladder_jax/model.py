@@ -20,10 +20,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ladder_jax import config, kv_cache, schedule, sharding
+from ladder_jax import config, kv_cache, pages, schedule, sharding
 from ladder_jax.attention import attend, attend_cache
 from ladder_jax.cross_entropy import cross_entropy, sum_over_tokens
+from ladder_jax.gated import down, gated
 from ladder_jax.matmul import einsum
+from ladder_jax.quantised import take_rows
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.dtp import mean_of_streams
@@ -67,6 +69,14 @@ class Context(NamedTuple):
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: str  # of attention, see attention.kernel_for
     window: int | None  # the tokens that attention sees; None: all
+    pages_read: pages.Reads | None = None  # if the cache has pages
+
+    def of(self, block: Block) -> "Context":
+        """The context of one block, which may lack the model's rotation or window."""
+        return self._replace(
+            rotation=self.rotation if block.rope else None,
+            window=self.window if block.window else None,
+        )
 
 
 class Attention(nnx.Module):
@@ -121,10 +131,15 @@ class Attention(nnx.Module):
             out_BTNH = attend(
                 q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
             )
-        else:
+        elif context.pages_read is None:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
             out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
+        else:
+            reads, positions_BT = context.pages_read, context.positions_BT
+            cache = pages.write(cache, k_BTKH, v_BTKH, positions_BT, reads.table_BM)
+            positions_BT = residual.take(positions_BT, read_BR)
+            out_BTNH = pages.attend(q_BTNH, cache, reads, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -166,13 +181,11 @@ class MLP(nnx.Module):
         up_BTF = einsum("btd,df->btf", u_BTD, self.up[...])
         up_BTF = checkpoint_name(up_BTF, "product")
         up_BTF = _add_bias(up_BTF, self.up_bias)
-        # The activation is computed in float32 and rounded once.
-        activate = ACTIVATIONS[self.activation]
-        gated_BTF = activate(gate_BTF.astype(jnp.float32)) * up_BTF
-        gated_BTF = gated_BTF.astype(u_BTD.dtype)
-        # Remat "dots" does not save the activation: it saves the two products.
+        activation = ACTIVATIONS[self.activation]
+        gated_BTF = gated(activation, gate_BTF, up_BTF)
+        # The backward pass computes it again.
         gated_BTF = progress(gated_BTF, saved=False)
-        return einsum("btf,fd->btd", gated_BTF, self.down[...])
+        return down(activation, gate_BTF, up_BTF, gated_BTF, self.down[...])
 
 
 class Layer(nnx.Module):
@@ -251,6 +264,7 @@ def hidden(
     cache: Any = None,
     read_BR: jax.Array | None = None,
     *,
+    pages_read: pages.Reads | None = None,
     kernel: str = "xla",
     reduction: str | Policy = "psum",
     remat: str = "none",
@@ -269,9 +283,11 @@ def hidden(
         hold several documents.
       cache: None for whole sequences. For generation a kv_cache.KV [L, B, K, S, H] of
         past keys and values; if `model.layers` is a list, a list of KV [B, K, S, H].
+        With `pages_read` it is the kv of a pages.Pool.
       read_BR: with a cache, the positions along T at which the caller reads the result;
         None for all. The last layers then compute little more than keys and values for
         the other positions (residual/layers.run).
+      pages_read: the pages that attention reads.
       kernel: see attention.kernel_for.
       reduction: a name in reductions.REDUCTIONS, or a Policy (choose.reduction_for).
       remat: a name in REMAT.
@@ -295,44 +311,8 @@ def hidden(
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
     rotation = lax.optimization_barrier(rotation)
-
-    def context_of(block: Block) -> Context:
-        return Context(
-            rotation if block.rope else None,
-            segments_BT,
-            positions_BT,
-            kernel,
-            model_config.sliding_window if block.window else None,
-        )
-
-    def compute(
-        layer_and_cache: tuple[Layer, Any],
-        block: Block,
-        x_BTD: jax.Array,
-        progress: Progress,
-        read_BR: jax.Array | None,
-    ) -> tuple[jax.Array, Any]:
-        layer, cache = layer_and_cache
-        # "attention" and "mlp" -> the module with gathered parameters
-        parts = {
-            name: sharding.gather_parameters(getattr(layer, name), dtype, name)
-            for name in block.parts
-        }
-        scale_D = parts[block.parts[0]].norm[...]
-        u_BTD = rms_norm(x_BTD, scale_D, model_config.norm_eps)
-        partials_BTD, new_cache = [], None
-        if "attention" in parts:
-            attention = parts["attention"]
-            partial_BTD, new_cache = attention(
-                u_BTD, context_of(block), cache, progress, read_BR
-            )
-            partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
-        if "mlp" in parts:
-            mlp = parts["mlp"]
-            partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
-            partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
-        return sum(partials_BTD[1:], partials_BTD[0]), new_cache
-
+    window = model_config.sliding_window
+    context = Context(rotation, segments_BT, positions_BT, kernel, window, pages_read)
     layers: Any = (model.layers, cache)
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
@@ -340,7 +320,7 @@ def hidden(
         model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
-        compute,
+        partial(compute_block, model_config, context),
         reduction=reduction,
         remat=REMAT[remat],
         unroll=unroll,
@@ -351,6 +331,42 @@ def hidden(
     if isinstance(model.layers, list):
         return x_BTD, [blocks[0] for blocks in outputs]
     return x_BTD, outputs[0]
+
+
+def compute_block(
+    model_config: config.Model,
+    context: Context,
+    layer_and_cache: tuple[Layer, Any],
+    block: Block,
+    x_BTD: jax.Array,
+    progress: Progress,
+    read_BR: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """A block's partial [B, T or R, D], and its cache; see residual/layers.run.
+
+    The layer's parameters are shards. This gathers those of the block's parts.
+    """
+    layer, cache = layer_and_cache
+    dtype = jnp.dtype(model_config.dtype)
+    # "attention" and "mlp" -> the module with gathered parameters
+    parts = {
+        name: sharding.gather_parameters(getattr(layer, name), dtype, name)
+        for name in block.parts
+    }
+    scale_D = parts[block.parts[0]].norm[...]
+    u_BTD = rms_norm(x_BTD, scale_D, model_config.norm_eps)
+    partials_BTD, new_cache = [], None
+    if "attention" in parts:
+        attention = parts["attention"]
+        partial_BTD, new_cache = attention(
+            u_BTD, context.of(block), cache, progress, read_BR
+        )
+        partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
+    if "mlp" in parts:
+        mlp = parts["mlp"]
+        partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
+        partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
+    return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 
 
 def _add_output_bias(
@@ -374,7 +390,7 @@ def embed(
     table_VD = sharding.gather_parameters(model.embedding, dtype, "embedding")[...]
     rows_BT = tokens_BT - sharding.vocabulary_offset(table_VD.shape[0])
     is_local_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
-    x_BTD = table_VD[jnp.where(is_local_BT, rows_BT, 0)]
+    x_BTD = take_rows(table_VD, jnp.where(is_local_BT, rows_BT, 0))
     return jnp.where(is_local_BT[..., None], x_BTD, 0).astype(dtype)
 
 

@@ -68,46 +68,8 @@ def loss_and_gradients(
       kernel: of attention. None: see attention.kernel_for.
       extras: what else the function takes.
     """
-    platform = chips.platform(mesh)
-
-    def options_for(model_config: Model) -> dict[str, Any]:
-        length = config.train.seq_len
-        return dict(
-            kernel=kernel or attention.kernel_for(platform, model_config, length),
-            reduction=choose.reduction_for(config.mesh.reduction, model_config, mesh),
-            # On a CPU, XLA converts a scan's whole stack of bfloat16 activations at
-            # every layer. Unrolled layers have no such stack, but take longer to
-            # compile. An emulated mesh is for trials, where a short compilation matters
-            # more.
-            unroll=platform == "cpu" and mesh.size == 1,
-        )
-
-    options = options_for(config.model) | dict(remat=config.train.remat)
-    parent_options = {} if extras.parent is None else options_for(extras.parent)
-    chunk, parts = config.train.loss_chunk, config.train.grad_accum_steps
-    hyper = config.distill
-
-    def terms_of(parameters: Any, batch: Batch, inputs: dict[str, Any]) -> Any:
-        """(loss, its terms), sums over this shard's tokens."""
-        fresh = {name: inputs[name] for name in ("freshness",) if name in inputs}
-        if extras.parent is None:
-            own = options | fresh
-            loss = model.loss(parameters, config.model, batch, chunk=chunk, **own)
-            return loss, {}
-        divergence, entropy = distill.losses(
-            parameters,
-            config.model,
-            inputs["parent"],
-            extras.parent,
-            batch,
-            top_k=hyper.top_k,
-            temperature=hyper.temperature,
-            chunk=chunk,
-            options=options | fresh,
-            parent_options=parent_options,
-        )
-        loss = divergence + hyper.cross_entropy * entropy
-        return loss, dict(divergence=divergence, cross_entropy=entropy)
+    terms_of = make_terms(config, mesh, kernel, extras)
+    parts = config.train.grad_accum_steps
 
     def local(parameters: Any, batch: Batch, *inputs: dict[str, Any]) -> Any:
         weight = jnp.maximum(lax.psum(batch["weights"].sum(), sharding.BATCH_AXES), 1)
@@ -132,6 +94,63 @@ def loss_and_gradients(
         mesh,
         (specs, BATCH_SPECS, *extras.specs()),
         (sharding.REPLICATED, specs),
+    )
+
+
+def make_terms(
+    config: Config, mesh: jax.sharding.Mesh, kernel: str | None, extras: Extras
+) -> Callable[..., Any]:
+    """(model, batch, the dict of extras) -> (loss, its terms), inside `shard_map`.
+
+    They are sums over this data shard's tokens. Arguments: see `loss_and_gradients`.
+    """
+    options = model_options(config, config.model, mesh, kernel)
+    options |= dict(remat=config.train.remat)
+    chunk, hyper = config.train.loss_chunk, config.distill
+
+    def cross_entropy(parameters: Any, batch: Batch, inputs: dict[str, Any]) -> Any:
+        own = options | inputs  # perhaps a freshness
+        loss = model.loss(parameters, config.model, batch, chunk=chunk, **own)
+        return loss, {}
+
+    if extras.parent is None:
+        return cross_entropy
+    parent_config = extras.parent
+    parent_options = model_options(config, parent_config, mesh, kernel)
+
+    def distillation(parameters: Any, batch: Batch, inputs: dict[str, Any]) -> Any:
+        fresh = dict(inputs)
+        parent = fresh.pop("parent")
+        divergence, entropy = distill.losses(
+            parameters,
+            config.model,
+            parent,
+            parent_config,
+            batch,
+            top_k=hyper.top_k,
+            temperature=hyper.temperature,
+            chunk=chunk,
+            options=options | fresh,
+            parent_options=parent_options,
+        )
+        loss = divergence + hyper.cross_entropy * entropy
+        return loss, dict(divergence=divergence, cross_entropy=entropy)
+
+    return distillation
+
+
+def model_options(
+    config: Config, model_config: Model, mesh: jax.sharding.Mesh, kernel: str | None
+) -> dict[str, Any]:
+    """The options of `model.hidden` for a model, the run's own or its parent."""
+    platform, length = chips.platform(mesh), config.train.seq_len
+    return dict(
+        kernel=kernel or attention.kernel_for(platform, model_config, length),
+        reduction=choose.reduction_for(config.mesh.reduction, model_config, mesh),
+        # On a CPU, XLA converts a scan's whole stack of bfloat16 activations at every
+        # layer. Unrolled layers have no such stack, but take longer to compile. An
+        # emulated mesh is for trials, where a short compilation matters more.
+        unroll=platform == "cpu" and mesh.size == 1,
     )
 
 

@@ -1,4 +1,4 @@
-"""The lease on a run's folder: one job at a time writes there.
+"""The lease on a run's folder, or on an output file: one job at a time writes there.
 
 The job that holds the lease writes a file, lease.json, into the folder. The file names
 the job's process, and its modification time is the process's heartbeat. While that
@@ -37,20 +37,30 @@ Holder = dict[str, Any]
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """The right to write into a run's folder, inside a `with`.
+    """The right to write into a run's folder, or a file, inside a `with`.
 
     If a job has several processes, one of them holds the lease for all.
 
     Args:
       folder: the run's folder. Entering the `with` makes it.
       field: the option that names the folder, for messages.
+      output: a file. Then the lease is for this file, and its own file is beside it;
+        `folder` is the folder of both.
 
     Entering raises ConfigError while another job holds the lease, and OSError where the
     folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, field: str = "train.out") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        field: str = "train.out",
+        output: Path | None = None,
+    ) -> None:
         self.file, self.field = Path(folder) / FILE, field
+        self._place = self.file.parent
+        if output is not None:
+            self.file, self._place = Path(folder) / f".{output.name}.{FILE}", output
         self._own: Holder = dict(
             host=socket.gethostname(),
             machine=_machine(),
@@ -85,7 +95,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             return  # the file system did not answer: that does not mean another job
         if holder.get("token") != self._own["token"]:
             raise OSError(
-                f"{self.file.parent} is now written to by {_name(holder)}, which took "
+                f"{self._place} is now written to by {_name(holder)}, which took "
                 "this job for dead: this job stops without another write"
             )
 
@@ -117,8 +127,8 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 runs = True
             if runs:
                 raise ConfigError(
-                    f"{self.field}={str(self.file.parent)!r} is not accepted: "
-                    f"{_name(holder)} writes there. Choose another folder or end that "
+                    f"{self.field}={str(self._place)!r} is not accepted: "
+                    f"{_name(holder)} writes there. Choose another one or end that "
                     f"process; if it does not run any more, remove {self.file}"
                 )
             if runs is False or self._now() - beat > STALE_S:
@@ -128,7 +138,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
 
     def _remove(self, holder: Holder) -> None:
         """Removes the file if it is still `holder`'s."""
-        aside = self.file.with_name(f"{FILE}.{self._own['token']}")
+        aside = self.file.with_name(f"{self.file.name}.{self._own['token']}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.file, aside)  # if two jobs try this, one succeeds
             if _read(aside)[0] == holder:

@@ -5,10 +5,10 @@ So the tokens of a request do not depend on its neighbours. Randomness depends o
 position) alone. Nothing is sorted: top-k and top-p find their threshold by bisection
 over the 32 bits of a float, which is exact and has the same result everywhere.
 
-The rules apply in this order: penalties and bias, temperature, top-k, top-p, min-p,
-draw. The repetition penalty (CTRL, arXiv 1909.05858) looks at prompt and output; the
-presence and the frequency penalty (OpenAI's API) look at the output. min-p: arXiv
-2407.01082.
+The rules apply in this order: penalties and bias, banned ids, temperature, top-k,
+top-p, min-p, draw. The repetition penalty (CTRL, arXiv 1909.05858) looks at prompt and
+output; the presence and the frequency penalty (OpenAI's API) look at the output. min-p:
+arXiv 2407.01082.
 
 To add a sampling parameter, touch this file alone: a field of `SamplingParams`, a row
 of `PARAMETERS` (its default, type and limits), and its rule in `sample_tokens`.
@@ -16,6 +16,7 @@ of `PARAMETERS` (its default, type and limits), and its rule in `sample_tokens`.
 B requests (rows), V vocabulary, T prompt tokens, E entries of a list.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -216,12 +217,21 @@ def _token_id(key: object) -> int | None:
 # each time that the id was generated.
 
 
-def prompt_history(tokens_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the history [B, V] of prompts; ids outside the vocabulary pad them."""
-    count = tokens_BT.shape[0]
+def prompt_history(
+    tokens_BT: jax.Array, vocab_size: int, prompt_B: jax.Array
+) -> jax.Array:
+    """Returns the history [B, V] of prompts; ids outside the vocabulary pad them.
+
+    prompt_B: how many tokens of a row are the prompt; output follows.
+    """
+    count, T = tokens_BT.shape
     rows_B1 = jnp.arange(count)[:, None]
+    is_output_BT = jnp.arange(T) >= prompt_B[:, None]
     history_BV = jnp.zeros((count, vocab_size), jnp.int32)
-    return history_BV.at[rows_B1, tokens_BT].set(1, mode="drop")
+    prompt_BT = jnp.where(is_output_BT, vocab_size, tokens_BT)
+    history_BV = history_BV.at[rows_B1, prompt_BT].set(1, mode="drop")
+    outputs_BT = 2 * is_output_BT.astype(jnp.int32)
+    return history_BV.at[rows_B1, tokens_BT].add(outputs_BT, mode="drop")
 
 
 def update_history(
@@ -262,6 +272,7 @@ def sample_tokens(
     position_B: jax.Array,
     vocabulary: int,
     run: RunRule = run_if,
+    banned_BE: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the next token [B] int32 of every request.
 
@@ -271,6 +282,7 @@ def sample_tokens(
       history_BV: the requests' histories, see `prompt_history`.
       position_B: the index of the next token in its sequence.
       run: `run_if` or `run_always`; the tokens are the same.
+      banned_BE: int32, ids that are not sampled; negative numbers are no ids.
     """
     p = params
     logits_BV = _without_padding(logits_BV, vocabulary)
@@ -285,6 +297,9 @@ def sample_tokens(
         return adjust(x_BV, p, history_BV)
 
     logits_BV = run(is_adjusted_B.any(), adjust_logits, logits_BV)
+    if banned_BE is not None:
+        ban_ids = functools.partial(ban, ids_BE=banned_BE)
+        logits_BV = run((banned_BE >= 0).any(), ban_ids, logits_BV)
     greedy_B = argmax(logits_BV)
 
     def draw(greedy_B: jax.Array) -> jax.Array:
@@ -338,6 +353,14 @@ def adjust(
     )
     rows_B1 = jnp.arange(len(logits_BV))[:, None]
     return logits_BV.at[rows_B1, p.bias_ids].add(p.bias)
+
+
+def ban(logits_BV: jax.Array, ids_BE: jax.Array) -> jax.Array:
+    """Sets the logits of a row's ids to -inf; negative numbers are no ids."""
+    rows_B1, V = jnp.arange(len(logits_BV))[:, None], logits_BV.shape[1]
+    # JAX drops writes from V on. It would take -1 for the last id.
+    ids_BE = jnp.where(ids_BE < 0, V, ids_BE)
+    return logits_BV.at[rows_B1, ids_BE].set(-jnp.inf, mode="drop")
 
 
 def top_k(logits_BV: jax.Array, k_B: jax.Array) -> jax.Array:

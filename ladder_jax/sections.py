@@ -384,13 +384,28 @@ class Decode(Section):
     max_length: int | None = None
     # The most decode iterations of one jitted call.
     steps_per_call: int = 16
+    # Milliseconds that the iterations of one call may take, as far as the engine can
+    # tell from the calls before: a call has fewer than steps_per_call if not so many
+    # fit. Tokens reach clients when a call ends. 0: no limit, for most throughput.
+    burst_ms: float = 50.0
     # The most requests that wait on the host.
     queue_size: int = 1024
     # The dtype of cached keys and values. auto: the model's; float32 on CPUs, where
     # a write into a bfloat16 cache copies the cache.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    # pages: requests share pages, and take as many as they have tokens. rows: each slot
+    # has memory for the longest request. auto: the faster one: pages on CPUs if the
+    # slots' rows would take 48 MiB or more, else rows.
+    kv_layout: Literal["auto", "pages", "rows"] = "auto"
+    # Tokens of a page; prefix_block is a multiple of it. None: 32, or fewer if
+    # prefix_block needs it.
+    page_size: int | None = None
+    # The dtype of the weights' matrices. auto: the model's. int8: each output channel
+    # has a scale, and products are in the model's dtype.
+    weights_dtype: Literal["auto", "int8"] = "auto"
     # Memory of one device for keys and values, such as 512MiB. None: as much as slots
-    # and staging take.
+    # and staging can take. With pages, it may be less than slots and staging could
+    # take: a request whose pages run out waits again.
     kv_memory: str | None = None
     # The most prompt tokens of one prefill call, and of all prefill calls between two
     # decode calls.
@@ -401,6 +416,9 @@ class Decode(Section):
     prefix_block: int = 32
     # The most alternatives to each token whose log-probabilities a request may ask for.
     max_logprobs: int = 0
+    # Whether requests may ask for the log-probabilities of their prompts. They need a
+    # few more compiled programs.
+    prompt_logprobs: bool = True
     # The most token ids that a request may stop at.
     max_stop_ids: int = 4
     # The most token ids that a request may bias.
@@ -424,9 +442,9 @@ class Decode(Section):
         self.need(
             "slots", self.slots is None or self.slots > 0, "greater than 0, or None"
         )
-        for name in ("max_logprobs", "max_stop_ids", "max_logit_bias"):
+        for name in ("burst_ms", "max_logprobs", "max_stop_ids", "max_logit_bias"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("staging", "max_length"):
+        for name in ("staging", "max_length", "page_size"):
             value = getattr(self, name)
             self.need(name, value is None or value > 0, "greater than 0, or None")
         for name in ("kv_memory", "prefix_memory"):

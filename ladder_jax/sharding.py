@@ -54,39 +54,41 @@ class Parameter(NamedTuple):
 
     role: Role  # decides on weight decay (optimizer.py) and on the cast for decoding
     axes: dict[str, str | None]  # dimension -> mesh axis, in the array's order
+    summed: str  # a matrix: the dimensions that products sum over, see quantised.py
 
 
-def _row(role: Role, **axes: str | None) -> Parameter:
-    return Parameter(role, axes)
+def _row(role: Role, summed: str = "", /, **axes: str | None) -> Parameter:
+    return Parameter(role, axes, summed)
 
 
 # Stacked layers have a layer dimension before these.
 PARAMETERS = {
-    "embedding": _row("embedding", V=TENSOR, D=FSDP),
+    "embedding": _row("embedding", "D", V=TENSOR, D=FSDP),
     "attention.norm": _row("norm", D=None),
-    "attention.wq": _row("matrix", D=FSDP, N=TENSOR, H=None),
-    "attention.wk": _row("matrix", D=FSDP, K=TENSOR, H=None),
-    "attention.wv": _row("matrix", D=FSDP, K=TENSOR, H=None),
+    "attention.wq": _row("matrix", "D", D=FSDP, N=TENSOR, H=None),
+    "attention.wk": _row("matrix", "D", D=FSDP, K=TENSOR, H=None),
+    "attention.wv": _row("matrix", "D", D=FSDP, K=TENSOR, H=None),
     "attention.bq": _row("bias", N=TENSOR, H=None),
     "attention.bk": _row("bias", K=TENSOR, H=None),
     "attention.bv": _row("bias", K=TENSOR, H=None),
     "attention.bo": _row("bias", D=None),
     "attention.q_norm": _row("norm", H=None),
     "attention.k_norm": _row("norm", H=None),
-    "attention.wo": _row("matrix", N=TENSOR, H=None, D=FSDP),
+    "attention.wo": _row("matrix", "NH", N=TENSOR, H=None, D=FSDP),
     "mlp.norm": _row("norm", D=None),
-    "mlp.gate": _row("matrix", D=FSDP, F=TENSOR),
-    "mlp.up": _row("matrix", D=FSDP, F=TENSOR),
-    "mlp.down": _row("matrix", F=TENSOR, D=FSDP),
+    "mlp.gate": _row("matrix", "D", D=FSDP, F=TENSOR),
+    "mlp.up": _row("matrix", "D", D=FSDP, F=TENSOR),
+    "mlp.down": _row("matrix", "F", F=TENSOR, D=FSDP),
     "mlp.gate_bias": _row("bias", F=TENSOR),
     "mlp.up_bias": _row("bias", F=TENSOR),
     "mlp.down_bias": _row("bias", D=None),
     "norm": _row("norm", D=None),
-    "unembedding": _row("matrix", D=FSDP, V=TENSOR),
+    "unembedding": _row("matrix", "D", D=FSDP, V=TENSOR),
 }
 TOKENS = P(BATCH_AXES, None)  # B T: ids, targets, segments, positions, weights
 LOGITS = P(BATCH_AXES, None, TENSOR)  # B T V
 CACHE = P(None, BATCH_AXES, TENSOR, None, None)  # L B K S H: past keys and values
+PAGES = P(None, TENSOR, None, None, None)  # L K P S H: the same, in pages
 REPLICATED = P()  # scalars: loss, counts
 
 
@@ -188,13 +190,18 @@ def check_fits(
                     f"mesh.{axis}={mesh.shape[axis]} (parameter {name}): "
                     f"choose a mesh.{axis} that divides it"
                 )
-    rows = mesh.shape[DATA] * mesh.shape[FSDP]
+    rows = batch_shards(mesh)
     if batch is not None and batch % rows:
         raise ConfigError(
             f"a batch of {batch} sequences (train.global_batch / "
             "train.grad_accum_steps) does not divide by "
             f"mesh.data x mesh.fsdp = {rows}: choose a multiple of {rows}"
         )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many shares a batch's rows are divided into: data x fsdp."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
@@ -209,7 +216,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         for device in devices:
             rows_of.setdefault(device.process_index, set()).add(row)
     shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
-    if sum(map(len, shares)) != mesh.shape[DATA] * mesh.shape[FSDP]:
+    if sum(map(len, shares)) != batch_shards(mesh):
         raise ConfigError(
             f"the mesh divides a batch's rows unevenly over {len(rows_of)} processes: "
             "choose mesh.tensor so that it divides, or is a multiple of, the devices "
@@ -225,14 +232,30 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 def _name(path: Sequence[Any]) -> str:
     """A parameter's name: ('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'.
 
-    `path` is its path in JAX's tree of the model.
+    `path` is its path in JAX's tree of the model. The two arrays of a Quantised have
+    the matrix's name.
     """
-    keys = []
-    for entry in path:  # GetAttrKey, DictKey or SequenceKey
-        key = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", "")))
-        if key not in ("layers", "value") and not str(key).isdigit():
-            keys.append(str(key))
-    return ".".join(keys)
+    keys = map(_key, path)
+    inner = ("layers", "value", *_QUANTISED)
+    return ".".join(key for key in keys if key not in inner and not key.isdigit())
+
+
+def _key(entry: Any) -> str:
+    """The text of a path's entry: a GetAttrKey, DictKey or SequenceKey."""
+    key = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", "")))
+    return str(key)
+
+
+_QUANTISED = "int8", "scale"  # the fields of quantised.Quantised
+
+
+def _axes(row: Parameter, path: Sequence[Any]) -> list[str | None]:
+    """The mesh axes of the array at `path`, which is in this row."""
+    is_scale = _key(path[-1]) == "scale"
+    return [
+        None if is_scale and dim in row.summed else axis
+        for dim, axis in row.axes.items()
+    ]
 
 
 def parameter_names(model: Any) -> Any:
@@ -249,9 +272,9 @@ def parameter_specs(model: Any) -> Any:
     """`model`'s tree with a PartitionSpec for every parameter."""
 
     def spec(path: Sequence[Any], leaf: Any) -> P:
-        axes = PARAMETERS[_name(path)].axes
+        axes = _axes(PARAMETERS[_name(path)], path)
         stacked = (None,) * (leaf.ndim - len(axes))
-        return P(*stacked, *axes.values())
+        return P(*stacked, *axes)
 
     return jax.tree_util.tree_map_with_path(spec, model)
 
@@ -334,7 +357,7 @@ def gather_parameters(module: Any, dtype: Any, prefix: str = "") -> Any:
 
     Args:
       module: a part of the model, with no layer dimension.
-      dtype: of the gathered parameters.
+      dtype: of the gathered parameters; the arrays of a Quantised keep theirs.
       prefix: the module's place in the model ("attention"): PARAMETERS has its names.
     """
     if axis_size(FSDP) == 1:
@@ -342,8 +365,11 @@ def gather_parameters(module: Any, dtype: Any, prefix: str = "") -> Any:
 
     def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         name = ".".join(filter(None, (prefix, _name(path))))
-        axes = list(PARAMETERS[name].axes.values())
-        return _gather(leaf, axes.index(FSDP), dtype) if FSDP in axes else leaf
+        axes = _axes(PARAMETERS[name], path)
+        if FSDP not in axes:
+            return leaf
+        own_dtype = leaf.dtype if _key(path[-1]) in _QUANTISED else dtype
+        return _gather(leaf, axes.index(FSDP), own_dtype)
 
     return jax.tree_util.tree_map_with_path(gather, module)
 

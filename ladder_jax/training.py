@@ -5,11 +5,12 @@ tensorboard/ and profile/ where the configuration turns them on.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
-import os
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -17,31 +18,15 @@ import jax
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import multihost_utils
 
-from ladder_jax import attention, initial, model, schedule, sharding
-from ladder_jax.checkpoint import (
-    Checkpoints,
-    read_meta,
-    require_plain_name,
-    saved_steps,
-)
-from ladder_jax.config import (
-    Config,
-    ConfigError,
-    Data,
-    Model,
-    from_meta,
-    require,
-    to_dict,
-)
-from ladder_jax.data import corpus as corpora
-from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax import attention, initial, model, sharding
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.config import Config, ConfigError, Model, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
-from ladder_jax.hardware import chips, xla_options
+from ladder_jax.hardware import chips, malloc, xla_options
 from ladder_jax.interrupts import StopSignal
-from ladder_jax.metrics import Metrics, plot, require_tensorboard
+from ladder_jax.metrics import Metrics, plot
 from ladder_jax.objective import (
     BATCH_FIELDS,
     BATCH_SPECS,
@@ -51,18 +36,11 @@ from ladder_jax.objective import (
     loss_and_gradients,
 )
 from ladder_jax.optimizer import learning_rate, make_optimizer
-from ladder_jax.progress import (
-    Measured,
-    Output,
-    Pace,
-    Reports,
-    Speed,
-)
+from ladder_jax.preparation import Job, prepare
+from ladder_jax.progress import Measured, Output, Pace, Reports, Speed
 from ladder_jax.run_folder import Lease
+from ladder_jax.say import Say
 from ladder_jax.step_inputs import StepInputs
-
-Say = Callable[[str], None]
-
 
 # ---------------------------------------------------------------- state and step
 
@@ -223,25 +201,28 @@ def flops_per_step(config: Config) -> int:
     return tokens * flops_per_token(config.model, config.train.seq_len)
 
 
+# FLOPs of a training step that takes a CPU 0.1 s or more. The few milliseconds that the
+# host works between two steps are nothing then; a short step overlaps with them, and
+# its temporaries are small.
+LONG_STEP = 2e10
+
+
+def run_long_steps_in_turn(config: Config) -> None:
+    """Keeps the temporaries of one step in memory, not of several, where steps are long
+    and JAX computes on CPUs (malloc.run_programs_in_turn).
+
+    It has no effect if JAX has started.
+    """
+    if flops_per_step(config) >= LONG_STEP:
+        malloc.run_programs_in_turn()
+
+
 def parameter_count(tree: Any) -> int:
     """The number of elements of all arrays in `tree`."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
 # ---------------------------------------------------------------- the job
-
-
-class Job(NamedTuple):
-    """A run after `prepare` has checked its configuration, data and folder."""
-
-    config: Config  # with the model of train.init_from
-    parent: Model | None  # the shape of distill.parent
-    mesh: jax.sharding.Mesh
-    tokenizer: tokenizers.Tokenizer
-    corpus: corpora.Corpus
-    out: Path
-    meta: dict[str, Any]  # JSON that goes into every checkpoint
-    saved: bool  # whether there is a checkpoint to resume from
 
 
 class Summary(TypedDict):
@@ -272,6 +253,10 @@ def train(config: Config, resume: bool = False) -> Summary:
       resume: whether to continue the run in train.out from its newest checkpoint, bit
         for bit as if it had not stopped. Without a checkpoint the run starts.
 
+    On a CPU, where steps are long and this is the process's first use of JAX, all its
+    programs then run in turn: a call returns when the program has ended. That keeps
+    memory small, and stays so after this returns.
+
     Returns the final metrics and the run's folder, as a dict (`Summary`).
 
     Raises ConfigError where the configuration, data or checkpoint does not fit, before
@@ -279,324 +264,252 @@ def train(config: Config, resume: bool = False) -> Summary:
     checkpoint stays good); OSError where a file cannot be written.
     """
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
-    leader = jax.process_index() == 0
-    steps, out = config.train.steps, Path(config.train.out).expanduser()
-    summary: dict[str, Any] = {}
+    run_long_steps_in_turn(config)
     # The stack closes its contexts in the opposite order.
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(Output(leader))
-        say = output.say
+        output = stack.enter_context(Output(jax.process_index() == 0))
 
-        # ---- checks and data
-        job = prepare(config, resume, say)
-        config, mesh, corpus = job.config, job.mesh, job.corpus
-        shard, shards = sharding.data_shard(mesh)
-        split = dict(
-            batch=config.train.global_batch // shards,
-            length=config.train.seq_len,
-            process_index=shard,
-            process_count=shards,
+        # ---- checks, data and folder
+        job = prepare(config, resume, output.say)
+        options = job.config.train
+        batches, held_out = make_batches(job)
+        stop = stack.enter_context(StopSignal(options.log_every))
+        checkpoints = open_checkpoints(job, stack)
+
+        # ---- state, programs and reports
+        optimizer = make_optimizer(job.config.optimizer, options.steps)
+        first, state, meta = begin(
+            job, optimizer, checkpoints, batches, resume, output.say
         )
-        batches = train_iterator(corpus, seed=config.train.seed, **split)
-        held_out = held_out_batches(corpus, **split)
-
-        # ---- state, new or resumed
-        stop = stack.enter_context(StopSignal(config.train.log_every))
-        lease = stack.enter_context(Lease(out)) if leader else None
-        checkpoints = stack.enter_context(
-            Checkpoints(out / "checkpoints", config.train.keep_checkpoints, lease)
+        output.say(describe(job.config, job.mesh, parameter_count(state.model)))
+        inputs = StepInputs(job.config, job.mesh, job.parent, meta.get("anneal"))
+        programs = make_programs(job, optimizer, inputs)
+        reports = open_reports(job, output, first, stack)
+        run = Run(
+            job, first, state, batches, held_out, inputs, programs, checkpoints, reports
         )
-        if checkpoints.steps() and not job.saved:
-            raise ConfigError(
-                f"another job wrote checkpoints to train.out={str(out)!r} while this "
-                "one started: continue it with --resume, or choose another folder"
-            )
-        optimizer = make_optimizer(config.optimizer, steps)
-        meta = job.meta
-        if job.saved:
-            first, state, meta = restore(config, job, optimizer, checkpoints, batches)
-            say(f"resumed at step {first} of {steps} from {checkpoints.folder}")
-        else:
-            first, state = 0, init_state(config, mesh, optimizer)
-            if resume:
-                say(f"nothing to resume in {out}: starting at step 0")
-        count = parameter_count(state.model)
-        say(describe(config, mesh, count))
-
-        # ---- programs and reports
-        inputs = StepInputs(config, mesh, job.parent, meta.get("anneal"))
-        # By whether a step takes a freshness. XLA compiles each when it first runs.
-        train_steps = {
-            annealing: make_step(
-                config, mesh, optimizer, None, inputs.extras(annealing)
-            )
-            for annealing in {inputs.annealing, False}
-        }
-        evaluation = make_evaluation(config, mesh)
-        blended = make_evaluation(config, mesh, True) if inputs.annealing else None
-        rate = jax.jit(learning_rate(config.optimizer, steps))
-        pace = stack.enter_context(Pace(first))
-        metrics = None
-        if leader:
-            metrics = stack.enter_context(Metrics(out, config.train.tensorboard, first))
-        reports = Reports(output, metrics, pace, speed_of(config, mesh))
-
-        def report(measured: Measured) -> None:
-            values = finite(measured, checkpoints)
-            summary["loss"] = values["loss"]
-            reports.step(measured, values)
-
-        def first_held_out() -> Iterable[Batch]:
-            return itertools.islice(held_out, config.train.eval_batches)
-
-        def anneal(step: int) -> dict[str, float]:
-            """Measures the blended model, on which the annealed delay waits."""
-            if blended is None or not inputs.annealing:
-                return {}
-            fresh = inputs.freshness(step)
-            values = evaluate(blended, state, first_held_out(), job, fresh)
-            inputs.see(values["held_out_loss"])
-            return dict(
-                freshness=float(fresh["freshness"]),
-                blended_held_out_loss=values["held_out_loss"],
-            )
-
         if first == 0:
-            anneal(0)
+            run.measure_blend()
 
         # ---- loop
-        def due(step: int, every: int) -> bool:
-            return step % every == 0 or step == steps
-
         profile = stack.enter_context(
-            Profile(out / "profile", first + 2, config.train.profile_steps, say)
+            Profile(job.out / "profile", first + 2, options.profile_steps, output.say)
         )
-        output.show_steps(first, steps)
-        step, stopped, unread = first, None, None
-        while step < steps and not (stopped := stop.requested(step)):
-            profile.before_step(step, state)
-            batch = to_devices(mesh, next(batches))
-            train_step = train_steps[inputs.annealing]
-            state, results = train_step(state, batch, *inputs.for_step(step))
-            # A small program of its own. The device runs it before the next step, since
-            # the host queues it first.
-            results["learning_rate"] = rate(np.int32(step))
-            step += 1
-            inputs.after_step()
+        output.show_steps(first, options.steps)
+        stopped = None
+        while run.step < options.steps and not (stopped := stop.requested(run.step)):
+            profile.before_step(run.step, run.state)
+            run.take_step()
             output.advance()
-            if unread:  # the host reports the last step while the device runs this one
-                report(unread)
-                unread = None
-            if step == first + 1:  # this step took long because XLA compiled it
-                jax.block_until_ready(results)
-                pace.restart(step)
-            evaluating = due(step, config.train.eval_every)
-            saving = due(step, config.train.save_every)
-            if evaluating or saving:
-                report(pace.measure(step, results))
-                if evaluating:
-                    values = evaluate(evaluation, state, first_held_out(), job)
-                    values |= anneal(step)
-                    reports.evaluation(step, values)
-                    summary |= values
-                if saving:
-                    start = time.perf_counter()
-                    meta = job.meta | inputs.state()
-                    checkpoints.save(step, state._asdict(), batches, meta)
-                    reports.save_s = time.perf_counter() - start
-                pace.restart(step)
-            elif due(step, config.train.log_every):
-                unread = pace.measure(step, results)
-        if stopped and step > first:
-            if unread:
-                report(unread)
-            else:
-                finite(Measured(step, results), checkpoints)
-            meta = job.meta | inputs.state()
-            checkpoints.save(step, state._asdict(), batches, meta)
+            run.report_unread()  # of the last step, while the device runs this one
+            if run.step == first + 1:  # this step took long because XLA compiled it
+                jax.block_until_ready(run.results)
+                reports.pace.restart(run.step)
+            run.evaluate_save_or_report()
+        if stopped and run.step > first:
+            run.save_early()
+    return summarize(run, stopped)
 
-    summary |= dict(
-        step=step,
-        out=str(out),
-        parameters=count,
-        plot=None,
-        stopped=stopped.name if stopped else None,
-        saved=job.saved or step > 0,
-    )
-    if leader:
-        picture = plot(out, f"{config.model.residual}, {count:,} parameters")
-        summary["plot"] = picture and str(picture)
-    if not stopped and config.train.sample_tokens:
-        summary["sample"] = sample(config, job, state.model)
-        say(f"---- the model writes:\n{summary['sample']}\n----")
-    return cast(Summary, summary)
+
+class Programs(NamedTuple):
+    """The functions of the loop. XLA compiles each when it first runs."""
+
+    steps: dict[bool, Callable[..., Any]]  # by whether a step takes a freshness
+    evaluation: Callable[..., Any]
+    blended_evaluation: Callable[..., Any] | None  # with a freshness; None: no step has
+    learning_rate: Callable[..., Any]  # the number of a step, from 0 -> its rate
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in its loop: what a step changes, and what is done after it."""
+
+    job: Job
+    step: int  # how many steps are complete
+    state: State  # after them
+    batches: Any  # the iterator over the batches of the steps to come
+    held_out: Iterable[Batch]
+    inputs: StepInputs
+    programs: Programs
+    checkpoints: Checkpoints
+    reports: Reports
+    results: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    unread: Measured | None = None  # a step to report, which the device may still run
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def take_step(self) -> None:
+        """Starts a training step, and does not wait for its end."""
+        batch = to_devices(self.job.mesh, next(self.batches))
+        train_step = self.programs.steps[self.inputs.annealing]
+        inputs = self.inputs.for_step(self.step)
+        self.state, self.results = train_step(self.state, batch, *inputs)
+        # A small program of its own. The device runs it before the next step, since the
+        # host queues it first.
+        rate = self.programs.learning_rate(np.int32(self.step))
+        self.results["learning_rate"] = rate
+        self.step += 1
+        self.inputs.after_step()
+
+    def evaluate_save_or_report(self) -> None:
+        """Does what is due after a step. A step that only reports is not waited for."""
+        options = self.job.config.train
+        evaluating = self._due(options.eval_every)
+        saving = self._due(options.save_every)
+        if evaluating or saving:
+            self._report(self._measured())
+            if evaluating:
+                self._evaluate()
+            if saving:
+                start = time.perf_counter()
+                self._save()
+                self.reports.save_s = time.perf_counter() - start
+            self.reports.pace.restart(self.step)
+        elif self._due(options.log_every):
+            self.unread = self._measured()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.job.config.train.steps
+
+    def _measured(self) -> Measured:
+        return self.reports.pace.measure(self.step, self.results)
+
+    def report_unread(self) -> None:
+        """Reports the step that was not waited for, if there is one."""
+        if self.unread:
+            self._report(self.unread)
+            self.unread = None
+
+    def _report(self, measured: Measured) -> None:
+        values = finite(measured, self.checkpoints)
+        self.summary["loss"] = values["loss"]
+        self.reports.step(measured, values)
+
+    def _evaluate(self) -> None:
+        batches = self._first_held_out()
+        values = evaluate(self.programs.evaluation, self.state, batches, self.job)
+        values |= self.measure_blend()
+        self.reports.evaluation(self.step, values)
+        self.summary |= values
+
+    def measure_blend(self) -> dict[str, float]:
+        """Measures the blended model, on which the annealed delay waits.
+
+        An empty dict where no delay is annealed.
+        """
+        blended = self.programs.blended_evaluation
+        if blended is None or not self.inputs.annealing:
+            return {}
+        fresh = self.inputs.freshness(self.step)
+        batches = self._first_held_out()
+        values = evaluate(blended, self.state, batches, self.job, fresh)
+        self.inputs.see(values["held_out_loss"])
+        return dict(
+            freshness=float(fresh["freshness"]),
+            blended_held_out_loss=values["held_out_loss"],
+        )
+
+    def _first_held_out(self) -> Iterable[Batch]:
+        return itertools.islice(self.held_out, self.job.config.train.eval_batches)
+
+    def save_early(self) -> None:
+        """Saves a run that was stopped, once its last step is known to be good."""
+        if self.unread:
+            self.report_unread()
+        else:
+            finite(Measured(self.step, self.results), self.checkpoints)
+        self._save()
+
+    def _save(self) -> None:
+        meta = self.job.meta | self.inputs.state()
+        self.checkpoints.save(self.step, self.state._asdict(), self.batches, meta)
 
 
 # ---------------------------------------------------------------- stages of the job
 
 
-def prepare(config: Config, resume: bool, say: Say) -> Job:
-    """Checks the whole configuration. The only thing that it writes is the token cache.
+def make_batches(job: Job) -> tuple[Any, Iterable[Batch]]:
+    """(the iterator over training batches, held-out batches), of this process's rows.
 
-    Raises ConfigError for the first mistake.
+    Checkpoints store the position of the iterator.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    out = Path(config.train.out).expanduser()
-    saved = saved_steps(out / "checkpoints")
-    config, tokenizer, origin = initial.resolve(config, out, bool(saved and resume))
-    check_anneal(config)
-    check_vocabulary(config, mesh, tokenizer)
-    rows = config.train.global_batch // config.train.grad_accum_steps
-    sharding.check_fits(config.model, mesh, rows)
-    sharding.data_shard(mesh)
-    if config.train.tensorboard:
-        require_tensorboard()
-    check_writable(out, config.train.out)
-    require_plain_name(out, "train.out")
-    if saved and not resume:
-        raise ConfigError(
-            f"{out} already holds a run, at step {saved[-1]}: "
-            "continue it with --resume, or choose another --train.out"
-        )
-    meta = dict(
-        config=to_dict(config),
-        tensor=mesh.shape[sharding.TENSOR],
-        tokenizer=tokenizer.to_json(),
+    options = job.config.train
+    shard, shards = sharding.data_shard(job.mesh)
+    split: dict[str, int] = dict(
+        batch=options.global_batch // shards,
+        length=options.seq_len,
+        process_index=shard,
+        process_count=shards,
     )
-    before = read_meta(out) if saved else meta
-    check_resumed(before, meta, out)
-    parent = initial.parent_model(config, mesh, tokenizer)
-    corpus = prepare_corpus(config.data, tokenizer).cut(config.train.seq_len)
-    for line in (origin, corpus.report):
-        if line:
-            say(line)
-    meta["corpus"] = [corpus.train.tokens, corpus.held_out.tokens]
-    meta["documents"] = corpus.digest
-    check_resumed(meta | before, meta, out)
-    return Job(config, parent, mesh, tokenizer, corpus, out, meta, bool(saved))
+    batches = train_iterator(job.corpus, seed=options.seed, **split)
+    return batches, held_out_batches(job.corpus, **split)
 
 
-def check_anneal(config: Config) -> None:
-    """Raises ConfigError where distill.anneal_steps has no delay to anneal."""
-    notation, layers = config.model.residual, config.model.layers
-    blocks = [b for layer in schedule.parse(notation, layers).layers for b in layer]
-    if config.distill.anneal_steps and not any(block.delay for block in blocks):
-        raise ConfigError(
-            f"distill.anneal_steps={config.distill.anneal_steps} is not accepted with "
-            f"model.residual={notation!r}, which has no delay: it must be 0"
-        )
+def open_checkpoints(job: Job, stack: contextlib.ExitStack) -> Checkpoints:
+    """The run's checkpoints; `stack` closes them. One process has the folder's lease.
 
-
-def check_vocabulary(
-    config: Config, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer
-) -> None:
-    """Raises ConfigError where model.vocab_size does not fit tokenizer or mesh."""
-    size, tensor = config.model.vocab_size, mesh.shape[sharding.TENSOR]
-    if size < tokenizer.size:
-        raise ConfigError(
-            f"model.vocab_size={size} is smaller than the {tokenizer.size} tokens of "
-            f"data.tokenizer={config.data.tokenizer!r}: it must be at least that"
-        )
-    if size % tensor:
-        # No text contains the ids from the tokenizer's size on: the model learns not to
-        # predict them, and sampling never draws them.
-        raise ConfigError(
-            f"model.vocab_size={size} does not divide by mesh.tensor={tensor}: use "
-            f"--model.vocab-size {size + -size % tensor}, which pads the embedding "
-            "with ids that the tokenizer does not use"
-        )
-
-
-def check_writable(out: Path, value: str) -> None:
-    """Raises ConfigError where train.out=`value`, the folder `out`, is not writable."""
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ConfigError(
-            f"train.out={value!r} is not accepted: {parent} is not a folder that can "
-            "be written to"
-        )
-
-
-# The fields that a resumed run may not change. None: every field of the section.
-FROZEN: dict[str, tuple[str, ...] | None] = {
-    "model": None,
-    "data": ("format", "text_field", "train_on", "held_out_fraction"),
-    "train": ("global_batch", "seq_len", "seed"),
-}
-
-
-def check_resumed(
-    saved: Mapping[str, Any], now: Mapping[str, Any], where: object = "the run"
-) -> None:
-    """Raises ConfigError where a resumed run would differ from the saved run.
-
-    Args:
-      saved: a checkpoint's meta (checkpoint.read_meta).
-      now: the meta that this run would save.
-      where: names the checkpoint.
+    Raises ConfigError where another job wrote some since `prepare`.
     """
-
-    def same(name: str, old: object, new: object, advice: str) -> None:
-        if old != new:
-            raise ConfigError(
-                f"{name} was {old!r} in the run to resume and is {new!r} now: {advice}"
-            )
-
-    before, after = from_meta(saved, where), from_meta(now, where)
-    advice = "keep it, or start a new run in another train.out"
-    for section, names in FROZEN.items():
-        old, new = getattr(before, section), getattr(after, section)
-        for name in names or to_dict(new):
-            same(f"{section}.{name}", getattr(old, name), getattr(new, name), advice)
-    residual = after.model.residual
-    if schedule.parse(residual, after.model.layers).local:
-        advice = f"a {residual} model keeps it for life"
-        same("mesh.tensor", saved["tensor"], now["tensor"], advice)
-    # The files may have moved. An old checkpoint has no digest of the documents.
-    for field, contents in (
-        ("tokenizer", "tokenizer"),
-        ("source", "corpus"),
-        ("source", "documents"),
-    ):
-        if contents not in saved or contents not in now:
-            continue
-        old, new = saved[contents], now[contents]
-        if contents == "tokenizer":  # what belongs to prompts alone may change
-            old, new = (tokenizers.from_json(x).documents_json() for x in (old, new))
-        if old != new:
-            value = getattr(after.data, field)
-            raise ConfigError(
-                f"data.{field}={value!r} has other contents now than in the run to "
-                "resume: restore them, or start a new run in another train.out"
-            )
+    is_leader = jax.process_index() == 0
+    lease = stack.enter_context(Lease(job.out)) if is_leader else None
+    keep = job.config.train.keep_checkpoints
+    checkpoints = stack.enter_context(Checkpoints(job.out / "checkpoints", keep, lease))
+    if checkpoints.steps() and not job.saved:
+        raise ConfigError(
+            f"another job wrote checkpoints to train.out={str(job.out)!r} while this "
+            "one started: continue it with --resume, or choose another folder"
+        )
+    return checkpoints
 
 
-def prepare_corpus(
-    data_config: Data, tokenizer: tokenizers.Tokenizer
-) -> corpora.Corpus:
-    """The corpus. Process 0 tokenises it; then the others read its token cache."""
-    several = jax.process_count() > 1
-    if several and jax.process_index():
-        multihost_utils.sync_global_devices("corpus")
-    corpus = corpora.prepare(data_config, tokenizer)
-    if several and not jax.process_index():
-        multihost_utils.sync_global_devices("corpus")
-    return corpus
-
-
-def restore(
-    config: Config,
+def begin(
     job: Job,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Any,
+    resume: bool,
+    say: Say,
 ) -> tuple[int, State, dict[str, Any]]:
-    """(step, state, meta) of the newest checkpoint. Moves the iterator `batches` to the
-    batch that follows it."""
-    abstract = abstract_state(config, job.mesh, optimizer)._asdict()
-    saved = job.meta["config"]
-    step, arrays, meta = checkpoints.restore(abstract, batches, config=saved)
-    return step, State(**arrays), meta
+    """(step, state, meta) to go on from: the newest checkpoint's, or new ones.
+
+    Moves the iterator `batches` to the batch that follows the checkpoint.
+    """
+    if job.saved:
+        abstract = abstract_state(job.config, job.mesh, optimizer)._asdict()
+        saved = job.meta["config"]
+        step, arrays, meta = checkpoints.restore(abstract, batches, config=saved)
+        steps = job.config.train.steps
+        say(f"resumed at step {step} of {steps} from {checkpoints.folder}")
+        return step, State(**arrays), meta
+    state = init_state(job.config, job.mesh, optimizer)
+    if resume:
+        say(f"nothing to resume in {job.out}: starting at step 0")
+    return 0, state, job.meta
+
+
+def make_programs(
+    job: Job, optimizer: optax.GradientTransformationExtraArgs, inputs: StepInputs
+) -> Programs:
+    """The functions of the loop; see `Programs`."""
+    config, mesh = job.config, job.mesh
+    steps = {
+        annealing: make_step(config, mesh, optimizer, None, inputs.extras(annealing))
+        for annealing in {inputs.annealing, False}
+    }
+    blended = make_evaluation(config, mesh, True) if inputs.annealing else None
+    rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
+    return Programs(steps, make_evaluation(config, mesh), blended, rate)
+
+
+def open_reports(
+    job: Job, output: Output, first: int, stack: contextlib.ExitStack
+) -> Reports:
+    """Reports to `output`, and to the files of metrics, which one process writes."""
+    pace = stack.enter_context(Pace(first))
+    metrics = None
+    if output.leader:
+        board = job.config.train.tensorboard
+        metrics = stack.enter_context(Metrics(job.out, board, first))
+    return Reports(output, metrics, pace, speed_of(job.config, job.mesh))
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
@@ -676,6 +589,27 @@ def evaluate(
         held_out_bits_per_byte=float(job.corpus.held_out.bits_per_byte(loss / weight)),
         evaluation_s=time.perf_counter() - start,
     )
+
+
+def summarize(run: Run, stopped: signal.Signals | None) -> Summary:
+    """What `train` returns; draws the plot of a run that has ended and samples text."""
+    job, options = run.job, run.job.config.train
+    output, count = run.reports.output, parameter_count(run.state.model)
+    summary: dict[str, Any] = run.summary | dict(
+        step=run.step,
+        out=str(job.out),
+        parameters=count,
+        plot=None,
+        stopped=stopped.name if stopped else None,
+        saved=job.saved or run.step > 0,
+    )
+    if output.leader:
+        picture = plot(job.out, f"{job.config.model.residual}, {count:,} parameters")
+        summary["plot"] = picture and str(picture)
+    if not stopped and options.sample_tokens:
+        summary["sample"] = sample(job.config, job, run.state.model)
+        output.say(f"---- the model writes:\n{summary['sample']}\n----")
+    return cast(Summary, summary)
 
 
 def sample(config: Config, job: Job, parameters: model.Transformer) -> str:

@@ -1,5 +1,6 @@
 """Small models, meshes, parameters, engines and processes for several test files."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,21 +9,46 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ladder_jax import config, generate, model, sharding
+from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.data.tokenizer import ByteTokenizer
+from ladder_jax.hardware import chips, cost, xla_options
 from ladder_jax.serve.engine import Engine
 
 ROOT = Path(__file__).parents[1]
+# Options with which XLA:CPU compiles in a sixth of the time, to slower programs. jax
+# 0.12 does not have the second one any more.
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    FAST |= {"xla_cpu_use_fusion_emitters": False}
+FAST_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in FAST.items())
 COMMAND = [sys.executable, "-c", "from ladder_jax.cli import main; main()"]
 
+
+@contextlib.contextmanager
+def fast_compilation() -> Iterator[None]:
+    """Inside, XLA:CPU compiles the package's programs, and those of tests, with FAST.
+
+    Their results may differ in the last bit. Programs that JAX has compiled before stay
+    as they are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST))
+        patch.setitem(xla_options.OPTIONS, "cpu", xla_options.OPTIONS["cpu"] | FAST)
+        yield
+
+
 # ---------------------------------------------------------------- models, meshes
+
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)  # fields of config.Model
 
 
 def small_model(residual: str = "standard", **fields: Any) -> config.Model:
@@ -48,8 +74,9 @@ def random_parameters(
     scale: float = 0.3,
     seed: int = 0,
 ) -> model.Transformer:
-    """Random parameters on `mesh`; without one, jit places them. None is zero.
+    """Random parameters on `mesh`; without one, NumPy arrays. None is zero.
 
+    NumPy arrays reach the devices of a mesh without a compiled program for each shape.
     Norms are around 1 and all others around 0, with a standard deviation of `scale`.
     """
     abstract = model.abstract(model_config)
@@ -61,7 +88,7 @@ def random_parameters(
 
     values = jax.tree.map(draw, sharding.parameter_names(abstract), abstract)
     if mesh is None:
-        return jax.tree.map(jnp.asarray, values)
+        return values
     specs = sharding.parameter_specs(abstract)
     return jax.device_put(values, sharding.named_shardings(mesh, specs))
 
@@ -75,6 +102,12 @@ def initial_parameters(
     init = functools.partial(model.init, model_config)
     shardings = sharding.named_shardings(mesh, specs)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+
+
+def slice_of(kind: str, *sides: int) -> cost.Network:
+    """The network of a TPU slice: devices in the order in which JAX lists them."""
+    places = [tuple(reversed(place)) for place in np.ndindex(sides[::-1])]
+    return cost.Network(chips.CHIPS[kind], places)
 
 
 # ---------------------------------------------------------------- engines
@@ -96,12 +129,14 @@ ENGINE_OPTIONS = config.Decode(
     slots=3,
     staging=2,
     steps_per_call=4,
+    burst_ms=0,  # so that no test depends on the clock
     prefill_budget=16,
     max_length=64,
     fit_shapes=False,
     max_logprobs=3,
     max_stop_ids=2,
     max_logit_bias=2,
+    kv_layout="pages",
 )
 
 
@@ -123,6 +158,24 @@ def make_engine(
         options=dataclasses.replace(ENGINE_OPTIONS, **fields),
         **options,
     )
+
+
+def write_engine_checkpoint(folder: Path, **fields: Any) -> Path:
+    """Writes a run with `initial_parameters` of ENGINE_MODEL; returns its folder.
+
+    It reads bytes. `fields` replace those of the model.
+    """
+    model_config = dataclasses.replace(ENGINE_MODEL, **fields)
+    parameters = initial_parameters(model_config, make_mesh())
+    train = config.Train(seq_len=model_config.max_length)
+    meta = dict(
+        config=config.to_dict(config.Config(model_config, train=train)),
+        tensor=1,
+        tokenizer=ByteTokenizer().to_json(),
+    )
+    with Checkpoints(folder / "checkpoints", 1) as run:
+        run.save(1, dict(model=parameters), None, meta)
+    return folder
 
 
 @functools.cache
@@ -181,6 +234,45 @@ def make_requests(
     return requests
 
 
+# ---------------------------------------------------------------- text
+
+
+def text_after(tok: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """What `ids` add to the text of `prompt`, by decoding the bytes of both at once.
+
+    If the prompt ends inside a character and `ids` do not go on with it, its U+FFFD
+    belongs to the prompt's text.
+    """
+    data, previous, length = b"", None, 0
+    for i, token in enumerate([*prompt, *ids]):
+        new = tok.token_bytes(token, previous)
+        if new is not None:
+            data, previous = data + new, token
+        if i < len(prompt):
+            length = len(data)
+    endings = [data[max(length - n, 0) : length] for n in (3, 2, 1)]
+    half = next((ending for ending in endings if begins_character(ending)), b"")
+    before = data[: length - len(half)].decode("utf-8", "replace")
+    text = data.decode("utf-8", "replace").removeprefix(before)
+    goes_on = length < len(data) and begins_character(
+        half + data[length : length + 1], whole=True
+    )
+    return text[1:] if half and not goes_on else text
+
+
+def begins_character(data: bytes, whole: bool = False) -> bool:
+    """Whether these bytes begin a character of UTF-8. `whole`: or are one."""
+    endings = [b"", b"\x80", b"\xbf", b"\x80\x80", b"\xbf\x80", b"\x80" * 3]
+    endings.append(b"\xbf\x80\x80")
+    for ending in endings[0 if whole else 1 :]:
+        try:
+            if data and len((data + ending).decode()) == 1:
+                return True
+        except UnicodeDecodeError:
+            pass
+    return False
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -207,16 +299,18 @@ def free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def code_environment(devices: int | None = None) -> dict[str, str]:
+def code_environment(devices: int | None = None, fast: bool = True) -> dict[str, str]:
     """The environment of a process that imports ladder_jax and has CPUs as `devices`.
 
-    None: JAX's default, one device.
+    None: JAX's default, one device. fast: whether XLA compiles with FAST.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = [FAST_FLAGS] if fast else []
+    if devices is not None:
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "XLA_FLAGS": "" if devices is None else flag,
+        "XLA_FLAGS": " ".join(flags),
     }
 
 

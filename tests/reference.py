@@ -117,7 +117,7 @@ def stream(model, config, tokens_T, positions_T, segments_T, ranks=1, freshness=
     `ranks` matters to desync and dtp alone, and `freshness` to ladder and delays: a
     block reads that share of the stream of standard, and the rest of the stale stream.
     """
-    x = model.embedding[...][tokens_T]
+    x = jnp.asarray(model.embedding[...])[tokens_T]
     eps = config.norm_eps
     layers = [
         jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(config.layers)

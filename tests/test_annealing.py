@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import make_mesh, random_parameters
+from helpers import FAST, make_mesh, random_parameters
 from jax import lax
-from test_model import (
+from model_cases import (
     BATCH,
     BATCH_SPECS,
-    FAST,
     READ,
     B,
     T,
@@ -30,6 +29,8 @@ from test_model import (
 from ladder_jax import kv_cache, model, sharding
 from ladder_jax.config import ConfigError
 from ladder_jax.residual import layers as residual
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 
 def annealed(model_config, mesh, unrolled=False, **options):
@@ -56,7 +57,7 @@ def annealed(model_config, mesh, unrolled=False, **options):
     )
     chosen = run_unrolled if unrolled else residual.run
     with mock.patch.object(residual, "run", chosen):
-        arguments = random_parameters(model_config), BATCH, jnp.float32(0)
+        arguments = random_parameters(model_config), BATCH, np.float32(0)
         return jax.jit(run).lower(*arguments).compile(compiler_options=FAST)
 
 
@@ -101,7 +102,7 @@ def test_loss_and_gradients_are_the_references_at_every_freshness(
     run = annealed(model_config, mesh, **options)
     parameters = random_parameters(model_config)
     for freshness in (0.0, 0.3, 1.0):
-        actual = run(parameters, BATCH, jnp.float32(freshness))
+        actual = run(parameters, BATCH, np.float32(freshness))
         expected = reference_of(model_config)(parameters, freshness)
         assert_same(actual, expected, 1e-5, f"{name} at {freshness}")
         if freshness == 1:
@@ -122,14 +123,14 @@ def test_a_hybrid_anneals_its_ladder_layers(name, delays):
     run, parameters = annealed(model_config, (1, 2, 4)), random_parameters(model_config)
     for freshness in (0.0, 0.6):
         expected = reference_of(same)(parameters, freshness)
-        actual = run(parameters, BATCH, jnp.float32(freshness))
+        actual = run(parameters, BATCH, np.float32(freshness))
         assert_same(actual, expected, 1e-5, f"{name} at {freshness}")
 
 
 def test_freshness_0_is_the_overlapped_program_and_none_adds_no_operation():
     model_config = case_model("ladder:1,2")
     actual = annealed(model_config, (2, 2, 2))(
-        random_parameters(model_config), BATCH, jnp.float32(0)
+        random_parameters(model_config), BATCH, np.float32(0)
     )
     assert_same(actual, computed(model_config, (2, 2, 2)), 2e-6, "freshness 0")
     arguments = random_parameters(model_config), BATCH
@@ -147,7 +148,7 @@ def test_freshness_0_is_the_overlapped_program_and_none_adds_no_operation():
 def test_schedules_without_a_delay_ignore_it(name, mesh):
     model_config = case_model(name)
     actual = annealed(model_config, mesh)(
-        random_parameters(model_config), BATCH, jnp.float32(0.5)
+        random_parameters(model_config), BATCH, np.float32(0.5)
     )
     assert_same(actual, computed(model_config, mesh), 2e-6, name)
 
@@ -157,21 +158,21 @@ def test_a_prefill_that_reads_some_positions_is_the_annealed_model(unstacked):
     """Its logits are the reference's, and the caches are those of all positions."""
     model_config, freshness = case_model("ladder:1,2"), 0.4
     tree = random_parameters(model_config)
-    positions_BT = jnp.tile(jnp.arange(T), (B, 1))
-    expected_BTV = jnp.stack(
-        [
-            reference.logits(
-                tree, model_config, row, jnp.arange(T), jnp.ones(T), 1, freshness
-            )
-            for row in BATCH["tokens"]
-        ]
+    positions_BT = np.tile(np.arange(T), (B, 1))
+    logits_of = jax.jit(
+        lambda tree, row: reference.logits(
+            tree, model_config, row, jnp.arange(T), jnp.ones(T), 1, freshness
+        ),
+        compiler_options=FAST,
     )
+    expected_BTV = np.stack([logits_of(tree, row) for row in BATCH["tokens"]])
     shape = B, model_config.kv_heads, T, model_config.head_dim
-    empty = [kv_cache.KV(jnp.zeros(shape), jnp.zeros(shape))] * model_config.layers
+    zeros = np.zeros(shape, np.float32)
+    empty = [kv_cache.KV(zeros, zeros)] * model_config.layers
     if unstacked:
         tree = model.unstack(tree)
     else:
-        empty = jax.tree.map(lambda *xs: jnp.stack(xs), *empty)
+        empty = jax.tree.map(lambda *xs: np.stack(xs), *empty)
     cache_spec = sharding.P(*[None] * (1 if unstacked else 2), "tensor")
 
     def local(tree, cache, share):
@@ -197,10 +198,10 @@ def test_a_prefill_that_reads_some_positions_is_the_annealed_model(unstacked):
         [(sharding.P(None, None, "tensor"), cache_spec)] * 2,
     )
     (whole_BTV, whole), (some_BRV, some) = jax.jit(run, compiler_options=FAST)(
-        tree, empty, jnp.float32(freshness)
+        tree, empty, np.float32(freshness)
     )
     np.testing.assert_allclose(whole_BTV, expected_BTV, atol=1e-5)
-    read_BRV = jnp.take_along_axis(expected_BTV, READ[..., None], axis=1)
+    read_BRV = np.take_along_axis(expected_BTV, READ[..., None], axis=1)
     np.testing.assert_allclose(some_BRV, read_BRV, atol=1e-5)
     for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ladder_jax"
 
 # Top to bottom. A name is a module of `ladder_jax`, or a room: a folder of modules.
 ROWS = {
-    "doors": ["__main__", "cli", "serve.server"],
+    "doors": ["__main__", "cli", "server"],
     "jobs": [
         "training",
+        "preparation",
         "step_inputs",
         "initial",
         "anneal",
@@ -35,7 +36,9 @@ ROWS = {
     "conversion": ["convert"],
     "device programs": [
         "decode",
+        "decode_pages",
         "decode_state",
+        "decode_scores",
         "decode_shapes",
         "sampling",
         "optimizer",
@@ -47,8 +50,10 @@ ROWS = {
         "cross_entropy",
         "attention",
         "rotary",
+        "gated",
         "matmul",
         "kv_cache",
+        "pages",
     ],
     "residual": ["residual"],
     "data": ["data"],
@@ -56,20 +61,25 @@ ROWS = {
     "ground": [
         "sharding",
         "checkpoint",
+        "orbax_output",
+        "stored_arrays",
+        "files",
         "run_folder",
         "metrics",
         "config",
         "sections",
         "checks",
         "arguments",
+        "say",
         "schedule",
+        "quantised",
     ],
 }
 # Files that transformers loads from an exported folder: no modules of the package, and
 # their imports are relative, as transformers requires.
 EXPORTED = PACKAGE / "convert" / "exported"
 # Names in ROWS whose files are still to be written.
-PLANNED = {"serve.server"}
+PLANNED: set[str] = set()
 
 
 def modules() -> dict[str, Path]:

@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,7 @@ from jaxprs import equations
 
 from ladder_jax import attention, config, kv_cache
 
-# XLA compiles in less time a program that takes longer.
-FAST = {"xla_backend_optimization_level": 0}
-if jax.default_backend() == "gpu":
-    FAST = {}
+FAST = {} if jax.default_backend() == "gpu" else helpers.FAST
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query and key-value heads
 
 
@@ -52,6 +50,10 @@ def looped(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
     return out
 
 
+def compiled(attend, **options):
+    return jax.jit(functools.partial(attend, **options), compiler_options=FAST)
+
+
 def value_and_gradients(attend, q, k, v, segments):
     """The output, and the gradients of a random weighting of it."""
     probe = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), q.dtype)
@@ -81,20 +83,15 @@ def assert_close(actual, expected, tolerance, what):
 @pytest.mark.parametrize("N, K", HEADS)
 def test_attention_in_xla_is_the_loop(N, K):
     tensors = inputs(N=N, K=K)
-    np.testing.assert_allclose(
-        attention.attend(*tensors), looped(*tensors), rtol=0, atol=2e-6
-    )
+    actual = compiled(attention.attend)(*tensors)
+    np.testing.assert_allclose(actual, looped(*tensors), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [1, 3, 10, 99])
 def test_with_a_window_a_token_sees_no_token_further_back(window):
     tensors = inputs(N=4, K=2)
-    np.testing.assert_allclose(
-        attention.attend(*tensors, window=window),
-        looped(*tensors, window),
-        rtol=0,
-        atol=2e-6,
-    )
+    actual = compiled(attention.attend, window=window)(*tensors)
+    np.testing.assert_allclose(actual, looped(*tensors, window), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [100, 200])
@@ -243,16 +240,15 @@ def test_the_kernel_is_one_that_takes_the_model(platform, length, settings, expe
 def test_a_query_on_the_cache_sees_what_it_sees_in_the_sequence(N, K, window):
     """Rows are at positions of their own; entries beyond them are never read."""
     q, k, v, _ = inputs(N=N, K=K)
-    segments = jnp.zeros(q.shape[:2], jnp.int32)
-    whole = attention.attend(q, k, v, segments, window=window)
-    cached = lambda x: jnp.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e3)
-    positions = jnp.array([[3, 4, 5], [7, 8, 9]])
-    rows = jnp.arange(2)[:, None]
+    segments = np.zeros(q.shape[:2], np.int32)
+    whole = np.asarray(compiled(attention.attend, window=window)(q, k, v, segments))
+    cached = lambda x: np.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e3)
+    positions = np.array([[3, 4, 5], [7, 8, 9]])
+    rows = np.arange(2)[:, None]
     heads_first = lambda x: cached(x).transpose(0, 2, 1, 3)
-    actual = attention.attend_cache(
-        q[rows, positions],
+    actual = compiled(attention.attend_cache, window=window)(
+        np.asarray(q)[rows, positions],
         kv_cache.KV(heads_first(k), heads_first(v)),
         positions,
-        window,
     )
     np.testing.assert_allclose(actual, whole[rows, positions], rtol=0, atol=1e-6)

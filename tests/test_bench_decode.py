@@ -182,10 +182,14 @@ def test_plots_are_readable_pictures(tmp_path):
     from matplotlib import image
 
     occupancy = plots.draw_occupancy(tmp_path, "poisson 5 ms", "ours", HISTORY)
-    curves = plots.draw_latencies(tmp_path, "a, b", {"ours": [EARLY, LATE]})
+    latencies = latency.latencies_of([EARLY, LATE])
+    curves = plots.draw_latencies(tmp_path, "a, b", {"ours": latencies})
+    points = [plots.Point("4", 20.0, 80.0), plots.Point("50%", 30.0, 50.0)]
+    pareto = plots.draw_pareto(tmp_path, "a, b", {"ours": points})
     assert occupancy.name == "occupancy_poisson_5_ms_ours.png"
     assert curves.name == "latency_a_b.png"
-    for path in (occupancy, curves):
+    assert pareto.name == "pareto_a_b.png"
+    for path in (occupancy, curves, pareto):
         assert image.imread(path).ndim == 3
 
 
@@ -197,6 +201,7 @@ SMALLEST = Model(
 )
 
 
+@pytest.mark.usefixtures("fast_compiler")
 def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
     """Few policies, four short requests: the whole benchmark and all of its outputs."""
     monkeypatch.setitem(DECODE_SIZES, "smallest", SMALLEST)

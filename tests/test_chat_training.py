@@ -19,6 +19,8 @@ from ladder_jax.data import corpus, tokenizer
 from ladder_jax.data.batches import held_out_batches
 from ladder_jax.loading import load
 
+pytestmark = pytest.mark.usefixtures("fast_compiler")
+
 BYTES = tokenizer.ByteTokenizer()
 ANSWERS = ["red", "blue", "a cat", "ten"]
 
@@ -63,9 +65,7 @@ def make(folder, out, **fields):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    with tiny.compiled_once(folder / "programs"):
-        summary = training.train(make(folder, "run"))
-    return folder / "run", summary
+    return folder / "run", training.train(make(folder, "run"))
 
 
 def test_the_loss_of_packed_rows_is_that_of_each_conversation_alone(folder):
@@ -115,10 +115,9 @@ def test_a_resumed_run_gives_the_same_numbers(folder):
     fields = dict(
         optimizer_lr_schedule="constant", optimizer_warmup_steps=0, train_save_every=4
     )
-    with tiny.compiled_once(folder / "programs"):
-        training.train(make(folder, "one", train_steps=8, **fields))
-        training.train(make(folder, "half", train_steps=4, **fields))
-        training.train(make(folder, "half", train_steps=8, **fields), resume=True)
+    training.train(make(folder, "one", train_steps=8, **fields))
+    training.train(make(folder, "half", train_steps=4, **fields))
+    training.train(make(folder, "half", train_steps=8, **fields), resume=True)
     whole, resumed = tiny.rows(folder / "one"), tiny.rows(folder / "half")
     assert [row for row in resumed if "loss" in row] == [
         row for row in whole if "loss" in row

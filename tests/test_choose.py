@@ -2,9 +2,10 @@
 
 import jax
 import pytest
+from helpers import slice_of
 from jax import lax
 
-from ladder_jax.config import Model
+from ladder_jax.config import Config, Mesh, Model
 from ladder_jax.hardware import chips, cost
 from ladder_jax.residual import choose, reductions
 from ladder_jax.residual.reductions import REDUCTIONS, Round
@@ -13,15 +14,6 @@ EIGHT = [list(range(8))]
 MODEL = Model(
     vocab_size=1024, dim=4096, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336
 )
-
-
-def slice_of(kind, *sides):
-    """The network of a TPU slice: devices in the order in which JAX lists them."""
-    x_side, y_side, z_side = sides
-    coordinates = [
-        (x, y, z) for z in range(z_side) for y in range(y_side) for x in range(x_side)
-    ]
-    return cost.Network(chips.CHIPS[kind], coordinates)
 
 
 NETWORKS = {
@@ -145,3 +137,65 @@ def test_every_round_of_every_reduction_sends_something():
     for name in REDUCTIONS:
         by_round = choose.rounds(name, 8, 1 << 16)
         assert by_round and all(by_round), f"{name} sends {by_round}"
+
+
+def test_rounds_are_read_off_the_reductions_themselves():
+    size = 8 * 1024
+    assert [
+        [kind for kind, *_ in sends] for sends in choose.rounds("psum", 8, size)
+    ] == [["all-reduce"]]
+    doubling = choose.rounds("recursive-doubling", 8, size)
+    assert [len(sends) for sends in doubling] == [1, 1, 1] and {
+        sends[0][2] for sends in doubling
+    } == {size}
+    halving = choose.rounds("halving-doubling", 8, size)
+    assert [sends[0][2] * 8 // size for sends in halving] == [4, 2, 1, 1, 2, 4]
+    assert [len(sends) for sends in choose.rounds("direct", 8, size)] == [7, 7]
+    assert len(choose.rounds("ring", 3, size)) == 4
+
+
+def test_the_choice_depends_on_machine_message_and_what_it_hides_behind():
+    def chosen(kind, size, hides=True, blocks=None):
+        network = NETWORKS[kind]
+        return choose.choose_reduction(network, EIGHT, size, hides=hides, blocks=blocks)
+
+    # Few rounds have a short latency. SparseCores run a psum beside the products.
+    assert chosen("v5p", 16 << 10) == "recursive-doubling"
+    assert chosen("v5p", 512 << 10) == "psum"
+    assert chosen("v5e", 512 << 10) == "recursive-doubling"
+    assert chosen("h100", 64 << 10) == "one-shot"
+    assert chosen("h100", 1 << 20) == chosen("h100", 64 << 20, hides=False) == "psum"
+    for kind in ("v5p", "v6e", "v5e"):  # training on 2048 tokens
+        blocks = choose.block_seconds(MODEL, NETWORKS[kind].chip, 2048, 8)
+        assert chosen(kind, 16 << 20, blocks=blocks) == "psum"
+    # In decode, a block takes the time of reading its weights.
+    assert choose.block_seconds(MODEL, NETWORKS["v5p"].chip, 64, 8) is None
+
+
+# ---------------------------------------------------------------- a mesh
+
+
+def test_auto_is_psum_where_the_machine_is_not_known():
+    mesh = jax.make_mesh(
+        (1, 1, 4), ("data", "fsdp", "tensor"), devices=jax.devices()[:4]
+    )
+    assert choose.reduction_for("auto", Model(), mesh) == "psum"
+    assert choose.reduction_for("ring", Model(), mesh) == "ring"
+
+
+def test_auto_chooses_for_every_message_where_the_machine_is_known(monkeypatch):
+    monkeypatch.setattr(choose, "network_of", lambda devices: NETWORKS["v5p"])
+    mesh = jax.make_mesh((1, 1, 8), ("data", "fsdp", "tensor"))
+    config = Config(
+        model=Model(residual="ladder"), mesh=Mesh(data=1, tensor=8, reduction="auto")
+    )
+    reduction = choose.auto_reduction.__wrapped__(config.model, mesh)
+    message = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    assert reduction.name_for(message(16, 1, 256)) == "recursive-doubling"
+    assert reduction.name_for(message(8192, 4, 1024)) != "recursive-doubling"
+    assert (
+        reduction.name_for(message()) in reductions.REDUCTIONS
+        and not reduction.in_order
+    )
+    monkeypatch.setattr(choose, "network_of", lambda devices: NETWORKS["v6e"])
+    assert choose.auto_reduction.__wrapped__(config.model, mesh).in_order

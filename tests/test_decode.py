@@ -120,6 +120,7 @@ def test_the_lowest_admission_order_takes_the_first_free_slot(fixed_trip_count):
             admission_order=[30, 10, 20],
             token=[1, 2, 3],
         ),
+        None,
     )
     after = jax.jit(functools.partial(decode.admit_all, spec))(state)
     slots, staging = after.slots.state, after.staging.state
@@ -136,6 +137,7 @@ def test_cancelling_frees_slots_and_places_of_those_requests_alone():
     state = decode.DecodeState(
         with_state(state.slots, request=[3, 4], active=[True, True]),
         with_state(state.staging, request=[5, 6], admission_order=[5, 6]),
+        None,
     )
     after = decode.cancel(state, jnp.array([4, 5, decode.NO_REQUEST, 99]))
     assert after.slots.state.active.tolist() == [True, False]

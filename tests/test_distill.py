@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import make_mesh, random_parameters, small_model
-from test_model import FAST, MESHES, assert_same, packed_batch
+from helpers import FAST, make_mesh, random_parameters, small_model
+from model_cases import MESHES, assert_same, packed_batch
 
 from ladder_jax import config, distill, objective, sharding
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 BATCH = packed_batch()
 STUDENT = small_model("hybrid:1", layers=2, tie_embeddings=True)
@@ -130,16 +132,23 @@ def expected(cross_entropy, temperature, top_k):
         one = functools.partial(reference.logits, parameters, model_config)
         return jax.vmap(one)(*rows)
 
+    def gradients_of(parameters, dlogits_BTV):
+        _, pull = jax.vjp(lambda p: logits_of(p, STUDENT), parameters)
+        return pull(dlogits_BTV)[0]
+
+    compiled = functools.partial(jax.jit, compiler_options=FAST)
     student, parent = parameters()
-    logits_BTV, pull = jax.vjp(lambda p: logits_of(p, STUDENT), student)
-    parent_BTV = np.asarray(logits_of(parent, PARENT))
+    logits_BTV, parent_BTV = (
+        np.asarray(compiled(functools.partial(logits_of, model_config=own))(p))
+        for p, own in ((student, STUDENT), (parent, PARENT))
+    )
     kl = ce = 0.0
     dlogits_BTV = np.zeros(logits_BTV.shape)
     weights_BT = np.float64(BATCH["weights"]) / np.float64(BATCH["weights"]).sum()
     for b, t in np.ndindex(weights_BT.shape):
         if not weights_BT[b, t]:
             continue
-        target, s = int(BATCH["targets"][b, t]), np.asarray(logits_BTV[b, t])
+        target, s = int(BATCH["targets"][b, t]), logits_BTV[b, t]
         one = lambda x, b=b, t=t: divergence(x, parent_BTV[b, t], temperature, top_k)
         both = lambda x, one=one, target=target: (
             one(x) + cross_entropy * entropy(x, target)
@@ -147,8 +156,8 @@ def expected(cross_entropy, temperature, top_k):
         kl += weights_BT[b, t] * one(s)
         ce += weights_BT[b, t] * entropy(s, target)
         dlogits_BTV[b, t] = weights_BT[b, t] * slope(both, s)
-    (gradients,) = pull(jnp.float32(dlogits_BTV))
-    return kl, ce, gradients
+    gradients = compiled(gradients_of)(student, np.float32(dlogits_BTV))
+    return kl, ce, jax.device_get(gradients)
 
 
 def computed(run, mesh):
@@ -156,7 +165,8 @@ def computed(run, mesh):
     student, parent = parameters()
     device_mesh = make_mesh(*mesh)
     function = objective.loss_and_gradients(run, device_mesh, "xla", extras)
-    return jax.jit(function, compiler_options=FAST)(student, BATCH, dict(parent=parent))
+    function = jax.jit(function, compiler_options=FAST)
+    return jax.device_get(function(student, BATCH, dict(parent=parent)))
 
 
 def check(run, mesh, what):
@@ -197,9 +207,11 @@ def test_a_parent_of_itself_has_no_divergence_and_no_gradient():
     run = run_config(distill_cross_entropy=0.0)
     extras = objective.Extras(parent=STUDENT)
     function = objective.loss_and_gradients(run, make_mesh(1, 2, 2), "xla", extras)
-    losses, gradients = jax.jit(function)(student, BATCH, dict(parent=student))
+    function = jax.jit(function, compiler_options=FAST)
+    losses, gradients = function(student, BATCH, dict(parent=student))
     assert abs(float(losses["divergence"])) < 1e-6
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    gradients = jax.device_get(gradients)
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradients))
     assert largest < 1e-5
 
 

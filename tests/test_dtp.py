@@ -1,19 +1,17 @@
 """Delayed tensor parallelism: loss, gradients, streams and messages are the equations'.
 
-test_model.CASES has dtp:2 on every mesh, with its prefill and what a token sees.
+model_cases.CASES has dtp:2 on every mesh, with its prefill and what a token sees.
 """
 
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import make_mesh, random_parameters
-from test_model import (
+from helpers import FAST, make_mesh, random_parameters
+from model_cases import (
     BATCH,
-    FAST,
     assert_same,
     case_model,
     computed,
@@ -29,6 +27,8 @@ from ladder_jax.planner.stack import shorten
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.dtp import mean_of_streams
 from ladder_jax.residual.overlap import AsyncReduction
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 
 def blocks(notation, layers):
@@ -129,11 +129,12 @@ def test_every_shard_has_its_own_final_stream():
         (sharding.parameter_specs(tree), *[sharding.REPLICATED] * 3),
         sharding.P("tensor"),
     )
-    actual_RTD = jax.jit(run, compiler_options=FAST)(tree, *sequence)[:, 0]
+    run = jax.jit(run, compiler_options=FAST)
+    actual_RTD = jax.device_get(run(tree, *sequence))[:, 0]
     one = [x[0] for x in sequence]
     expected_RTD = reference.stream(tree, model_config, *one, ranks)
     np.testing.assert_allclose(actual_RTD, expected_RTD, atol=1e-5)
-    assert len({float(x) for x in jnp.abs(actual_RTD).sum(axis=(1, 2))}) == ranks
+    assert len({float(x) for x in np.abs(actual_RTD).sum(axis=(1, 2))}) == ranks
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
@@ -156,7 +157,7 @@ def test_the_last_blocks_send_nothing(delay, unrolled):
 
 
 def test_the_streams_mean_is_equal_on_all_shards():
-    """JAX's own types prove it, without the barriers (see test_model)."""
+    """JAX's own types prove it, without the barriers (see test_communication)."""
     model_config = case_model("dtp:2", layers=3)
     sequence = [BATCH[name] for name in ("tokens", "positions", "segments")]
 

@@ -2,13 +2,8 @@
 
 import dataclasses
 import functools
-import gc
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +11,17 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from helpers import code_environment, make_mesh, random_parameters
-from jax import random
+from helpers import make_mesh, random_parameters
 
-from ladder_jax import cli, config, interrupts, model
+from ladder_jax import cli, config
 from ladder_jax.config import ConfigError
 from ladder_jax.data import corpus
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.evaluation import command, perplexity
 from ladder_jax.evaluation.scoring import Scorer, Window
 from ladder_jax.loading import Loaded
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 MODEL = config.Model(
     vocab_size=264,
@@ -231,7 +227,14 @@ def test_measures_and_their_errors():
 
 
 SETTINGS = dict(
-    data="x", held_out=False, context=8, stride=8, bos=True, eos=False, dtype="float32"
+    data="x",
+    held_out=False,
+    context=8,
+    stride=8,
+    bos=True,
+    eos=False,
+    dtype="float32",
+    weights_dtype="auto",
 )
 
 # ---------------------------------------------------------------- the command
@@ -243,18 +246,8 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
     tiny.write_corpus(folder.parent / "corpus")
     own = tiny.make(folder.parent, train_out=str(folder))
-    save_run(folder, own, corpus=[1, 1])
+    tiny.save(folder / "checkpoints", own, corpus=[1, 1])
     return folder
-
-
-def save_run(folder, own, scale=1.0, **meta):
-    parameters = model.init(own.model, random.key(0))
-    parameters = jax.tree.map(lambda x: x * scale, parameters)
-    own_meta = dict(
-        config=config.to_dict(own), tensor=1, tokenizer=ByteTokenizer().to_json()
-    )
-    with tiny.Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
-        checkpoints.save(3, dict(model=parameters), None, own_meta | meta)
 
 
 def run_json(capsys, *words):
@@ -321,7 +314,7 @@ def test_mistakes_are_one_line(run_folder, capsys, tmp_path, words):
 
 def test_a_model_from_elsewhere_has_no_held_out_documents(tmp_path, capsys):
     own = tiny.make(tmp_path)
-    save_run(tmp_path / "run", own)
+    tiny.save(tmp_path / "run/checkpoints", own)
     assert cli.run(["eval", str(tmp_path / "run")]) == 2
     assert "was not trained here" in capsys.readouterr().err
     assert command.choose_context(None, own, trained_here=False) == 64
@@ -329,7 +322,8 @@ def test_a_model_from_elsewhere_has_no_held_out_documents(tmp_path, capsys):
 
 
 def test_parameters_that_are_not_finite(tmp_path, capsys):
-    save_run(tmp_path / "run", tiny.make(tmp_path), scale=float("nan"))
+    nan = float("nan")
+    tiny.save(tmp_path / "run/checkpoints", tiny.make(tmp_path), scale=nan)
     (tmp_path / "a.txt").write_text("text")
     command = ["eval", str(tmp_path / "run"), "--data", str(tmp_path / "a.txt")]
     assert cli.run(command) == 1
@@ -337,83 +331,6 @@ def test_parameters_that_are_not_finite(tmp_path, capsys):
 
 
 # The command, which says when the job starts.
-ANNOUNCED = """
-from ladder_jax import cli
-from ladder_jax.evaluation import command
-
-def run(arguments, job=command.run):
-    print("started", flush=True)
-    return job(arguments)
-
-command.run = run
-cli.main()
-"""
-
-
-def test_interrupt_is_one_line(run_folder, tmp_path):
-    (tmp_path / "a.txt").write_text("some words " * 30000)
-    words = ["eval", run_folder, "--data", tmp_path / "a.txt", "--stride", "1"]
-    received = signal.getsignal(signal.SIGINT)
-    # A job in the background ignores Ctrl-C, and so would the command.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-c", ANNOUNCED, *map(str, words)],
-            env=code_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, received)
-    try:
-        assert child.stdout.readline() == "started\n"
-        time.sleep(1)
-        child.send_signal(signal.SIGINT)
-        out, error = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == 130 and not out
-    # Where Python lost the first KeyboardInterrupt, it says so.
-    assert error.endswith("ladder-jax eval: interrupted\n")
-
-
-def test_an_interrupt_waits_for_jaxs_callback_of_the_garbage_collection():
-    seen = []
-
-    def _xla_gc_callback():
-        signal.raise_signal(signal.SIGINT)
-        seen.append("the callback has returned")
-
-    with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
-        _xla_gc_callback()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            pass
-    assert seen
-    assert interrupts.InsistentInterrupt.JAX_CALLBACK in {
-        c.__name__ for c in gc.callbacks
-    }
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_python_loses_comes_again():
-    class Lossy:
-        def __del__(self):  # Python ignores exceptions here
-            signal.raise_signal(signal.SIGINT)
-
-    received = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
-            Lossy()
-            time.sleep(30)
-        assert time.monotonic() - start < 20
-        time.sleep(1.5)  # nothing comes after the end
-    finally:
-        signal.signal(signal.SIGINT, received)
-
-
 def test_errors_of_a_source_name_the_option(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"other": "x"}\n' * 3)
     with pytest.raises(ConfigError, match=r"--text-field"):

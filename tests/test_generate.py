@@ -21,18 +21,12 @@ from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
 
+pytestmark = pytest.mark.usefixtures("fast_compiler")
+
 V, LENGTH = 40, 24
 SCHEDULES = ["standard", "ladder", "hybrid:last1", "parallel", "desync:2", "ladder:1,2"]
 SCHEDULES += ["dtp:1", "dtp:2"]
 OWN_STREAMS = "desync", "dtp"  # on each number of ranks, another model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_half_the_time():
-    fast = {"xla_backend_optimization_level": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=fast))
-        yield
 
 
 generate_model = functools.partial(
@@ -106,6 +100,32 @@ def test_sampling_repeats_by_its_seed(small):
     assert rest == texts[0][4:]
 
 
+def test_the_first_tokens_are_no_stop_ids(small):
+    """They are those of requests for one token each, with a bias against the ids."""
+    prompt, options = (3, 1, 4), dict(temperature=1.0, seed=3)
+    whole = small(prompt, **options)
+    stops = [whole[0], whole[5]]
+    assert small(prompt, stop_token_ids=stops, **options) == []
+    for min_tokens in (1, 4, 12):
+        expected = []
+        for _ in range(min_tokens):
+            bias = dict.fromkeys(stops, -1e4)
+            expected += small(
+                (*prompt, *expected), max_tokens=1, logit_bias=bias, **options
+            )
+        expected += small(
+            (*prompt, *expected),
+            max_tokens=12 - min_tokens,
+            stop_token_ids=stops,
+            **options,
+        )
+        tokens = small(prompt, min_tokens=min_tokens, stop_token_ids=stops, **options)
+        assert tokens == expected and not set(stops) & set(tokens)
+    for wrong in (-1, 13, 1.0, True):
+        with pytest.raises(ConfigError, match="min_tokens=.* 0 to max_tokens=12"):
+            small(prompt, min_tokens=wrong)
+
+
 def test_the_likeliest_alone_is_greedy(small):
     greedy = small()
     assert small(temperature=1.0, top_k=1) == greedy
@@ -177,7 +197,7 @@ def test_padding_is_never_drawn_and_the_stop_token_is_left_out(small):
         (
             [1] * 33,
             {},
-            "prompt=33 tokens is not accepted: "
+            "prompt=33 or more tokens is not accepted: "
             "it must be at most model.max_length=32 tokens",
         ),
         (
@@ -382,7 +402,7 @@ def test_text_ends_before_a_stop_string_and_at_a_stop_id(run):
     "options, message",
     [
         (dict(stop=(10,)), "stop=(10,) is not accepted: it must be a non-empty string"),
-        (dict(stop=""), "stop=('',) is not accepted"),
+        (dict(stop=""), "stop='' is not accepted"),
         (dict(stop=None), "stop=None is not accepted"),
         (dict(stop=b"x"), "stop=b'x' is not accepted"),
         (dict(stop_token_ids=["x"]), "stop_token_ids=['x'] is not accepted"),

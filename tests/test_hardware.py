@@ -5,6 +5,7 @@ import os
 import platform as machine
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -149,6 +150,40 @@ def test_freed_memory_is_kept_and_not_faulted_in_again():
     )
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Prints how many KiB of 64 MiB that malloc gives are in huge pages.
+HUGE = """
+import numpy as np
+from ladder_jax.hardware import malloc
+
+assert malloc.keep_freed_memory() and malloc.use_huge_pages()
+array = np.ones(64 << 20, np.uint8)
+rows = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(row for row in rows if row.startswith("AnonHugePages")).split()[1])
+"""
+
+
+@pytest.mark.skipif(
+    not (IS_GLIBC and HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()),
+    reason="Linux gives no huge pages here",
+)
+def test_large_arrays_are_in_huge_pages():
+    ended = subprocess.run(
+        [sys.executable, "-c", HUGE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    assert int(ended.stdout) >= 2 << 10  # as many as Linux can find; one at least
+
+
+def test_no_room_is_asked_for_where_memory_may_not_be_overcommitted(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "2\n")
+    assert malloc.use_huge_pages() is False
+
+
 @pytest.mark.parametrize("platforms, expected", [("cpu", True), ("tpu,cpu", False)])
 def test_the_users_platforms_decide_where_jax_computes(
     monkeypatch, platforms, expected
@@ -246,6 +281,48 @@ def test_a_program_has_freed_its_temporaries_when_the_next_one_may_start():
     result, temporaries, grown = ended.stdout.split()
     assert result == "True" and int(temporaries) > 60e6
     assert int(grown) < 0.1 * int(temporaries)
+
+
+# Trains from Python. Prints whether JAX had started when training set that programs run
+# in turn (nothing if it did not), and whether they do.
+FROM_PYTHON = """
+import sys
+import jax
+from jax._src.xla_bridge import backends_are_initialized
+import ladder_jax
+from ladder_jax import training
+from ladder_jax.hardware import malloc
+
+class Prepared(Exception):
+    pass
+
+def prepare(*_):
+    raise Prepared
+
+def run_programs_in_turn(function=malloc.run_programs_in_turn):
+    print(backends_are_initialized(), end=" ")
+    return function()
+
+training.prepare = prepare
+training.LONG_STEP = float(sys.argv[1])
+malloc.run_programs_in_turn = run_programs_in_turn
+try:
+    ladder_jax.train(ladder_jax.Config())
+except Prepared:
+    print(not jax.config.read("jax_cpu_enable_async_dispatch"))
+"""
+
+
+@pytest.mark.parametrize("long, printed", [(0, "False True"), (1e30, "False")])
+def test_training_from_python_runs_long_steps_in_turn(long, printed):
+    ended = subprocess.run(
+        [sys.executable, "-c", FROM_PYTHON, str(long)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    assert ended.stdout.strip() == printed, ended.stderr
 
 
 def test_accelerators_keep_their_own_order_of_programs(monkeypatch):

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from helpers import make_mesh, random_parameters, small_model
+from helpers import FAST, make_mesh, random_parameters, small_model
 from jax import lax
-from test_model import FAST, assert_same, packed_batch
+from model_cases import assert_same, packed_batch
 
 from ladder_jax import checkpoint, cli, loading, model, objective, schedule, sharding
-from ladder_jax.config import ConfigError, to_dict
+from ladder_jax.config import ConfigError
 from ladder_jax.convert import damage, ladderize
-from ladder_jax.data import tokenizer
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 BATCH = packed_batch()
 
@@ -143,17 +144,15 @@ def folder(tmp_path_factory):
     tiny.write_corpus(path / "corpus")
     for name, residual in (("run", "standard"), ("parallel", "parallel")):
         shape = tiny.make(path, model_residual=residual)
-        meta = dict(
-            config=to_dict(shape),
+        optimizer = dict(count=np.zeros(3))
+        tiny.save(
+            path / name / "checkpoints",
+            shape,
+            steps=(3, 7),
+            others=dict(optimizer=optimizer),
             tensor=2,
-            tokenizer=tokenizer.ByteTokenizer().to_json(),
             corpus=[1, 2],
         )
-        parameters = model.init(shape.model, jax.random.key(0))
-        with checkpoint.Checkpoints(path / name / "checkpoints", keep=2) as checkpoints:
-            for step in (3, 7):
-                state = dict(model=parameters, optimizer=dict(count=np.zeros(3)))
-                checkpoints.save(step, state, None, meta)
     return path
 
 

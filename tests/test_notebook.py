@@ -60,17 +60,13 @@ SHOWN = {
 }
 
 
-def environment(**variables):
-    return helpers.code_environment() | variables
-
-
-def run(name, pictures, **variables):
+def run(name, pictures, devices=None, **variables):
     """What a notebook prints; it must end without an error."""
     pytest.importorskip("matplotlib")
     done = subprocess.run(
         [sys.executable, run_notebook.__file__, FOLDER / f"{name}.ipynb", pictures],
         cwd=FOLDER,  # where Jupyter runs it
-        env=environment(**variables),
+        env=helpers.code_environment(devices, fast=False) | variables,
         capture_output=True,
         text=True,
     )
@@ -106,8 +102,7 @@ def test_checkpoint(tmp_path):
     tiny.write_run(tmp_path)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    flag = "--xla_force_host_platform_device_count=2"
-    printed = run("checkpoint", pictures, LADDER_JAX_RUN=str(tmp_path), XLA_FLAGS=flag)
+    printed = run("checkpoint", pictures, devices=2, LADDER_JAX_RUN=str(tmp_path))
     check("checkpoint", printed, pictures)
 
 

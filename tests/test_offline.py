@@ -4,18 +4,22 @@ import functools
 import itertools
 import json
 import os
+from unittest import mock
 
 import helpers
 import jax
 import numpy as np
 import pytest
 
-from ladder_jax import generate
+from ladder_jax import generate, sharding
 from ladder_jax.config import ConfigError, Decode, Model
 from ladder_jax.data.tokenizer import ByteTokenizer
+from ladder_jax.run_folder import Lease
 from ladder_jax.serve import offline
 from ladder_jax.serve.engine import Engine
-from ladder_jax.serve.request import QueueFull, RequestFailed
+from ladder_jax.serve.request import EngineFailed, QueueFull, RequestFailed
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 MODEL_CONFIG = Model(
     vocab_size=264,
@@ -69,6 +73,48 @@ def records(out):
     return by_index
 
 
+def test_log_probabilities_and_the_length_of_outputs(tmp_path):
+    """The second row's prompt is scored, and nothing is generated."""
+    rows = [
+        dict(prompt="ab", logprobs=0, prompt_logprobs=0, max_tokens=3),
+        dict(prompt="abc", prompt_logprobs=2, max_tokens=0),
+        dict(prompt="ab", logprobs=1, max_tokens=2),
+        dict(prompt="ab", logit_bias={"257": 1000}, min_tokens=2),
+        dict(prompt="ab", logit_bias={"257": 1000}, ignore_eos=True),
+        dict(prompt="ab", max_tokens=0),
+    ]
+    weights, mesh = weights_and_mesh()
+    engine = Engine(
+        weights, MODEL_CONFIG, mesh, Decode(slots=4, max_logprobs=2), ByteTokenizer()
+    )
+    prompts, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    summary = offline.run(engine, prompts, out, dict(max_tokens=5), show=False)
+    assert summary == (6, 0, 1)
+    own, scored, likeliest, longer, whole, refused = (
+        records(out)[index] for index in range(6)
+    )
+    names = {"index", "digest", "text", "tokens", "finish"}
+    assert set(own) == names | {"logprobs", "prompt_logprobs"}
+    assert len(own["logprobs"]) == 3 and all(x < 0 for x in own["logprobs"])
+    first, *values = own["prompt_logprobs"]  # bos, a, b
+    assert first is None and len(values) == 2 and all(x < 0 for x in values)
+    assert set(scored) == names | {"prompt_logprobs", "prompt_top_logprobs"}
+    assert (scored["text"], scored["tokens"], scored["finish"]) == ("", [], "length")
+    assert scored["prompt_logprobs"][:3] == pytest.approx(own["prompt_logprobs"])
+    first, *tops = scored["prompt_top_logprobs"]
+    assert first is None and [len(top) for top in tops] == [2, 2, 2]
+    for value, ((_, highest), (_, second)) in zip(scored["prompt_logprobs"][1:], tops):
+        assert highest >= second and highest >= value
+    assert [len(top) for top in likeliest["top_logprobs"]] == [1, 1]
+    # Without a temperature, the likeliest id is the token.
+    assert [[id] for id in likeliest["tokens"]] == [
+        [id for id, _ in top] for top in likeliest["top_logprobs"]
+    ]
+    assert len(longer["tokens"]) == 2 and longer["finish"] == "stop"
+    assert whole["tokens"] == [257] * 5 and whole["finish"] == "length"
+    assert "line 6: max_tokens=0 is not accepted" in refused["error"]
+
+
 def refusal(prompts, out, **defaults):
     """The message with which a run is refused; checks that `out` is as before."""
     before = out.read_bytes()
@@ -80,6 +126,42 @@ def refusal(prompts, out, **defaults):
 
 
 # ------------------------------------------------------------------ resuming
+
+
+def test_outputs_of_another_model_are_not_kept(tmp_path):
+    rows = [dict(prompt=[1, 2]), dict(prompt=[3, 4])]
+    prompts, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    weights, _ = weights_and_mesh()
+    other = jax.tree.map(lambda x: x * 1.001, weights)
+    engine, defaults = make_engine(), dict(max_tokens=2)
+    one = offline.run(engine, prompts, out, defaults, show=False, model=weights)
+    again = offline.run(engine, prompts, out, defaults, show=False, model=weights)
+    assert (one, again) == ((2, 0, 0), (0, 2, 0))
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="or of another model; choose a new file"):
+        offline.run(engine, prompts, out, defaults, show=False, model=other)
+    assert out.read_bytes() == before
+
+
+def test_the_digest_of_a_model_is_the_same_on_another_mesh():
+    weights, _ = weights_and_mesh()
+    specs = sharding.parameter_specs(weights)
+    shardings = sharding.named_shardings(helpers.make_mesh(tensor=2), specs)
+    sharded = jax.device_put(weights, shardings)
+    assert offline.digest_of(sharded) == offline.digest_of(weights)
+
+
+def test_a_file_has_one_writer(tmp_path):
+    rows = [dict(prompt=[1, 2])]
+    prompts, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with Lease(tmp_path, "out", output=out):
+        with pytest.raises(ConfigError, match="out.jsonl. is not accepted: process"):
+            run(prompts, out)
+        assert not out.exists()
+        assert run(prompts, tmp_path / "other.jsonl") == (1, 0, 0)
+    assert run(prompts, out) == (1, 0, 0)
+    names = {"in.jsonl", "out.jsonl", "other.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
@@ -144,6 +226,22 @@ def test_a_row_that_failed_on_the_device_is_tried_again(tmp_path):
     assert records(out)[1]["error"] == "line 2: request 1 failed: out of memory"
     assert run(prompts, out) == (2, 0, 0)
     assert records(out)[1]["tokens"] == reference("a", max_tokens=5)
+
+
+def test_rows_of_an_engine_that_ends_are_left_for_the_next_run(tmp_path, monkeypatch):
+    """Every device call fails: the engine ends with half of the rows not submitted."""
+    weights, mesh = weights_and_mesh()
+    options = Decode(slots=1, queue_size=1, fit_shapes=False)
+    engine = Engine(weights, MODEL_CONFIG, mesh, options, ByteTokenizer())
+    lost = mock.Mock(side_effect=RuntimeError("device lost"))
+    monkeypatch.setattr(engine.programs, "run_prefill", lost)
+    prompts = write(tmp_path / "in.jsonl", [dict(prompt="a")] * 9)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(EngineFailed, match="the engine has ended .*: device lost"):
+        offline.run(engine, prompts, out, dict(max_tokens=5), show=False)
+    assert len(records(out)) < 9
+    assert all("device lost" in record["error"] for record in records(out).values())
+    assert run(prompts, out) == (9, 0, 0)
 
 
 class BusyEngine:

@@ -52,10 +52,13 @@ def test_a_call_takes_as_many_prompts_as_fit():
 
 def test_rows_of_padding_have_no_staging_index():
     row = decode.SlotState(
-        *(np.zeros(1, np.int32),) * 8, sampling.make_params(None, 2, 32), None
+        *(np.zeros(1, np.int32),) * 9, sampling.make_params(None, 2, 32), None, None
     )
     pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]
-    prompts = [np.arange(10, 17, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
+    prompts = [
+        packing.Prompt(np.arange(10, 17, dtype=np.int32)),
+        packing.Prompt(np.arange(20, 24, dtype=np.int32), generated=1),
+    ]
     made = packing.pack(
         pieces, 4, 8, prompts, [row, row], staging_size=6, padding_id=99
     )
@@ -66,11 +69,12 @@ def test_rows_of_padding_have_no_staging_index():
         False,
         False,
     ]
+    assert made.size.tolist() == [7, 4, 0, 0]
+    assert made.generated.tolist() == [0, 1, 0, 0]
     assert made.start.tolist() == [0, 2, 0, 0] and made.length.tolist() == [3, 2, 0, 0]
-    assert (
-        made.prompt[1].tolist() == [20, 21, 22, 23, 99, 99, 99, 99]
-        and (made.prompt[0] == 99).all()
-    )
+    assert made.prompt[1].tolist() == [20, 21, 22, 23, 99, 99, 99, 99] and made.prompt[
+        0
+    ].tolist() == [10, 11, 12, 13, 14, 15, 16, 99]
     assert all(
         len(leaf) == 4 for leaf in (made.state.request, made.state.sampling.seed)
     )

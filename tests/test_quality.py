@@ -5,13 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import random_parameters, small_model
-from test_model import BATCH, FAST, assert_same, case_model, reference_of
+from helpers import FAST, random_parameters, small_model
+from model_cases import BATCH, assert_same, case_model, reference_of
 
 from ladder_jax.bench import quality, quality_results, virtual_shards
 from ladder_jax.bench.quality import Arguments, Variant
 from ladder_jax.bench.quality_results import Run
 from ladder_jax.config import Config, ConfigError
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 RUN = Run(
     size="tiny",

@@ -13,10 +13,13 @@ from ladder_jax import cli
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
 from ladder_jax.evaluation import command as evaluation
+from ladder_jax.server import command as server
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-DOCS += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "evaluation.md"]
+DOCS += [ROOT / "docs" / f"{name}.md" for name in ("tutorial", "evaluation", "serving")]
 COMMANDS = [
     shlex.split(line, comments=True)
     for path in DOCS
@@ -31,6 +34,7 @@ KINDS = {
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,
     "inspect": cli.InspectArguments,
+    "serve": server.Arguments,
 }
 
 
@@ -38,6 +42,8 @@ KINDS = {
 def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, arguments = words[1], words[2:]
+    if arguments == ["--help"]:
+        return
     if command == "train":
         default = cli.TrainArguments(from_recipe(arguments[0]))
         parsed = cli.parse(KINDS[command], arguments[1:], command, default)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import anneal, checkpoint, config, loading, training
-from ladder_jax.config import ConfigError, Distill, to_dict
+from ladder_jax import anneal, config, loading, training
+from ladder_jax.config import ConfigError, Distill
 from ladder_jax.convert import ladderize
 from ladder_jax.data import tokenizer
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +24,9 @@ def folder(tmp_path_factory):
     """A corpus, a trained standard run, and its ladder conversion."""
     path = tmp_path_factory.mktemp("recovery")
     tiny.write_corpus(path / "corpus")
-    with tiny.compiled_once(tmp_path_factory.mktemp("compiled")):
-        training.train(tiny.make(path, model_residual="standard"))
-        arguments = ladderize.Ladderize(str(path / "run"), str(path / "new"), "all")
-        ladderize.run(arguments)
-        yield path
+    training.train(tiny.make(path, model_residual="standard"))
+    ladderize.run(ladderize.Ladderize(str(path / "run"), str(path / "new"), "all"))
+    return path
 
 
 def recovery(folder, out, **fields):
@@ -130,12 +130,7 @@ def others(folder):
         ("desync", "desync:2", 4, tokenizer.ByteTokenizer()),
     ):
         shape = tiny.make(folder, model_residual=residual)
-        meta = dict(config=to_dict(shape), tensor=tensor, tokenizer=its.to_json())
-        from ladder_jax import model
-
-        parameters = model.init(shape.model, jax.random.key(0))
-        with checkpoint.Checkpoints(folder / name, keep=1) as checkpoints:
-            checkpoints.save(0, dict(model=parameters), None, meta)
+        tiny.save(folder / name, shape, tensor=tensor, tokenizer=its.to_json())
     return folder
 
 

@@ -7,7 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_mesh
+from helpers import FAST, make_mesh
 
 from ladder_jax import sharding
 from ladder_jax.residual.overlap import AsyncReduction, BackwardReduction
@@ -23,36 +23,39 @@ SHAPES = [(3, 5, 7), (1,), (), (2, 1, 384)]
 SIZES = [2, 3, 6, 8]
 
 
-def over(size, function):
-    """`function` of each of `size` tensor shards' own values.
+def over(size, function, options=FAST):
+    """`function` of each of `size` tensor shards' own values, compiled with `options`.
 
     Values and results lead with the shard.
     """
-    mesh = make_mesh(tensor=size)
+
+    def local(values):
+        results = function(jax.tree.map(lambda x: x[0], values))
+        return jax.tree.map(lambda x: x[None], results)
+
     spec = sharding.P("tensor")
-    return jax.jit(
-        sharding.shard_map(
-            lambda x: jax.tree.map(lambda y: y[None], function(x[0])), mesh, spec, spec
-        )
-    )
+    mapped = sharding.shard_map(local, make_mesh(tensor=size), spec, spec)
+    return jax.jit(mapped, compiler_options=options)
 
 
 def partials(size, shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(size).normal(size=(size, *shape)), dtype)
+    return np.random.default_rng(size).normal(size=(size, *shape)).astype(dtype)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
-    for shape in SHAPES:
-        given = partials(size, shape)
-        total = np.asarray(over(size, lambda x: reduce(x, name))(given))
+    reduce_all = lambda values: [reduce(x, name) for x in values]
+    given_arrays = [partials(size, shape) for shape in SHAPES]
+    # As users compile it: another order of the sums would have other bits.
+    totals = over(size, reduce_all, options={})(given_arrays)
+    for shape, given, total in zip(SHAPES, given_arrays, map(np.asarray, totals)):
         assert all((row == total[0]).all() for row in total), (
             f"{name}, {size} shards, {shape}: not the same bits"
         )
         np.testing.assert_allclose(
             total[0],
-            np.asarray(given).sum(axis=0),
+            given.sum(axis=0),
             rtol=1e-5,
             atol=1e-6,
             err_msg=f"{name}, {size} shards, {shape}",
@@ -63,8 +66,8 @@ def test_the_sum_is_psums_and_the_same_bits_everywhere(name, size):
 def test_bfloat16_is_rounded_as_little_as_exchanges_need(name):
     """Eight shards round three times; psum on CPUs and one-shot sum in float32."""
     given = partials(8, (4, 384), jnp.bfloat16)
-    total = np.asarray(over(8, lambda x: reduce(x, name))(given).astype(jnp.float32))[0]
-    exact = np.asarray(given.astype(jnp.float32)).sum(axis=0)
+    total = np.float32(over(8, lambda x: reduce(x, name))(given))[0]
+    exact = np.float32(given).sum(axis=0)
     assert (
         np.abs(total - exact).max()
         <= (8 if name == "ring" else 4) * 2**-8 * np.abs(exact).max()
@@ -91,11 +94,15 @@ def test_a_sum_passes_its_cotangent_on_and_a_shared_value_sums_its_cotangents(
 
 
 IN_ORDER = Policy(lambda message: "psum", in_order=True)
+# Every reduction with every number of products and of shards, and every two of these.
+ROUNDS = [
+    (name, (2, 3, 8)[(i + j) % 3], products)
+    for i, name in enumerate([*REDUCTIONS, IN_ORDER])
+    for j, products in enumerate([0, 1, 3, 5])
+]
 
 
-@pytest.mark.parametrize("products", [0, 1, 3, 5])
-@pytest.mark.parametrize("size", [2, 3, 8])
-@pytest.mark.parametrize("name", [*REDUCTIONS, IN_ORDER])
+@pytest.mark.parametrize("name, size, products", ROUNDS)
 def test_rounds_that_end_between_products_change_nothing(name, size, products):
     """However many products a block has, forward and backward."""
     given, scale = partials(size, (2, 3)), jnp.arange(1.0, size + 1)
@@ -119,7 +126,7 @@ def test_rounds_that_end_between_products_change_nothing(name, size, products):
     total, dx, dy = map(np.asarray, over(size, run)(given))
     np.testing.assert_allclose(
         total,
-        np.broadcast_to(np.asarray(given).sum(axis=0), total.shape),
+        np.broadcast_to(given.sum(axis=0), total.shape),
         rtol=1e-5,
         atol=1e-6,
     )

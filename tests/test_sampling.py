@@ -111,6 +111,32 @@ def test_a_row_gets_the_same_token_alone_and_among_others_with_and_without_branc
     assert alone[6] == 3 and alone[0] == x[0].argmax()
 
 
+def test_banned_ids_are_never_sampled_and_no_other_row_changes():
+    x = logits(4)
+    likeliest = x.argmax(axis=1)
+    banned = np.array([[-1, -1], [likeliest[1], -1], [-1, V - 1], [V - 1, 0]])
+    for row in (2, 3):  # the last id, which -1 could mean by mistake, is the likeliest
+        x[row, V - 1] = 50
+    params = stack(*[dict(logit_bias={0: 100.0})] * 4)
+    neutral = params._replace(bias=np.zeros_like(params.bias))
+    history, positions = np.zeros((4, V), np.int32), np.zeros(4, np.int32)
+    for run in (sampling.run_if, sampling.run_always):
+        draw = functools.partial(
+            sample,
+            x,
+            history_BV=history,
+            position_B=positions,
+            vocabulary=V,
+            run=run,
+            banned_BE=banned,
+        )
+        order = np.argsort(-x, axis=1)
+        expected = [order[0, 0], order[1, 1], order[2, 1], order[3, 1]]
+        assert draw(params=neutral).tolist() == expected
+        # A bias does not bring a banned id back.
+        assert draw(params=params).tolist() == [0, 0, 0, order[3, 1]]
+
+
 def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     row = logits(1)[0]
     n = 4000

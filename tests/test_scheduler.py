@@ -137,6 +137,16 @@ TABLE = [
         ),
         dict(prefill_budget=32),
     ),
+    (
+        "it does not end within the iterations that fit: prefill can wait",
+        load(
+            prefilling=(work(),),
+            staged=(work(),),
+            decoding=(work(emitted=90), work(emitted=90), DECODES, DECODES),
+            fitting_steps=2,
+        ),
+        dict(prefill_budget=0),
+    ),
     # ------------------------------------------------------------ chunk
     (
         "a full width decodes for the whole chunk",
@@ -193,15 +203,52 @@ TABLE = [
         dict(chunk_steps=1),
     ),
     (
-        "a prefill's token comes to the host with a chunk",
-        load(staged=(work(max_tokens=1),), unread_prefills=1),
-        dict(chunk_steps=1),
+        "prefill has emitted the only token: no chunk",
+        load(staged=(work(max_tokens=1), work(max_tokens=0))),
+        dict(chunk_steps=0),
     ),
     (
         "a loop that cannot end early gets a compiled size",
         load(decoding=(work(emitted=97),)),
         dict(chunk_steps=4),
         dict(fixed_trip_count=True),
+    ),
+    (
+        "no more iterations than fit in burst_ms",
+        load(decoding=(DECODES,) * 4, fitting_steps=3),
+        dict(chunk_steps=3),
+    ),
+    (
+        "one iteration, if none fits",
+        load(decoding=(DECODES,) * 4, fitting_steps=0),
+        dict(chunk_steps=1),
+    ),
+    (
+        "more than steps_per_call fit",
+        load(decoding=(DECODES,) * 4, fitting_steps=99),
+        dict(chunk_steps=16),
+    ),
+    (
+        "half the slots are empty: half of what fits",
+        load(decoding=(DECODES,) * 2, prefilling=(work(),) * 2, fitting_steps=6),
+        dict(chunk_steps=3),
+    ),
+    (
+        "a loop that cannot end early gets the largest compiled size that fits",
+        load(decoding=(DECODES,) * 4, fitting_steps=15),
+        dict(chunk_steps=4),
+        dict(fixed_trip_count=True),
+    ),
+    (
+        "the smallest compiled size, if none fits",
+        load(decoding=(DECODES,) * 4, fitting_steps=3),
+        dict(chunk_steps=4),
+        dict(fixed_trip_count=True),
+    ),
+    (
+        "a cancellation needs a chunk, however slow",
+        load(cancelled=1, fitting_steps=0),
+        dict(chunk_steps=1),
     ),
 ]
 
@@ -231,11 +278,11 @@ LOADS = st.builds(
     decoding=st.lists(WORKS, max_size=4).map(tuple),
     cancelled=st.integers(0, 4),
     unread_chunks=st.integers(0, 2),
-    unread_prefills=st.integers(0, 2),
     prefill_spent=st.integers(0, 64),
     width=st.sampled_from(LIMITS.widths),
     length=st.sampled_from(LIMITS.lengths),
     smaller_steps=st.integers(0, 5),
+    fitting_steps=st.none() | st.integers(0, 20),
 )
 
 
@@ -250,6 +297,14 @@ def test_every_step_is_possible_and_there_is_always_one(load, fixed, fit):
     assert 0 <= step.chunk_steps <= limits.steps_per_call
     if fixed and step.chunk_steps:
         assert step.chunk_steps in limits.chunk_sizes
+    if load.fitting_steps is not None:
+        smallest = limits.chunk_sizes[0] if fixed else 1
+        assert step.chunk_steps <= max(load.fitting_steps, smallest)
+        without = dataclasses.replace(load, fitting_steps=None)
+        unlimited = plan_step(without, limits)
+        assert step.chunk_steps <= unlimited.chunk_steps
+        assert step[:4] == unlimited[:4], "admission and shape do not depend on it"
+        assert step.prefill_budget <= unlimited.prefill_budget
     if fit and (works := load.on_device + load.candidates):
         assert step.width in limits.widths and step.length in limits.lengths
         assert step.width >= min(len(works) + load.cancelled, limits.slots)
@@ -324,7 +379,7 @@ def test_a_cancelled_request_frees_its_place_when_the_device_has_dropped_it(phas
     if phase is Phase.PREFILLING:  # the device does not decode it
         assert not list(tracker) and tracker.free_staging_indices() == [0]
         return
-    assert tracker.cancelled_count() == 1 and tracker.take_cancelled(4) == [1]
+    assert tracker.cancelled_count() == 1 and tracker.take_cancelled(4, 0) == [1]
     if phase is Phase.STAGED:
         assert tracker.free_staging_indices() == []
         tracker.leave_staging(Chunk(number=1, steps=4), [-1])
@@ -337,5 +392,5 @@ def test_a_chunk_cancels_no_more_than_it_has_room_for():
         record = tracker.admit(FakeRequest(number), number, number)
         tracker.stage(record, 0)
         tracker.finish(record, device_ended=False)
-    assert tracker.take_cancelled(3) == [0, 1, 2]
-    assert tracker.take_cancelled(3) == [3, 4] and tracker.take_cancelled(3) == []
+    assert tracker.take_cancelled(3, 0) == [0, 1, 2]
+    assert tracker.take_cancelled(3, 0) == [3, 4] and tracker.take_cancelled(3, 0) == []

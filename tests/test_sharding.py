@@ -1,4 +1,6 @@
-"""The mesh on TPU slices, on devices that are only coordinates."""
+"""The mesh, on TPU slices too, whose devices are only coordinates here; and the specs:
+every parameter has one, and what does not divide is one line.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +8,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import pytest
+from helpers import BIASES, make_mesh
+from model_cases import case_model
 
-from ladder_jax import sharding
-from ladder_jax.config import Mesh
+from ladder_jax import config, model, sharding
+from ladder_jax.config import ConfigError, Mesh
 from ladder_jax.residual import reductions
 
 
@@ -131,3 +135,95 @@ def test_abstract_gives_shapes_the_shardings_of_the_table_or_of_specs():
     assert placed["embedding"].sharding.spec == jax.P("tensor", "fsdp")
     one = sharding.abstract(shapes["embedding"], mesh, sharding.REPLICATED)
     assert one.sharding.is_fully_replicated and one.shape == (32, 16)
+
+
+# ---------------------------------------------------------------- what has to divide
+
+VARIANTS = [
+    {},
+    dict(tie_embeddings=True),
+    dict(qk_norm=True),
+    BIASES,
+    dict(residual="parallel"),
+    dict(residual="desync:2", qk_norm=True, qkv_bias=True, layers=1),
+]
+
+
+def test_every_parameter_has_a_spec_that_divides_the_dimension_it_names():
+    names = set()
+    for options in VARIANTS:
+        model_config = config.Model(
+            vocab_size=320,
+            dim=24,
+            heads=16,
+            kv_heads=8,
+            head_dim=10,
+            ffn_dim=48,
+            **{**dict(layers=3), **options},
+        )
+        tree = model.abstract(model_config)
+        for name, leaf, spec in zip(
+            *map(
+                jax.tree.leaves,
+                (sharding.parameter_names(tree), tree, sharding.parameter_specs(tree)),
+            )
+        ):
+            names.add(name)
+            axes = sharding.PARAMETERS[name].axes
+            sizes = [getattr(model_config, sharding.DIMS[dim]) for dim in axes]
+            stacked = [model_config.layers] * ("." in name)
+            assert list(leaf.shape) == stacked + sizes, (
+                f"{name} is {leaf.shape}, not layers + {sizes}"
+            )
+            assert tuple(spec) == (*(None for _ in stacked), *axes.values()), name
+    assert names == set(sharding.PARAMETERS), (
+        "PARAMETERS has a row that no model has, or lacks one"
+    )
+
+
+def one_line(function, *args):
+    with pytest.raises(ConfigError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, size, mesh",
+    [
+        ("vocab_size", 31, (1, 1, 8)),
+        ("heads", 12, (1, 1, 8)),
+        ("kv_heads", 4, (1, 1, 8)),
+        ("ffn_dim", 20, (1, 1, 8)),
+        ("dim", 20, (1, 8, 1)),
+    ],
+)
+def test_a_model_that_does_not_divide_is_one_line_with_the_field(field, size, mesh):
+    options = {"kv_heads": 4} if field == "heads" else {}
+    model_config = case_model("ladder", **{**options, field: size})
+    text = one_line(sharding.check_fits, model_config, make_mesh(*mesh))
+    assert f"model.{field}={size}" in text and (
+        "mesh.tensor=8" in text or "mesh.fsdp=8" in text
+    )
+
+
+def test_a_batch_that_does_not_divide_is_one_line():
+    assert "batch of 6" in one_line(
+        sharding.check_fits, case_model("ladder"), make_mesh(2, 2, 2), 6
+    )
+    sharding.check_fits(case_model("ladder"), make_mesh(2, 2, 2), 8)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_one_line():
+    assert "mesh data=3 x fsdp=1 x tensor=1 has 3 devices, but there are 8" in one_line(
+        sharding.make_mesh, config.Mesh(3, 1, 1)
+    )
+    assert "data=-1 x fsdp=1 x tensor=3 does not divide the 8" in one_line(
+        sharding.make_mesh, config.Mesh(-1, 1, 3)
+    )
+    assert tuple(sharding.make_mesh(config.Mesh(2, -1, 2)).shape.items()) == (
+        ("data", 2),
+        ("fsdp", 2),
+        ("tensor", 2),
+    )
+    assert make_mesh(1, 1, 2).devices.size == 2

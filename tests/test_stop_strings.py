@@ -1,5 +1,7 @@
 """Stop strings: the filter against a slow, obvious version, token by token."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -68,6 +70,44 @@ def test_text_ends_before_the_first_stop_string(pieces, rest, stops):
     assert text_filter.flush() == ""
 
 
+@given(st.lists(TEXTS, min_size=1, max_size=8), TEXTS, STOPS, st.integers(0, 8))
+@example(["aa", "b", "b"], "", ["aab", "abb"], 2)
+@example(["ab", "b"], "", ["ab", "abbb"], 1)
+@example(["a", "b"], "", ["ab"], 1)
+def test_a_stop_string_that_the_first_tokens_complete_does_not_count(
+    pieces, rest, stops, min_tokens
+):
+    text_filter = StopStringFilter(Pieces(pieces, rest), stops, min_tokens)
+    given_text, expected = "", None
+    for token in range(len(pieces)):
+        before, text = "".join(pieces[:token]), "".join(pieces[: token + 1])
+        new, stopped = text_filter.push(token)
+        given_text += new
+        if token >= min_tokens or not min_tokens:
+            expected = cut(before, text, stops)
+        assert stopped == (expected is not None)
+        if stopped:
+            break
+    else:
+        text = "".join(pieces)
+        if len(pieces) > min_tokens or not min_tokens:
+            expected = cut(text, text + rest, stops)
+        if expected is None:
+            expected = text + rest
+    assert given_text + text_filter.flush() == expected
+
+
+def cut(before, text, stops):
+    """`text` before the first stop string that is not complete in `before`, or None."""
+    starts = [
+        start
+        for stop in stops
+        for start in range(len(text))
+        if text.startswith(stop, start) and start + len(stop) > len(before)
+    ]
+    return text[: min(starts)] if starts else None
+
+
 def test_text_after_a_stop_string_is_not_returned():
     text_filter = StopStringFilter(Pieces(["aXb", "c"], "d"), ["X"])
     assert text_filter.push(0) == ("a", True)
@@ -83,10 +123,25 @@ def test_stop_is_a_string_or_several(stop, strings):
     assert check_stop(stop) == strings
 
 
-@pytest.mark.parametrize("stop", ["", [""], [1], (10,), 10, None, b"a", {"a": 1}])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "",
+        [""],
+        [1],
+        (10,),
+        10,
+        None,
+        b"a",
+        {"a": 1},
+        itertools.repeat("a"),
+        ["a"] * 257,
+    ],
+    ids=lambda stop: str(type(stop)),
+)
 def test_another_stop_is_refused(stop):
     with pytest.raises(ConfigError) as error:
         check_stop(stop)
     assert str(error.value).endswith(
-        "is not accepted: it must be a non-empty string, or several"
+        "it must be a non-empty string, or a list of at most 256 of them"
     )

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import tokenizers
+from helpers import text_after
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -172,6 +173,50 @@ def test_stream_equals_decode_for_any_ids(tok, data):
     ids = data.draw(st.lists(st.integers(0, tok.size + 5), max_size=30))
     stream = tok.stream()
     assert "".join(map(stream.push, ids)) + stream.flush() == tok.decode(ids)
+
+
+@every
+@fast
+@given(data=st.data())
+def test_a_stream_after_a_prompt_gives_what_the_ids_add_to_its_text(tok, data):
+    ids = data.draw(st.lists(st.integers(0, tok.size + 5), max_size=30))
+    start = data.draw(st.integers(0, len(ids)))
+    check_stream_after(tok, ids[:start], ids[start:])
+
+
+@exact
+@pytest.mark.parametrize("text", ["the 東🙂", "🙂é\ufffd", "東\U0010ffff\u0800"])
+def test_a_stream_after_every_beginning_of_a_text(tok, text):
+    """Also where a prompt ends inside a character, and other ids follow."""
+    ids = tok.encode(text)
+    for start in range(len(ids) + 1):
+        given_text = check_stream_after(tok, ids[:start], ids[start:])
+        whole = tok.decode(ids[:start]).rstrip("\ufffd")
+        assert whole + given_text == text or "\ufffd" in text
+        for other in [tok.encode("a"), ids, ids[::-1], []]:
+            check_stream_after(tok, ids[:start], other)
+
+
+def check_stream_after(tok, prompt, ids):
+    """The text is exact, and each character comes with its last byte."""
+    stream, given_text = tok.stream(after=prompt), ""
+    for end, token in enumerate(ids, 1):
+        given_text += stream.push(token)
+        assert text_after(tok, prompt, ids[:end]).startswith(given_text)
+        assert len(text_after(tok, prompt, ids[:end])) - len(given_text) <= 1
+    given_text += stream.flush()
+    assert given_text == text_after(tok, prompt, ids)
+    return given_text
+
+
+@pytest.mark.parametrize("second", range(0x7F, 0xC1))
+@pytest.mark.parametrize("first", [0xC1, 0xC2, 0xE0, 0xED, 0xEE, 0xF0, 0xF4, 0xF5])
+def test_two_bytes_that_begin_a_character_or_cannot(first, second):
+    """Python's incremental decoder waits after the half of a surrogate (ED A0)."""
+    tok, ids = tokenizer.ByteTokenizer(), [0x61, first, second, 0x62]
+    for start in range(4):
+        for end in range(start, 5):
+            check_stream_after(tok, ids[:start], ids[start:end])
 
 
 @pytest.mark.parametrize("name", ["bpe", "wordpiece", "word ends", "unigram", "ctc"])

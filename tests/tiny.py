@@ -2,15 +2,16 @@
 Python, jax and machine.
 """
 
-import contextlib
 import dataclasses
 import json
 import random
 from pathlib import Path
 
+import helpers
 import jax
+import jax.numpy as jnp
 
-from ladder_jax import config, model
+from ladder_jax import config
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.data import tokenizer
 
@@ -101,42 +102,37 @@ def rows(out):
     ]
 
 
+def save(folder, whole, steps=(0,), scale=0.02, others=None, **meta):
+    """Writes checkpoints of random parameters, as a run of the config `whole` would.
+
+    Args:
+      folder: the folder of the checkpoints.
+      whole: a config.Config.
+      steps: the numbers of the checkpoints, each of other parameters.
+      scale: the parameters' standard deviation.
+      others: what is saved beside the model, by name.
+      meta: what replaces or joins the meta of a run on one tensor shard.
+    """
+    own = dict(
+        config=config.to_dict(whole),
+        tensor=1,
+        tokenizer=tokenizer.ByteTokenizer().to_json(),
+    )
+    with Checkpoints(folder, keep=9) as checkpoints:
+        for step in steps:
+            parameters = helpers.random_parameters(whole.model, None, scale, seed=step)
+            state = dict(model=jax.tree.map(jnp.asarray, parameters)) | (others or {})
+            checkpoints.save(step, state, None, own | meta)
+
+
 def write_run(folder):
     """Writes the folder of a run: checkpoints of two steps, and metrics."""
     sizes = dict(dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)
     model_config = config.Model(**sizes, max_length=256, dtype="float32")
-    meta = dict(
-        config=config.to_dict(config.Config(model_config)),
-        tensor=1,
-        tokenizer=tokenizer.ByteTokenizer().to_json(),
-    )
-    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
-        for step in (2, 10):
-            parameters = model.init(model_config, jax.random.key(step))
-            checkpoints.save(step, dict(model=parameters), None, meta)
+    save(folder / "checkpoints", config.Config(model_config), steps=(2, 10))
     metrics = [
         dict(step=2, loss=5.5),
         dict(step=2, held_out_loss=5.4),
         dict(step=10, loss=5.1, mfu=0.1),
     ]
-    lines = [json.dumps(row) + "\n" for row in metrics]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-
-
-@contextlib.contextmanager
-def compiled_once(folder):
-    """Inside, runs share compiled programs, also with processes that get these
-    settings."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    try:
-        yield {name.upper(): str(value) for name, value in settings.items()}
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    helpers.write_rows(folder / "metrics.jsonl", metrics)

@@ -12,6 +12,7 @@ take processor time too, so compare it only where each contender has one core
 (`taskset -c 0`).
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -55,18 +56,19 @@ def serve(
       message: the message about the setup, for the parent.
       peak_bytes: the memory that the parent gets at the end.
     """
-    _send(message)
+    send(message)
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
             clock, processor = time.perf_counter(), time.process_time()
             step()
             times.append((time.perf_counter() - clock, time.process_time() - processor))
-        _send(times)
-    _send(peak_bytes())
+        send(times)
+    send(peak_bytes())
 
 
-def _send(value: object) -> None:
+def send(value: object) -> None:
+    """Writes a line of JSON to the parent."""
     try:
         print(json.dumps(value), file=_stdout, flush=True)
     except BrokenPipeError:  # the parent has ended, and printed why
@@ -76,8 +78,10 @@ def _send(value: object) -> None:
 # ---------------------------------------------------------------- the parent's side
 
 
-class Contender:
-    """A contender's process, as the parent sees it.
+class Contender(contextlib.AbstractContextManager["Contender"]):
+    """A contender's process, as the parent sees it; it ends with the `with`.
+
+    Ctrl-C in a terminal does not reach it: the parent ends it.
 
     Args:
       name: of the contender, for messages.
@@ -88,14 +92,30 @@ class Contender:
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        self.message = self._receive()
+        try:
+            self.message = self._receive()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def turn(self, steps: int) -> list[tuple[float, float]]:
         """Runs `steps` steps. Returns (seconds, processor seconds) of each."""
+        return self.ask(steps)
+
+    def ask(self, value: object) -> Any:
+        """Sends a line of JSON, and returns the contender's answer to it."""
         assert self.process.stdin is not None
-        print(steps, file=self.process.stdin, flush=True)
+        print(json.dumps(value), file=self.process.stdin, flush=True)
         return self._receive()
 
     def finish(self) -> int:

@@ -1,10 +1,14 @@
-"""The rows of the conversion study: the CSV file, the table, the plot."""
+"""The rows of the conversion study: the CSV file, the tables, the plot."""
 
 import csv
 import json
-import os
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ladder_jax import files
+from ladder_jax.config import ConfigError
 
 Row = dict[str, Any]
 KEY = ("layers", "method", "seed", "rate", "total")  # what tells runs apart
@@ -13,7 +17,24 @@ NAMES = {
     "sft": "next token",
     "distill": "distillation",
     "anneal": "distillation, annealed",
+    "gated": "distillation, annealed with the gate",
 }
+# The ends of the names of columns: accuracy on a task, and its standard error.
+ACCURACY = "_accuracy"
+ERROR = ACCURACY + "_stderr"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def accuracies(row: Mapping[str, Any]) -> dict[str, float]:
+    """{task: accuracy} of a row; empty where it was not measured."""
+    return {
+        name.removesuffix(ACCURACY): float(value)
+        for name, value in row.items()
+        if name.endswith(ACCURACY) and value not in ("", None)
+    }
 
 
 class Rows:
@@ -49,27 +70,52 @@ class Rows:
             self._write()
 
     def _write(self) -> None:
-        part = self.path.with_suffix(f".{os.getpid()}")
-        with part.open("w", newline="") as file:
+        with files.replacing(self.path) as part, part.open("w", newline="") as file:
             if self.rows:
-                writer = csv.DictWriter(file, list(self.rows[-1]))
+                # Rows of an earlier command may lack columns.
+                names = dict.fromkeys(name for row in self.rows for name in row)
+                writer = csv.DictWriter(file, list(names))
                 writer.writeheader()
                 writer.writerows(self.rows)
-        part.replace(self.path)
 
 
 def line(row: Row, number: int, count: int, seconds: float) -> str:
     """A row as a line of output."""
+    tasks = "".join(f", {name} {x:.3f}" for name, x in accuracies(row).items())
     return (
         f"[{seconds:5.0f}s] run {number}/{count} {row['layers']:8} {row['method']:7} "
         f"seed {row['seed']} rate {row['rate']:g} {row['tokens']:>10,} tokens: "
         f"bits per byte {row['documentation_bits_per_byte']:.4f} and "
         f"{row['notices_bits_per_byte']:.4f}, divergence "
         f"{row['documentation_divergence']:.4f}, {row['tokens_per_s']:,.0f} tok/s"
+        f"{tasks}"
     )
 
 
-# ---------------------------------------------------------------- the damages
+# ---------------------------------------------------------------- other files
+
+
+def require_same(out: Path, settings: Row) -> None:
+    """Raises ConfigError where the rows in `out` were measured with other settings.
+
+    The first command writes them to settings.json.
+    """
+    path = out / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        _write_json(path, settings)
+        return
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            raise ConfigError(
+                f"{name}={value!r} is not accepted: the rows in {out} were measured "
+                f"with {before[name]!r}; keep that, or choose another --out"
+            )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    files.write_text(path, json.dumps(value))
 
 
 def read_damages(out: Path) -> list[float] | None:
@@ -78,9 +124,7 @@ def read_damages(out: Path) -> list[float] | None:
 
 
 def write_damages(out: Path, damages: list[float]) -> None:
-    part = out / "damages.part"
-    part.write_text(json.dumps(damages))
-    part.replace(out / "damages.json")
+    _write_json(out / "damages.json", damages)
 
 
 # ---------------------------------------------------------------- table and plot
@@ -134,6 +178,45 @@ def table(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def task_table(rows: list[Row]) -> str:
+    """Markdown: accuracy by model and task, ± one standard error over the examples.
+
+    Of several seeds, the mean of both. Empty where no task was measured.
+    """
+    measured = [row for row in rows if accuracies(row)]
+    names = list(dict.fromkeys(name for row in measured for name in accuracies(row)))
+    models: dict[tuple[str, str], list[Row]] = {}
+    for row in measured:
+        models.setdefault((_model(row), row["tokens"]), []).append(row)
+    if not models:
+        return ""
+    lines = ["Accuracy on tasks, ± one standard error over the examples:\n"]
+    lines.append(f"| model | tokens of training | {' | '.join(names)} |")
+    lines.append("|---" * (len(names) + 2) + "|")
+    for (model, tokens), same in models.items():
+        cells = " | ".join(_accuracy(same, name) for name in names)
+        lines.append(f"| {model} | {int(tokens) / 1e6:.2f}M | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _model(row: Row) -> str:
+    """What was measured: the methods do not matter before the first step."""
+    layers = row["layers"]
+    if int(row["tokens"]):
+        return f"{title(layers, row['method'])}; rate {row['rate']}"
+    return "the parent" if layers == "none" else f"{layers}, untrained"
+
+
+def _accuracy(rows: list[Row], name: str) -> str:
+    found = [row for row in rows if name in accuracies(row)]
+    if not found:
+        return ""
+    mean = sum(accuracies(row)[name] for row in found) / len(found)
+    errors = [float(row.get(name + ERROR) or "nan") for row in found]
+    error = sum(errors) / len(errors)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
 def _cell(values: list[float] | None) -> str:
     if not values:
         return ""
@@ -158,6 +241,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, max(len(chosen), 1), sharex=True, squeeze=False)
     colors = {"sft": "tab:orange", "distill": "tab:blue", "anneal": "tab:green"}
+    colors["gated"] = "tab:red"
     for axes_row, kind in zip(grid, kinds):
         found = results(rows, f"{kind}_bits_per_byte", group)
         control = found.get(("none", "sft"), {})
@@ -181,7 +265,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.set_xlabel("millions of tokens of training")
     if chosen:
         grid[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 def _curve(
@@ -197,5 +282,6 @@ def write(out: Path) -> None:
     """Writes table.md and plot.png from rows.csv."""
     rows = Rows(out / "rows.csv").rows
     if rows:
-        (out / "table.md").write_text(table(rows))
+        parts = [table(rows), task_table(rows)]
+        files.write_text(out / "table.md", "\n".join(filter(None, parts)))
         plot(rows, out / "plot.png")

@@ -17,8 +17,11 @@ so that policies differ in scheduling alone:
     per-token      continuous batching by the host: one jitted call, one synchronization
                    and one scheduling decision for every token
     no-shuffle     temporal fusion, always at full width and length
+    rows           temporal fusion; each slot has memory for the longest request, and
+                   attention reads as much of every slot as the longest live request has
     ours           temporal fusion: the device admits requests inside the jitted loop,
-                   and the compiled width and length follow the load
+                   and the compiled width follows the load. Requests have pages where
+                   these are faster (decode.kv_layout=auto)
 
 The upper bound is the bare step: forward pass and argmax at full width and length in a
 loop, without scheduling. The benchmark measures it before and after every policy. "of
@@ -29,8 +32,10 @@ rate of matrix products (machine.py).
 Flover gives gaps between arrivals for a model with a slower step. Unless `--unscaled`,
 the benchmark multiplies them by this model's step over that model's step.
 
-Tokens of a chunk reach the host together, so that most inter-token latencies are near 0
-and a few are as long as a chunk. Time per output token is their mean.
+Tokens of a chunk reach the host together, so that most inter-token latencies (ITL) are
+near 0 and a few are as long as a chunk. Time per output token is their mean. The
+engines shorten their chunks to `--burst-ms`; those of static and dynamic batching do so
+only while the batch can still grow.
 """
 
 import dataclasses
@@ -39,22 +44,24 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, decode_state, model, sampling, sharding
+from ladder_jax import decode, decode_state, files, model, pages, sampling, sharding
 from ladder_jax.bench import machine, plots
 from ladder_jax.bench.latency import (
     HEAD,
     History,
     Objective,
+    latencies_of,
     measure,
     result_table,
     saturated_occupancy,
@@ -81,6 +88,9 @@ class Arguments:
     """tiny, small, m125, 1b or 8b: a model with random weights."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    weights_dtype: Literal["auto", "int8"] = "auto"
+    """int8: all policies decode with int8 weights, and the bare step is also measured
+    with weights in --dtype, in turn."""
     residual: str = "ladder"
     """The residual schedule."""
     workload: str = "saturated"
@@ -100,7 +110,9 @@ class Arguments:
     slots: int = 8
     """Requests that decode together."""
     chunk: int = 16
-    """Decode iterations of one jitted call."""
+    """The most decode iterations of one jitted call."""
+    burst_ms: float = 50.0
+    """Milliseconds that the iterations of one call may take. 0: no limit."""
     tensor: int = 1
     """Devices to shard the model over."""
     policies: tuple[str, ...] = ()
@@ -136,17 +148,26 @@ def bare_step(
     an iteration.
     """
     spec = engine.spec
-    state = decode_state.empty(spec, width, 1, length)
+    entries = decode_state.table_size(spec, length)
+    state = decode_state.empty(spec, width, 1, length, width * entries)
+    table_WM = jnp.arange(width * entries, dtype=jnp.int32).reshape(width, entries)
 
     def local(weights: Any, token_W: jax.Array, position_W: jax.Array, kv: Any) -> Any:
         def step(_: jax.Array, carry: Any) -> Any:
             token_W, position_W, kv = carry
+            reads = None
+            if spec.page_size:
+                reads_W = jnp.ones(width, bool)
+                reads = pages.pairs(
+                    table_WM, position_W, reads_W, spec.page_size, table_WM.size
+                )
             x_W1D, kv = model.hidden(
                 weights,
                 spec.model_config,
                 token_W[:, None],
                 position_W[:, None],
                 cache=kv,
+                pages_read=reads,
             )
             logits_W1V = sharding.gather_vocabulary(
                 model.logits(weights, spec.model_config, x_W1D)
@@ -166,7 +187,8 @@ def bare_step(
     )
     tokens = np.zeros(width, np.int32)
     positions = np.full(width, length // 2, np.int32)
-    carry: Any = tokens, positions, state.slots.kv
+    kv = state.slots.kv if state.pool is None else state.pool.kv
+    carry: Any = tokens, positions, kv
 
     def measure_step(rounds: int) -> float:
         nonlocal carry
@@ -180,9 +202,17 @@ def bare_step(
     return measure_step
 
 
-def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
+def serve(
+    engine: Any, arrivals: Sequence[Arrival], users: int = 0, **options: Any
+) -> tuple[list[Request], float]:
     """Submits every request at its arrival, and steps the engine until all are done.
 
+    Args:
+      engine: an Engine, or what has its `submit` and `step`.
+      arrivals: the requests, in the order of arrival.
+      users: submit the next request when fewer than these are unfinished, whatever its
+        arrival says. 0: as the arrivals say.
+      options: of Engine.submit.
     Returns the requests, and the seconds from start to end.
     """
     scheduler = getattr(engine, "scheduler", None)
@@ -190,20 +220,27 @@ def serve(engine: Any, arrivals: list[Arrival]) -> tuple[list[Request], float]:
         scheduler.expected = len(arrivals)
     start, future_arrivals = time.perf_counter(), deque(arrivals)
     requests: list[Request] = []
-    unfinished: deque[Request] = deque()
+    unfinished: list[Request] = []
+
+    def is_due() -> bool:
+        if users:
+            return len(unfinished) < users
+        return future_arrivals[0].seconds <= time.perf_counter() - start
+
     while future_arrivals or unfinished:
-        now = time.perf_counter() - start
-        while future_arrivals and future_arrivals[0].seconds <= now:
+        while future_arrivals and is_due():
             arrival = future_arrivals.popleft()
-            request = engine.submit(list(arrival.prompt), max_tokens=arrival.max_tokens)
-            request.submitted = start + arrival.seconds
+            request = engine.submit(
+                arrival.prompt, max_tokens=arrival.max_tokens, **options
+            )
+            if not users:
+                request.submitted = start + arrival.seconds
             requests.append(request)
             unfinished.append(request)
         if not engine.step() and future_arrivals:
             until_next = future_arrivals[0].seconds - (time.perf_counter() - start)
             time.sleep(max(0.0, min(until_next, 0.01)))
-        while unfinished and unfinished[0].finish:
-            unfinished.popleft()
+        unfinished = [request for request in unfinished if not request.finish]
     return requests, time.perf_counter() - start
 
 
@@ -226,6 +263,7 @@ class Bench(NamedTuple):
     single_step: float  # seconds of the bare step at width 1
     measure_bare_step: Callable[[int], float]  # see bare_step; at full width
     cpu: machine.Machine | None  # None on an accelerator
+    int8_gain: dict[str, float] | None  # by width; see compare_weights
 
     @property
     def scale(self) -> float:
@@ -258,10 +296,13 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
         Decode(
             slots=arguments.slots,
             steps_per_call=arguments.chunk,
+            burst_ms=arguments.burst_ms,
             max_length=bench.length,
             queue_size=10**6,
             staging=arguments.slots,
+            prompt_logprobs=False,
             prefill_budget=64 if longest_prompt <= 16 else 256,
+            weights_dtype=arguments.weights_dtype,
         ),
         bench.parameters,
         bench.model_config,
@@ -351,6 +392,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
         f"width {arguments.slots} = {rate:.0f} tokens/s, "
         f"so batching can gain {gain:.1f}x"
     )
+    if bench.int8_gain:
+        gains = ", ".join(f"{x:.2f}x at width {w}" for w, x in bench.int8_gain.items())
+        print(
+            f"int8 weights: the bare step is {gains} as fast as with {arguments.dtype}"
+        )
     if not arguments.unscaled:
         print(
             f"gaps and windows are scaled by {bench.scale:.3f}: this model's step over "
@@ -373,12 +419,13 @@ def run(arguments: Arguments) -> dict[str, Any]:
         device=device,
         machine=bench.cpu._asdict() if bench.cpu else None,
         batch_gain=gain,
+        int8_gain=bench.int8_gain,
         step_ms={"1": single_step_ms, str(arguments.slots): full_step * 1e3},
         bare_step_tokens_per_s=rate,
         workloads=results,
     )
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(output, indent=1))
+        files.write_text(arguments.json, json.dumps(output, indent=1))
     return output
 
 
@@ -420,9 +467,18 @@ def set_up(arguments: Arguments) -> Bench:
     )
     parameters = init(jax.random.key(0))
     options = Decode(
-        slots=arguments.slots, steps_per_call=arguments.chunk, max_length=length
+        slots=arguments.slots,
+        steps_per_call=arguments.chunk,
+        max_length=length,
+        weights_dtype=arguments.weights_dtype,
     )
     probe = Engine(parameters, model_config, mesh, options)
+    int8_gain = None
+    if arguments.weights_dtype == "int8":
+        full = dataclasses.replace(options, weights_dtype="auto")
+        other = Engine(parameters, model_config, mesh, full)
+        int8_gain = compare_weights(arguments, other, probe, length)
+        del other
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return Bench(
         arguments,
@@ -433,16 +489,35 @@ def set_up(arguments: Arguments) -> Bench:
         single_step=bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS),
         measure_bare_step=bare_step(probe, arguments.slots, length, arguments.chunk),
         cpu=machine.measure() if on_cpu else None,
+        int8_gain=int8_gain,
     )
+
+
+def compare_weights(
+    arguments: Arguments, full: Engine, int8: Engine, length: int
+) -> dict[str, float]:
+    """Measures the bare step of two engines in turn, at width 1 and at full width.
+
+    Returns {width: the time with weights in --dtype over that with int8 weights}.
+    """
+    gain = {}
+    for width in sorted({1, arguments.slots}):
+        steps = [
+            bare_step(engine, width, length, arguments.chunk) for engine in (full, int8)
+        ]
+        rounds = [[step(1) for step in steps] for _ in range(BARE_ROUNDS)]
+        seconds = np.median(rounds, axis=0)
+        gain[str(width)] = float(seconds[0] / seconds[1])
+    return gain
 
 
 def _plot(folder: str, title: str, turns: dict[str, Turn]) -> list[Path]:
     traced = {name: turn.history for name, turn in turns.items() if turn.history}
-    requests = {name: turn.requests for name, turn in turns.items()}
+    latencies = {name: latencies_of(turn.requests) for name, turn in turns.items()}
     return [
         *(
             plots.draw_occupancy(folder, title, name, history)
             for name, history in traced.items()
         ),
-        plots.draw_latencies(folder, title, requests),
+        plots.draw_latencies(folder, title, latencies),
     ]

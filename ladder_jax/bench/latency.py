@@ -1,14 +1,16 @@
 """Computes the figures of a policy on a workload: rates, latencies, occupancy."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ladder_jax.bench.workloads import Arrival
 from ladder_jax.planner.tables import Column, text_table
 from ladder_jax.serve.counters import Counters
-from ladder_jax.serve.request import Request
+
+if TYPE_CHECKING:  # it imports JAX, and the load generator has no use for that
+    from ladder_jax.serve.request import Request
 
 PERCENTILES = (50, 90, 99)
 # For every chunk: seconds, and the request [K, W] that each of W slots decoded in each
@@ -33,7 +35,7 @@ class Latencies(NamedTuple):
     e2e: list[float]  # until the last token
 
 
-def latencies_of(requests: Sequence[Request]) -> Latencies:
+def latencies_of(requests: Sequence["Request"]) -> Latencies:
     """The latencies of finished requests."""
     gaps = [np.diff(request.times) for request in requests]
     tpot = [
@@ -57,7 +59,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def measure(
-    requests: Sequence[Request],
+    requests: Sequence["Request"],
     arrivals: Sequence[Arrival],
     seconds: float,
     counters: Counters,
@@ -103,7 +105,7 @@ def measure(
     )
 
 
-def saturated_rate(requests: Sequence[Request], start: float) -> float:
+def saturated_rate(requests: Sequence["Request"], start: float) -> float:
     """Tokens a second while every slot has work: from `start` until the last request
     starts to decode, which its second token shows (prefill computes the first)."""
     end = max(request.times[min(1, len(request.times) - 1)] for request in requests)
@@ -161,6 +163,7 @@ def result_table(title: str, results: dict[str, dict[str, Any]]) -> str:
         Column("makespan s", value("makespan_s", ".2f")),
         Column("TTFT ms p50/p99", pair("ttft_ms", ".0f")),
         Column("TPOT ms p50/p99", pair("tpot_ms", ".2f")),
+        Column("ITL ms p50/p99", pair("itl_ms", ".1f")),
         Column("e2e ms p50/p99", pair("e2e_ms", ".0f")),
         Column("goodput", value("goodput", ".0%")),
         Column("occupancy", value("occupancy", ".1%")),

@@ -66,7 +66,12 @@ def measure(device: Device = "cpu") -> Machine:
     command = [sys.executable, "-m", "ladder_jax.bench.machine", device]
     environment = os.environ | ENVIRONMENT[device]
     process = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C ends this process, and so that one
     )
     return Machine(**json.loads(process.stdout))
 

@@ -25,6 +25,7 @@ needs ladder_jax[peers] too:
         --pythons vllm=../vllm/bin/python llama_cpp=../llama/bin/python
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from ladder_jax import files
 from ladder_jax.bench import contest, machine
 from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
 from ladder_jax.config import ConfigError, Decode, Mesh, Model, require
@@ -102,7 +104,13 @@ def ladder_jax(model_config: Model, weights: str, batch: int, length: int) -> Ru
     init = jax.jit(functools.partial(model.init, model_config))
     parameters = init(jax.random.key(0))
     save_weights(parameters, weights)
-    options = Decode(slots=batch, staging=batch, max_length=length, prefill_budget=2048)
+    options = Decode(
+        slots=batch,
+        staging=batch,
+        max_length=length,
+        prefill_budget=2048,
+        burst_ms=0,
+    )
     engine = Engine(parameters, model_config, mesh, options)
 
     def run(prompts: Prompts, count: int) -> list[int]:
@@ -351,7 +359,7 @@ def _has_modules(python: str, modules: list[str]) -> bool:
         "import importlib.util as u, sys; "
         f"sys.exit(not all(map(u.find_spec, {modules})))"
     )
-    return not subprocess.run([python, "-c", script]).returncode
+    return not subprocess.run([python, "-c", script], start_new_session=True).returncode
 
 
 def compare(
@@ -374,9 +382,13 @@ def compare(
         tokens=arguments.tokens,
     )
     command = ["-m", "ladder_jax.bench.peers", "contend"]
-    with tempfile.TemporaryDirectory() as weights:
+    with tempfile.TemporaryDirectory() as weights, contextlib.ExitStack() as stack:
         contenders = [
-            contest.Contender(name, [python, *command, name, weights, json.dumps(work)])
+            stack.enter_context(
+                contest.Contender(
+                    name, [python, *command, name, weights, json.dumps(work)]
+                )
+            )
             for name, python in pythons.items()
         ]
         for contender in contenders:
@@ -448,7 +460,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         results = dict(
             arguments=dataclasses.asdict(arguments), machine=cpu._asdict(), rows=rows
         )
-        Path(arguments.json).write_text(json.dumps(results, indent=1))
+        files.write_text(arguments.json, json.dumps(results, indent=1))
     return rows
 
 

@@ -1,16 +1,25 @@
-"""Draws the results of `ladder-jax bench decode`: slots over time, latency curves."""
+"""Draws results of benchmarks: slots over time, latency curves, Pareto curves."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ladder_jax.bench.latency import History, latencies_of
-from ladder_jax.serve.request import Request
+from ladder_jax import files
+from ladder_jax.bench.latency import History, Latencies
 
 COLORS = 19  # requests take the colors one after another, and then again
 IDLE, NOT_COMPILED = -1, -2
+
+
+class Point(NamedTuple):
+    """One load of one server, for `draw_pareto`."""
+
+    load: str
+    user_rate: float  # tokens/s that a user gets
+    rate: float  # tokens/s of all users
 
 
 def draw_occupancy(
@@ -62,18 +71,18 @@ def slot_colors(history: History) -> np.ndarray:
 
 
 def draw_latencies(
-    folder: str | Path, title: str, requests: Mapping[str, Sequence[Request]]
+    folder: str | Path, title: str, latencies: Mapping[str, Latencies]
 ) -> Path:
-    """Draws the latencies' distributions, a curve a policy. Returns the PNG's path."""
+    """Draws the latencies' distributions, a curve for each policy or server. Returns
+    the PNG's path."""
     plt = _pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(
         1, 3, figsize=(13, 4), constrained_layout=True, sharey=True
     )
-    for policy, served in requests.items():
-        latencies = latencies_of(served)
-        curves = latencies.ttft, latencies.e2e, latencies.tpot
+    for policy, of_policy in latencies.items():
+        curves = of_policy.ttft, of_policy.e2e, of_policy.tpot
         for ax, values in zip(axes, curves):
             ax.plot(
                 np.sort(values) * 1e3,
@@ -94,6 +103,44 @@ def draw_latencies(
     return _save(figure, folder, f"latency_{_stem(title)}.png")
 
 
+def draw_pareto(
+    folder: str | Path, title: str, points: Mapping[str, Sequence[Point]]
+) -> Path:
+    """Draws what a user gets against what all users get, a curve for each server.
+
+    Args:
+      folder: of the picture.
+      title: of the picture.
+      points: {server: its loads}. Right and up is better.
+    Returns the PNG's path.
+    """
+    plt = _pyplot()
+    figure, ax = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for server, loads in points.items():
+        loads = sorted(loads, key=lambda point: point.user_rate)
+        xs, ys = [p.user_rate for p in loads], [p.rate for p in loads]
+        (line,) = ax.plot(xs, ys, marker="o", label=server)
+        for point in loads:
+            ax.annotate(
+                point.load,
+                (point.user_rate, point.rate),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=line.get_color(),
+            )
+    ax.set(
+        xlabel="tokens/s of a user (1 / median TPOT)",
+        ylabel="tokens/s of all users",
+        title=title,
+    )
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return _save(figure, folder, f"pareto_{_stem(title)}.png")
+
+
 def _pyplot() -> Any:
     import matplotlib
 
@@ -104,12 +151,14 @@ def _pyplot() -> Any:
 
 
 def _stem(title: str) -> str:
-    return title.replace(" ", "_").replace(",", "")
+    """A title as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", title.replace("%", "_percent"))
 
 
 def _save(figure: Any, folder: str | Path, name: str) -> Path:
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=110)
     _pyplot().close(figure)
     return path

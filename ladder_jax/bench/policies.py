@@ -15,7 +15,8 @@ import numpy as np
 
 from ladder_jax import decode, decode_state, model
 from ladder_jax.config import Decode, Model, require
-from ladder_jax.serve.buckets import round_up
+from ladder_jax.serve.buckets import bucket_sizes, round_up
+from ladder_jax.serve.capacity import SHORTEST_LENGTH
 from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.engine import Engine
 from ladder_jax.serve.programs import array, slot_state
@@ -86,7 +87,9 @@ class Concurrent:
         request = self.engine.submit(prompt, max_tokens=max_tokens)
         self.engine.stepper.queue.remove(request)
         length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
-        state = decode_state.empty(self.engine.spec, 1, 1, length)
+        spec = self.engine.spec
+        page_count = decode_state.table_size(spec, length)
+        state = decode_state.empty(spec, 1, 1, length, page_count)
         self.running.append(SingleRequest(request, state, False))
         return request
 
@@ -120,7 +123,8 @@ class Concurrent:
     ) -> tuple[decode.DecodeState, decode.Events]:
         """Prefills a whole prompt into the staging of `state`."""
         engine, length = self.engine, len(request.prompt)
-        width = round_up(engine.capacity.lengths, length)
+        longest = engine.capacity.length
+        width = round_up(bucket_sizes(min(SHORTEST_LENGTH, longest), longest), length)
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, :length] = request.prompt
 
@@ -137,11 +141,13 @@ class Concurrent:
                 admission_order=0,
                 max_stop_ids=engine.options.max_stop_ids,
             ),
+            size=array(length),
+            generated=array(0),
         )
-        staging, events = engine.programs.prefill(
-            engine.programs.weights, state.staging, prompts
+        staging, events, _ = engine.programs.prefill(
+            engine.programs.weights, state.shared_staging(), prompts
         )
-        return state._replace(staging=staging), events
+        return state.with_staging(staging), events
 
     def _append_tokens(self, request: Request, events: Any) -> None:
         """Appends the tokens of a call's events, NumPy arrays, to a request."""
@@ -191,7 +197,8 @@ def make_policies(
         )
         # All engines exist at once and share one copy of the weights.
         programs = engine.programs
-        programs.weights = weights.setdefault(engine.spec, programs.weights)
+        spec = engine.spec._replace(page_size=0)  # weights are the same with pages
+        programs.weights = weights.setdefault(spec, programs.weights)
         return engine
 
     def make_static(window: float) -> Engine:
@@ -211,6 +218,7 @@ def make_policies(
             steps_per_call=1, pipelined=False, fit_shapes=True
         ),
         "no-shuffle": lambda: make_engine(fit_shapes=False, trace=True),
+        "rows": lambda: make_engine(kv_layout="rows", trace=True),
         "ours": lambda: make_engine(trace=True),
     }
 

@@ -33,6 +33,7 @@ from ladder_jax.config import (
     require,
 )
 from ladder_jax.planner import records
+from ladder_jax.say import Say, say
 
 # Bytes as tokens: the vocabulary is theirs, padded.
 COMMON: dict[str, Any] = dict(vocab_size=320, tie_embeddings=True, max_length=1024)
@@ -214,11 +215,11 @@ class OutOfTime(Exception):
 class Study:
     """The corpus and the compiled programs of a study."""
 
-    def __init__(self, arguments: Arguments, say: Callable[[str], None]) -> None:
+    def __init__(self, arguments: Arguments, say: Say) -> None:
         import jax
 
         from ladder_jax.data import corpus, tokenizer
-        from ladder_jax.training import check_vocabulary
+        from ladder_jax.preparation import check_vocabulary
 
         check(arguments)
         self.arguments, self.say = arguments, say
@@ -374,10 +375,6 @@ def _one_device() -> Any:
 
 def run(arguments: Arguments) -> None:
     """Runs the study, or what is left of it, and writes its pages."""
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
     folder = Path(arguments.out)
     path = folder / quality_results.CSV
     rows = quality_results.read(path)

@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ladder_jax import files
 from ladder_jax.config import ConfigError
 from ladder_jax.planner import tables
 
@@ -77,13 +77,11 @@ def read(path: Path) -> list[Run]:
 def write(path: Path, runs: Iterable[Run]) -> None:
     """Replaces the file at once, so that it is whole whenever the study is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with files.replacing(path) as part, part.open("w", newline="") as file:
         names = [field.name for field in dataclasses.fields(Run)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, runs))
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------- comparison
@@ -212,16 +210,13 @@ def draw(path: Path, group: Sequence[Run]) -> None:
     ax.set_xlabel("held-out loss, nats a token: a dot a seed, a bar the mean")
     ax.set_title(f"{group[0].size}, {group[0].tokens:,} tokens")
     ax.grid(axis="x", alpha=0.3)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=110)
     pyplot.close(figure)
-    temporary.replace(path)
 
 
 def write_pages(folder: Path, runs: Sequence[Run]) -> None:
     """Writes the page, and a plot of every setting."""
     for number, group in enumerate(settings(runs), start=1):
         draw(folder / plot_name(number, group), group)
-    temporary = folder / f".{PAGE}.{os.getpid()}"
-    temporary.write_text(page(runs), encoding="utf-8")
-    temporary.replace(folder / PAGE)
+    files.write_text(folder / PAGE, page(runs))

@@ -19,6 +19,7 @@ first line of the output has these rates. Peak memory is the process's on a CPU,
 on a GPU what its arrays take on the device.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ladder_jax import files
 from ladder_jax.arguments import parse
 from ladder_jax.bench import contest, machine
 from ladder_jax.bench.sizes import TRAIN_SIZES
@@ -76,6 +78,9 @@ class Arguments:
     """What both run on: cpu, or one GPU."""
     alone: bool = False
     """Measure ladder_jax without the peer."""
+    overlapped: bool = False
+    """Measure ladder_jax also with programs that JAX starts before the last one has
+    freed its memory, see malloc.run_programs_in_turn."""
     json: str | None = None
     """Write the results to this file."""
 
@@ -111,16 +116,20 @@ def batch_of(config: Config) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- the contenders
 
 
-def ladder_jax(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
+def ladder_jax(
+    config: Config, weights: str, in_turn: bool = True
+) -> tuple[Step, dict[str, Any]]:
     """Sets up this project.
 
     Args:
       config: what to train.
       weights: a folder, for the initial weights that the peer loads.
+      in_turn: see malloc.run_programs_in_turn.
     Returns the step, and a message about the setup.
     """
     malloc.keep_freed_memory()
-    malloc.run_programs_in_turn()
+    if in_turn:
+        malloc.run_programs_in_turn()
     import jax
 
     from ladder_jax import sharding, training
@@ -129,7 +138,8 @@ def ladder_jax(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = training.init_state(config, mesh, optimizer)
-    save_weights(state.model, weights)
+    if in_turn:
+        save_weights(state.model, weights)
     train_step = training.make_step(config, mesh, optimizer)
     batch = jax.device_put(
         batch_of(config), sharding.named_shardings(mesh, sharding.TOKENS)
@@ -145,6 +155,11 @@ def ladder_jax(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
         parameters=sum(x.size for x in jax.tree.leaves(state.model)),
         flops_per_token=training.flops_per_token(config.model, config.train.seq_len),
     )
+
+
+def overlapped(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
+    """Sets up this project with programs that overlap; see `ladder_jax`."""
+    return ladder_jax(config, weights, in_turn=False)
 
 
 def transformers(config: Config, weights: str) -> tuple[Step, dict[str, Any]]:
@@ -273,8 +288,12 @@ def _copy(array: np.ndarray, model: Any, module: str, transpose: bool = True) ->
         weight.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
-CONTENDERS = {"ladder_jax": ladder_jax, "transformers": transformers}
-LIBRARIES = {"ladder_jax": "jax", "transformers": "torch"}  # that multiply for them
+# Setup and the library that multiplies. The first saves the weights for the peer.
+CONTENDERS: dict[str, tuple[Callable[[Config, str], Any], str]] = {
+    "ladder_jax": (ladder_jax, "jax"),
+    "overlapped": (overlapped, "jax"),
+    "transformers": (transformers, "torch"),
+}
 
 
 def contend(name: str, weights: str, config: str, device: machine.Device) -> None:
@@ -288,7 +307,7 @@ def contend(name: str, weights: str, config: str, device: machine.Device) -> Non
     """
     contest.quiet()
     os.environ.update(machine.ENVIRONMENT[device])
-    step, message = CONTENDERS[name](from_dict(json.loads(config)), weights)
+    step, message = CONTENDERS[name][0](from_dict(json.loads(config)), weights)
     losses = [step() for _ in range(CHECKED_STEPS)]
     peak_bytes = device_peak(name) if device == "gpu" else contest.peak_bytes
     contest.serve(step, message | dict(losses=losses), peak_bytes)
@@ -296,7 +315,7 @@ def contend(name: str, weights: str, config: str, device: machine.Device) -> Non
 
 def device_peak(name: str) -> Callable[[], int]:
     """Returns a function: the most bytes that a contender took on the GPU so far."""
-    if name == "ladder_jax":
+    if name != "transformers":
         import jax
 
         return lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
@@ -317,46 +336,41 @@ def compare(
     """
     config = config_of(size, dtype, arguments.batch, arguments.length)
     command = [sys.executable, "-m", "ladder_jax.bench.train", "contend"]
-    with tempfile.TemporaryDirectory() as weights:
-        contenders = [
-            contest.Contender(
-                name,
-                [
-                    *command,
-                    name,
-                    weights,
-                    json.dumps(to_dict(config)),
-                    arguments.device,
-                ],
-            )
-            for name in names
+    with contextlib.ExitStack() as stack:
+        with tempfile.TemporaryDirectory() as weights:
+            settings = [weights, json.dumps(to_dict(config)), arguments.device]
+            contenders = [
+                stack.enter_context(
+                    contest.Contender(name, [*command, name, *settings])
+                )
+                for name in names
+            ]
+        steps = [
+            max(1, round(arguments.seconds / contender.turn(1)[0][0]))
+            for contender in contenders
         ]
-    steps = [
-        max(1, round(arguments.seconds / contender.turn(1)[0][0]))
-        for contender in contenders
-    ]
-    turns = [
-        [contender.turn(count) for contender, count in zip(contenders, steps)]
-        for _ in range(arguments.rounds)
-    ]
-    tokens = arguments.batch * arguments.length
-    rows = []
-    for contender, own_turns in zip(contenders, zip(*turns)):
-        medians = [np.median(turn, axis=0)[0] for turn in own_turns]
-        clock, processor = np.min(np.concatenate(own_turns), axis=0)
-        rows.append(
-            dict(
-                size=size,
-                dtype=dtype,
-                name=contender.name,
-                **contender.message,
-                turns=[tokens / float(median) for median in medians],
-                tokens_per_s=float(np.median(np.divide(tokens, medians))),
-                best=tokens / float(clock),
-                best_per_core=tokens / float(processor),
-                peak_bytes=contender.finish(),
+        turns = [
+            [contender.turn(count) for contender, count in zip(contenders, steps)]
+            for _ in range(arguments.rounds)
+        ]
+        tokens = arguments.batch * arguments.length
+        rows = []
+        for contender, own_turns in zip(contenders, zip(*turns)):
+            medians = [np.median(turn, axis=0)[0] for turn in own_turns]
+            clock, processor = np.min(np.concatenate(own_turns), axis=0)
+            rows.append(
+                dict(
+                    size=size,
+                    dtype=dtype,
+                    name=contender.name,
+                    **contender.message,
+                    turns=[tokens / float(median) for median in medians],
+                    tokens_per_s=float(np.median(np.divide(tokens, medians))),
+                    best=tokens / float(clock),
+                    best_per_core=tokens / float(processor),
+                    peak_bytes=contender.finish(),
+                )
             )
-        )
     for row in rows:
         check_same_work(row, rows[0])
     return rows
@@ -379,7 +393,7 @@ def add_shares(rows: list[dict[str, Any]], cpu: machine.Machine) -> None:
     """Adds to each row its fastest step's share of its own library's rate."""
     flops = rows[0]["flops_per_token"]
     for row in rows:
-        library = LIBRARIES[row["name"]]
+        _, library = CONTENDERS[row["name"]]
         row["of_matmul"] = cpu.share(row["dtype"], row["best"] * flops, library)
 
 
@@ -423,7 +437,8 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         require(size in TRAIN_SIZES, "sizes", size, f"among {', '.join(TRAIN_SIZES)}")
     for dtype in arguments.dtypes:
         require(dtype in TOLERANCE, "dtypes", dtype, f"among {', '.join(TOLERANCE)}")
-    names = list(CONTENDERS)[: 1 if arguments.alone else None]
+    left_out = dict(overlapped=not arguments.overlapped, transformers=arguments.alone)
+    names = [name for name in CONTENDERS if not left_out.get(name)]
     missing = [
         name
         for name in ("torch", "transformers")
@@ -448,7 +463,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         results = dict(
             arguments=dataclasses.asdict(arguments), machine=cpu._asdict(), rows=rows
         )
-        Path(arguments.json).write_text(json.dumps(results, indent=1))
+        files.write_text(arguments.json, json.dumps(results, indent=1))
     return rows
 
 

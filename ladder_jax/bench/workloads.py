@@ -1,4 +1,5 @@
-"""Generates the requests, with arrival times, that `ladder-jax bench decode` serves.
+"""Generates requests with arrival times for `ladder-jax bench decode`, and the times
+and lengths of those of `ladder-jax bench serve`.
 
     saturated   all at once, with short prompts, so that scheduling is measured and not
                 prefill
@@ -26,7 +27,7 @@ class Arrival:
     """One request of a workload."""
 
     seconds: float  # after the start
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] | str
     max_tokens: int
 
 
@@ -56,25 +57,56 @@ def make_workload(
     require(kind in WORKLOADS, "workload", kind, f"one of {', '.join(WORKLOADS)}")
     rng = np.random.default_rng(seed)
     if kind == "sharegpt":
-        scale = min(1.0, length / 1024)
-        prompts = _log_normal(rng, 161 * scale, 1.0, requests, length // 2)
-        tokens = _log_normal(rng, 338 * scale, 0.8, requests, length // 2)
+        prompts, tokens = sharegpt_lengths(requests, length, rng)
     else:
         prompts = np.full(requests, prompt)
         tokens = rng.integers(outputs[0], outputs[1] + 1, requests)
-    gaps = {
-        "constant": np.full(requests, gap),
-        "poisson": rng.exponential(gap, requests),
-    }.get(kind, np.zeros(requests))
-    gaps[0] = 0
+    times = arrival_times(kind, requests, gap if kind in WITH_GAPS else 0.0, rng)
     return [
         Arrival(
-            float(seconds),
+            seconds,
             tuple(rng.integers(0, vocabulary, prompt_length).tolist()),
             int(max_tokens),
         )
-        for seconds, prompt_length, max_tokens in zip(np.cumsum(gaps), prompts, tokens)
+        for seconds, prompt_length, max_tokens in zip(times, prompts, tokens)
     ]
+
+
+def arrival_times(
+    kind: str,
+    count: int,
+    gap: float,
+    rng: np.random.Generator,
+    burstiness: float = 1.0,
+) -> list[float]:
+    """When requests arrive, in seconds after the first, in order.
+
+    Args:
+      kind: constant, poisson, or gamma: gaps from a gamma distribution. Other kinds
+        arrive as constant ones do.
+      count: how many.
+      gap: seconds between two arrivals, on average. 0: all at once.
+      rng: draws the gaps.
+      burstiness: the squared coefficient of variation of gamma's gaps, which is the
+        reciprocal of its shape. 1: poisson; more: in bursts; near 0: constant.
+    """
+    shape = {"poisson": 1.0, "gamma": 1.0 / burstiness}.get(kind)
+    if shape is None or not gap:
+        gaps = np.full(count, gap)
+    else:
+        gaps = rng.gamma(shape, gap / shape, count)
+    gaps[:1] = 0
+    return np.cumsum(gaps).tolist()
+
+
+def sharegpt_lengths(
+    count: int, length: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-normal numbers of tokens (prompts, outputs), scaled to a `length` below 1024
+    tokens; each is at most half of `length`."""
+    scale = min(1.0, length / 1024)
+    prompts = _log_normal(rng, 161 * scale, 1.0, count, length // 2)
+    return prompts, _log_normal(rng, 338 * scale, 0.8, count, length // 2)
 
 
 def _log_normal(

@@ -6,14 +6,16 @@ from typing import Literal
 import jax
 
 from ladder_jax import checkpoint, sharding
-from ladder_jax import model as models
 from ladder_jax.arguments import POSITIONAL
 from ladder_jax.config import ConfigError, Mesh, Model, from_meta, require, to_bytes
 from ladder_jax.convert import folder, from_hf, ladderize, to_hf
-from ladder_jax.convert.needs import available, needs_of
+from ladder_jax.convert.needs import Available, export_needs
 from ladder_jax.convert.safetensors_source import open_source
 from ladder_jax.convert.source import TensorSource
+from ladder_jax.convert.weights import OnDisk
 from ladder_jax.data.tokenizer import from_json
+from ladder_jax.hardware.memory import host_memory
+from ladder_jax.say import say
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -58,7 +60,8 @@ class FromGguf(FromHf):
 
 @dataclass(frozen=True)
 class ToHf:
-    """Exports a checkpoint as a folder that transformers loads."""
+    """Exports a checkpoint as a folder that transformers loads. The host reads it
+    tensor by tensor. The same command goes on with an export that was cut off."""
 
     checkpoint: str = field(metadata=POSITIONAL)
     """A run's folder, its checkpoints folder, or the folder of one step."""
@@ -70,12 +73,6 @@ class ToHf:
     """The largest size of a file; larger models get several and an index."""
     step: int | None = None
     """The step of the checkpoint. None: the newest."""
-    tensor: int = 1
-    """Devices along the mesh's tensor axis while converting."""
-    fsdp: int | None = None
-    """Devices along the mesh's fsdp axis. None: as many as there are."""
-    devices: int | None = None
-    """Emulate this many devices on the CPU."""
     dry_run: bool = False
     """Check everything, print what the conversion needs, and write nothing."""
 
@@ -114,11 +111,11 @@ def _import(arguments: FromHf, source: TensorSource) -> str:
     )
     mesh = mesh_for(job.model, arguments.tensor, arguments.fsdp)
     for note in job.imported.notes:
-        print(note, flush=True)
+        say(note)
     if arguments.dry_run:
-        from_hf.check(job, arguments.out, mesh, arguments.dtype, _say)
+        from_hf.check(job, arguments.out, mesh, arguments.dtype, say)
         return "done: nothing is written (dry run)"
-    path = from_hf.write_run(job, arguments.out, mesh, arguments.dtype, _say)
+    path = from_hf.write_run(job, arguments.out, mesh, arguments.dtype, say)
     return f"done: {arguments.out}: try ladder-jax generate {path} --prompt ..."
 
 
@@ -129,26 +126,20 @@ def _export(arguments: ToHf) -> str:
     require(shard_bytes > 0, "shard_size", arguments.shard_size, "greater than 0")
     path = folder.absolute(arguments.out)
     to_hf.check(config.model, path)
-    mesh = mesh_for(config.model, arguments.tensor, arguments.fsdp)
-    needs = needs_of(config.model, arguments.dtype, mesh)
-    _say(needs.text())
-    needs.check(available(path, mesh))
+    weights = OnDisk(arguments.checkpoint, config.model, arguments.step)
+    needs = export_needs(config.model, arguments.dtype, weights.memory(shard_bytes))
+    say(needs.text())
+    needs.check(Available(folder.free_disk(path), host_memory()))
     if arguments.dry_run:
         return "done: nothing is written (dry run)"
-    shapes = sharding.abstract(models.abstract(config.model), mesh)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, arguments.dtype, sharding=x.sharding),
-        shapes,
-    )
-    model = checkpoint.load_model(arguments.checkpoint, shapes, arguments.step)
     to_hf.write_hf(
-        model,
+        weights,
         config.model,
         from_json(meta["tokenizer"]),
         path,
         dtype=arguments.dtype,
         shard_bytes=shard_bytes,
-        say=_say,
+        say=say,
     )
     return f"done: {arguments.out}: AutoModelForCausalLM.from_pretrained loads it"
 
@@ -174,7 +165,3 @@ def mesh_for(model: Model, tensor: int, fsdp: int | None) -> jax.sharding.Mesh:
             if number in (fsdp, 1):
                 raise
     raise AssertionError("a mesh of one device divides every model")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -17,9 +17,9 @@ from ladder_jax import attention, model, sharding
 from ladder_jax.config import Model
 from ladder_jax.hardware import chips, xla_options
 from ladder_jax.objective import BATCH_FIELDS, BATCH_SPECS, Batch, Extras
+from ladder_jax.say import Say
 
 Loss = Callable[[Iterable[int]], float]  # the layers that are ladder -> nats a token
-Say = Callable[[str], None]
 
 
 def hybrid_loss(

@@ -4,7 +4,6 @@ A class is chosen by what the model has (biases, windows, ...), never by its nam
 `families.read_config` reads what this file writes.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -216,8 +215,3 @@ def special_ids(tokenizer: Tokenizer) -> Values:
         eos_token_id=ends[0] if len(ends) == 1 else ends,
         pad_token_id=tokenizer.pad if "pad" in names else None,
     )
-
-
-def dump(values: Values) -> str:
-    """The text of a JSON file."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

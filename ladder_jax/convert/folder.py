@@ -1,9 +1,11 @@
 """A new folder that appears when it is complete, and never before."""
 
 import contextlib
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from ladder_jax.config import ConfigError
 from ladder_jax.run_folder import FILE, Lease
@@ -29,24 +31,55 @@ def require_new(out: Path) -> None:
         raise ConfigError(f"out={str(out)!r} is not accepted: it must name a folder")
 
 
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder that is renamed to `out` when the body succeeds.
+def free_disk(out: Path) -> int | None:
+    """The bytes that `out` can take: those that are free, and those that a conversion
+    which was cut off takes. None where the file system does not say."""
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    left = (path for path in _part(out).rglob("*") if path.is_file())
+    with contextlib.suppress(OSError):
+        taken = sum(path.stat().st_size for path in left)
+        return shutil.disk_usage(parent).free + taken
+    return None
 
-    It stands beside `out`. If the body fails, it is removed. A process that is killed
-    leaves it; the next call for the same `out` empties it and starts again, and raises
-    ConfigError while another process still writes there.
+
+def _part(out: Path) -> Path:
+    """The folder that is renamed to `out` when it is complete."""
+    return out.with_name(f".{out.name}.part")
+
+
+class Kept(Protocol):
+    """What a conversion that was cut off leaves for the next one."""
+
+    def clean(self, part: Path) -> None:
+        """Removes everything from a folder that the next conversion cannot use."""
+        ...
+
+    def keep(self, part: Path) -> bool:
+        """The same after a failure. Returns whether anything is left."""
+        ...
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, kept: Kept | None = None) -> Iterator[Path]:
+    """Yields a folder that is renamed to `out` when the body succeeds.
+
+    It stands beside `out`, and is empty but for what `kept` left in it. If the body
+    fails, it is removed, unless `kept` keeps something. A process that is killed leaves
+    it; the next call for the same `out` takes it over, and raises ConfigError while
+    another process still writes there.
     """
     require_new(out)
-    part = out.with_name(f".{out.name}.part")
+    part = _part(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with Lease(part, "out"):
-            _empty(part)
+            remove_all(part) if kept is None else kept.clean(part)
             try:
                 yield part
+                _sync(part)
             except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
+                if kept is None or not kept.keep(part):
+                    shutil.rmtree(part, ignore_errors=True)
                 raise
         require_new(out)
         part.rename(out)
@@ -56,12 +89,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise OSError(f"{out} cannot be written: {error.strerror}") from error
 
 
-def _empty(folder: Path) -> None:
-    """Removes everything in a folder but the lease's own files."""
+def remove_all(folder: Path, but: Collection[str] = ()) -> None:
+    """Removes everything in a folder but these names and the lease's own files."""
     for path in folder.iterdir():
-        if path.name.startswith(FILE):
+        if path.name.startswith(FILE) or path.name in but:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Makes the disk write the files of a folder, before it gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -33,8 +33,8 @@ from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
+from ladder_jax.say import Say
 
-Say = Callable[[str], None]
 TOKENIZER = "tokenizer"  # the folder of the tokenizer's files, in the run's folder
 
 

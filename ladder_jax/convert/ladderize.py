@@ -30,6 +30,7 @@ from ladder_jax.convert import damage, folder
 from ladder_jax.data import corpus as corpora
 from ladder_jax.data.batches import held_out_batches
 from ladder_jax.data.tokenizer import Tokenizer, from_json
+from ladder_jax.say import say
 
 FORMS = (
     "last:K (the last K layers), layers such as 3,5-9, auto:K (the K layers that cost "
@@ -199,12 +200,12 @@ def measured(arguments: Ladderize, source: Source, number: int) -> list[int]:
     loss = damage.hybrid_loss(parameters, model_config, mesh, batches)
     standard, damages = damage.measure(loss, model_config.layers)
     if arguments.greedy:
-        chosen = damage.cheapest_together(loss, model_config.layers, number, _say)
+        chosen = damage.cheapest_together(loss, model_config.layers, number, say)
     else:
         chosen = damage.cheapest(damages, number)
-    _say(damage.table(standard, damages, chosen))
+    say(damage.table(standard, damages, chosen))
     together = loss(chosen) - standard
-    _say(f"the {number} layers together add {together:+.4f}")
+    say(f"the {number} layers together add {together:+.4f}")
     return chosen
 
 
@@ -233,14 +234,8 @@ def _batches(
     batches = held_out_batches(corpus, batch=batch, length=length)
     used = [batches[i] for i in range(min(-(-rows // batch), len(batches)))]
     tokens = int(sum(b["weights"].sum() for b in used))
-    _say(
-        f"measuring on {tokens:,} held-out tokens of data {short_repr(arguments.data)}"
-    )
+    say(f"measuring on {tokens:,} held-out tokens of data {short_repr(arguments.data)}")
     return used
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 # ---------------------------------------------------------------- the files

@@ -1,18 +1,17 @@
 """What a conversion needs, and what there is: memory of the devices, disk."""
 
-import contextlib
 import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ladder_jax import model as models
 from ladder_jax import sharding
 from ladder_jax.config import ConfigError, Model
+from ladder_jax.convert import folder
+from ladder_jax.hardware.memory import device_memory, host_memory, local_devices, size
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -66,15 +65,6 @@ class Available(NamedTuple):
     host: int | None = None  # of this host, where the devices have memory of their own
 
 
-def size(count: float) -> str:
-    """A number of bytes as text: 1.5 GB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
 def needs_of(model: Model, dtype: str, mesh: Mesh, saves: bool = False) -> Needs:
     """What a model in `dtype` on a mesh takes.
 
@@ -95,40 +85,20 @@ def needs_of(model: Model, dtype: str, mesh: Mesh, saves: bool = False) -> Needs
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     copy = shards if saves else 0
     device = width * (shards + max(largest, copy if is_cpu else 0))
-    host = 0 if is_cpu else width * copy * _own_devices(mesh)
+    host = 0 if is_cpu else width * copy * len(local_devices(mesh))
     return Needs(total, width * total, device, mesh.size, dtype, host)
 
 
-def _own_devices(mesh: Mesh) -> int:
-    """The devices of this process in a mesh."""
-    return sum(d.process_index == jax.process_index() for d in np.ravel(mesh.devices))
+def export_needs(model: Model, dtype: str, memory: int) -> Needs:
+    """What an export in `dtype` takes, which holds `memory` bytes at a time."""
+    shapes = jax.tree.leaves(models.abstract(model))
+    total = sum(math.prod(leaf.shape) for leaf in shapes)
+    return Needs(total, BYTES[dtype] * total, memory, 1, dtype)
 
 
 def available(out: Path, mesh: Mesh) -> Available:
     """The free disk where `out` will be, and a device's free memory."""
-    disk = free_disk(out)
-    device = mesh.devices.flat[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        limit = stats.get("bytes_limit")
-        free = limit and limit - stats.get("bytes_in_use", 0)
-        return Available(disk, free, host_memory())
-    host = host_memory()
-    return Available(disk, None if host is None else host // max(_own_devices(mesh), 1))
-
-
-def free_disk(out: Path) -> int | None:
-    """The free bytes of the file system where `out` is or will be."""
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(parent).free
-    return None
-
-
-def host_memory() -> int | None:
-    """The memory that the host can still give, in bytes; None where it does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Available(
+        folder.free_disk(out), device_memory(mesh), None if is_cpu else host_memory()
+    )

@@ -5,6 +5,7 @@ dtype, shape and place; the tensors' bytes. NumPy has no bfloat16 of its own, so
 `safetensors` package reads none through NumPy; ml_dtypes, which JAX brings, has one.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -123,8 +124,8 @@ def read_tensor(path: Path, place: Place) -> np.ndarray:
     return raw.view(info.dtype).reshape(info.shape)
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Any) -> None:
-    """Writes a file, one tensor in memory at a time.
+def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Any) -> str:
+    """Writes a file, one tensor in memory at a time. Returns its SHA-256 in hex.
 
     Args:
       path: the file, which must not be read by others before this returns.
@@ -140,15 +141,23 @@ def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Any) -> None
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors then start at a multiple of 8 bytes
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+
+        def write(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
         for name, info in tensors.items():
             array = np.ascontiguousarray(read(name), info.dtype)
             assert array.shape == info.shape, name
-            file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+            write(array.view(np.uint8).data if array.ndim else array.tobytes())
+            del array  # before the next one is read
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def bytes_of(info: TensorInfo) -> int:

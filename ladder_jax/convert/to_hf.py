@@ -6,35 +6,30 @@ the name of a class that computes something else.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from ladder_jax import model as models
-from ladder_jax import sharding
+from ladder_jax.checkpoint import VERSION
 from ladder_jax.config import ConfigError, Model
 from ladder_jax.convert import export_config, folder, ladder_llama, layout
 from ladder_jax.convert.from_hf import write_tokenizer_files
 from ladder_jax.convert.layout import Tensor
-from ladder_jax.convert.needs import free_disk, size
-from ladder_jax.convert.safetensors_file import (
-    bytes_of,
-    total_bytes,
-    write_file,
-)
-from ladder_jax.convert.safetensors_source import INDEX, SINGLE
+from ladder_jax.convert.safetensors_file import total_bytes
+from ladder_jax.convert.shards import Shards, split
 from ladder_jax.convert.source import TensorInfo
+from ladder_jax.convert.weights import Place, Weights
 from ladder_jax.data.tokenizer import Tokenizer
-
-Say = Callable[[str], None]
+from ladder_jax.data.tokenizer_files import dump
+from ladder_jax.hardware.memory import size
+from ladder_jax.say import Say
 
 
 def write_hf(
-    model: models.Transformer,
+    weights: Weights,
     config: Model,
     tokenizer: Tokenizer,
     out: str | Path,
@@ -45,8 +40,11 @@ def write_hf(
 ) -> Path:
     """Writes a folder that transformers loads. It appears when it is complete.
 
+    An export of a checkpoint that is cut off leaves the files of weights that are
+    whole, and the same export goes on after them.
+
     Args:
-      model: the parameters, on any mesh.
+      weights: the parameters.
       config: of the model.
       tokenizer: its tokenizer.
       out: the folder, which must not exist.
@@ -60,42 +58,64 @@ def write_hf(
     path = folder.absolute(out)
     folder.require_new(path)
     config, values = _config(config, tokenizer, dtype)
-    numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    rows = layout.tensors(config)
-    infos: dict[str, TensorInfo] = {}
-    where: dict[str, tuple[Tensor, int]] = {}
-    for tensor in rows:
-        shape = layout.foreign_shape(tensor, config)
-        for layer in range(config.layers if tensor.stacked else 1):
-            name = tensor.name.format(layer)
-            infos[name] = TensorInfo(shape, numpy_dtype)
-            where[name] = tensor, layer
-    require_disk(total_bytes(infos.values()), free_disk(path))
-    parameters = _by_name(model)
+    infos, places = tensors(config, dtype)
+    export = f"{weights.name} {dtype} {VERSION}"
+    shards = Shards(split(infos, shard_bytes), export)
 
-    def read(name: str) -> np.ndarray:
-        tensor, layer = where[name]
-        arrays = [
-            _read(parameters, part, layer if tensor.stacked else None, config)
-            for part in tensor.parts
-        ]
-        return layout.to_foreign(arrays, tensor)
+    def reader(names: Sequence[str]) -> Callable[[str], np.ndarray]:
+        wanted = [place for name in names for place in places[name].parts]
+        read = weights.reader(wanted)
 
-    with folder.new_folder(path) as part:
-        _write_weights(part, infos, read, shard_bytes)
+        def array(part: str, layer: int | None) -> np.ndarray:
+            if part in weights.parts:
+                return read((part, layer))
+            # A bias that the class has and the model does not.
+            return np.zeros(layout.shape_of(part, config), np.float32)
+
+        def tensor(name: str) -> np.ndarray:
+            row, parts = places[name]
+            return layout.to_foreign([array(*place) for place in parts], row)
+
+        return tensor
+
+    require_disk(total_bytes(infos.values()), folder.free_disk(path))
+    with folder.new_folder(path, shards if weights.name else None) as part:
+        if shards.whole:
+            say(f"{len(shards.whole)} of {len(shards.shards)} files are there already")
+        shards.write(part, reader)
         write_tokenizer_files(tokenizer, part, for_others=True)
         if values["model_type"] == ladder_llama.MODEL_TYPE:
             values = ladder_llama.write_ladder_llama(part, values)
         files = {
-            "config.json": export_config.dump(values),
-            "generation_config.json": export_config.dump(
-                export_config.special_ids(tokenizer)
-            ),
+            "config.json": dump(values),
+            "generation_config.json": dump(export_config.special_ids(tokenizer)),
         }
         for name, content in files.items():
             (part / name).write_text(content, encoding="utf-8")
+        shards.end(part)
     say(f"{values['model_type']}: {len(infos)} tensors, {_total(infos)} in {dtype}")
     return path
+
+
+class Row(NamedTuple):
+    """A tensor of the export, and the parameters that it is made of."""
+
+    tensor: Tensor
+    parts: list[Place]
+
+
+def tensors(config: Model, dtype: str) -> tuple[dict[str, TensorInfo], dict[str, Row]]:
+    """Every tensor of the export by its name: what it is, and its parameters."""
+    numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    infos: dict[str, TensorInfo] = {}
+    rows: dict[str, Row] = {}
+    for tensor in layout.tensors(config):
+        shape = layout.foreign_shape(tensor, config)
+        for layer in range(config.layers) if tensor.stacked else [None]:
+            name = tensor.name.format(layer)
+            infos[name] = TensorInfo(shape, numpy_dtype)
+            rows[name] = Row(tensor, [(part, layer) for part in tensor.parts])
+    return infos, rows
 
 
 def check(config: Model, out: str | Path) -> None:
@@ -117,49 +137,6 @@ def _config(
         # The class has both biases or none: out_bias is written as zeros.
         config = dataclasses.replace(config, out_bias=True)
     return config, values
-
-
-def _by_name(model: models.Transformer) -> dict[str, jax.Array]:
-    names = jax.tree.leaves(sharding.parameter_names(model))
-    return dict(zip(names, jax.tree.leaves(model)))
-
-
-def _read(
-    parameters: Mapping[str, jax.Array], part: str, layer: int | None, config: Model
-) -> np.ndarray:
-    """A parameter of a layer, gathered on the host."""
-    if part not in parameters:  # a bias that the class has and the model does not
-        return np.zeros(layout.shape_of(part, config), np.float32)
-    array = parameters[part]
-    return np.asarray(jax.device_get(array if layer is None else array[layer]))
-
-
-def _write_weights(
-    path: Path,
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
-    shard_bytes: int,
-) -> None:
-    """Writes one file, or several with an index."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    for name, info in infos.items():
-        if (
-            shards[-1]
-            and total_bytes(shards[-1].values()) + bytes_of(info) > shard_bytes
-        ):
-            shards.append({})
-        shards[-1][name] = info
-    if len(shards) == 1:
-        write_file(path / SINGLE, shards[0], read)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_file(path / file, shard, read)
-        weight_map |= dict.fromkeys(shard, file)
-    total = total_bytes(infos.values())
-    index = dict(metadata=dict(total_size=total), weight_map=weight_map)
-    (path / INDEX).write_text(export_config.dump(index), encoding="utf-8")
 
 
 def require_disk(needed: int, free: int | None) -> None:

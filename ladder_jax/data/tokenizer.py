@@ -7,24 +7,23 @@ of a chat template. `load` opens the tokenizer of a configuration, `from_json` o
 that of a checkpoint, and `train` trains BPE on texts.
 """
 
-import codecs
-import contextlib
 import functools
 import json
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from ladder_jax import files
 from ladder_jax.config import ConfigError, require
 from ladder_jax.data.surrogates import without_surrogates
+from ladder_jax.data.token_stream import Stream
 from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
+from ladder_jax.data.tokenizers_library import library_errors, parse
 
 _OWN_NAMES = [names[0] for names in NAMES.values()]
 # It splits a text into names of special tokens and what is between them.
@@ -54,36 +53,6 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     offsets: list[tuple[int, int]]  # of each id: its first character, and the one after
-
-
-class Stream:
-    """Decodes ids one at a time.
-
-    The texts that `push` and `flush` return, joined, are `decode` of all the ids.
-    `tokenizers.decoders.DecodeStream` does not promise that: it has no flush, and it
-    raises for some sequences of byte-fallback tokens.
-
-    Args:
-      token_bytes: `Tokenizer.token_bytes`.
-    """
-
-    def __init__(self, token_bytes: Callable[[int, int | None], bytes | None]) -> None:
-        self._token_bytes = token_bytes
-        self._previous: int | None = None
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Returns the characters that this id completes; "" if it completes none."""
-        token = int(token)
-        data = self._token_bytes(token, self._previous)
-        if data is None:
-            return ""
-        self._previous = token
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """Returns U+FFFD if the last character is incomplete, else ""."""
-        return self._utf8.decode(b"", final=True)
 
 
 class Tokenizer:
@@ -158,9 +127,15 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self) -> Stream:
-        """Returns a new `Stream`, for text that grows id by id."""
-        return Stream(self.token_bytes)
+    def stream(self, after: Sequence[int] = ()) -> Stream:
+        """Returns a new `Stream`, for text that grows id by id.
+
+        after: ids before the first one, such as a prompt. The stream's text is then
+          what the ids add to the text of `after`. If `after` ends inside a character,
+          the stream's text has this character if the ids complete it; if they do not,
+          it has nothing of it.
+        """
+        return Stream(self.token_bytes, after)
 
     def to_json(self) -> str:
         """Returns the whole tokenizer as a string; `from_json` is the inverse."""
@@ -181,14 +156,10 @@ class Tokenizer:
           ValueError: if it cannot be written.
         """
         path = Path(path).expanduser()
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.tokenizer_json(), encoding="utf-8")
-            part.replace(path)
+            files.write_text(path, self.tokenizer_json())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             raise ValueError(
                 f"out={str(path)!r} cannot be written: {error.strerror or error}"
             ) from None
@@ -259,62 +230,6 @@ class ByteTokenizer(Tokenizer):
 # ------------------------------------------------------------------ Hugging Face
 
 
-@contextlib.contextmanager
-def _library_errors(message: str) -> Iterator[None]:
-    """Turns an error of the tokenizers library into a ConfigError of one line.
-
-    The library raises nothing narrower than Exception. A panic of its Rust code reaches
-    Python as a PanicException, which is a BaseException.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"
-        if not (is_panic or isinstance(error, Exception)):
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{message}: {reason}") from None
-
-
-@contextlib.contextmanager
-def _drop_stderr_on_error() -> Iterator[None]:
-    """Drops the output of its body to stderr if the body raises an exception.
-
-    Rust writes the backtrace of a panic to the file descriptor before Python can catch
-    the panic.
-    """
-    sys.stderr.flush()
-    try:
-        stderr = os.dup(2)
-    except OSError:  # there is no stderr
-        yield
-        return
-    with tempfile.TemporaryFile() as output:
-        os.dup2(output.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        output.seek(0)
-        os.write(2, output.read())
-
-
-def _parse(text: str) -> tokenizers.Tokenizer:
-    """Returns the library's tokenizer for the content of a tokenizer.json."""
-    with (
-        _library_errors("this is not a Hugging Face tokenizer.json that can be read"),
-        _drop_stderr_on_error(),
-    ):
-        library_tokenizer = tokenizers.Tokenizer.from_str(text)
-    # Some files switch truncation and padding on.
-    library_tokenizer.no_truncation()
-    library_tokenizer.no_padding()
-    return library_tokenizer
-
-
 class HuggingFace(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library.
 
@@ -333,7 +248,7 @@ class HuggingFace(Tokenizer):
     ) -> None:
         self._json, self.special, self._origin = text, special, origin
         names = special.names
-        self._plain = _parse(text)
+        self._plain = parse(text)
         # It encodes names of special tokens in a text as plain text.
         self._plain.encode_special_tokens = True
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
@@ -367,7 +282,7 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def _with_special_tokens(self) -> tokenizers.Tokenizer:
         """The library's tokenizer; it encodes names of special tokens as such."""
-        return _parse(self._json)
+        return parse(self._json)
 
     @functools.cached_property
     def _without_processor(self) -> tokenizers.Tokenizer:
@@ -377,7 +292,7 @@ class HuggingFace(Tokenizer):
         """
         values = json.loads(self._json)
         values["post_processor"] = None
-        return _parse(json.dumps(values))
+        return parse(json.dumps(values))
 
     @functools.cached_property
     def starts_with_bos(self) -> bool:  # type: ignore[override]
@@ -394,13 +309,13 @@ class HuggingFace(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         texts = [without_surrogates(text) for text in texts]
-        with _library_errors(f"{self._origin} cannot encode a text"):
+        with library_errors(f"{self._origin} cannot encode a text"):
             encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:
         text = without_surrogates(text)
-        with _library_errors(f"{self._origin} cannot encode the prompt"):
+        with library_errors(f"{self._origin} cannot encode the prompt"):
             ids = self._with_special_tokens.encode(text, add_special_tokens=False).ids
         if bos is None:
             bos = self.starts_with_bos or not ids
@@ -412,7 +327,7 @@ class HuggingFace(Tokenizer):
     def encode_rendered(self, texts: list[str]) -> list[Rendered]:
         texts = [without_surrogates(text) for text in texts]
         library_tokenizer = self._without_processor
-        with _library_errors(f"{self._origin} cannot encode a conversation"):
+        with library_errors(f"{self._origin} cannot encode a conversation"):
             encodings = library_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [Rendered(encoding.ids, encoding.offsets) for encoding in encodings]
 
@@ -552,7 +467,7 @@ def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
         except ValueError:  # it is there, and not text
             has_model = True
         raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
-    added = _parse(text).get_added_tokens_decoder().values()
+    added = parse(text).get_added_tokens_decoder().values()
     special = read_special(read, (token.content for token in added))
     return HuggingFace(text, special, origin)
 

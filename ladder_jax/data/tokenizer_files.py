@@ -85,13 +85,14 @@ def write_special(special: Special) -> dict[str, str]:
     settings["clean_up_tokenization_spaces"] = False
     if special.add_bos is not None:
         settings["add_bos_token"] = special.add_bos
-    files = {"tokenizer_config.json": _dump(settings)}
+    files = {"tokenizer_config.json": dump(settings)}
     if special.chat_template is not None:
         files["chat_template.jinja"] = special.chat_template
     return files
 
 
-def _dump(values: Mapping[str, Any]) -> str:
+def dump(values: Mapping[str, Any]) -> str:
+    """The text of a JSON file beside a checkpoint's weights."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 

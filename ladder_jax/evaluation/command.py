@@ -63,6 +63,8 @@ class Arguments:
     """Tokens that the devices score together, padding included."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of the computation. auto: model.dtype."""
+    weights_dtype: Literal["auto", "int8"] = "auto"
+    """int8: measure the model with the int8 weights of decode.weights_dtype=int8."""
     json: bool = False
     """Print JSON."""
     step: int | None = None
@@ -79,7 +81,7 @@ def run(arguments: Arguments) -> str:
     if arguments.tasks:
         return run_tasks(arguments, mesh)
     meta = checkpoint.read_meta(arguments.checkpoint, arguments.step)
-    loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh)
+    loaded = _load(arguments, mesh)
     loaded = with_dtype(loaded, arguments.dtype)
     trained_here = "corpus" in meta
     texts = read_texts(arguments, loaded.config, trained_here)
@@ -112,6 +114,7 @@ def run(arguments: Arguments) -> str:
         bos=arguments.bos,
         eos=arguments.eos,
         dtype=loaded.config.model.dtype,
+        weights_dtype=arguments.weights_dtype,
     )
     return to_json(settings, results) if arguments.json else report(settings, results)
 
@@ -121,7 +124,7 @@ def run_tasks(arguments: Arguments, mesh: Mesh | None) -> str:
     from ladder_jax.evaluation import harness, tasks
 
     harness.require_installed()
-    loaded = load(arguments.checkpoint, step=arguments.step, mesh=mesh)
+    loaded = _load(arguments, mesh)
     return tasks.run(
         with_dtype(loaded, arguments.dtype),
         arguments.tasks,
@@ -134,6 +137,15 @@ def run_tasks(arguments: Arguments, mesh: Mesh | None) -> str:
         max_length=arguments.context,
         batch_tokens=arguments.batch_tokens,
         reduction=arguments.mesh.reduction,
+    )
+
+
+def _load(arguments: Arguments, mesh: Mesh | None) -> Loaded:
+    return load(
+        arguments.checkpoint,
+        step=arguments.step,
+        mesh=mesh,
+        weights_dtype=arguments.weights_dtype,
     )
 
 
@@ -234,13 +246,14 @@ def report(settings: dict[str, Any], results: dict[str, Any]) -> str:
     what = "held-out documents" if settings["held_out"] else "documents"
     start = "bos" if settings["bos"] else "nothing; its first token is not scored"
     end = "scored" if settings["eos"] else "not scored"
+    weights = ", int8 weights" if settings["weights_dtype"] == "int8" else ""
     lines = [
         f"{results['documents']:,} {what} of {settings['data']!r}: "
         f"{results['tokens']:,} tokens, {results['words']:,} words, "
         f"{results['bytes']:,} bytes",
         f"each document alone, after {start}; its end token is {end}; context "
         f"{settings['context']} tokens, stride {settings['stride']}; "
-        f"{settings['dtype']}",
+        f"{settings['dtype']}{weights}",
     ]
     for name, title, unit in (
         ("loss", "loss", "nats a token"),

@@ -316,6 +316,7 @@ class LadderLM(_Base):
                 slots=self.rows or 16,
                 max_length=round_up(sizes, needed),
                 max_stop_ids=max(stop_ids, 4),
+                burst_ms=0,
             )
             loaded = self.loaded
             engine = self._engine = Engine(

@@ -20,7 +20,7 @@ from ladder_jax import attention, sharding
 from ladder_jax.config import Model
 from ladder_jax.cross_entropy import cross_entropy
 from ladder_jax.hardware import chips, xla_options
-from ladder_jax.model import Transformer, abstract, hidden, logits
+from ladder_jax.model import Transformer, hidden, logits
 from ladder_jax.residual import choose
 from ladder_jax.residual.layers import take
 from ladder_jax.serve.buckets import bucket_sizes, round_up
@@ -94,7 +94,7 @@ class Scorer:
         self.length = length
         self._lengths = bucket_sizes(min(_LEAST, length), length)
         self._batch_tokens, self._batch_rows = batch_tokens, batch_rows
-        self._unit = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
+        self._unit = sharding.batch_shards(mesh)
         self._program = _make_program(model_config, mesh, reduction)
 
     def score(
@@ -243,11 +243,14 @@ def _make_program(
         )
         return log_probs_BR, is_greedy_BR
 
-    weights = sharding.parameter_specs(abstract(model_config))
     tokens, rows = sharding.TOKENS, jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-    program = sharding.shard_map(
-        local, mesh, (weights, tokens, rows, tokens, tokens), (tokens, tokens)
-    )
+
+    def program(model: Transformer, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = sharding.parameter_specs(model)
+        in_specs = weights, tokens, rows, tokens, tokens
+        run = sharding.shard_map(local, mesh, in_specs, (tokens, tokens))
+        return run(model, *arrays)
+
     return jax.jit(program, compiler_options=xla_options.options(mesh))
 
 

@@ -1,8 +1,10 @@
 """Runs tasks of lm-evaluation-harness on a model, for `ladder-jax eval --tasks`."""
 
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,41 @@ from ladder_jax.loading import Loaded
 
 
 def run(
+    loaded: Loaded, tasks: tuple[str, ...], *, as_json: bool = False, **options: Any
+) -> str:
+    """Returns the results of tasks as a table, or as JSON.
+
+    Args:
+      loaded, tasks, options: see `evaluate`.
+      as_json: whether to return JSON.
+    """
+    results = evaluate(loaded, tasks, **options)
+    if as_json:
+        kept = {name: results[name] for name in _KEPT if name in results}
+        return json.dumps(kept, indent=2, default=str)
+    from lm_eval.utils import make_table
+
+    table = make_table(results).rstrip()
+    if "groups" in results:
+        table += "\n\n" + make_table(results, "groups").rstrip()
+    return table
+
+
+def accuracies(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """(accuracy, its standard error over the examples) of every task that has one.
+
+    results: of `evaluate`. The error is nan where the harness gives none.
+    """
+    found = {}
+    for task, values in results["results"].items():
+        if "acc,none" in values:
+            error = values.get("acc_stderr,none")
+            error = float(error) if isinstance(error, int | float) else math.nan
+            found[task] = float(values["acc,none"]), error
+    return found
+
+
+def evaluate(
     loaded: Loaded,
     tasks: tuple[str, ...],
     *,
@@ -22,10 +59,9 @@ def run(
     limit: float | None = None,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
-    as_json: bool = False,
     **model_options: Any,
-) -> str:
-    """Returns the results of tasks as a table, or as JSON.
+) -> dict[str, Any]:
+    """Returns the results of tasks, as lm_eval.simple_evaluate does.
 
     Args:
       loaded: the model.
@@ -33,13 +69,10 @@ def run(
       include_path: folders of further tasks.
       num_fewshot, limit, apply_chat_template, system_instruction: see
         lm_eval.simple_evaluate.
-      as_json: whether to return JSON.
       model_options: of LadderLM.
     Raises ConfigError for a task that there is not, or another mistake.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if num_fewshot is not None:
@@ -49,9 +82,7 @@ def run(
         accepted = "a whole number from 1, or a share below 1"
         require(limit > 0 and (limit < 1 or whole), "limit", limit, accepted)
         limit = int(limit) if limit >= 1 else limit
-    for folder in include_path:
-        require(Path(folder).is_dir(), "include_path", folder, "a folder")
-    manager = TaskManager(include_path=list(include_path) or None)
+    manager = _manager(include_path)
     names = _match(tasks, manager)
     model = LadderLM(loaded, **model_options)
     if apply_chat_template:
@@ -71,16 +102,25 @@ def run(
             bootstrap_iters=1000,
         )
     assert results is not None  # this process is the only one
-    if as_json:
-        kept = {name: results[name] for name in _KEPT if name in results}
-        return json.dumps(kept, indent=2, default=str)
-    table = make_table(results).rstrip()
-    if "groups" in results:
-        table += "\n\n" + make_table(results, "groups").rstrip()
-    return table
+    return results
 
 
 _KEPT = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+
+
+def names_of(tasks: tuple[str, ...], include_path: tuple[str, ...]) -> list[str]:
+    """The names of the tasks that `evaluate` would run with these arguments."""
+    return _match(tasks, _manager(include_path))
+
+
+@functools.cache  # the harness reads thousands of files
+def _manager(include_path: tuple[str, ...]) -> Any:
+    """The tasks of the harness and of these folders."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in include_path:
+        require(Path(folder).is_dir(), "include_path", folder, "a folder")
+    return TaskManager(include_path=list(include_path) or None)
 
 
 def _match(tasks: tuple[str, ...], manager: Any) -> list[str]:

@@ -1,14 +1,20 @@
 """The start of a process: with emulated devices, or as one of a run's processes."""
 
+import importlib.metadata
 import os
+import sys
+from typing import NamedTuple
 
 from ladder_jax.config import ConfigError, require
+from ladder_jax.hardware import roll_call
+
+JOIN_TIMEOUT = 300.0  # seconds, for all processes to start
 
 
 def emulate(devices: int | None) -> None:
     """Makes JAX emulate `devices` devices on the CPU; None changes nothing.
 
-    Call it before JAX starts.
+    Call it before anything asks JAX for devices.
     Raises ConfigError where `devices` is not 1 or more.
     """
     if devices is None:
@@ -17,31 +23,54 @@ def emulate(devices: int | None) -> None:
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the variable already
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def join(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    timeout: float = JOIN_TIMEOUT,
+    say: roll_call.Say = lambda text: print(text, file=sys.stderr, flush=True),
+) -> None:
     """Connects this process to the other processes of its run.
 
-    Call it before anything asks JAX for devices.
+    Call it before anything asks JAX for devices. It waits until all have started, and
+    says every few seconds which have not.
 
     Args:
       coordinator: HOST:PORT of process 0.
       processes: how many processes the run has.
       process: the number of this process, from 0.
       All three are None where JAX gets them from a TPU pod, Slurm or MPI.
+      timeout: seconds to wait for the others.
+      say: writes one line.
 
     Raises ConfigError where only one or two of the three are given, or where they are
-    None and there is no such cluster.
+    None and there is no such cluster; TimeoutError, one line, that names the processes
+    that did not start.
     """
     options = dict(coordinator=coordinator, processes=processes, process=process)
     present = [name for name, value in options.items() if value is not None]
     if present and len(present) < 3:
         missing = " and ".join(name for name in options if name not in present)
         raise ConfigError(f"{present[0]} comes with {missing}: give all three")
+    place: Place | None
+    if coordinator is not None and processes is not None and process is not None:
+        place = Place(coordinator, processes, process)
+    else:
+        place = _detect(timeout)
+    if place is not None:
+        roll_call.wait(*place, timeout, say, versions())
     import jax
 
+    # JAX's own handler of SIGTERM would print warnings when the run ends.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=int(timeout)
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error)
         if not present:
@@ -50,3 +79,39 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
                 "--processes N --process I"
             )
         raise ConfigError(f"--distributed: {reason}") from error
+
+
+class Place(NamedTuple):
+    """The place of this process in its run."""
+
+    coordinator: str  # HOST:PORT
+    processes: int
+    process: int
+
+
+def _detect(timeout: float) -> Place | None:
+    """What a TPU pod, Slurm or MPI says; None if there is none, or JAX cannot say."""
+    try:
+        from jax._src import clusters
+
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        found = detect(None, None, None, None, None, int(timeout))
+    except Exception:  # JAX's own: `initialize` raises the error that tells why
+        return None
+    address, processes, process, *_ = found
+    if address is None or processes is None or process is None:
+        return None
+    return Place(address, processes, process)
+
+
+def versions() -> list[str]:
+    """The packages whose versions must be the same in all processes of a run."""
+    packages = ("ladder_jax", "jax", "jaxlib")
+    return [f"{name} {_version(name)}" for name in packages]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,14 +1,17 @@
 """How programs that JAX runs on this machine's CPUs get memory, and when they free it.
 
 A training step needs its temporaries once, as one piece of memory. These settings make
-the process reuse this piece at every step (`keep_freed_memory`), and make sure that
-there is only one of it (`run_programs_in_turn`).
+the process reuse this piece at every step (`keep_freed_memory`), in huge pages where
+Linux has them, and make sure that there is only one of it (`run_programs_in_turn`).
 """
 
+import contextlib
 import ctypes
 import importlib.util
+import mmap
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of mallopt, see malloc.h
 # A user's own settings of glibc's malloc.
@@ -57,6 +60,8 @@ def keep_freed_memory() -> bool:
     GLIBC_TUNABLES) keeps that setting: MALLOC_TRIM_THRESHOLD_=131072 gives the
     temporaries back after every step.
 
+    The memory is in huge pages where Linux offers them (`use_huge_pages`).
+
     Returns whether malloc took the settings: False on accelerators, where malloc is not
     glibc's, and where the user set it.
     """
@@ -64,7 +69,42 @@ def keep_freed_memory() -> bool:
     if mallopt is None or not computes_here() or set_by_user(os.environ):
         return False
     settings = ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1))
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    are_set = all([mallopt(option, value) == 1 for option, value in settings])
+    if are_set:
+        use_huge_pages()
+    return are_set
+
+
+def use_huge_pages() -> bool:
+    """Asks Linux to put malloc's memory, up to three quarters of the machine's, into
+    huge pages of 2 MiB, for its next use.
+
+    Call it after malloc was told to keep freed memory: malloc gets this room as
+    addresses without memory behind them, and keeps it. Linux gives most programs pages
+    of 4 KiB; then the processor spends 3 to 7% of a training step to look up the
+    addresses of pages (docs/log.md).
+
+    Returns whether Linux took the advice: False where memory may not be overcommitted,
+    where the process has a limit on its addresses, or without huge pages.
+    """
+    with contextlib.suppress(OSError):
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
+    room = libc.malloc(size)
+    if not room:
+        return False
+    start = -(-room // page) * page
+    whole_pages = (room + size - start) // page * page
+    advice = getattr(mmap, "MADV_HUGEPAGE", 14)
+    is_taken = libc.madvise(start, whole_pages, advice) == 0
+    libc.free(room)
+    return is_taken
 
 
 def set_by_user(environment: Mapping[str, str]) -> bool:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from ladder_jax import files
 from ladder_jax.config import Config, ConfigError
 from ladder_jax.planner import compare, lanes, planning
 from ladder_jax.planner.plan import Request
@@ -22,8 +23,7 @@ def run(config: Config, args: Any) -> str:
         return _run_comparison(request, args)
     plan = planning.plan_of(request)
     if args.hlo:
-        with open(args.hlo, "w", encoding="utf-8") as file:
-            file.write(plan.program)
+        files.write_text(args.hlo, plan.program)
     if args.plot:
         lanes.draw(args.plot, [(request.config.model.residual, plan.timeline)])
     return json.dumps(plan.report) if args.json else str(plan)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ladder_jax import files
 from ladder_jax.planner.scopes import place_of
 from ladder_jax.planner.timeline import Timeline
 
@@ -33,7 +34,8 @@ class Lanes(NamedTuple):
 
 def draw(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
     """Writes `figure(timelines)` to the PNG file `path`."""
-    figure(timelines).savefig(path, dpi=130)
+    with files.replacing(path) as part:
+        figure(timelines).savefig(part, dpi=130)
 
 
 def figure(timelines: Sequence[tuple[str, Timeline]]) -> Any:

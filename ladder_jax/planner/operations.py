@@ -79,18 +79,11 @@ class EndCollective(Operation):
     started: str
 
 
-def operations(
-    module: Module,
-    seconds: Callable[[Instruction, Body], float],
-    hbm_seconds: Callable[[int], float],
-    collective: Callable[[str, hlo.Groups, int], Transfer],
-    count: Callable[[str], float] = lambda scope: 1.0,
-    trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1,
-) -> list[Operation]:
-    """Lists the operations of a scheduled module in the order of their issue.
+@dataclass(frozen=True)
+class Costs:
+    """How long the parts of a program take, and how often they run.
 
-    Args:
-      module: the program.
+    Attributes:
       seconds: (instruction, its computation) -> how long it computes.
       hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
       collective: (kind, groups, bytes) -> how long a collective takes.
@@ -98,29 +91,25 @@ def operations(
         called in the order of issue.
       trips: a while instruction -> how often its body runs.
     """
-    lister = _Lister(module, seconds, hbm_seconds, collective, count, trips)
-    return list(lister.computation(module.entry, 1.0))
+
+    seconds: Callable[[Instruction, Body], float]
+    hbm_seconds: Callable[[int], float]
+    collective: Callable[[str, hlo.Groups, int], Transfer]
+    count: Callable[[str], float] = lambda scope: 1.0
+    trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1
+
+
+def operations(module: Module, costs: Costs) -> list[Operation]:
+    """Lists the operations of a scheduled module in the order of their issue."""
+    return list(_Lister(module, costs).computation(module.entry, 1.0))
 
 
 class _Lister:
     """Lists a module's operations. Remembers the last scope, and which collectives have
     started and not ended."""
 
-    def __init__(
-        self,
-        module: Module,
-        seconds: Callable[[Instruction, Body], float],
-        hbm_seconds: Callable[[int], float],
-        collective: Callable[[str, hlo.Groups, int], Transfer],
-        count: Callable[[str], float],
-        trips: Callable[[Instruction], float],
-    ) -> None:
-        self.module = module
-        self.seconds = seconds
-        self.hbm_seconds = hbm_seconds
-        self.collective = collective
-        self.count = count
-        self.trips = trips
+    def __init__(self, module: Module, costs: Costs) -> None:
+        self.module, self.costs = module, costs
         self.scope = ""
         self.open: set[str] = set()  # names of collectives that have not ended
 
@@ -130,7 +119,7 @@ class _Lister:
         for instruction in body.values():
             self.scope = instruction.scope or self.scope
             yield from self.instruction(
-                instruction, body, runs * self.count(self.scope)
+                instruction, body, runs * self.costs.count(self.scope)
             )
 
     def instruction(
@@ -142,7 +131,7 @@ class _Lister:
         inner = self.module.collective(instruction, body)
         if opcode == "while":
             yield from self.computation(
-                instruction.called("body"), count * self.trips(instruction)
+                instruction.called("body"), count * self.costs.trips(instruction)
             )
         elif opcode in ("call", "async-start") and inner is None:
             target = instruction.named("to_apply") or instruction.called("calls")
@@ -152,7 +141,7 @@ class _Lister:
         elif opcode in ("copy-start", "slice-start"):
             # copy-start lists its result first, slice-start its operand.
             copied = instruction.outputs[opcode == "slice-start"]
-            yield StartPrefetch(*place, self.hbm_seconds(copied.bytes))
+            yield StartPrefetch(*place, self.costs.hbm_seconds(copied.bytes))
         elif opcode in ("copy-done", "slice-done"):
             yield EndPrefetch(*place, instruction.operands[0])
         elif _ends_collective(instruction):
@@ -161,8 +150,8 @@ class _Lister:
             yield EndCollective(*place, started)
         elif inner is not None and _starts_collective(instruction):
             yield self._start(instruction, inner, count)
-        elif opcode not in FREE and (duration := self.seconds(instruction, body)):
-            moved = self.hbm_seconds(traffic(self.module, instruction, body))
+        elif opcode not in FREE and (duration := self.costs.seconds(instruction, body)):
+            moved = self.costs.hbm_seconds(traffic(self.module, instruction, body))
             yield Compute(*place, duration, max(duration - moved, 0.0))
 
     def _start(
@@ -192,7 +181,7 @@ class _Lister:
             groups,
             len(operands),
             has_done and '"is_sync":true' not in instruction.text,
-            self.collective(inner.kind, groups, size),
+            self.costs.collective(inner.kind, groups, size),
         )
 
     def _started_by(self, instruction: Instruction, body: Body) -> str:
@@ -216,7 +205,7 @@ class _Lister:
 
         def duration(name: str) -> float:
             body = self.module.computations[name]
-            return sum(self.seconds(one, body) for one in body.values())
+            return sum(self.costs.seconds(one, body) for one in body.values())
 
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
         if listed:

@@ -191,18 +191,10 @@ def forward_pass(
       context: positions of the cache.
       reduction: of `model.hidden`.
     """
-    dtype = jnp.dtype(model_config.dtype)
-    cast = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.abstract(model_config)
-    )
-    parameters = jax.eval_shape(model.unstack, cast)
+    parameters = unstacked_parameters(model_config)
     specs = sharding.parameter_specs(parameters)
-    rows: Any = jax.ShapeDtypeStruct(
-        (batch, model_config.kv_heads, context, model_config.head_dim), dtype
-    )
-    row_spec: Any = P(*sharding.CACHE[1:])
-    cache = [KV(rows, rows)] * model_config.layers
-    cache_specs = [KV(row_spec, row_spec)] * model_config.layers
+    cache = empty_cache(model_config, batch, context)
+    cache_specs = jax.tree.map(lambda _: P(*sharding.CACHE[1:]), cache)
 
     def local(
         parameters: Any, tokens_BT: jax.Array, positions_BT: jax.Array, cache: list[KV]
@@ -221,6 +213,7 @@ def forward_pass(
         )
         return model.logits(parameters, model_config, x_B1D), cache
 
+    in_specs = (specs, sharding.TOKENS, sharding.TOKENS, cache_specs)
     cache_format = None
     if tokens == 1 and model_config.head_dim % LANES:
         # XLA may choose the cache's layout, as it does in the engine's loop. Where
@@ -231,27 +224,30 @@ def forward_pass(
             is_leaf=lambda x: isinstance(x, P),
         )
     function = jax.jit(
-        sharding.shard_map(
-            local,
-            mesh,
-            (specs, sharding.TOKENS, sharding.TOKENS, cache_specs),
-            (sharding.LOGITS, cache_specs),
-        ),
+        sharding.shard_map(local, mesh, in_specs, (sharding.LOGITS, cache_specs)),
         donate_argnums=3,
         in_shardings=(None, None, None, cache_format),
         out_shardings=(None, cache_format),
     )
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-    placed_ids = sharding.abstract(ids, mesh, sharding.TOKENS)
-    return Program(
-        function,
-        (
-            sharding.abstract(parameters, mesh, specs),
-            placed_ids,
-            placed_ids,
-            sharding.abstract(cache, mesh, cache_specs),
-        ),
+    arguments = parameters, ids, ids, cache
+    return Program(function, sharding.abstract(arguments, mesh, in_specs))
+
+
+def unstacked_parameters(model_config: config.Model) -> model.Unstacked:
+    """Abstract parameters in the compute dtype, with an array for every layer."""
+    dtype = jnp.dtype(model_config.dtype)
+    cast = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.abstract(model_config)
     )
+    return jax.eval_shape(model.unstack, cast)
+
+
+def empty_cache(model_config: config.Model, batch: int, context: int) -> list[KV]:
+    """The abstract cache of every layer, [B, K, S, H]."""
+    shape = batch, model_config.kv_heads, context, model_config.head_dim
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(model_config.dtype))
+    return [KV(rows, rows)] * model_config.layers
 
 
 def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:

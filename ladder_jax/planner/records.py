@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ladder_jax import files
 from ladder_jax.planner import tables
 
 CSV = "plans.csv"
@@ -92,7 +93,7 @@ def write(folder: str | Path, records: Iterable[Record]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     records = sorted(records, key=_sort_key)
-    with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
+    with files.replacing(folder / CSV) as part, part.open("w", newline="") as file:
         names = [field.name for field in dataclasses.fields(Record)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
@@ -105,7 +106,7 @@ def write(folder: str | Path, records: Iterable[Record]) -> None:
                 }
             )
     for name, text in markdown_files(records).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        files.write_text(folder / name, text)
 
 
 def _sort_key(record: Record) -> tuple[object, ...]:

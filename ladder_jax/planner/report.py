@@ -43,14 +43,14 @@ def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeli
         computed = cost.flops(module, instruction, body) / chip.peak_flops
         return chip.kernel_launch_s + max(computed, moved / chip.hbm_efficiency)
 
-    return timeline.play(
-        module,
+    costs = operations.Costs(
         seconds,
         lambda size: size / chip.hbm_bandwidth,
         network.collective,
         LayerCounter(stack),
         stack.trips_of,
     )
+    return timeline.play(module, costs)
 
 
 def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ladder_jax import files
 from ladder_jax.config import ConfigError, Mesh, from_recipe
 from ladder_jax.hardware import aot
 from ladder_jax.planner import calibrate, records
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write_tables(folder: str | Path) -> None:
     """Writes the tables of a folder's CSV file, and the calibration's table."""
     records.write(folder, records.read(folder))
-    (Path(folder) / "published.md").write_text(calibrate.page(), encoding="utf-8")
+    files.write_text(Path(folder) / "published.md", calibrate.page())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -30,23 +30,33 @@ the two total times would mix such layers. So `attribute` compares the simulatio
 by wait, and each wait counts as often as its own layer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ladder_jax.hardware.cost import Transfer
 from ladder_jax.planner import hlo
 from ladder_jax.planner import operations as ops
-from ladder_jax.planner.hlo import Body, Instruction, Module
+from ladder_jax.planner.hlo import Module
 
 
 @dataclass
-class Collective:
-    """One collective of the schedule. Times in seconds, of one execution."""
+class Period:
+    """From `start` to `end`, in seconds from the start of the program."""
+
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass
+class Collective(Period):
+    """The transfer of one collective of the schedule. Times are of one execution."""
 
     operation: ops.StartCollective
-    start: float  # when its transfer starts, from the start of the program
-    end: float
     window: float = 0.0  # time that the device works between `start` and `done`
     exposed: float = 0.0  # time that the device waits during the transfer
     unoverlapped: float = 0.0  # time of the transfer in which no earlier one runs
@@ -80,10 +90,6 @@ class Collective:
         return self.operation.count
 
     @property
-    def seconds(self) -> float:
-        return self.end - self.start
-
-    @property
     def hidden(self) -> float:
         return max(self.seconds - self.exposed, 0.0)
 
@@ -99,20 +105,14 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Event:
+class Event(Period):
     """A period in which the device works or waits. A wait may have length 0."""
 
     # "compute": the device works. "prefetch", "collective": it waits for one.
     kind: str
     operation: ops.Operation
-    start: float
-    end: float
     # Seconds of a wait for a collective that `attribute` counts as exposed.
     exposed: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
 
 
 @dataclass
@@ -176,16 +176,9 @@ class Timeline:
         ]
 
 
-def play(
-    module: Module,
-    seconds: Callable[[Instruction, Body], float],
-    hbm_seconds: Callable[[int], float],
-    collective: Callable[[str, hlo.Groups, int], Transfer],
-    count: Callable[[str], float] = lambda scope: 1.0,
-    trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1,
-) -> Timeline:
-    """Simulates a scheduled module. Arguments: see `operations.operations`."""
-    listed = ops.operations(module, seconds, hbm_seconds, collective, count, trips)
+def play(module: Module, costs: ops.Costs) -> Timeline:
+    """Simulates a scheduled module."""
+    listed = ops.operations(module, costs)
     real, free = _Clock(), _Clock(asynchronous_is_free=True)
     for operation in listed:
         real.run(operation)
@@ -234,7 +227,7 @@ class _Clock:
     def spend(self, kind: str, operation: ops.Operation, seconds: float) -> None:
         """Advances the clock, and records what the device does in that time."""
         end = self.now + seconds
-        self.events.append(Event(kind, operation, self.now, end))
+        self.events.append(Event(self.now, end, kind, operation))
         self.now = end
         if kind != "collective":
             self.busy += seconds
@@ -263,7 +256,7 @@ class _Clock:
             transfer = Transfer(0.0, 0.0)
         free = [self.links.get(link, 0.0) for link in transfer.links]
         start = max([self.now, *free])
-        collective = Collective(operation, start, start + transfer.seconds)
+        collective = Collective(start, start + transfer.seconds, operation)
         self.links |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
         self.collectives.append(collective)
         self.started[operation.name] = collective, self.busy

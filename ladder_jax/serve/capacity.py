@@ -23,13 +23,17 @@ class Capacity:
       arrays: the number of arrays, equal in size, that hold the keys and values.
       prefix_bytes: memory for shared prefixes on one device.
       fixed_trip_count: whether a chunk always runs all iterations it is compiled for.
+      page_size: tokens of a page; 0: each row has memory for `length` tokens.
 
+    page_count: the pages of all requests and of stored prefixes; 0 without pages.
     slots, staging_size: the most requests in the slots and in staging.
     memory: {use: bytes on one device}, the most that keys and values ever take.
-    widths, lengths: the compiled shapes of the decode state, ascending.
+    widths, lengths: the compiled shapes of the decode state, ascending. With pages
+      there is one length.
     chunk_sizes: the compiled iterations of a chunk, ascending.
     pieces: the compiled widths of a prefill call, ascending.
-    Raises ConfigError if decode.kv_memory does not hold decode.slots.
+    Raises ConfigError if decode.kv_memory does not hold decode.slots; with pages, if it
+    does not hold one request.
     """
 
     def __init__(
@@ -40,24 +44,37 @@ class Capacity:
         arrays: int,
         prefix_bytes: int,
         fixed_trip_count: bool,
+        page_size: int = 0,
     ) -> None:
+        self.page_size = page_size
         self.options, self.length = options, length
         self.arrays, self.prefix_bytes = arrays, prefix_bytes
-        self.row_bytes = token_bytes * length
+        self.token_bytes = token_bytes
+        # The tokens that the row or the pages of the longest request have room for.
+        row = -(-length // page_size) * page_size if page_size else length
+        self.row_bytes = token_bytes * row
         self.slots = self._most_slots()
         self.staging_size = self.staging_size_for(self.slots)
         self.memory = self.budget(self.slots)
+        self.page_count = self._page_count() if page_size else 0
         steps, prefill_budget = options.steps_per_call, options.prefill_budget
         self.widths, self.lengths = [self.slots], [length]
         if options.fit_shapes:
             self.widths = bucket_sizes(1, self.slots)
-            self.lengths = bucket_sizes(min(SHORTEST_LENGTH, length), length)
+            if not page_size:  # attention reads the pages that requests have
+                self.lengths = bucket_sizes(min(SHORTEST_LENGTH, length), length)
         self.chunk_sizes = [steps]
         if fixed_trip_count:
             self.chunk_sizes = sorted({-(-steps // SHORT_CHUNK_FACTOR), steps})
         self.pieces = bucket_sizes(
             min(SHORTEST_PIECE, prefill_budget), min(prefill_budget, length)
         )
+
+    @property
+    def stores_prefixes(self) -> bool:
+        """Whether the memory for shared prefixes holds a block, and a row does."""
+        size = self.options.prefix_block
+        return size <= self.length and size * self.token_bytes <= self.prefix_bytes
 
     def staging_size_for(self, slots: int) -> int:
         """Returns the number of staging rows of an engine with so many slots."""
@@ -68,7 +85,8 @@ class Capacity:
         rows = (slots + self.staging_size_for(slots)) * self.row_bytes
         # A reshape copies array by array, so one array exists twice.
         one_array = slots * self.row_bytes // self.arrays
-        reshaping = one_array if self.options.fit_shapes else 0
+        reshapes = self.options.fit_shapes and not self.page_size
+        reshaping = one_array if reshapes else 0
         total = rows + self.prefix_bytes + reshaping
         return dict(
             rows=rows, prefixes=self.prefix_bytes, reshaping=reshaping, total=total
@@ -80,7 +98,7 @@ class Capacity:
         Raises ConfigError if the memory does not hold them, or not even one.
         """
         slots, kv_memory = self.options.slots, self.options.kv_memory
-        if kv_memory is None:
+        if kv_memory is None or (slots and self.page_size):
             assert slots is not None  # config.Decode requires one of the two
             return slots
         memory = to_bytes(kv_memory, "decode.kv_memory")
@@ -97,12 +115,39 @@ class Capacity:
             "or set a smaller decode.max_length or decode.kv_dtype"
         )
 
+    def _page_count(self) -> int:
+        """Returns how many pages decode.kv_memory holds, and slots and staging can use.
+
+        It sets `memory` to what they take. Raises ConfigError if the longest request
+        and the stored prefixes do not fit.
+        """
+        page_bytes = self.page_size * self.token_bytes
+        block_bytes = self.options.prefix_block * self.token_bytes
+        prefixes = self.prefix_bytes // block_bytes * block_bytes // page_bytes
+        most = self.memory["rows"] // page_bytes + prefixes
+        if self.options.kv_memory is None:
+            return most
+        memory = to_bytes(self.options.kv_memory, "decode.kv_memory")
+        count = min(most, memory // page_bytes)
+        least = self.row_bytes // page_bytes + prefixes
+        if count < least:
+            raise ConfigError(
+                f"decode.kv_memory={self.options.kv_memory} is not enough for one "
+                f"request of {self.length} tokens and decode.prefix_memory, which take "
+                f"{least * page_bytes / 2**20:.1f} MiB; or set a smaller "
+                "decode.max_length or decode.kv_dtype"
+            )
+        rows = (count - prefixes) * page_bytes
+        self.memory |= dict(rows=rows, total=rows + self.prefix_bytes)
+        return count
+
     def report(self, kv_dtype: str) -> str:
         """Returns slots, staging and their memory as one line of text."""
         mib = {use: f"{size / 2**20:.1f} MiB" for use, size in self.memory.items()}
+        pages = f" in {self.page_count} pages" if self.page_size else ""
         return (
             f"{self.slots} slots and {self.staging_size} rows of staging, of "
-            f"{self.length} tokens in {kv_dtype}: {mib['rows']}, prefixes "
+            f"{self.length} tokens in {kv_dtype}{pages}: {mib['rows']}, prefixes "
             f"{mib['prefixes']}, reshaping {mib['reshaping']}, together "
             f"{mib['total']} a device"
         )
@@ -122,13 +167,16 @@ class Capacity:
             *((new_width, size) for size in between(self.lengths, length, new_length)),
         ]
 
-    def context_lengths(self, length: int) -> list[int]:
+    def context_lengths(self, length: int, scored: bool = False) -> list[int]:
         """Returns the compiled contexts of a prefill call, for rows of `length` tokens.
 
         The context is how many tokens at the beginning of a row the call reads and
         writes. It is every second compiled length, `length` included: for the lengths
-        64, 128, 256, 512 and `length` 512, the contexts are 128 and 512.
+        64, 128, 256, 512 and `length` 512, the contexts are 128 and 512. A call that
+        scores its prompt has the context `length` alone, so that few are compiled.
         """
+        if scored:
+            return [length]
         up_to_length = self.lengths[: self.lengths.index(length) + 1]
         return up_to_length[::-2][::-1]
 
@@ -138,11 +186,23 @@ class Capacity:
         contexts = self.context_lengths(length)
         return [(context, *shape) for context in contexts for shape in shapes]
 
+    def scored_shapes(self, length: int) -> list[tuple[int, int, int]]:
+        """Returns the same of the prefill calls that score their prompt, one row each.
+
+        There are none without `decode.prompt_logprobs`.
+        """
+        if not self.options.prompt_logprobs:
+            return []
+        return [(length, 1, width) for width in self.pieces]
+
     def most_programs(self) -> int:
         """Returns the most programs that are compiled, reshapes not included."""
         chunks = len(self.widths) * len(self.chunk_sizes)
-        prefix_programs = 2  # one reads a block, one writes it
+        prefix_programs = 3  # they read, write and drop a block
         return sum(
-            chunks + prefix_programs + len(self.prefill_shapes(length))
+            chunks
+            + prefix_programs
+            + len(self.prefill_shapes(length))
+            + len(self.scored_shapes(length))
             for length in self.lengths
         )

@@ -20,6 +20,7 @@ class Counters:
     prefill_padded: int = 0  # computed, with padding
     prefix_tokens: int = 0  # copied from a shared prefix, not computed
     reshapes: int = 0  # changes of the compiled shape
+    preempted: int = 0  # times that a request lost its slot, as pages ran out
     failures: int = 0  # steps that an exception or an interrupt ended
 
     @property

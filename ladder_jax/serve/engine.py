@@ -17,7 +17,7 @@ starts this thread. serve/scheduler.py decides what a step does, and the device 
 programs of decode.py.
 """
 
-import dataclasses
+import contextlib
 import itertools
 import threading
 import time
@@ -26,16 +26,14 @@ from typing import Any, Unpack
 
 import jax
 
-from ladder_jax import decode, kv_cache, sharding
-from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
+from ladder_jax.config import ConfigError, Decode, Model, require
 from ladder_jax.data.tokenizer import Tokenizer
-from ladder_jax.hardware import chips
-from ladder_jax.model import Transformer
-from ladder_jax.residual import choose
-from ladder_jax.serve.capacity import Capacity
+from ladder_jax.model import Transformer, Unstacked
+from ladder_jax.serve import snapshot
+from ladder_jax.serve.design import design
 from ladder_jax.serve.prefix_cache import PrefixCache
 from ladder_jax.serve.programs import Programs
-from ladder_jax.serve.request import QueueFull, Request
+from ladder_jax.serve.request import EngineFailed, QueueFull, Request
 from ladder_jax.serve.request_queue import RequestQueue
 from ladder_jax.serve.scheduler import Scheduler, plan_step
 from ladder_jax.serve.stepper import Stepper
@@ -52,7 +50,7 @@ class Engine:
     """Decodes many requests of one model together, on one mesh.
 
     Args:
-      model: the parameters, on `mesh`.
+      model: the parameters, on `mesh`; or what decode.prepare_weights made of them.
       model_config: config.Model.
       mesh: of size 1 along data and fsdp. To serve data-parallel, make an engine for
         every replica.
@@ -69,12 +67,15 @@ class Engine:
 
     On a mesh of several hosts, make an engine on each, and make the same calls in the
     same order on all of them; then all take the same steps. The engine has no thread
-    there. `plan_step` does not read the clock, so that the hosts agree.
+    there. `plan_step` does not read the clock, so that the hosts agree, and
+    `decode.burst_ms` has no effect, since each host would measure other times. The
+    engines of hosts.py do without the same calls: they follow the one of process 0, and
+    use the times that it measures.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Unstacked,
         model_config: Model,
         mesh: jax.sharding.Mesh,
         options: Decode | None = None,
@@ -85,35 +86,19 @@ class Engine:
         trace: bool = False,
         pipelined: bool = True,
     ) -> None:
-        options = options or Decode()
-        if tokenizer is not None:  # requests stop at every id that it ends at
-            most_ids = max(options.max_stop_ids, len(tokenizer.eos_ids))
-            options = dataclasses.replace(options, max_stop_ids=most_ids)
+        plan = design(model_config, mesh, options, tokenizer, reduction)
         self.model_config, self.mesh, self.tokenizer = model_config, mesh, tokenizer
-        self.length = options.max_length or model_config.max_length
-        self.vocabulary = tokenizer.size if tokenizer else model_config.vocab_size
-        self._check_sizes()
-        self.spec = _spec(
-            model_config, mesh, self.vocabulary, options, reduction=reduction
+        self.length, self.vocabulary = plan.length, plan.vocabulary
+        self.spec, self.capacity = plan.spec, plan.capacity
+        self.options = options = plan.options
+        self.programs = Programs(
+            model, self.spec, self.capacity, padding_id=plan.padding_id
         )
-        token_bytes = kv_cache.bytes_per_token(model_config, self.spec.kv_dtype)
-        token_bytes //= mesh.shape[sharding.TENSOR]  # on one device
         self.prefixes = PrefixCache(
             options.prefix_block,
-            to_bytes(options.prefix_memory, "decode.prefix_memory"),
-            token_bytes * options.prefix_block,
-        )
-        self.capacity = Capacity(
-            options,
-            self.length,
-            token_bytes,
-            arrays=2 * model_config.layers if options.unroll_layers else 2,
-            prefix_bytes=self.prefixes.budget,
-            fixed_trip_count=self.spec.fixed_trip_count,
-        )
-        self.options = options = dataclasses.replace(options, slots=self.capacity.slots)
-        self.programs = Programs(
-            model, self.spec, self.capacity, padding_id=model_config.vocab_size
+            self.capacity.prefix_bytes,
+            self.capacity.token_bytes * options.prefix_block,
+            drop=self.programs.drop_block,
         )
         self._accepts = Accepts(
             tokenizer=tokenizer,
@@ -122,6 +107,7 @@ class Engine:
             max_stop_ids=options.max_stop_ids,
             max_logit_bias=options.max_logit_bias,
             max_logprobs=self.spec.max_logprobs,
+            prompt_logprobs=options.prompt_logprobs,
         )
         self.scheduler = scheduler
         self._queue = RequestQueue(options.queue_size)
@@ -144,28 +130,6 @@ class Engine:
         self._closing = self._running = False
         self._users = 0  # `with` blocks that are open
 
-    def _check_sizes(self) -> None:
-        """Raises ConfigError unless model, mesh, length and tokenizer fit together."""
-        data, fsdp = self.mesh.shape[sharding.DATA], self.mesh.shape[sharding.FSDP]
-        if data * fsdp != 1:
-            raise ConfigError(
-                f"mesh.data x mesh.fsdp = {data * fsdp} is not accepted: both must be "
-                "1, as an engine decodes on tensor shards of one model"
-            )
-        sharding.check_fits(self.model_config, self.mesh)
-        most = self.model_config.max_length
-        require(
-            self.length <= most,
-            "decode.max_length",
-            self.length,
-            f"at most model.max_length={most}",
-        )
-        ids = self.model_config.vocab_size
-        if self.vocabulary > ids:
-            raise ConfigError(
-                f"the tokenizer has {self.vocabulary} ids, but model.vocab_size={ids}"
-            )
-
     # ------------------------------------------------------------ submission
 
     def submit(self, prompt: Any, **options: Unpack[SubmitOptions]) -> Request:
@@ -174,18 +138,23 @@ class Engine:
         Args:
           prompt: text, or ids.
           max_tokens: the most tokens of the output (default: 200, or as many as
-            `length` leaves room for).
+            `length` leaves room for). 0 is accepted with `prompt_logprobs`.
+          min_tokens: of the first so many tokens, none is one of `stop_token_ids`, and
+            none completes a stop string that counts.
           stop: a string or several; the output ends before the first of them that the
             model generates.
           stop_token_ids: ids that end the output and are not part of it (default: the
             tokenizer's eos_ids).
+          ignore_eos: whether the default of `stop_token_ids` is none.
           logprobs: how many alternatives' log-probabilities come with every token's
             own, 0 or more (default: None, no log-probabilities).
+          prompt_logprobs: the same for the tokens of the prompt, see
+            Request.prompt_logprobs. The prefix cache does not speed it up.
           priority: -1000 to 1000; higher goes first, equals in order of submission.
           logit_bias: {id: value to add to its logit}.
           temperature, ..., seed: see sampling.SamplingParams.
-        Raises ConfigError for a value that is not accepted, and QueueFull if
-        decode.queue_size requests wait already.
+        Raises ConfigError for a value that is not accepted, QueueFull if
+        decode.queue_size requests wait already, and EngineFailed after `failed`.
         """
         return self._enqueue(check_request(prompt, options, self._accepts))
 
@@ -195,7 +164,8 @@ class Engine:
         """Generates from all prompts (texts or ids); returns the requests, finished.
 
         It checks all prompts before it submits the first, and cancels all requests if
-        one fails. options: those of `submit`.
+        one fails. An engine that does nothing else needs no `decode.burst_ms`: it can
+        be 0. options: those of `submit`.
         """
         is_several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         require(is_several, "prompts", prompts, "a list of prompts")
@@ -222,16 +192,28 @@ class Engine:
                     self.step()
 
     def _enqueue(self, submission: Submission) -> Request:
-        """Queues a request. Raises QueueFull if the queue has no room."""
-        text_filter = None
-        if self.tokenizer:
-            text_filter = StopStringFilter(self.tokenizer.stream(), submission.stop)
+        """Queues a request. May raise QueueFull or EngineFailed."""
+        text_filter = self._text_filter(submission)
         with self._lock:
             request = Request(self, next(self._numbers), submission, text_filter)
-            self._queue.add(request)
+            self._accept(request)
             self.counters.submitted += 1
         self._wake.set()
         return request
+
+    def _text_filter(self, submission: Submission) -> StopStringFilter | None:
+        """Returns what makes text of a request's tokens."""
+        if self.tokenizer is None:
+            return None
+        return StopStringFilter(
+            self.tokenizer.stream(after=submission.prompt.tolist()),
+            submission.stop,
+            submission.min_tokens,
+        )
+
+    def _accept(self, request: Request) -> None:
+        """Puts a request into the queue. May raise QueueFull or EngineFailed."""
+        self._queue.add(request)
 
     def cancel(self, request: Request) -> None:
         """Ends a request, see Request.cancel. A queued request leaves the queue."""
@@ -245,17 +227,28 @@ class Engine:
         """Whether the engine's thread takes the steps."""
         return self._running
 
+    @property
+    def failed(self) -> BaseException | None:
+        """The error that ended the engine, or None.
+
+        An exception of the device fails the requests that the device works on, and the
+        engine continues. After stepper.MOST_ERRORS of them in a row, without a chunk
+        that succeeded between them, the engine ends for good: every request that it has
+        fails, `submit` raises EngineFailed, and steps do nothing. The same holds if the
+        engine's thread ends by an exception that is no Exception, such as SystemExit.
+        """
+        return self.stepper.failed
+
     def start(self) -> "Engine":
         """Starts the engine's thread, if it does not run.
 
-        Raises ConfigError on a mesh of several hosts.
+        Raises ConfigError on a mesh of several hosts, and EngineFailed after `failed`.
         """
-        if len({device.process_index for device in self.mesh.devices.flat}) > 1:
-            raise ConfigError(
-                "on several hosts an engine has no thread of its own, as all must take "
-                "the same steps: submit the same requests on each, and iterate them "
-                "there"
-            )
+        if self.failed is not None:
+            raise EngineFailed(
+                f"the engine has ended by an error: {self.failed}"
+            ) from self.failed
+        self._check_thread()
         with self._lock:
             if self._running:
                 return self
@@ -269,6 +262,15 @@ class Engine:
                 self._running = False
                 raise
         return self
+
+    def _check_thread(self) -> None:
+        """Raises ConfigError unless the engine may have a thread of its own."""
+        if self._on_several_hosts():
+            raise ConfigError(
+                "on several hosts an engine has no thread of its own, as all must take "
+                "the same steps: submit the same requests on each, and iterate them "
+                "there, or serve with serve.hosts"
+            )
 
     def close(self) -> None:
         """Ends the engine's thread after its current step.
@@ -297,10 +299,17 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
-                if not self.step():
-                    self._wake.wait(0.05)
-                    self._wake.clear()
+            while not self._closing and self.failed is None:
+                # An error that no request could report: the stepper counts it.
+                with contextlib.suppress(Exception):
+                    if self.step():
+                        continue
+                self._wake.wait(0.05)
+                self._wake.clear()
+        except BaseException as error:
+            with self._stepping:
+                self.stepper.end(error)
+            raise
         finally:
             self._running = False
             with self._stepping:
@@ -314,11 +323,17 @@ class Engine:
         """Takes one step; returns whether there was anything to do.
 
         If the device raises an exception, the requests that it works on fail, and the
-        engine continues with an empty state and the queued requests. The same holds if
-        an interrupt, such as Ctrl-C, ended the step before this one halfway.
+        engine continues with an empty state and the queued requests; see `failed` for
+        several exceptions in a row. The same holds if an interrupt, such as Ctrl-C,
+        ended the step before this one halfway. If there are no requests that could
+        report the exception, this method raises it.
         """
         with self._stepping:
-            return self.stepper.step()
+            several = self._on_several_hosts()
+            return self.stepper.step({} if several else self.stepper.pace.fitting)
+
+    def _on_several_hosts(self) -> bool:
+        return len({device.process_index for device in self.mesh.devices.flat}) > 1
 
     def warm_up(
         self, progress: Callable[[list[Any]], Any] = lambda shapes: shapes
@@ -347,35 +362,20 @@ class Engine:
         """How many unfinished requests the device works on."""
         return len(self.stepper.tracker.live())
 
+    def snapshot(self) -> snapshot.Snapshot:
+        """Returns what the engine is doing, as far as the host knows.
+
+        Any thread may call it at any time. It does not wait for a step or the device.
+        """
+        return snapshot.take(self.stepper, self._queue, self.programs)
+
     def report(self) -> str:
         """Returns slots, staging and their memory as one line of text."""
         return self.capacity.report(self.spec.kv_dtype)
 
     def compiled(self) -> tuple[int, int]:
-        """Returns (programs compiled so far, the most that there can be)."""
+        """Returns (programs compiled so far, the most that there can be).
+
+        Engines of this process that run the same programs share them and this count.
+        """
         return self.programs.compiled()
-
-
-def _spec(
-    model_config: Model,
-    mesh: jax.sharding.Mesh,
-    vocabulary: int,
-    options: Decode,
-    reduction: str,
-) -> decode.DecodeSpec:
-    """Returns the DecodeSpec of an engine, with values instead of "auto"."""
-    platform = chips.platform(mesh)
-    is_gpu = platform in chips.GPUS
-    kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)
-    return decode.DecodeSpec(
-        model_config=model_config,
-        mesh=mesh,
-        vocabulary=vocabulary,
-        max_stop_ids=options.max_stop_ids,
-        max_logit_bias=options.max_logit_bias,
-        max_logprobs=min(options.max_logprobs, vocabulary),
-        kv_dtype=kv_dtype,
-        unroll_layers=options.unroll_layers,
-        fixed_trip_count=options.loop == "fixed" or (options.loop == "auto" and is_gpu),
-        reduction=choose.reduction_for(reduction, model_config, mesh),
-    )

@@ -1,11 +1,14 @@
-"""Appends the events of a device call to the output of their requests."""
+"""Appends the results of a device call to the output of their requests."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ladder_jax import decode
+from ladder_jax.decode_scores import Scores
 from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.packing import Piece
 from ladder_jax.serve.request import Request, Token
 from ladder_jax.serve.tracker import Record, Tracker
 
@@ -14,15 +17,42 @@ class RequestEvent(NamedTuple):
     """One event of a request."""
 
     token: int
-    flag: int  # decode.TOKEN, LENGTH or STOP
+    flag: int  # decode.TOKEN, LENGTH, STOP or PREEMPTED
     position: tuple[int, int]  # in the arrays [K, W] of decode.Events
 
 
-def deliver_events(events: Any, tracker: Tracker, counters: Counters) -> None:
+def deliver_scores(
+    scores: Scores,
+    pieces: Sequence[Piece],
+    records: Sequence[Record],
+    counters: Counters,
+) -> None:
+    """Delivers the scores [P, T] of pieces of prompts, NumPy arrays.
+
+    It ends a request without output when its prompt is complete.
+    """
+    for i, (piece, record) in enumerate(zip(pieces, records)):
+        request = record.request
+        has_next = len(request.prompt) - 1 - piece.start
+        count = min(piece.length, has_next)
+        alternatives = request.submission.prompt_logprobs
+        logprobs = scores.logprob[i, :count].tolist()
+        top_ids = scores.top_ids[i, :count, :alternatives].tolist()
+        top_logprobs = scores.top_logprobs[i, :count, :alternatives].tolist()
+        tops = [tuple(zip(*top)) for top in zip(top_ids, top_logprobs)]
+        if record.is_scored:
+            request.put_prompt_logprobs(list(zip(logprobs, tops)))
+        if piece.last and not request.max_tokens:
+            counters.finished += request.put(finish="length")
+
+
+def deliver_events(events: Any, tracker: Tracker, counters: Counters) -> list[Record]:
     """Delivers all events to their requests, in the order of the iterations.
 
     events: decode.Events [K, W], NumPy arrays.
+    Returns the requests that the device has preempted and that are not done.
     """
+    preempted = []
     requests, tokens = events.request.tolist(), events.token.tolist()
     flags = events.flag.tolist()
     by_request: dict[int, list[RequestEvent]] = {}
@@ -30,10 +60,14 @@ def deliver_events(events: Any, tracker: Tracker, counters: Counters) -> None:
         event = RequestEvent(tokens[i][j], flags[i][j], (i, j))
         by_request.setdefault(requests[i][j], []).append(event)
     for number, request_events in by_request.items():
-        counters.tokens += len(request_events)
+        is_preempted = request_events[-1].flag == decode.PREEMPTED
+        counters.tokens += len(request_events) - is_preempted
         if record := tracker.get(number):
             ended = deliver_to_request(record, request_events, events, tracker)
             counters.finished += ended
+            if is_preempted and not record.request.finish:
+                preempted.append(record)
+    return preempted
 
 
 def deliver_to_request(
@@ -53,6 +87,8 @@ def deliver_to_request(
     finish: str | None = None
     error: Exception | None = None
     for event in request_events:
+        if event.flag == decode.PREEMPTED:
+            break
         try:
             finish = append_output(request, event, events, output)
         except Exception as exception:  # the tokenizer's: it ends this request alone

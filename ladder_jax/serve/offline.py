@@ -8,12 +8,17 @@ prompts get different samples, see `row_seed`.
 Output: a JSON object a line, in the order in which requests finish:
 
     index      number of the input line, from 0
-    digest     of the row's prompt and options
-    text, tokens, finish, and logprobs if requested;
+    digest     of the row's prompt and options, and of the model
+    text, tokens, finish
+    logprobs, prompt_logprobs
+               if the row asks for them: of each token, null for a prompt's first one
+    top_logprobs, prompt_top_logprobs
+               if it asks for alternatives: of each token, pairs (id, log-probability)
     or error   why the row has no output; an error does not end the run
 
 If the output file exists, a run adds the rows that the file lacks. It refuses a file
-that holds anything but outputs for the same prompts and options.
+that holds anything but outputs of the same model for the same prompts and options, and
+a file that another process writes.
 """
 
 import contextlib
@@ -28,14 +33,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 from ladder_jax import sampling
 from ladder_jax.config import ConfigError
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
+from ladder_jax.model import Transformer
+from ladder_jax.run_folder import Lease
 from ladder_jax.serve.engine import Engine
-from ladder_jax.serve.request import QueueFull, Request, RequestFailed
+from ladder_jax.serve.request import EngineFailed, QueueFull, Request, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Row:
     """One line of the input."""
 
     index: int  # the number of the line, from 0
-    digest: str  # a hash of prompt and options: 16 hexadecimal digits
+    digest: str  # a hash of prompt, options and model: 16 hexadecimal digits
     options: dict[str, Any]  # of Engine.submit; `messages` may stand for `prompt`
     error: str | None  # why the line is not a request, or None
 
@@ -79,13 +88,33 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(_sha256(f"{seed} {index}".encode())[:4], "big")
 
 
-def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
+def digest_of(model: Transformer) -> str:
+    """Returns a hash of 64 values of each parameter, the same on every mesh."""
+
+    def places_of(leaf: jax.Array) -> np.ndarray:
+        return np.linspace(0, leaf.size - 1, 64).astype(int)
+
+    @jax.jit
+    def values(model: Transformer) -> list[jax.Array]:
+        return [
+            leaf[np.unravel_index(places_of(leaf), leaf.shape)]
+            for leaf in jax.tree.leaves(model)
+        ]
+
+    arrays = [np.asarray(array, np.float32) for array in values(model)]
+    return _sha256(b"".join(array.tobytes() for array in arrays)).hex()
+
+
+def read_rows(
+    path: str | Path, defaults: Mapping[str, Any], model_digest: str = ""
+) -> list[Row]:
     """Reads the input. A line that is not a request becomes a Row with an error.
 
     Args:
       path: the prompts file. Blank lines are skipped, but counted.
       defaults: options for rows that do not give them. Its `seed` (default 0) is the
         run's seed, see `row_seed`.
+      model_digest: becomes part of the rows' digests.
     Raises ConfigError if the file cannot be read or a default is not accepted.
     """
     sampling.make_params(
@@ -98,7 +127,8 @@ def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
     try:
         with open(path, "rb") as file:
             return [
-                _row(number - 1, value, defaults) for number, value in read_jsonl(file)
+                _row(number - 1, value, defaults, model_digest)
+                for number, value in read_jsonl(file)
             ]
     except OSError as error:
         raise ConfigError(
@@ -106,7 +136,7 @@ def read_rows(path: str | Path, defaults: Mapping[str, Any]) -> list[Row]:
         ) from None
 
 
-def _row(index: int, value: Any, defaults: Mapping[str, Any]) -> Row:
+def _row(index: int, value: Any, defaults: Mapping[str, Any], model_digest: str) -> Row:
     """Returns the Row of a line. value: its JSON value, or the error of reading it."""
     error = None
     if isinstance(value, ValueError):
@@ -125,7 +155,8 @@ def _row(index: int, value: Any, defaults: Mapping[str, Any]) -> Row:
     if isinstance(value, dict):
         options |= value
     content = options if error is None else [error, repr(value)]
-    digest = _sha256(json.dumps(content, sort_keys=True, default=repr).encode())
+    text = json.dumps(content, sort_keys=True, default=repr) + model_digest
+    digest = _sha256(text.encode())
     return Row(index, digest.hex()[:16], options, error)
 
 
@@ -173,7 +204,8 @@ def prepare_out(out: str | Path, prompts: str | Path, rows: list[Row]) -> set[in
             raise _refusal(
                 out,
                 f"its line {number} is the output for another prompt or other options "
-                f"than line {record['index'] + 1} of the prompts file has",
+                f"than line {record['index'] + 1} of the prompts file has, or of "
+                "another model",
             )
         lines_to_keep.append(line)
         indices.add(record["index"])
@@ -227,23 +259,33 @@ def run(
     out: str | Path,
     defaults: Mapping[str, Any],
     show: bool = True,
+    model: Transformer | None = None,
 ) -> Summary:
     """Generates outputs for all rows of `prompts` that the file `out` lacks.
 
     Args:
-      engine: decodes the requests; this function takes its steps.
+      engine: decodes the requests; this function takes its steps. As nobody waits for
+        single tokens, `decode.burst_ms` of 0 suits it.
       prompts: the input file.
       out: the output file; it and its folder are created if needed.
       defaults: options of `Engine.submit` for rows that do not give them; `seed` is
         the seed of the run, see `row_seed`.
       show: whether to show a progress bar on stderr.
+      model: the engine's model. With it, the outputs of another model are refused.
     Raises ConfigError, before anything is generated or written, if a file or a default
     is not accepted. A row that is not accepted becomes an error record.
     """
-    rows = read_rows(prompts, defaults)
-    indices_in_out = prepare_out(out, prompts, rows)
+    out = Path(out)
+    rows = read_rows(prompts, defaults, "" if model is None else digest_of(model))
+    with Lease(out.parent, "out", output=out):
+        return _add_missing(engine, rows, out, prepare_out(out, prompts, rows), show)
+
+
+def _add_missing(
+    engine: Engine, rows: list[Row], out: Path, indices_in_out: set[int], show: bool
+) -> Summary:
+    """Appends the outputs of the rows that the output file lacks, as they finish."""
     missing = [row for row in rows if row.index not in indices_in_out]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     generated = failed = 0
     before = len(indices_in_out)
     bar = tqdm(total=len(rows), initial=before, unit="prompt", disable=not show)
@@ -281,6 +323,8 @@ def _generate(
                     request = engine.submit(**submit_options(row.options))
                 except QueueFull:  # another client filled the queue
                     break
+                except EngineFailed:  # the next run generates the other rows
+                    raise
                 except Exception as error:  # the other rows are still generated
                     yield waiting.popleft(), _error_values(row, error)
                     continue
@@ -312,7 +356,7 @@ def _chat_prompts(engine: Engine) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if "messages" not in options:
             return options
         others = {name: v for name, v in options.items() if name != "messages"}
-        if others.get("stop_token_ids") is None:
+        if others.get("stop_token_ids") is None and not others.get("ignore_eos"):
             end_ids = encoder().end_ids[: engine.options.max_stop_ids]
             others["stop_token_ids"] = list(end_ids)
         return others | dict(prompt=encoder().prompt(options["messages"]))
@@ -329,8 +373,18 @@ def _output_values(row: Row, request: Request) -> dict[str, Any]:
     values: dict[str, Any] = dict(
         text=request.text, tokens=request.tokens, finish=request.finish
     )
-    logprobs = [token.logprob for token in tokens if token.logprob is not None]
-    return values | (dict(logprobs=logprobs) if logprobs else {})
+    submission = request.submission
+    if submission.logprobs is not None:
+        tokens = [token for token in tokens if token.id is not None]
+        values["logprobs"] = [token.logprob for token in tokens]
+        if submission.logprobs:
+            values["top_logprobs"] = [token.top for token in tokens]
+    if submission.prompt_logprobs is not None:
+        entries = request.prompt_logprobs
+        values["prompt_logprobs"] = [entry and entry[0] for entry in entries]
+        if submission.prompt_logprobs:
+            values["prompt_top_logprobs"] = [entry and entry[1] for entry in entries]
+    return values
 
 
 def _error_values(row: Row, error: Exception | str) -> dict[str, Any]:

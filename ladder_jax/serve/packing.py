@@ -30,6 +30,14 @@ class Piece(NamedTuple):
         return self.start + self.length
 
 
+class Prompt(NamedTuple):
+    """What a request has prefill compute."""
+
+    tokens: np.ndarray  # int32
+    # How many tokens at their end it has generated, before it lost its slot.
+    generated: int = 0
+
+
 def rows(count: int) -> int:
     """Returns the compiled number of rows for `count` prompts: 1, 4, 16, 64, ..."""
     size = 1
@@ -90,7 +98,7 @@ def pack(
     pieces: Sequence[Piece],
     width: int,
     context: int,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
     states: Sequence[decode.SlotState],
     staging_size: int,
     padding_id: int,
@@ -101,7 +109,7 @@ def pack(
       pieces: at least one; the call has `rows(len(pieces))` rows, the rest is padding.
       width: tokens that every piece is padded to.
       context: how many tokens at the beginning of a row the call reads and writes.
-      prompts: the whole prompt (int32) of every piece.
+      prompts: the whole prompt of every piece.
       states: the decode.SlotState [1] of every piece's request.
       staging_size: rows of staging; as a staging index, it marks a row of padding.
       padding_id: pads a prompt; an id outside the vocabulary.
@@ -113,13 +121,16 @@ def pack(
     length: Any = np.zeros(count, np.int32)
     staging_index: Any = np.full(count, staging_size, np.int32)
     last: Any = np.zeros(count, bool)
-    whole_prompts: Any = np.full((count, context), padding_id, np.int32)
-    for i, (piece, prompt) in enumerate(zip(pieces, prompts)):
+    beginnings: Any = np.full((count, context), padding_id, np.int32)
+    size: Any = np.zeros(count, np.int32)
+    generated: Any = np.zeros(count, np.int32)
+    for i, (piece, (prompt, generated_count)) in enumerate(zip(pieces, prompts)):
+        size[i], generated[i] = len(prompt), generated_count
         tokens[i, : piece.length] = prompt[piece.start : piece.stop]
         staging_index[i] = piece.staging_index
         start[i], length[i], last[i] = piece.start, piece.length, piece.last
-        if piece.last:
-            whole_prompts[i, : len(prompt)] = prompt
+        beginning = prompt[:context]
+        beginnings[i, : len(beginning)] = beginning
 
     def stack(*leaves: Any) -> np.ndarray:  # copies of the first row are padding
         padding = [leaves[0]] * (count - len(leaves))
@@ -131,6 +142,8 @@ def pack(
         length=length,
         staging_index=staging_index,
         last=last,
-        prompt=whole_prompts,
+        prompt=beginnings,
         state=jax.tree.map(stack, *states),
+        size=size,
+        generated=generated,
     )

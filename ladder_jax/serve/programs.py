@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode, decode_shapes, decode_state
-from ladder_jax.model import Transformer
+from ladder_jax import decode, decode_scores, decode_shapes, decode_state
+from ladder_jax.model import Transformer, Unstacked
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.capacity import Capacity
@@ -20,13 +20,14 @@ class Programs:
 
     weights: from decode.prepare_weights. state: decode.DecodeState.
     width, length: the compiled shape of the state, slots and tokens.
-    chunks: {iterations: compiled chunk}. prefill: the compiled prefill call.
+    chunks: {iterations: compiled chunk}. prefill, scored_prefill: the compiled prefill
+    calls, see decode.make_prefill.
     padding_id: a token id outside the vocabulary.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Unstacked,
         spec: decode.DecodeSpec,
         capacity: Capacity,
         padding_id: int,
@@ -38,9 +39,11 @@ class Programs:
             size: decode.make_chunk(spec, size) for size in capacity.chunk_sizes
         }
         self.prefill = decode.make_prefill(spec)
+        self.scored_prefill = decode.make_prefill(spec, scored=True)
         prefix_block = capacity.options.prefix_block
         self._read_block = decode.make_read_block(spec, prefix_block)
         self._write_block = decode.make_write_block(spec)
+        self._drop_block = decode.make_drop_block(spec)
         # `reset` allocates the state.
         self.state: Any = None
         self.width, self.length = capacity.widths[0], capacity.lengths[0]
@@ -51,7 +54,11 @@ class Programs:
         self.state = None
         self.width, self.length = self.capacity.widths[0], self.capacity.lengths[0]
         self.state = decode_state.empty(
-            self.spec, self.width, self.capacity.staging_size, self.length
+            self.spec,
+            self.width,
+            self.capacity.staging_size,
+            self.length,
+            self.capacity.page_count,
         )
 
     def reshape(self, width: int, length: int) -> bool:
@@ -71,8 +78,7 @@ class Programs:
             compiled for, see decode.make_chunk.
         Returns (decode.Events [K, W], request numbers in staging [R]).
         """
-        padded = np.full(self.most_cancelled, decode.NO_REQUEST, np.int32)
-        padded[: len(cancelled)] = cancelled
+        padded = cancelled_ids(self.capacity, cancelled)
         chunk = self.chunks[round_up(self.capacity.chunk_sizes, steps)]
         self.state, events, waiting = chunk(
             self.weights, self.state, padded, np.int32(steps)
@@ -82,20 +88,24 @@ class Programs:
     @property
     def most_cancelled(self) -> int:
         """The most requests that one chunk can remove: all that the device can hold."""
-        return self.capacity.slots + self.capacity.staging_size
+        return len(cancelled_ids(self.capacity, []))
 
-    def run_prefill(self, prompts: decode.Prompts) -> decode.Events:
-        """Starts a prefill call. Returns its events [P]."""
-        staging, events = self.prefill(self.weights, self.state.staging, prompts)
-        self._set_staging(staging)
-        return events
+    def run_prefill(
+        self, prompts: decode.Prompts, scored: bool = False
+    ) -> tuple[decode.Events, decode_scores.Scores | None]:
+        """Starts a prefill call. Returns its events [P], and scores if `scored`."""
+        prefill = self.scored_prefill if scored else self.prefill
+        staging = self.state.shared_staging()
+        staging, events, scores = prefill(self.weights, staging, prompts)
+        self.state = self.state.with_staging(staging)
+        return events, scores
 
     def pack(
         self,
         pieces: Sequence[packing.Piece],
         width: int,
         context: int,
-        prompts: Sequence[np.ndarray],
+        prompts: Sequence[packing.Prompt],
         states: Sequence[decode.SlotState],
     ) -> decode.Prompts:
         """Returns the arguments of a prefill call, see packing.pack."""
@@ -110,28 +120,44 @@ class Programs:
         )
 
     def read_block(self, index: int, start: int) -> Any:
-        """Returns a copy of a block, from token `start` on in staging row `index`."""
-        return self._read_block(self.state.staging, np.int32(index), np.int32(start))
-
-    def write_block(self, index: int, start: int, block: Any) -> None:
-        """Copies a block of `read_block` to row `index`, from token `start` on."""
-        staging = self.state.staging
-        self._set_staging(
-            self._write_block(staging, np.int32(index), np.int32(start), block)
+        """Returns a block, from token `start` on in staging row `index`."""
+        staging, block = self._read_block(
+            self.state.shared_staging(), np.int32(index), np.int32(start)
         )
+        self.state = self.state.with_staging(staging)
+        return block
 
-    def _set_staging(self, staging: decode.Slots) -> None:
-        self.state = self.state._replace(staging=staging)
+    def write_block(self, index: int, start: int, block: Any, number: int) -> None:
+        """Gives a block of `read_block` to row `index`, from token `start` on.
+
+        number: of the row's request.
+        """
+        staging = self.state.shared_staging()
+        staging = self._write_block(
+            staging, np.int32(index), np.int32(start), block, np.int32(number)
+        )
+        self.state = self.state.with_staging(staging)
+
+    def drop_block(self, block: Any) -> None:
+        """Frees a block of `read_block`, which the host does not use any more."""
+        if self.spec.page_size:
+            staging = self._drop_block(self.state.shared_staging(), block)
+            self.state = self.state.with_staging(staging)
 
     # ------------------------------------------------------------ compilation
 
     def compiled(self) -> tuple[int, int]:
-        """Returns (programs compiled so far, the most that there can be)."""
+        """Returns (programs compiled so far, the most that there can be).
+
+        Engines of this process that run the same programs share them and this count.
+        """
         functions: tuple[Any, ...] = (
             *self.chunks.values(),
             self.prefill,
+            self.scored_prefill,
             self._read_block,
             self._write_block,
+            self._drop_block,
         )
         count = sum(function._cache_size() for function in functions)
         return count, self.capacity.most_programs()
@@ -150,33 +176,67 @@ class Programs:
         for length in lengths:
             self.reshape(widths[-1], length)
             self.reshape(widths[0], length)
-        shapes: list[tuple[int, int, Any]] = []
+        shapes: list[tuple[int, int, Any, bool]] = []
         for length in lengths:
-            shapes += [(length, width, None) for width in widths]
-            prefill_shapes = self.capacity.prefill_shapes(length)
-            shapes += [(length, widths[-1], shape) for shape in prefill_shapes]
-        for length, width, prefill_shape in progress(shapes):
+            shapes += [(length, width, None, False) for width in widths]
+            for shape in self.capacity.prefill_shapes(length):
+                shapes.append((length, widths[-1], shape, False))
+            for shape in self.capacity.scored_shapes(length):
+                shapes.append((length, widths[-1], shape, True))
+        for length, width, prefill_shape, scored in progress(shapes):
             self.reshape(width, length)
             if prefill_shape is None:
                 for steps in self.capacity.chunk_sizes:
                     self.run_chunk([], steps)
             else:
-                self._warm_up_prefill(*prefill_shape)
+                self._warm_up_prefill(*prefill_shape, scored=scored)
+        if self.capacity.stores_prefixes:
+            for length in lengths:
+                self.reshape(widths[0], length)
+                block = self.read_block(0, 0)
+                self.write_block(0, 0, block, decode.NO_REQUEST)
+                self.drop_block(block)
         self.reset()
         # Without `freeze`, Python's garbage collector visits a million objects of JAX
         # now and then, and all requests wait for most of a second.
         gc.collect()
         gc.freeze()
 
-    def _warm_up_prefill(self, context: int, count: int, width: int) -> None:
+    def _warm_up_prefill(
+        self, context: int, count: int, width: int, *, scored: bool
+    ) -> None:
         """Runs a prefill call of `count` rows of padding."""
-        padding_row = packing.Piece(self.capacity.staging_size, 0, width, False)
-        prompt = np.zeros(width, np.int32)
-        state = decode_state.empty_slots(1, self.spec)._replace(history=None)
-        prompts = self.pack(
-            [padding_row] * count, width, context, [prompt] * count, [state] * count
-        )
-        self.run_prefill(prompts)
+        prompts = padding_prompts(self.spec, self.capacity, context, count, width)
+        self.run_prefill(prompts, scored)
+
+
+def cancelled_ids(capacity: Capacity, cancelled: Sequence[int]) -> np.ndarray:
+    """Returns request numbers as an argument of the chunk, padded with NO_REQUEST.
+
+    There is room for as many as the device can hold.
+    """
+    padded = np.full(
+        capacity.slots + capacity.staging_size, decode.NO_REQUEST, np.int32
+    )
+    padded[: len(cancelled)] = cancelled
+    return padded
+
+
+def padding_prompts(
+    spec: decode.DecodeSpec, capacity: Capacity, context: int, count: int, width: int
+) -> decode.Prompts:
+    """Returns the arguments of a prefill call of `count` rows of padding."""
+    padding_row = packing.Piece(capacity.staging_size, 0, width, False)
+    state = decode_state.empty_slots(1, spec)._replace(history=None, table=None)
+    return packing.pack(
+        [padding_row] * count,
+        width,
+        context,
+        [packing.Prompt(np.zeros(width, np.int32))] * count,
+        [state] * count,
+        capacity.staging_size,
+        spec.model_config.vocab_size,
+    )
 
 
 def array(value: Any, dtype: Any = np.int32) -> Any:
@@ -185,11 +245,16 @@ def array(value: Any, dtype: Any = np.int32) -> Any:
 
 
 def slot_state(
-    number: int, submission: Submission, admission_order: int, max_stop_ids: int
+    number: int,
+    submission: Submission,
+    admission_order: int,
+    max_stop_ids: int,
+    generated: int = 0,
 ) -> decode.SlotState:
     """Returns the decode.SlotState [1] of a request, NumPy arrays.
 
     admission_order: the device admits the staged request with the lowest one first.
+    generated: the tokens that the request has generated before it lost its slot.
     """
 
     stop_ids = submission.stop_token_ids
@@ -200,9 +265,11 @@ def slot_state(
         admission_order=array(admission_order),
         token=array(0),
         position=array(0),
-        remaining=array(submission.max_tokens),
+        remaining=array(submission.max_tokens - generated),
+        required=array(submission.min_tokens - generated),
         stops=array([*stop_ids, *padding]),
         logprobs=array(submission.logprobs is not None, bool),
         sampling=submission.params,
-        history=None,  # prefill sets it
+        history=None,  # prefill sets it, and the table
+        table=None,
     )

@@ -30,6 +30,13 @@ class EngineClosed(RuntimeError):
     """
 
 
+class EngineFailed(RuntimeError):
+    """A call of an engine that has ended by an error raises it, see Engine.failed.
+
+    Its `__cause__` is that error.
+    """
+
+
 class Token(NamedTuple):
     """One token of a request's output."""
 
@@ -40,6 +47,10 @@ class Token(NamedTuple):
     logprob: float | None = None  # of the model; None if not requested
     # The likeliest ids and their log-probabilities, as many as requested.
     top: tuple[tuple[int, float], ...] = ()
+
+
+# The log-probability of a prompt's token, and the likeliest ids there with theirs.
+PromptLogprob = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Runner(Protocol):
@@ -61,8 +72,11 @@ class Request:
     tokens: all ids so far, without the stop id. text: their text, cut at a stop string.
     finish: None while it runs, then "stop", "length", "cancelled" or "error".
     error: the exception that ended it, if `finish` is "error".
-    submitted, times: seconds (time.perf_counter) of its submission, and of the arrival
-      of each token on the host.
+    prompt_logprobs: if requested, one entry for every token of the prompt, None for the
+      first; complete when the first token or the end has arrived. Else empty.
+    submitted, admitted, times: seconds (time.perf_counter) of its submission, of its
+      admission to the device (None: it waits on the host), and of the arrival of each
+      token on the host.
     """
 
     def __init__(
@@ -76,16 +90,25 @@ class Request:
         self.prompt, self.max_tokens = submission.prompt, submission.max_tokens
         self.priority, self.logprobs = submission.priority, submission.logprobs
         self.text_filter = text_filter
+        self.prompt_logprobs: list[PromptLogprob | None] = []
+        if self.wants_scores:
+            self.prompt_logprobs.append(None)
         self.tokens: list[int] = []
         self.text = ""
         self.finish: str | None = None
         self.error: BaseException | None = None
         self.submitted = time.perf_counter()
+        self.admitted: float | None = None
         self.times: list[float] = []
         self._engine = engine
         self._unread: deque[Token] = deque()
         self._changed = threading.Condition()
-        self._wakers: list[Callable[[], object]] = []  # one per `async for` loop
+        self._wakers: list[Callable[[], object]] = []  # see `watch`
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether it wants the log-probabilities of its prompt."""
+        return self.submission.prompt_logprobs is not None
 
     def cancel(self) -> None:
         """Ends the request; the next chunk frees its slot.
@@ -121,8 +144,7 @@ class Request:
         def wake() -> None:
             loop.call_soon_threadsafe(event.set)
 
-        with self._changed:
-            self._wakers.append(wake)
+        self.watch(wake)
         try:
             if not self.finish:
                 self._engine.start()
@@ -143,8 +165,7 @@ class Request:
                 else:
                     await event.wait()
         finally:
-            with self._changed:
-                self._wakers.remove(wake)
+            self.unwatch(wake)
 
     def _take(self) -> Token | None:
         """Returns the next unread token or None; a failed request raises instead."""
@@ -155,6 +176,28 @@ class Request:
                 f"request {self.number} failed: {self.error}"
             ) from self.error
         return None
+
+    # ------------------------------------------------------------ without waiting
+
+    def take(self) -> tuple[list[Token], str | None]:
+        """Returns (all tokens that nobody has read yet, `finish`); never waits.
+
+        With `finish`, they are the last ones.
+        """
+        with self._changed:
+            tokens = list(self._unread)
+            self._unread.clear()
+            return tokens, self.finish
+
+    def watch(self, wake: Callable[[], object]) -> None:
+        """Calls `wake`, from the engine's thread, after each change of the request."""
+        with self._changed:
+            self._wakers.append(wake)
+
+    def unwatch(self, wake: Callable[[], object]) -> None:
+        """Ends `watch`."""
+        with self._changed:
+            self._wakers.remove(wake)
 
     # ------------------------------------------------------------ for the engine
 
@@ -181,6 +224,15 @@ class Request:
                 self.finish = finish
         self.notify()
         return finish is not None
+
+    def put_prompt_logprobs(self, entries: Sequence[PromptLogprob]) -> None:
+        """Appends entries for the next tokens of the prompt.
+
+        It does nothing if the request has finished.
+        """
+        with self._changed:
+            if not self.finish:
+                self.prompt_logprobs.extend(entries)
 
     def notify(self) -> None:
         """Wakes the threads and coroutines that iterate the request."""

@@ -5,7 +5,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 
-from ladder_jax.serve.request import QueueFull, Request
+from ladder_jax.serve.request import EngineFailed, QueueFull, Request
 
 
 class RequestQueue:
@@ -20,6 +20,7 @@ class RequestQueue:
         self.size = size
         self._lock = threading.Lock()
         self._entries: list[tuple[int, int, Request]] = []  # sorted
+        self._closed_by: BaseException | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -30,14 +31,39 @@ class RequestQueue:
         return iter([request for *_, request in entries])
 
     def add(self, request: Request) -> None:
-        """Adds a request. Raises QueueFull if `size` requests wait already."""
+        """Adds a request. May raise what `check_room` raises."""
         with self._lock:
-            if len(self._entries) >= self.size:
-                raise QueueFull(
-                    f"{len(self._entries)} requests wait already "
-                    f"(decode.queue_size={self.size})"
-                )
+            self._check_room(0)
             bisect.insort(self._entries, self._entry(request))
+
+    def put_back(self, request: Request) -> None:
+        """Adds a request that was here before, however many wait."""
+        with self._lock:
+            bisect.insort(self._entries, self._entry(request))
+
+    def check_room(self, others: int = 0) -> None:
+        """Returns if a request could be added after so many others.
+
+        Raises QueueFull if `size` requests wait already, EngineFailed after `close`.
+        """
+        with self._lock:
+            self._check_room(others)
+
+    def _check_room(self, others: int) -> None:
+        if self._closed_by is not None:
+            raise EngineFailed(
+                f"the engine has ended by an error: {self._closed_by}"
+            ) from self._closed_by
+        waiting = len(self._entries) + others
+        if waiting >= self.size:
+            raise QueueFull(
+                f"{waiting} requests wait already (decode.queue_size={self.size})"
+            )
+
+    def close(self, error: BaseException) -> None:
+        """Accepts no more requests, because of `error`; those that wait stay."""
+        with self._lock:
+            self._closed_by = error
 
     def remove(self, request: Request) -> bool:
         """Removes a request; returns whether it was there."""

@@ -71,11 +71,11 @@ class Load:
     decoding: tuple[Work, ...] = ()
     cancelled: int = 0  # requests that the next chunk must remove from the device
     unread_chunks: int = 0
-    # Prefill calls since the last chunk: the host reads their events with the next one.
-    unread_prefills: int = 0
     prefill_spent: int = 0  # tokens that this step's prefill calls have computed
     width: int = 1  # slots of the decode state
     length: int = 1  # tokens of its rows
+    # How many iterations of this width fit in decode.burst_ms; None: no limit.
+    fitting_steps: int | None = None
     # For how many steps of the engine in a row a smaller shape would have sufficed.
     smaller_steps: int = 0
 
@@ -175,7 +175,7 @@ def enough_staged(load: Load, limits: Limits) -> bool:
       unread chunks or the next one, but no fewer than a quarter of the slots, since a
       stop id or a stop string can end a request at any time.
     """
-    steps = limits.steps_per_call * (load.unread_chunks + 1)
+    steps = most_steps(load, limits) * (load.unread_chunks + 1)
     works = load.on_device + load.candidates
     ending = sum(work.max_tokens - work.emitted <= steps for work in works)
     free_slots = max(limits.slots - len(load.decoding), 0)
@@ -189,12 +189,15 @@ def enough_staged(load: Load, limits: Limits) -> bool:
 def next_chunk_steps(load: Load, limits: Limits) -> int:
     """Returns the iterations of the next chunk; 0 if there is nothing for it to do.
 
-    They are at most the tokens that the longest request has left. If the next prefill
-    call can fill empty slots, the chunk is shorter, so that this call starts soon: it
-    has the share of `steps_per_call` that full slots have of full and fillable slots.
+    The host then reads the results of prefill calls without a chunk.
+
+    They are at most the tokens that the longest request has left, and at most those
+    that `most_steps` returns. If the next prefill call can fill empty slots, the chunk
+    is shorter, so that this call starts soon: it has the share of `most_steps` that
+    full slots have of full and fillable slots.
     """
     left = tokens_left(load)
-    if not (left or load.cancelled or load.unread_prefills):
+    if not (left or load.cancelled):
         return 0
     full = len(load.staged) + len(load.decoding)
     nearly_prefilled = sum(
@@ -203,9 +206,23 @@ def next_chunk_steps(load: Load, limits: Limits) -> int:
     )
     queued = load.queued - len(load.candidates)
     fillable = min(nearly_prefilled + queued, max(limits.slots - full, 0))
-    share = limits.steps_per_call * full // max(full + fillable, 1)
+    share = most_steps(load, limits) * full // max(full + fillable, 1)
     steps = max(min(share, left), 1)
     return round_up(limits.chunk_sizes, steps) if limits.fixed_trip_count else steps
+
+
+def most_steps(load: Load, limits: Limits) -> int:
+    """Returns the most iterations of the next chunk, whatever its requests need.
+
+    They are those that fit in decode.burst_ms, from 1 to `steps_per_call`. A loop that
+    cannot end early has the largest compiled number that fits, or else the smallest.
+    """
+    if load.fitting_steps is None:
+        return limits.steps_per_call
+    if limits.fixed_trip_count:
+        sizes = [size for size in limits.chunk_sizes if size <= load.fitting_steps]
+        return max(sizes, default=limits.chunk_sizes[0])
+    return min(max(load.fitting_steps, 1), limits.steps_per_call)
 
 
 def tokens_left(load: Load) -> int:

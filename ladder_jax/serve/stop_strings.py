@@ -1,9 +1,13 @@
 """Turns tokens into text that ends exactly before the first stop string."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from ladder_jax.config import require
+from ladder_jax.config import ConfigError, short_repr
+
+MOST_STOP_STRINGS = 256  # of one request
+ACCEPTED = f"a non-empty string, or a list of at most {MOST_STOP_STRINGS} of them"
 
 
 class TextStream(Protocol):
@@ -16,20 +20,31 @@ class TextStream(Protocol):
         """Returns the rest of the text, at the end."""
 
 
-def check_stop(stop: Any) -> tuple[str, ...]:
+def read_stop(stop: Any) -> tuple[str, ...]:
     """Returns the option `stop`, a string or several, as a tuple of stop strings.
 
-    Raises ConfigError unless all are non-empty strings.
+    Raises TypeError unless it is as `ACCEPTED` says.
     """
-    accepted = "a non-empty string, or several"
     if isinstance(stop, str):
         stop = (stop,)
-    is_list = isinstance(stop, Iterable) and not isinstance(stop, (bytes, dict))
-    require(is_list, "stop", stop, accepted)
-    strings = tuple(stop)
-    are_text = all(isinstance(text, str) and text for text in strings)
-    require(are_text, "stop", stop, accepted)
+    if not isinstance(stop, Iterable) or isinstance(stop, (bytes, bytearray, Mapping)):
+        raise TypeError("not a sequence of strings")
+    strings = tuple(itertools.islice(stop, MOST_STOP_STRINGS + 1))
+    if len(strings) > MOST_STOP_STRINGS:  # the iterable may never end
+        raise TypeError("too many")
+    if not all(isinstance(text, str) and text for text in strings):
+        raise TypeError("not all are non-empty strings")
     return strings
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Returns `read_stop(stop)`. Raises ConfigError if it is not accepted."""
+    try:
+        return read_stop(stop)
+    except TypeError:
+        raise ConfigError(
+            f"stop={short_repr(stop)} is not accepted: it must be {ACCEPTED}"
+        ) from None
 
 
 class StopStringFilter:
@@ -42,11 +57,16 @@ class StopStringFilter:
     Args:
       stream: turns ids into text.
       stops: non-empty stop strings.
+      min_tokens: a stop string that is complete within the first so many tokens does
+        not count.
     """
 
-    def __init__(self, stream: TextStream, stops: Iterable[str] = ()) -> None:
+    def __init__(
+        self, stream: TextStream, stops: Iterable[str] = (), min_tokens: int = 0
+    ) -> None:
         self._stream = stream
         self._stops = tuple(stops)
+        self._min_tokens, self._tokens = min_tokens, 0
         self._held_back = ""
         self._stopped = False
 
@@ -56,6 +76,7 @@ class StopStringFilter:
         The text is the part that is certainly before the stop string. After a stop
         string, `push` returns no more text.
         """
+        self._tokens += 1
         return self._add(self._stream.push(token)), self._stopped
 
     def flush(self) -> str:
@@ -69,10 +90,16 @@ class StopStringFilter:
         if self._stopped:
             return ""
         text = self._held_back + new
-        positions = [text.find(stop) for stop in self._stops if stop in text]
-        if positions:
+        # A stop string inside the text held back did not count when it was completed.
+        starts = [
+            text.find(stop, max(len(self._held_back) - len(stop) + 1, 0))
+            for stop in self._stops
+        ]
+        starts = [start for start in starts if start >= 0]
+        counts = not self._min_tokens or self._tokens > self._min_tokens
+        if starts and counts:
             self._held_back, self._stopped = "", True
-            return text[: min(positions)]
+            return text[: min(starts)]
         certain = len(text) - self._beginning_of_stop(text)
         self._held_back = text[certain:]
         return text[:certain]

@@ -14,6 +14,7 @@ import numpy as np
 
 from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.sampling import SamplingParams, make_params
+from ladder_jax.serve.stop_strings import ACCEPTED, read_stop
 
 # A ticket is the number of a request's admission to staging, from 1 to TICKETS. The
 # device orders waiting requests by the int32 ticket - priority * TICKETS, so
@@ -36,15 +37,19 @@ class Accepts:
     max_stop_ids: int
     max_logit_bias: int
     max_logprobs: int
+    prompt_logprobs: bool  # whether prompts can be scored
 
 
 class SubmitOptions(TypedDict, total=False):
     """The options of `Engine.submit`, see there."""
 
     max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int] | None
     logprobs: int | None
+    prompt_logprobs: int | None
     priority: int
     logit_bias: Mapping[int, float] | None
     temperature: float
@@ -63,9 +68,11 @@ class Submission:
 
     prompt: np.ndarray  # int32
     max_tokens: int
+    min_tokens: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     logprobs: int | None
+    prompt_logprobs: int | None
     priority: int
     params: SamplingParams
 
@@ -81,33 +88,56 @@ class Option(NamedTuple):
     none_is_default: bool = False
 
 
-def options_table(accepts: Accepts, prompt_tokens: int) -> dict[str, Option]:
-    """Returns the options of a request with a prompt of so many tokens."""
+def options_table(
+    accepts: Accepts, prompt_tokens: int, scores_prompt: bool, ignores_eos: bool
+) -> dict[str, Option]:
+    """Returns the options of a request.
+
+    Args:
+      prompt_tokens: of its prompt.
+      scores_prompt: whether it wants log-probabilities of the prompt.
+      ignores_eos: whether it does not end at the tokenizer's eos_ids by default.
+    """
     room = accepts.length - prompt_tokens
     last_id = accepts.vocabulary - 1
-    eos = () if accepts.tokenizer is None else accepts.tokenizer.eos_ids
+    eos = ()
+    if accepts.tokenizer is not None and not ignores_eos:
+        eos = accepts.tokenizer.eos_ids
+    least = 0 if scores_prompt else 1
+    most_logprobs = f"None, or an integer from 0 to {accepts.max_logprobs}"
+    prompt_logprobs = most_logprobs
+    if not accepts.prompt_logprobs:
+        prompt_logprobs = "None, as this engine has decode.prompt_logprobs=False"
+
+    def read_logprobs(value: Any) -> int | None:
+        return None if value is None else integer(value, 0, accepts.max_logprobs)
+
+    def read_prompt_logprobs(value: Any) -> int | None:
+        if value is not None and not accepts.prompt_logprobs:
+            raise ValueError("the engine has no program for it")
+        return read_logprobs(value)
+
     return {
+        "prompt_logprobs": Option(None, read_prompt_logprobs, prompt_logprobs),
         "max_tokens": Option(
             min(DEFAULT_MAX_TOKENS, room),
-            lambda value: integer(value, 1, room),
-            f"an integer from 1 to {room}: {accepts.length} tokens less the "
+            lambda value: integer(value, least, room),
+            f"an integer from {least} to {room}: {accepts.length} tokens less the "
             f"{prompt_tokens} of the prompt",
             none_is_default=True,
         ),
-        "stop": Option((), strings, "a non-empty string, or a list of them"),
+        "min_tokens": Option(
+            0, lambda value: integer(value, 0, room), f"an integer from 0 to {room}"
+        ),
+        "ignore_eos": Option(False, boolean, "True or False"),
+        "stop": Option((), read_stop, ACCEPTED),
         "stop_token_ids": Option(
             eos,
             lambda value: ids(value, last_id, accepts.max_stop_ids),
             f"a list of at most {accepts.max_stop_ids} ids from 0 to {last_id}",
             none_is_default=True,
         ),
-        "logprobs": Option(
-            None,
-            lambda value: (
-                None if value is None else integer(value, 0, accepts.max_logprobs)
-            ),
-            f"None, or an integer from 0 to {accepts.max_logprobs}",
-        ),
+        "logprobs": Option(None, read_logprobs, most_logprobs),
         "priority": Option(
             0,
             lambda value: integer(value, -MAX_PRIORITY, MAX_PRIORITY),
@@ -125,10 +155,16 @@ def check_request(
       prompt: text, or ids in a list, a tuple, an array or another iterable.
       options: those of `options_table`, and those of sampling.make_params.
     """
-    prompt_ids = read_prompt(prompt, accepts)
+    scores_prompt = options.get("prompt_logprobs") is not None
+    # A prompt that fills the row leaves no room for output: it can only be scored.
+    most_tokens = accepts.length - (not scores_prompt)
+    prompt_ids = read_prompt(prompt, accepts, most_tokens)
+    ignore_eos = options.get("ignore_eos")
+    ignores_eos = isinstance(ignore_eos, (bool, np.bool_)) and bool(ignore_eos)
+    table = options_table(accepts, len(prompt_ids), scores_prompt, ignores_eos)
     other_options: dict[str, Any] = dict(options)
     values: dict[str, Any] = {}
-    for name, option in options_table(accepts, len(prompt_ids)).items():
+    for name, option in table.items():
         value = other_options.pop(name, option.default)
         if value is None and option.none_is_default:
             value = option.default
@@ -136,6 +172,10 @@ def check_request(
             values[name] = option.read(value)
         except (ValueError, TypeError, OverflowError):
             raise refusal(name, value, option.accepted) from None
+    del values["ignore_eos"]  # it has decided on stop_token_ids
+    max_tokens, min_tokens = values["max_tokens"], values["min_tokens"]
+    if min_tokens > max_tokens:
+        raise refusal("min_tokens", min_tokens, f"at most max_tokens={max_tokens}")
     if values["stop"]:
         need_tokenizer(accepts, "stop is text")
     bias = other_options.pop("logit_bias", None)
@@ -161,12 +201,11 @@ def integer(value: Any, least: int, most: int) -> int:
     return number
 
 
-def strings(value: Any) -> tuple[str, ...]:
-    """Returns a string, or several, as a tuple."""
-    texts = (value,) if isinstance(value, str) else sequence(value, None)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise TypeError("not all are non-empty strings")
-    return texts
+def boolean(value: Any) -> bool:
+    """Returns a bool of Python or NumPy as a bool. Raises TypeError for others."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError("not a bool")
+    return bool(value)
 
 
 def ids(value: Any, last_id: int, most: int) -> tuple[int, ...]:
@@ -186,8 +225,11 @@ def sequence(value: Any, most: int | None) -> tuple[Any, ...]:
     return tuple(itertools.islice(value, most))
 
 
-def read_prompt(prompt: Any, accepts: Accepts) -> np.ndarray:
-    """Returns a prompt's ids, int32. Raises ConfigError if it is not accepted."""
+def read_prompt(prompt: Any, accepts: Accepts, most_tokens: int) -> np.ndarray:
+    """Returns a prompt's ids, int32, at most `most_tokens`.
+
+    Raises ConfigError if it is not accepted.
+    """
     original_prompt = prompt
     if isinstance(prompt, str):
         need_tokenizer(accepts, "prompt is text")
@@ -203,16 +245,16 @@ def read_prompt(prompt: Any, accepts: Accepts) -> np.ndarray:
         if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
             description = f"array of shape {prompt.shape} and type {prompt.dtype}"
             raise refusal("prompt", Verbatim(description), accepted)
-        prompt = prompt[: accepts.length].tolist()
+        prompt = prompt[: most_tokens + 1].tolist()
     try:
-        tokens = sequence(prompt, accepts.length)
+        tokens = sequence(prompt, most_tokens + 1)
     except (ValueError, TypeError):
         raise refusal("prompt", original_prompt, accepted) from None
     if not tokens:
         raise refusal("prompt", original_prompt, "at least one token")
-    if len(tokens) >= accepts.length:
+    if len(tokens) > most_tokens:
         description = f"{len(tokens)} or more tokens"
-        accepted = f"fewer than {accepts.length} tokens"
+        accepted = f"fewer than {most_tokens + 1} tokens"
         raise refusal("prompt", Verbatim(description), accepted)
     try:
         prompt_ids = ids(tokens, accepts.vocabulary - 1, len(tokens))

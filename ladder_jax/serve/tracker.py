@@ -2,9 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from ladder_jax.serve.request import Request
 from ladder_jax.serve.scheduler import Phase, Work
+
+NEVER = 2**62  # no chunk has this number
 
 
 @dataclasses.dataclass
@@ -23,9 +28,18 @@ class Record:
     phase: Phase
     staging_index: int | None  # None: it has left staging
     ticket: int  # the number of its admission, see submission.TICKETS
+    prompt: np.ndarray  # int32; with the tokens that it had generated before
+    generated: int  # how many they are: it has lost its slot before
     computed: int = 0  # prompt tokens whose keys and values are in staging
     first_chunk: int = 0  # the number of the first chunk that can move it to a slot
     cancel: bool = False  # the next chunk must remove it from the device
+    # Of the prefix cache: those that begin its prompt.
+    blocks: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether prefill gives the log-probabilities of its prompt to the request."""
+        return self.request.wants_scores and not self.generated
 
 
 class Tracker:
@@ -34,8 +48,10 @@ class Tracker:
     The record of a finished request stays until the device has no data of the request.
     """
 
-    def __init__(self, staging_size: int) -> None:
+    def __init__(self, staging_size: int, has_pages: bool = False) -> None:
         self.staging_size = staging_size  # rows
+        # Whether a chunk must remove a prompt that is half computed: it has pages.
+        self.has_pages = has_pages
         self._records: dict[int, Record] = {}  # by request number, in admission order
 
     def __iter__(self) -> Iterator[Record]:
@@ -62,13 +78,20 @@ class Tracker:
 
     def admit(self, request: Request, staging_index: int, ticket: int) -> Record:
         """queued -> prefilling: gives a request a row of staging."""
-        record = Record(request, Phase.PREFILLING, staging_index, ticket)
+        record = Record(
+            request,
+            Phase.PREFILLING,
+            staging_index,
+            ticket,
+            whole_prompt(request),
+            generated=len(request.tokens),
+        )
         self._records[request.number] = record
         return record
 
     def stage(self, record: Record, first_chunk: int) -> None:
         """prefilling -> staged: the device computes the last piece of its prompt."""
-        record.computed = len(record.request.prompt)
+        record.computed = len(record.prompt)
         record.phase, record.first_chunk = Phase.STAGED, first_chunk
 
     def leave_staging(self, chunk: Chunk, waiting: Sequence[int]) -> None:
@@ -94,17 +117,31 @@ class Tracker:
         device_ended: whether the device has ended it; if not, the next chunk must.
         """
         if record.phase is Phase.PREFILLING:  # the device does not decode it yet
-            record.staging_index = None
+            if self.has_pages and record.computed:  # but has pages for it
+                record.cancel, record.first_chunk = True, NEVER
+            else:
+                record.staging_index = None
         elif record.phase is not Phase.DONE:
             record.cancel = not device_ended
         record.phase = Phase.DONE
         self._forget(record)
 
-    def take_cancelled(self, most: int) -> list[int]:
-        """Returns up to `most` request numbers for the next chunk to cancel."""
+    def free_row(self, record: Record) -> None:
+        """Frees the row of staging of a request that is done without ever waiting."""
+        record.staging_index = None
+        self._forget(record)
+
+    def preempt(self, record: Record) -> None:
+        """Any phase -> queued: the device has taken its slot and its pages."""
+        self._records.pop(record.request.number, None)
+
+    def take_cancelled(self, most: int, chunk_number: int) -> list[int]:
+        """Returns up to `most` request numbers for a chunk, the next one, to cancel."""
         records = [record for record in self if record.cancel][:most]
         for record in records:
             record.cancel = False
+            if record.first_chunk == NEVER:
+                record.first_chunk = chunk_number
             self._forget(record)
         return [record.request.number for record in records]
 
@@ -125,25 +162,53 @@ class Tracker:
 
         unread: the chunks that the host has started and not read.
         """
+        return tuple(self.all_work(unread, self.in_phase(phase)))
+
+    def all_work(
+        self, unread: Iterable[Chunk], records: Iterable[Record] | None = None
+    ) -> list[Work]:
+        """Returns the work of these records, or of all that the device may have."""
         chunks = list(unread)
 
         def unread_steps(record: Record) -> int:
-            first = record.first_chunk if phase is Phase.STAGED else 0
+            if record.phase is Phase.PREFILLING:
+                return 0
+            first = record.first_chunk if record.phase is Phase.STAGED else 0
             return sum(chunk.steps for chunk in chunks if chunk.number >= first)
 
-        return tuple(
-            work_of(record.request, record.computed, unread_steps(record))
-            for record in self.in_phase(phase)
-        )
+        return [
+            record_work(record, unread_steps(record))
+            for record in (self if records is None else records)
+        ]
 
 
-def work_of(request: Request, computed: int = 0, unread_steps: int = 0) -> Work:
-    """Returns what the scheduler needs to know of a request."""
+def whole_prompt(request: Request) -> np.ndarray:
+    """Returns its prompt and the tokens that it has generated, int32."""
+    output = np.asarray(request.tokens, np.int32)
+    return np.concatenate([np.asarray(request.prompt, np.int32), output])
+
+
+def work_of(request: Request) -> Work:
+    """Returns what the scheduler needs to know of a queued request.
+
+    What it has generated, before it lost its slot, is a part of its prompt.
+    """
+    generated = len(request.tokens)
     return Work(
-        prompt=len(request.prompt),
-        max_tokens=request.max_tokens,
-        computed=computed,
-        emitted=len(request.tokens),
+        prompt=len(request.prompt) + generated,
+        max_tokens=request.max_tokens - generated,
+        submitted=request.submitted,
+    )
+
+
+def record_work(record: Record, unread_steps: int) -> Work:
+    """Returns what the scheduler needs to know of an admitted request."""
+    request = record.request
+    return Work(
+        prompt=len(record.prompt),
+        max_tokens=request.max_tokens - record.generated,
+        computed=record.computed,
+        emitted=len(request.tokens) - record.generated,
         unread_steps=unread_steps,
         submitted=request.submitted,
     )

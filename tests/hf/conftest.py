@@ -16,10 +16,10 @@ if importlib.util.find_spec("torch") is None:
     collect_ignore_glob.append("test_*.py")
 else:  # pytest reads this file in every environment; these settings are for one
     import torch
+    from helpers import FAST_FLAGS
 
-    # Compiles in half the time; most of these tests' time is compilation.
-    FAST = " --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST
+    # Most of these tests' time is compilation.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_FLAGS}"
 
     # The models are tiny: where cores are busy, threads mostly wait for each other.
     torch.set_num_threads(1)

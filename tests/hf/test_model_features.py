@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import make_mesh
+from helpers import BIASES, FAST, make_mesh
 
 from ladder_jax import config, generate, model, rotary, sharding
 from ladder_jax.serve.engine import Engine
 
-FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 V, LENGTH = 48, 40
 SHAPES = {
     "grouped heads": dict(
@@ -26,7 +25,6 @@ SHAPES = {
     ),
     "one kv head": dict(dim=24, layers=4, heads=6, kv_heads=1, head_dim=4, ffn_dim=40),
 }
-BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 # Name: class of transformers' config, its values, ours.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, biases": ("Llama", dict(attention_bias=True, mlp_bias=True), BIASES),

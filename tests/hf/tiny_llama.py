@@ -15,7 +15,7 @@ TEMPLATE = (
 )
 
 
-def save(folder, max_length=256, seed=0):
+def save(folder, max_length=256, seed=0, vocab_size=328):
     """Writes the model and its tokenizer; returns the folder."""
     bpe = tokenizer.train([TEXT] * 5, 320)
     bpe.save(folder / "tokenizer.json")
@@ -25,7 +25,7 @@ def save(folder, max_length=256, seed=0):
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     llama_config = transformers.LlamaConfig(
-        vocab_size=328,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

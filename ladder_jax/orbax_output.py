@@ -1,0 +1,63 @@
+"""What Orbax prints: its progress reports, and the noise of a damaged checkpoint."""
+
+import contextlib
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+
+@contextlib.contextmanager
+def _filtered(
+    names: Sequence[str | None], passes: Callable[[logging.LogRecord], bool]
+) -> Iterator[None]:
+    """Drops the records of these loggers for which `passes` is false."""
+
+    # A new function for each call: removeFilter then leaves other calls' filters alone.
+    def filter_of_this_call(record: logging.LogRecord) -> bool:
+        return passes(record)
+
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(filter_of_this_call)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(filter_of_this_call)
+
+
+def without_progress() -> contextlib.AbstractContextManager[None]:
+    """Drops Orbax's progress reports and its tracebacks of failures.
+
+    The caller raises the failures itself.
+    """
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno == logging.WARNING
+
+    return _filtered(["absl"], passes)
+
+
+@contextlib.contextmanager
+def silent(failure: type[Exception]) -> Iterator[None]:
+    """Drops the many lines that Orbax prints about a damaged checkpoint.
+
+    Orbax does not await its failed tasks. Python prints their errors when it collects
+    them (`sys.unraisablehook`), so this function collects them while the hook is off.
+
+    failure: what the body raises for a damaged checkpoint.
+    """
+    hook, drop = sys.unraisablehook, lambda _: False
+    with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = drop
+        try:
+            yield
+        except failure as error:
+            error.__context__ = None  # the context refers to the tasks
+            gc.collect()
+            raise
+        finally:
+            sys.unraisablehook = hook

@@ -1,0 +1,123 @@
+"""Int8 weights: a matrix is int8 numbers and a float32 scale for every output channel.
+
+The numbers are symmetric: the channel's largest absolute value is 127 steps. Norms and
+biases stay as they are. A product multiplies the numbers, cast to the compute dtype,
+and applies the scale to its result (matmul.einsum): the scale of a channel is the same
+on every shard, so it commutes with the sum over the tensor axis.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ladder_jax import sharding
+
+WeightsDtype = Literal["auto", "int8"]
+STEPS = 127  # the largest int8 number
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix `int8 * scale`; both have its dimensions.
+
+    The scale's size is 1 in every dimension that products with the matrix sum over. It
+    takes the matrix's place as the value of a nnx.Param.
+    """
+
+    int8: jax.Array
+    scale: jax.Array  # float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's shape."""
+        return self.int8.shape
+
+    def __getitem__(self, index: Any) -> "Quantised":
+        """Itself; only `[...]` is accepted."""
+        if index is not ...:
+            raise TypeError("a Quantised has no index but [...]: see take_rows")
+        return self
+
+    def reshape(self, *shape: int) -> "Quantised":
+        """With other dimensions that products sum over, and the same outputs."""
+        return Quantised(self.int8.reshape(*shape), self.scale.reshape(*shape))
+
+
+def quantise(x: jax.Array, summed: Sequence[int]) -> Quantised:
+    """`x` in int8, with a scale for every index of the dimensions not in `summed`.
+
+    No element changes by more than half of its scale.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=tuple(summed), keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1) / STEPS
+    return Quantised(jnp.round(x / scale).astype(jnp.int8), scale)
+
+
+def take_rows(table: jax.Array | Quantised, index: jax.Array) -> jax.Array:
+    """`table[index]`, in float32 if the table is Quantised."""
+    if isinstance(table, Quantised):
+        return table.int8[index] * table.scale[index]
+    return table[index]
+
+
+# ---------------------------------------------------------------- models
+
+
+def quantise_parameters(model: Any) -> Any:
+    """`model`, a Transformer of arrays, with a Quantised for each matrix."""
+    names = sharding.parameter_names(model)
+    return jax.tree.map(_quantise_parameter, names, model)
+
+
+def quantise_on_mesh(model: Any, mesh: Mesh, consume: bool = False) -> Any:
+    """`quantise_parameters` of a model on `mesh`, one parameter after the other.
+
+    consume: delete each array of `model` that a Quantised replaces.
+    A model that has Quantised matrices already is returned as it is.
+    """
+    leaves, tree = jax.tree.flatten(model, is_leaf=_is_quantised)
+    if any(map(_is_quantised, leaves)):
+        return model
+    names = jax.tree.leaves(sharding.parameter_names(model))
+    specs = sharding.parameter_specs(jax.eval_shape(quantise_parameters, model))
+    made = []
+    for name, spec, x in zip(
+        names, jax.tree.leaves(specs, is_leaf=_is_quantised), leaves, strict=True
+    ):
+        if not _is_quantised(spec):
+            made.append(x)
+            continue
+        made.append(_make_quantise(mesh, name, spec.int8, spec.scale)(x))
+        if consume:
+            jax.block_until_ready(made[-1])
+            x.delete()
+    return jax.tree.unflatten(tree, made)
+
+
+def _is_quantised(x: Any) -> bool:
+    return isinstance(x, Quantised)
+
+
+def _quantise_parameter(name: str, x: jax.Array) -> jax.Array | Quantised:
+    row = sharding.PARAMETERS[name]
+    if not row.summed:
+        return x
+    stacked = x.ndim - len(row.axes)
+    dims = [stacked + i for i, dim in enumerate(row.axes) if dim in row.summed]
+    return quantise(x, dims)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_quantise(mesh: Mesh, name: str, *specs: Any) -> Callable[..., Any]:
+    """Jits the quantisation of one parameter; `specs` are those of its two arrays."""
+    shardings = Quantised(*sharding.named_shardings(mesh, specs))
+    return jax.jit(
+        functools.partial(_quantise_parameter, name), out_shardings=shardings
+    )

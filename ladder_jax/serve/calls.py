@@ -1,0 +1,327 @@
+"""Starts calls of the device for the admitted requests, and reads their results.
+
+The host starts a call and goes on. It reads the results later, all those of a chunk and
+of the prefill calls before it together, so that it waits for the device once a chunk.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ladder_jax import decode, decode_scores
+from ladder_jax.config import Decode
+from ladder_jax.serve import packing
+from ladder_jax.serve.buckets import round_up
+from ladder_jax.serve.capacity import Capacity
+from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.events import deliver_events, deliver_scores
+from ladder_jax.serve.pace import Pace
+from ladder_jax.serve.page_budget import PageBudget
+from ladder_jax.serve.prefix_cache import PrefixCache
+from ladder_jax.serve.programs import Programs, slot_state
+from ladder_jax.serve.request import Request
+from ladder_jax.serve.scheduler import Phase, Step
+from ladder_jax.serve.submission import TICKETS
+from ladder_jax.serve.tracker import Chunk, Record, Tracker
+
+
+@dataclasses.dataclass
+class PrefillCall:
+    """A prefill call that the host has started and not read."""
+
+    pieces: list[packing.Piece]
+    records: list[Record]  # of the request of each piece
+    events: decode.Events  # [P]
+    scores: decode_scores.Scores | None  # [P, T], if the requests want them
+
+
+@dataclasses.dataclass
+class UnreadChunk(Chunk):
+    """A chunk that the host has started and not read, and the prefill calls before it.
+
+    Without iterations (`steps` 0) it is no call of the device: its prefill calls are
+    read alone.
+    """
+
+    width: int
+    prefills: list[PrefillCall]
+    events: decode.Events | None  # [K, W]
+    waiting: jax.Array | None  # [R], request numbers in staging after it
+    started: float  # seconds of the clock
+    # How many programs had been compiled, and shapes changed, before it was started.
+    compiled: tuple[int, int]
+
+
+class Calls:
+    """The calls of the device since its state was empty.
+
+    Args:
+      options: config.Decode; its `slots` is a number.
+      counters: it counts what it does in them.
+      pace: gets the times of chunks.
+      history: gets an entry for every chunk, see Engine; None: it is not recorded.
+      put_back: queues a request again that the device has preempted.
+
+    tracker: the phases of the requests. slots: the request number in each slot after
+    the last chunk that the host has read, or decode.NO_REQUEST. unread: the chunks that
+    the host has not read, the oldest first.
+    """
+
+    def __init__(
+        self,
+        options: Decode,
+        capacity: Capacity,
+        programs: Programs,
+        prefixes: PrefixCache,
+        counters: Counters,
+        pace: Pace,
+        history: list[tuple[float, np.ndarray]] | None,
+        put_back: Callable[[Request], None],
+    ) -> None:
+        self.options, self.capacity, self.programs = options, capacity, programs
+        self.prefixes, self.counters, self.history = prefixes, counters, history
+        self.put_back, self.pace = put_back, pace
+        self.tracker = Tracker(capacity.staging_size, bool(capacity.page_size))
+        self.slots: list[int] = []
+        self.unread: deque[UnreadChunk] = deque()
+        self._prefills: list[PrefillCall] = []  # since the last chunk
+        self._tickets = 0  # the last ticket, see TICKETS
+        self._chunks_started = 0
+        self._device_free = -math.inf  # when the last call that was read had ended
+        self._waited = False  # whether the host waited for the last chunk
+
+    # ------------------------------------------------------------ admission
+
+    def room(self) -> int:
+        """Returns how many requests staging has room for."""
+        free = len(self.tracker.free_staging_indices())
+        if self._tickets + free > TICKETS:
+            # The tickets start again at 1 once staging is empty.
+            if free < self.capacity.staging_size:
+                return 0
+            self._tickets = 0
+        return free
+
+    def fitting(self, candidates: list[Request]) -> list[Request]:
+        """Returns the first of these requests whose prompts there are pages for."""
+        if not self.capacity.page_size:
+            return candidates
+        budget = PageBudget(self.capacity, self.tracker, self.unread, self.prefixes)
+        return list(itertools.takewhile(budget.take, candidates))
+
+    def admit(self, request: Request) -> Record:
+        """Gives a request a row of staging."""
+        self._tickets += 1
+        index = self.tracker.free_staging_indices()[0]
+        return self.tracker.admit(request, index, self._tickets)
+
+    def copy_prefix(self, record: Record) -> None:
+        """Copies the cached blocks that its prompt begins with to its staging row.
+
+        The blocks have no scores: a request that wants them computes its whole prompt.
+        """
+        assert record.staging_index is not None
+        if record.is_scored:
+            return
+        blocks, size = self.prefixes.find(record.prompt), self.prefixes.size
+        for i, block in enumerate(blocks):
+            self.programs.write_block(
+                record.staging_index, i * size, block, record.request.number
+            )
+        record.blocks = blocks
+        record.computed = len(blocks) * size
+        self.counters.prefix_tokens += record.computed
+
+    # ------------------------------------------------------------ prefill
+
+    def prefill(self, budget: int) -> int:
+        """Starts one prefill call; returns its number of tokens, padding included.
+
+        It is 0, and there is no call, if no compiled width fits the budget. A call
+        computes one prompt with scores, or several without.
+        """
+        prefilling = self.tracker.in_phase(Phase.PREFILLING)
+        scored = prefilling[0].is_scored
+        prefilling = [r for r in prefilling if r.is_scored == scored]
+        if scored:
+            prefilling = prefilling[:1]
+        by_index = {record.staging_index: record for record in prefilling}
+        waiting = [
+            (index, record.computed, len(record.prompt))
+            for index, record in by_index.items()
+            if index is not None
+        ]
+        pieces, width = packing.pick_pieces(waiting, self.capacity.pieces, budget)
+        if not pieces:
+            return 0
+        records = [by_index[piece.staging_index] for piece in pieces]
+        contexts = self.capacity.context_lengths(self.programs.length, scored)
+        context = round_up(contexts, max(piece.stop for piece in pieces))
+        prompts = self.programs.pack(
+            pieces,
+            width,
+            context,
+            [packing.Prompt(r.prompt, r.generated) for r in records],
+            [self._slot_state(record) for record in records],
+        )
+        events, scores = self.programs.run_prefill(prompts, scored)
+        jax.copy_to_host_async((events, scores))
+        self._prefills.append(PrefillCall(pieces, records, events, scores))
+        self.counters.prefill_calls += 1
+        self.counters.prefill_tokens += sum(piece.length for piece in pieces)
+        self.counters.prefill_padded += prompts.tokens.size
+        for piece, record in zip(pieces, records):
+            record.computed = piece.stop
+            if piece.last:
+                self.tracker.stage(record, self._chunks_started)
+                self._cache_prefix(record)
+        return prompts.tokens.size
+
+    def _slot_state(self, record: Record) -> decode.SlotState:
+        request = record.request
+        order = record.ticket - request.priority * TICKETS
+        return slot_state(
+            request.number,
+            request.submission,
+            order,
+            self.options.max_stop_ids,
+            record.generated,
+        )
+
+    def _cache_prefix(self, record: Record) -> None:
+        """Stores the blocks of its prompt that the prefix cache does not have yet."""
+        assert record.staging_index is not None
+        for start, key in self.prefixes.missing(record.prompt):
+            block = self.programs.read_block(record.staging_index, start)
+            record.blocks.append(block)
+            self.prefixes.add(key, block)
+
+    # ------------------------------------------------------------ chunks
+
+    def start_chunk(self, step: Step) -> bool:
+        """Starts a chunk if the plan has one; returns whether there is more to read."""
+        events, waiting = None, None
+        started, compiled = self.pace.clock(), self._compiled()
+        if step.chunk_steps:
+            cancelled = self.tracker.take_cancelled(
+                self.programs.most_cancelled, self._chunks_started
+            )
+            events, waiting = self.programs.run_chunk(cancelled, step.chunk_steps)
+            jax.copy_to_host_async((events, waiting))
+        elif not self._prefills:
+            return False
+        self.unread.append(
+            UnreadChunk(
+                number=self._chunks_started,
+                steps=step.chunk_steps,
+                width=self.programs.width,
+                prefills=self._prefills,
+                events=events,
+                waiting=waiting,
+                started=started,
+                compiled=compiled,
+            )
+        )
+        self._prefills = []
+        if step.chunk_steps:
+            self._chunks_started += 1
+            self.counters.chunks += 1
+        return True
+
+    def fetch(self) -> Any:
+        """Waits for the oldest unread chunk; returns its results for `deliver`.
+
+        An interrupt during the wait loses nothing.
+        """
+        chunk = self.unread[0]
+        prefills = [(call.events, call.scores) for call in chunk.prefills]
+        if prefills:
+            # The time of the iterations starts here.
+            jax.block_until_ready(prefills[-1])
+            self._device_free = self.pace.clock()
+        self._waited = not has_ended(chunk.waiting)
+        return jax.device_get((prefills, chunk.events, chunk.waiting))
+
+    def deliver(self, results: Any) -> None:
+        """Delivers the results of the oldest unread chunk to the requests."""
+        chunk, (prefills, events, waiting) = self.unread[0], results
+        seconds = self._end_of_wait(chunk)
+        self.counters.syncs += 1
+        for call, (call_events, scores) in zip(chunk.prefills, prefills):
+            self._deliver_prefill(call, call_events, scores)
+        if chunk.steps:
+            iterations = self._count_iterations(chunk, events)
+            if seconds is not None:
+                self.pace.add(chunk.width, iterations, seconds, self._waited)
+            preempted = deliver_events(events, self.tracker, self.counters)
+            for record in preempted:
+                # For a moment it is in the queue and on the device: an interrupt
+                # between the two lines does not lose it.
+                self.put_back(record.request)
+                self.tracker.preempt(record)
+            self.counters.preempted += len(preempted)
+            self.tracker.leave_staging(chunk, waiting.tolist())
+        self.unread.popleft()
+
+    def _end_of_wait(self, chunk: UnreadChunk) -> float | None:
+        """Returns the seconds that a chunk took which the host has just waited for.
+
+        The device works on one call after another. None: the host, too, did something
+        long after it had started the chunk.
+        """
+        start = max(chunk.started, self._device_free)
+        self._device_free = self.pace.clock()
+        if self._compiled() != chunk.compiled:
+            return None
+        return self._device_free - start
+
+    def _compiled(self) -> tuple[int, int]:
+        return self.programs.compiled()[0], self.counters.reshapes
+
+    def _deliver_prefill(self, call: PrefillCall, events: Any, scores: Any) -> None:
+        """Delivers the scores, and the first tokens of prompts that are complete."""
+        if scores is not None:
+            deliver_scores(scores, call.pieces, call.records, self.counters)
+        if (events.flag == decode.PREEMPTED).any():
+            raise RuntimeError("the device had too few pages for an admitted prompt")
+        one_iteration = jax.tree.map(lambda x: x[None], events)  # [1, P]
+        deliver_events(one_iteration, self.tracker, self.counters)
+        for piece, record, flag in zip(call.pieces, call.records, events.flag):
+            if piece.last and flag != decode.TOKEN:  # it never waits for a slot
+                self.tracker.finish(record, device_ended=True)
+                self.tracker.free_row(record)
+
+    def _count_iterations(self, chunk: UnreadChunk, events: Any) -> int:
+        """Adds a chunk's iterations to the counters, and to the history if traced.
+
+        Returns how many there were. It also notes which requests are in the slots after
+        the chunk.
+        """
+        busy = (events.flag != decode.IDLE) & (events.flag != decode.PREEMPTED)
+        iterations = len(busy)
+        busy_iterations = np.flatnonzero(busy.any(axis=1))
+        last_busy = int(busy_iterations.max(initial=-1))
+        if not self.programs.spec.fixed_trip_count:  # it ended after the last event
+            iterations = last_busy + 1
+        stays = events.flag[last_busy] == decode.TOKEN
+        numbers = np.where(stays, events.request[last_busy], decode.NO_REQUEST)
+        self.slots = numbers.tolist()
+        self.counters.iterations += iterations
+        self.counters.slot_iterations += iterations * chunk.width
+        self.counters.busy += int(busy.sum())
+        if self.history is not None:
+            requests = np.where(busy, events.request, -1)[:iterations]
+            self.history.append((time.perf_counter(), requests))
+        return iterations
+
+
+def has_ended(result: Any) -> bool:
+    """Whether the device has computed an array; True if it is None."""
+    return result is None or result.is_ready()

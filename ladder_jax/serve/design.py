@@ -1,0 +1,163 @@
+"""The design of an engine: its shapes and its programs' spec, before it has weights."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+
+from ladder_jax import decode, kv_cache, sharding
+from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
+from ladder_jax.data.tokenizer import Tokenizer
+from ladder_jax.hardware import chips
+from ladder_jax.residual import choose
+from ladder_jax.serve.capacity import Capacity
+
+# Tokens of a page. Smaller pages cost attention's loop more iterations: on two CPU
+# cores 16 take 1.4 times as long as 32. Larger ones are read to their end: with
+# requests of 200 tokens, 32 read 8% too much and 64 read 16%.
+PAGE_SIZE = 32
+# Bytes of the slots' rows from which on pages are faster on CPUs. On two cores a step
+# with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4 slots
+# of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB.
+LEAST_FOR_PAGES = 48 * 2**20
+
+
+class Design(NamedTuple):
+    """What an engine is, without its weights; nothing is allocated for it."""
+
+    model_config: Model
+    mesh: jax.sharding.Mesh
+    options: Decode  # `slots` is a number
+    length: int  # the most tokens of a request
+    vocabulary: int  # ids are below it
+    spec: decode.DecodeSpec
+    capacity: Capacity
+
+    @property
+    def padding_id(self) -> int:
+        """A token id outside the vocabulary."""
+        return self.model_config.vocab_size
+
+
+def design(
+    model_config: Model,
+    mesh: jax.sharding.Mesh,
+    options: Decode | None = None,
+    tokenizer: Tokenizer | None = None,
+    reduction: str = "auto",
+) -> Design:
+    """Returns the design of an engine with these arguments, see engine.Engine.
+
+    Raises ConfigError if the options do not fit the model, the mesh, the tokenizer or
+    decode.kv_memory.
+    """
+    options = options or Decode()
+    if tokenizer is not None:  # requests stop at every id that it ends at
+        most_ids = max(options.max_stop_ids, len(tokenizer.eos_ids))
+        options = dataclasses.replace(options, max_stop_ids=most_ids)
+    length = options.max_length or model_config.max_length
+    vocabulary = tokenizer.size if tokenizer else model_config.vocab_size
+    _check_sizes(model_config, mesh, length, vocabulary)
+    spec = _spec(model_config, mesh, vocabulary, options, reduction=reduction)
+    token_bytes = kv_cache.bytes_per_token(model_config, spec.kv_dtype)
+    token_bytes //= mesh.shape[sharding.TENSOR]
+    platform = chips.platform(mesh)
+    if _layout(options, platform, length * token_bytes) == "pages":
+        spec = spec._replace(page_size=_page_size(options))
+    capacity = Capacity(
+        options,
+        length,
+        token_bytes,
+        page_size=spec.page_size,
+        arrays=2 * model_config.layers if options.unroll_layers else 2,
+        prefix_bytes=to_bytes(options.prefix_memory, "decode.prefix_memory"),
+        fixed_trip_count=spec.fixed_trip_count,
+    )
+    options = dataclasses.replace(options, slots=capacity.slots)
+    return Design(model_config, mesh, options, length, vocabulary, spec, capacity)
+
+
+def _check_sizes(
+    model_config: Model, mesh: jax.sharding.Mesh, length: int, vocabulary: int
+) -> None:
+    """Raises ConfigError unless model, mesh, length and tokenizer fit together."""
+    data, fsdp = mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP]
+    if data * fsdp != 1:
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp = {data * fsdp} is not accepted: both must be 1, "
+            "as an engine decodes on tensor shards of one model"
+        )
+    sharding.check_fits(model_config, mesh)
+    most = model_config.max_length
+    require(
+        length <= most, "decode.max_length", length, f"at most model.max_length={most}"
+    )
+    ids = model_config.vocab_size
+    if vocabulary > ids:
+        raise ConfigError(
+            f"the tokenizer has {vocabulary} ids, but model.vocab_size={ids}"
+        )
+
+
+def _spec(
+    model_config: Model,
+    mesh: jax.sharding.Mesh,
+    vocabulary: int,
+    options: Decode,
+    reduction: str,
+) -> decode.DecodeSpec:
+    """Returns the DecodeSpec of an engine, with values instead of "auto"."""
+    platform = chips.platform(mesh)
+    is_gpu = platform in chips.GPUS
+    kv_dtype = kv_cache.choose_dtype(options.kv_dtype, model_config.dtype, platform)
+    return decode.DecodeSpec(
+        model_config=model_config,
+        mesh=mesh,
+        vocabulary=vocabulary,
+        max_stop_ids=options.max_stop_ids,
+        max_logit_bias=options.max_logit_bias,
+        max_logprobs=min(options.max_logprobs, vocabulary),
+        kv_dtype=kv_dtype,
+        unroll_layers=options.unroll_layers,
+        fixed_trip_count=options.loop == "fixed" or (options.loop == "auto" and is_gpu),
+        reduction=choose.reduction_for(reduction, model_config, mesh),
+        weights_dtype=options.weights_dtype,
+    )
+
+
+def _layout(options: Decode, platform: str, row_bytes: int) -> str:
+    """Returns decode.kv_layout, or the faster one for "auto": "pages" or "rows".
+
+    Args:
+      platform: of the devices.
+      row_bytes: of the longest request's keys and values on one device.
+    Raises ConfigError for pages on GPUs.
+    """
+    if options.kv_layout == "pages" and platform in chips.GPUS:
+        raise ConfigError(
+            "decode.kv_layout=pages is not accepted on GPUs, where a loop over pages "
+            "waits for the host in every iteration: set it to rows"
+        )
+    if options.kv_layout != "auto":
+        return options.kv_layout
+    if options.slots is None:
+        size = to_bytes(options.kv_memory or "0", "decode.kv_memory")
+    else:
+        size = options.slots * row_bytes
+    return "pages" if platform == "cpu" and size >= LEAST_FOR_PAGES else "rows"
+
+
+def _page_size(options: Decode) -> int:
+    """Returns the tokens of a page. Raises ConfigError if prefix_block has a part."""
+    size, block = options.page_size, options.prefix_block
+    if not to_bytes(options.prefix_memory, "decode.prefix_memory"):
+        return size or PAGE_SIZE
+    size = size or math.gcd(PAGE_SIZE, block)
+    require(
+        block % size == 0,
+        "decode.page_size",
+        size,
+        f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
+    )
+    return size

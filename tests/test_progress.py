@@ -1,0 +1,66 @@
+"""The speed that a run reports: of steps alone, and never faster than they are."""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from ladder_jax import progress, training
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
+
+
+def test_no_step_is_reported_faster_than_it_is(tiny_folder, tmp_path, monkeypatch):
+    """Steps that take 50 ms at least, around evaluations and saves that count apart."""
+    make_step = training.make_step
+
+    def slow(*arguments):
+        step = make_step(*arguments)
+
+        def call(state, batch):
+            time.sleep(0.05)
+            return jax.block_until_ready(step(state, batch))
+
+        return call
+
+    monkeypatch.setattr(training, "make_step", slow)
+    for log_every in (1, 3):
+        out = tmp_path / f"run{log_every}"
+        cfg = tiny.make(tiny_folder, train_out=str(out), train_log_every=log_every)
+        training.train(cfg)
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rates = [json.loads(line).get("tokens_per_s") for line in lines]
+        rates = [rate for rate in rates if rate is not None]
+        assert len(rates) >= 5 and max(rates) <= 8 * 32 / 0.05, rates
+
+
+def test_pace_counts_steps_between_the_times_of_their_ends(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.Pace(0) as pace:
+
+        def lap(step, time):
+            now[0] = time
+            measured = pace.measure(step, {"loss": jnp.float32(1)})
+            measured.ready_at.result()
+            now[0] = time + 100  # when the host reads the results does not matter
+            return pace.lap(measured)
+
+        assert lap(10, 20.0) == 2.0
+        assert lap(20, 30.0) == 1.0
+        assert lap(20, 31.0) is None  # no step since
+        now[0] = 50.0
+        pace.restart(20)  # after an evaluation
+        assert lap(24, 52.0) == 0.5
+
+
+def test_durations():
+    assert [progress.duration(s) for s in (75, 7500, 360_000, 3e12)] == [
+        "1m15s",
+        "2h05m",
+        "4d04h",
+        "34,722,222d05h",
+    ]
