@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import socket
 import threading
@@ -171,7 +170,11 @@ def make_engine(tokenizer, **options):
     return engine
 
 
-@functools.cache
+SHARED = []
+
+
 def shared_engine():
-    """One engine for all test files; it reads bytes."""
-    return make_engine(ByteTokenizer())
+    """One engine for all test files; it reads bytes. Another one if it has failed."""
+    if not SHARED or SHARED[-1].stepper.failed is not None:
+        SHARED.append(make_engine(ByteTokenizer()))
+    return SHARED[-1]

@@ -397,10 +397,10 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(server):
     server.wait_idle()
 
 
-def slow_stream(server, act=lambda: None):
-    """The lines of a stream that the engine stops to feed after its first event.
+def slow_stream(server, act=None):
+    """The lines of a stream whose engine stops to feed it after its first event.
 
-    act: is called meanwhile.
+    act: is called there instead, and the engine goes on.
     """
     lines = []
     body = FOREVER | dict(stream=True)
@@ -409,8 +409,8 @@ def slow_stream(server, act=lambda: None):
             for line in response.iter_lines():
                 if not lines:
                     stack.enter_context(server.engine._stepping)
-                    act()
-                    if act is not None and act.__name__ != "<lambda>":
+                    if act is not None:
+                        act()
                         stack.close()
                 if line:
                     lines.append(line)
@@ -429,37 +429,37 @@ def test_a_stream_without_tokens_has_comments(server):
 # ---------------------------------------------------------------- failures
 
 
-def test_a_device_error_fails_the_requests_and_the_server_goes_on(server):
-    programs = server.engine.programs
-    broken = RuntimeError("the device is broken\nin two lines")
-    with mock.patch.object(type(programs), "run_chunk", side_effect=broken) as run:
-        run.side_effect = [broken, *[mock.DEFAULT] * 0]
-        for stream in (False, True):
-            run.side_effect = broken
-            with held_engine(server):
-                waits = [
-                    in_thread(server.post, COMPLETIONS, FOREVER | dict(stream=stream))
-                    for _ in range(2)
-                ]
-                wait_until(lambda: server.engine.waiting == 2)
-            for wait in waits:
-                check_error(wait(), 500, None, "the device is broken in two lines")
+@contextlib.contextmanager
+def broken_device(server, message):
+    """No chunk runs inside."""
+    programs = type(server.engine.programs)
+    with mock.patch.object(programs, "run_chunk", side_effect=RuntimeError(message)):
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_device_error_fails_the_requests_and_the_server_goes_on(server, stream):
+    server.wait_idle()  # another error in a row may end the engine
+    with broken_device(server, "the device is broken\nin two lines"):
+        with held_engine(server):
+            waits = [
+                in_thread(server.post, COMPLETIONS, FOREVER | dict(stream=stream))
+                for _ in range(2)
+            ]
+            wait_until(lambda: server.engine.waiting == 2)
+        for wait in waits:
+            check_error(wait(), 500, None, "the device is broken in two lines")
     assert server.post(COMPLETIONS, FOREVER).status_code == 200
     assert server.http.get("/ready").status_code == 200
 
 
 def test_a_device_error_in_a_stream_is_its_last_event(server):
-    programs = server.engine.programs
-    broken = RuntimeError("the device is broken")
-
-    def break_device():
-        patch.start()
-
-    patch = mock.patch.object(type(programs), "run_chunk", side_effect=broken)
-    try:
-        lines = slow_stream(server, break_device)
-    finally:
-        patch.stop()
+    server.wait_idle()
+    with contextlib.ExitStack() as stack:
+        lines = slow_stream(
+            server,
+            lambda: stack.enter_context(broken_device(server, "the device is broken")),
+        )
     error = json.loads(lines[-1].removeprefix("data: "))["error"]
     assert "the device is broken" in error["message"]
     assert "data: [DONE]" not in lines
