@@ -350,7 +350,7 @@ def test_a_lost_process_fails_requests_although_the_device_never_answers(monkeyp
         with pytest.raises(RequestFailed, match="process 1 of 2 is lost"):
             list(request)
     leader.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
     hangs.set()
 
 
@@ -373,7 +373,7 @@ def test_an_error_of_a_follower_ends_it(monkeypatch):
 def test_a_process_that_does_not_answer_is_lost_once_and_named(monkeypatch):
     monkeypatch.setattr(channels, "BEAT", 0.05)
     store, found, stops = Store(3), queue.Queue(), []
-    watches = [channels.Watch(MemoryChannel(store, n), 0.6) for n in range(3)]
+    watches = [channels.Watch(MemoryChannel(store, n), 2.0) for n in range(3)]
     for watch in watches:
         watch.starting = False
     watches[0].on_lost = found.put
@@ -385,7 +385,7 @@ def test_a_process_that_does_not_answer_is_lost_once_and_named(monkeypatch):
     watches[2].end()  # its thread ends: it shows no sign of life any more
     line = found.get(timeout=10)
     assert line.startswith("process 2 of 3 (") and "pid " in line
-    assert line.endswith("is lost: it has not answered for 1 s")
+    assert line.endswith("is lost: it has not answered for 2 s")
     assert watches[0].wait_for_lost(0) == line and stops
     for watch in watches:
         watch.end()

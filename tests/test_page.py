@@ -84,7 +84,7 @@ def test_state_is_the_newest_as_json(port, source):
     assert headers["Cache-Control"] == "no-store"
     sent = json.loads(body)
     assert sent == state_at(sent["time"])
-    assert time.monotonic() - sent["time"] < 1
+    assert 0 <= time.monotonic() - sent["time"] < 10
 
 
 def test_state_streams_for_who_asks_for_events(port):
@@ -171,6 +171,6 @@ def test_clients_that_do_not_read_stall_nobody(port, source):
             time.sleep(1)
             began = time.monotonic()
             assert ask(port, "/state")[0] == 200
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 10
     finally:
         source.slots = 8

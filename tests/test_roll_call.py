@@ -77,7 +77,7 @@ def test_the_deadline_names_who_is_missing(soon):
     run.start(2)
     start = time.monotonic()
     ended = run.join()
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 15
     text = "processes 1 of 3 did not start within 1 s"
     assert ended[0] == f"TimeoutError: {text}"
     assert text in ended[2]
