@@ -54,28 +54,28 @@ def write(
 
     Keys and values at positions outside the cache are dropped.
     """
-    rows_B11 = jnp.arange(positions_BT.shape[0])[:, None, None]
-    positions_BT1 = positions_BT[:, :, None]
-    heads_K = jnp.arange(k_BTKH.shape[2])
-
-    return write_at(cache, (rows_B11, heads_K, positions_BT1), k_BTKH, v_BTKH)
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    index = rows_B1, slice(None), positions_BT  # [B, T, K]
+    return write_at(cache, index, k_BTKH, v_BTKH)
 
 
-def write_at(cache: KV, index: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> KV:
+def write_at(cache: KV, index: Any, k: jax.Array, v: jax.Array) -> KV:
     """One layer's cache with these keys and values at a NumPy index of its arrays.
 
-    The index has the shape [B, T, K]. What it has outside of the arrays is dropped.
+    `k` and `v` have the shape of `cache.k[index]`. What the index has outside of the
+    arrays is dropped. All heads of a token are one slice of the index: XLA:CPU writes
+    one slice after the other.
     """
 
-    def put(old: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-        return old.at[index].set(new_BTKH.astype(old.dtype), mode="drop")
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[index].set(new.astype(old.dtype), mode="drop")
 
     if cache.k_scale is None or cache.v_scale is None:
-        return KV(put(cache.k, k_BTKH), put(cache.v, v_BTKH))
-    (k_BTKH, k_scale), (v_BTKH, v_scale) = quantise(k_BTKH), quantise(v_BTKH)
+        return KV(put(cache.k, k), put(cache.v, v))
+    (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
     return KV(
-        put(cache.k, k_BTKH),
-        put(cache.v, v_BTKH),
+        put(cache.k, k),
+        put(cache.v, v),
         put(cache.k_scale, k_scale),
         put(cache.v_scale, v_scale),
     )

@@ -135,9 +135,8 @@ def write(
     page_BT = jnp.take_along_axis(
         table_BM, positions_BT // S, axis=1, mode="fill", fill_value=NO_PAGE
     )
-    heads_K = jnp.arange(k_BTKH.shape[2])
-    index = heads_K, page_BT[:, :, None], (positions_BT % S)[:, :, None]
-    return write_at(kv, index, k_BTKH, v_BTKH)
+    index = slice(None), page_BT, positions_BT % S  # [K, B, T]
+    return write_at(kv, index, *(jnp.moveaxis(x, 2, 0) for x in (k_BTKH, v_BTKH)))
 
 
 def attend(
