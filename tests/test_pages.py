@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ladder_jax import kv_cache, pages
 from ladder_jax.attention import attend_cache
 from ladder_jax.bench.workloads import make_workload
+from ladder_jax.serve import reads
 from ladder_jax.serve.design import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
@@ -120,14 +121,16 @@ def test_few_bytes_are_read_beside_those_of_live_tokens(length, most):
         outputs=(1, length // 2),
         length=length,
         vocabulary=100,
-        gap=0.0,
         seed=0,
     )
     last = np.concatenate([len(r.prompt) + np.arange(r.max_tokens) for r in requests])
     table = jnp.zeros((last.size, length // PAGE_SIZE + 1), jnp.int32)
-    reads = jnp.ones(last.size, bool)
-    listed = pages.pairs(table, jnp.asarray(last), reads, PAGE_SIZE, 1)
-    ratio = int(listed.total) * PAGE_SIZE / (last + 1).sum()
+    listed = pages.pairs(
+        table, jnp.asarray(last), jnp.ones(last.size, bool), PAGE_SIZE, 1
+    )
+    read = reads.in_pages(last + 1, PAGE_SIZE)
+    assert int(listed.total) * PAGE_SIZE == read
+    ratio = read / (last + 1).sum()
     assert 1 < ratio <= most
 
 

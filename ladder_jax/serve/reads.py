@@ -15,7 +15,9 @@ def in_rows(width: int, length: int) -> int:
     return width * length
 
 
-def in_pages(lengths: Sequence[int] | np.ndarray, page_size: int, pairs: int = 1) -> int:
+def in_pages(
+    lengths: Sequence[int] | np.ndarray, page_size: int, pairs: int = 1
+) -> int:
     """Tokens that a step reads of the pages of live requests.
 
     Args:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 from ladder_jax.config import Decode
 from ladder_jax.serve.calls import Calls, TracedChunk
 from ladder_jax.serve.capacity import Capacity
