@@ -134,6 +134,27 @@ def test_few_bytes_are_read_beside_those_of_live_tokens(length, most):
     assert 1 < ratio <= most
 
 
+def test_padding_of_the_last_iteration_is_a_part_of_what_sixteen_slots_read():
+    """At random steps of ShareGPT-like requests of up to 1024 tokens."""
+    requests = make_workload(
+        "sharegpt",
+        requests=500,
+        prompt=512,
+        outputs=(1, 512),
+        length=1024,
+        vocabulary=100,
+    )
+    lengths = np.concatenate(
+        [len(r.prompt) + np.arange(1, r.max_tokens + 1) for r in requests]
+    )
+    steps = np.random.default_rng(0).choice(lengths, (400, 16))
+    read = [reads.in_pages(step, PAGE_SIZE, pages.PAIRS) for step in steps]
+    whole = [reads.in_pages(step, PAGE_SIZE) for step in steps]
+    assert all(tokens % (PAGE_SIZE * pages.PAIRS) == 0 for tokens in read)
+    assert 1.04 < sum(whole) / steps.sum() < 1.06
+    assert 1.1 < sum(read) / steps.sum() < 1.16
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     steps=st.lists(
