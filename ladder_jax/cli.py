@@ -146,6 +146,10 @@ class PlanArguments:
     context: int | None = None
     """Tokens of the cache (decode), of a prompt (prefill) or of a sequence (train).
     None: 2048, or the model's max_length if that is less."""
+    lengths: str | None = None
+    """Plan a decode step over requests of mixed lengths, with rows and with pages: a
+    TOML file such as configs/workloads/sharegpt.toml, or JSONL with the tokens of a
+    live request in each line."""
     schedule: str | None = None
     """The residual schedule. None: the recipe's."""
     reduction: str = "auto"

@@ -25,10 +25,10 @@ def test_more_requests_than_slots_have_the_tokens_they_have_alone():
     # A slot that is refilled inside a chunk: one column of it has two requests.
     refills = [
         any(len(set(column[column >= 0])) > 1 for column in chunk.T)
-        for _, chunk in engine.history
+        for _, chunk, *_ in engine.history
     ]
     assert sum(refills) >= 3
-    decoded = sum(int((chunk >= 0).sum()) for _, chunk in engine.history)
+    decoded = sum(int((chunk >= 0).sum()) for _, chunk, *_ in engine.history)
     prefilled = len(submitted)  # the first token of each
     tokens = sum(len(request.tokens) for request, *_ in submitted)
     assert decoded + prefilled == tokens == engine.counters.tokens
@@ -215,7 +215,7 @@ def test_chunks_are_short_while_prefill_fills_slots():
         engine,
         [(list(range(i, i + 16)), dict(max_tokens=33, seed=i)) for i in range(4)],
     )
-    busy = (np.concatenate([chunk for _, chunk in engine.history]) >= 0).sum(axis=1)
+    busy = (np.concatenate([chunk for _, chunk, *_ in engine.history]) >= 0).sum(axis=1)
     # Before the fourth prompt, chunks of a quarter, a half and three quarters.
     assert busy.max() == 4 and 0 < busy.argmax() <= 4 + 8 + 12
 
@@ -227,7 +227,7 @@ def test_prompts_share_prefill_calls_while_enough_wait():
     )
     run(engine, [([i + 1, i + 2], dict(max_tokens=24, seed=i)) for i in range(24)])
     assert engine.counters.prefill_calls <= 10
-    busy = np.concatenate([chunk for _, chunk in engine.history]) >= 0
+    busy = np.concatenate([chunk for _, chunk, *_ in engine.history]) >= 0
     assert busy[: 24 * 23 // 4 - 24].all()
 
 

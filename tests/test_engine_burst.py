@@ -49,7 +49,7 @@ def chunk_lengths(seconds, requests, **options):
     device = SlowDevice(engine, seconds)
     with mock.patch.object(jax, "device_get", side_effect=device.get):
         run(engine, requests)
-    return [len(chunk) for _, chunk in engine.history]
+    return [len(chunk) for _, chunk, *_ in engine.history]
 
 
 LONG_REQUESTS = [([i], dict(max_tokens=50, seed=i)) for i in range(3)]
@@ -92,7 +92,7 @@ def test_chunks_shrink_when_iterations_become_slow_and_grow_again():
             device.seconds, before = seconds, len(engine.history)
             while len(engine.history) < before + 6 and engine.step():
                 pass
-            seen.append([len(chunk) for _, chunk in engine.history[before:]])
+            seen.append([len(chunk) for _, chunk, *_ in engine.history[before:]])
     assert [lengths[-1] for lengths in seen] == [4, 1, 4], seen
     assert request.result().tokens == tokens_alone([1], max_tokens=60)
 
@@ -108,7 +108,7 @@ def test_chunks_grow_while_the_host_does_not_wait_for_them(has_ended):
 
     with mock.patch.object(jax, "device_get", side_effect=get_slowly):
         request = engine.submit([1], max_tokens=60).result()
-    lengths = [len(chunk) for _, chunk in engine.history]
+    lengths = [len(chunk) for _, chunk, *_ in engine.history]
     assert lengths[0] == 1 and set(lengths[10:-2]) == {4}, lengths
     assert request.tokens == tokens_alone([1], max_tokens=60)
 

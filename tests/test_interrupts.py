@@ -205,7 +205,9 @@ def words_of(folder):
         "to-hf": ["convert", "to-hf", run, "out", "--shard-size", "20kB"],
         "ladderize": ["convert", "ladderize", run, "out", "--layers", "auto:1"],
         "train": ["train", folder / "recipe.py", "--mesh.tensor", 1],
-        "bench decode": [*"bench decode --requests 16 --json d.json".split()],
+        "bench decode": [
+            *"bench decode --workload uniform --load saturated --json d.json".split()
+        ],
         "bench train": [
             *"bench train --alone --sizes tiny --rounds 40 --seconds 0.2".split()
         ],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ladder_jax import kv_cache, pages
 from ladder_jax.attention import attend_cache
 from ladder_jax.bench.workloads import make_workload
+from ladder_jax.serve import reads
 from ladder_jax.serve.design import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
@@ -120,15 +121,38 @@ def test_few_bytes_are_read_beside_those_of_live_tokens(length, most):
         outputs=(1, length // 2),
         length=length,
         vocabulary=100,
-        gap=0.0,
         seed=0,
     )
     last = np.concatenate([len(r.prompt) + np.arange(r.max_tokens) for r in requests])
     table = jnp.zeros((last.size, length // PAGE_SIZE + 1), jnp.int32)
-    reads = jnp.ones(last.size, bool)
-    listed = pages.pairs(table, jnp.asarray(last), reads, PAGE_SIZE, 1)
-    ratio = int(listed.total) * PAGE_SIZE / (last + 1).sum()
+    listed = pages.pairs(
+        table, jnp.asarray(last), jnp.ones(last.size, bool), PAGE_SIZE, 1
+    )
+    read = reads.in_pages(last + 1, PAGE_SIZE)
+    assert int(listed.total) * PAGE_SIZE == read
+    ratio = read / (last + 1).sum()
     assert 1 < ratio <= most
+
+
+def test_padding_of_the_last_iteration_is_a_part_of_what_sixteen_slots_read():
+    """At random steps of ShareGPT-like requests of up to 1024 tokens."""
+    requests = make_workload(
+        "sharegpt",
+        requests=500,
+        prompt=512,
+        outputs=(1, 512),
+        length=1024,
+        vocabulary=100,
+    )
+    lengths = np.concatenate(
+        [len(r.prompt) + np.arange(1, r.max_tokens + 1) for r in requests]
+    )
+    steps = np.random.default_rng(0).choice(lengths, (400, 16))
+    read = [reads.in_pages(step, PAGE_SIZE, pages.PAIRS) for step in steps]
+    whole = [reads.in_pages(step, PAGE_SIZE) for step in steps]
+    assert all(tokens % (PAGE_SIZE * pages.PAIRS) == 0 for tokens in read)
+    assert 1.04 < sum(whole) / steps.sum() < 1.06
+    assert 1.1 < sum(read) / steps.sum() < 1.16
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import re
 
+import helpers
 import jax
+import numpy as np
 import pytest
 
 from ladder_jax import cli
@@ -13,11 +15,12 @@ from ladder_jax.config import Config, ConfigError, Mesh, Model
 from ladder_jax.hardware import aot
 from ladder_jax.hardware.chips import CHIPS
 from ladder_jax.hardware.cost import Network
-from ladder_jax.planner import command, compare, planning, tables
+from ladder_jax.planner import command, compare, lengths, planning, tables
 from ladder_jax.planner.plan import Request
 from ladder_jax.planner.timeline import Timeline
 from ladder_jax.residual import choose
 
+LENGTHS = "configs/workloads/sharegpt.toml"
 WRONG = [
     (["--target", "v9:2x4"], "target='v9:2x4' is not accepted"),
     (["--target", "v5e:2x2x2"], "target='v5e:2x2x2' is not accepted"),
@@ -39,6 +42,17 @@ WRONG = [
         "context=9999 is not accepted: it must be from 1 to",
     ),
     (["--target", "v5e:2x4", "--compare", "--hlo", "x"], "leave out --compare"),
+    (["--target", "v5e:2x4", "--compare", "--lengths", "x"], "leave out --compare"),
+    (
+        ["--target", "v5e:2x4", "--lengths", "x.toml", "--context", "9"],
+        "leave out --context",
+    ),
+    (["--target", "v5e:2x4", "--lengths", "x.csv"], "it must be a .toml or .jsonl"),
+    (["--target", "v5e:2x4", "--lengths", "x.toml"], "x.toml' cannot be read"),
+    (
+        [*"--target v5e:2x4 --workload train --lengths".split(), LENGTHS],
+        "with decode alone",
+    ),
 ]
 
 
@@ -210,6 +224,96 @@ def test_the_command_compares_schedules(plan_on_cpu):
     steps = {row["variant"]: row["totals"]["step_us"] for row in rows}
     assert min(steps, key=steps.get) == "no communication"
     assert steps["standard, fastest lossless"] < steps["standard, psum"]
+
+
+# ---------------------------------------------------------------- mixed lengths
+
+
+def test_the_command_plans_rows_and_pages_for_mixed_lengths(plan_on_cpu, tmp_path):
+    """Eight requests of 1 to 400 tokens, in rows of 512 tokens or in 17 pages."""
+    path = helpers.write_rows(tmp_path / "live.jsonl", [1, 1, 1, 1, 32, 33, 64, 300])
+    plan = json.loads(plan_on_cpu("--lengths", str(path), "--json"))
+    mixed, rows, pages = plan["lengths"], *(plan["lengths"][k] for k in LAYOUTS)
+    assert (mixed["shortest"], mixed["longest"], mixed["tokens_alive"]) == (1, 300, 433)
+    assert rows["tokens_read"] == 8 * 512
+    assert pages["tokens_read"] == (5 + 2 + 2 + 10) * 32
+    assert (rows["context"], pages["context"]) == (512, 96)
+    assert plan["context"] == 512 and plan["totals"]["step_us"] == rows["step_us"]
+    assert pages["step_us"] < rows["step_us"]
+    memory = plan["memory"]
+    assert rows["kv_read_bytes"] == memory["kv_bytes"]
+    assert pages["kv_read_bytes"] == memory["kv_bytes"] * 19 * 32 // (8 * 512)
+    traffic = memory["kv_bytes"] + memory["weights_bytes"]
+    assert rows["kv_share"] == pytest.approx(memory["kv_bytes"] / traffic)
+    # A row has 300 tokens, pages of the mean request 76.
+    assert pages["slots"] / rows["slots"] == pytest.approx(300 / 76, rel=0.01)
+    *_, head, titles, in_rows, in_pages, end = plan_on_cpu(
+        "--lengths", str(path)
+    ).splitlines()
+    assert head.startswith("433 live tokens, requests of 1 to 300 (")
+    assert titles.split()[-4:] == ["that", "fit", "step", "us"]
+    assert in_rows.split()[:4] == ["rows", "512", "4,096", "9.46"]
+    assert in_pages.split()[:4] == ["pages", "96", "608", "1.40"]
+    assert "with rows of `context` tokens" in end
+
+
+LAYOUTS = "rows", "pages"
+
+
+def test_lengths_of_a_distribution_are_those_of_a_random_step():
+    mixed = lengths.read(f"{helpers.ROOT}/configs/workloads/sharegpt.toml", 500, 8192)
+    assert (np.diff(mixed.lengths) >= 0).all() and mixed.lengths.min() >= 1
+    # Outputs that a slot holds for longer count more: sigma is 0.8, so the mean of
+    # their lengths is 338 exp(0.8 ** 2), of which half is there; some are cut at 1024.
+    expected = 161 + 338 * np.exp(0.64) / 2
+    assert 0.8 * expected < mixed.lengths.mean() < expected
+    assert mixed.longest >= mixed.lengths.max() and mixed.longest <= 2048
+    fewer = lengths.read(mixed.name, 4, 8192).lengths
+    assert fewer.tolist() == mixed.lengths[[62, 187, 312, 437]].tolist()
+
+
+def test_lines_are_the_rows_of_a_batch_of_as_many(tmp_path):
+    path = helpers.write_rows(tmp_path / "live.jsonl", [40, 3, 5])
+    mixed = lengths.read(str(path), 3, 64)
+    assert mixed.lengths.tolist() == [3, 5, 40]
+    assert (mixed.row_length, mixed.page_length, mixed.longest) == (64, 64, 40)
+    assert lengths.read(str(path), 1, 64).lengths.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", "", "has no line"),
+        ("a.jsonl", "3\n0\n", "a.jsonl, line 2=0 is not accepted"),
+        ("a.jsonl", "[3]\n", "line 1=[3] is not accepted"),
+        ("a.jsonl", "65\n", "has a request of 65 tokens, but model.max_length=64"),
+        ("a.toml", "distribution", "is not TOML"),
+        ("a.toml", "prompts = 3", "prompts=3 is not accepted: it must be one of dist"),
+        (
+            "a.toml",
+            "prompt = '3'",
+            "prompt='3' is not accepted: it must be of typ",
+        ),
+        ("a.toml", "prompt = 3", "lacks distribution, most"),
+        (
+            "a.toml",
+            "distribution = 'chat'\nprompt = 3\nmost = 3",
+            "distribution='chat' is not accepted",
+        ),
+        (
+            "a.toml",
+            "distribution = 'shared'\nprompt = -1\nmost = 3",
+            "prompt=-1 is not accepted: it must be 1 or more",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_of_lengths_is_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        lengths.read(str(path), 2, 64)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ---------------------------------------------------------------- the comparison

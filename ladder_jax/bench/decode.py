@@ -1,9 +1,9 @@
 """Compares temporal fusion with other ways of batching, under load:
 `ladder-jax bench decode`.
 
-One run has one model, and one set of requests with a schedule of arrivals
-(workloads.py). Every policy decodes these requests with the same compiled forward pass,
-so that policies differ in scheduling alone:
+One run has one model. Every policy decodes the same requests (workloads.py), which
+arrive at the same times (`--load`), with the same compiled forward pass, so that
+policies differ in scheduling alone:
 
     sequential     decodes one request at a time
     concurrent     gives every request a decode state of its own; the states take turns
@@ -23,11 +23,22 @@ so that policies differ in scheduling alone:
                    and the compiled width follows the load. Requests have pages where
                    these are faster (decode.kv_layout=auto)
 
+A load is "saturated", where all requests wait from the start, or a share of the
+capacity: requests then arrive at random (a Poisson process) at that share of the rate
+of "per-token" in its saturated run, until no request waits.
+
+Where prompts share a beginning (the workload "shared"), the policies of temporal fusion
+(no-shuffle, rows, ours) have a prefix cache, which is empty when a run starts: see
+`--prefix-cache`.
+
+The default table takes about five minutes on two cores, one or two of which are XLA's
+compiling.
+
 The upper bound is the bare step: forward pass and argmax at full width and length in a
-loop, without scheduling. The benchmark measures it before and after every policy. "of
-bare" is a policy's rate over the bare step's; under saturated load, the policy's rate
-until no request waits. "of matmul" is 2 FLOPs a token and parameter over the CPU's own
-rate of matrix products (machine.py).
+loop, without scheduling and without prefill. The benchmark measures it before and after
+every run. "of bare" is a policy's rate over the bare step's; under saturated load, the
+policy's rate until no request waits. "of matmul" is 2 FLOPs a token and parameter over
+the CPU's own rate of matrix products (machine.py).
 
 Flover gives gaps between arrivals for a model with a slower step. Unless `--unscaled`,
 the benchmark multiplies them by this model's step over that model's step.
@@ -66,18 +77,28 @@ from ladder_jax import (
     sharding,
 )
 from ladder_jax.bench import machine, plots
+from ladder_jax.bench.decode_loads import BASELINE, Load, read_loads
 from ladder_jax.bench.latency import (
     HEAD,
+    Cache,
     History,
     Objective,
     latencies_of,
     measure,
+    occupancy_until_last_admission,
+    peak_bytes,
+    read_over_alive,
     result_table,
-    saturated_occupancy,
 )
 from ladder_jax.bench.policies import StaticBatches, make_policies
 from ladder_jax.bench.sizes import DECODE_SIZES, multiplied_parameters
-from ladder_jax.bench.workloads import WITH_GAPS, WORKLOADS, Arrival, make_workload
+from ladder_jax.bench.workloads import (
+    REALISTIC,
+    WORKLOADS,
+    Arrival,
+    arriving,
+    make_workload,
+)
 from ladder_jax.config import Decode, Mesh, Model, require
 from ladder_jax.hardware import xla_options
 from ladder_jax.serve.engine import Engine
@@ -87,6 +108,10 @@ from ladder_jax.serve.request import Request
 PAPER_STEP = 5.8 / 512
 # How often the bare step is measured before and after every policy. The median counts.
 BARE_ROUNDS = 6
+# Tokens of the longest prompt and output, without `--prompt` and `--most`: of the
+# workload uniform, and of the others.
+SHORT, LONG = (4, 256), (512, 512)
+FUSION = ("no-shuffle", "rows", "ours")  # the policies of temporal fusion
 
 
 @dataclass(frozen=True)
@@ -102,21 +127,26 @@ class Arguments:
     with weights in --dtype, in turn."""
     residual: str = "ladder"
     """The residual schedule."""
-    workload: str = "saturated"
-    """saturated, constant, poisson, sharegpt, or several joined by commas."""
+    workload: str = ",".join(REALISTIC)
+    """Lengths of prompts and outputs: sharegpt, long-short, short-long, shared,
+    uniform, or several joined by commas."""
+    load: tuple[str, ...] = ("saturated", "0.8")
+    """When requests arrive: saturated; shares of the capacity of per-token, such as
+    0.8; constant, poisson: with --gaps."""
     gaps: tuple[float, ...] = (500.0,)
     """Milliseconds between arrivals (constant, poisson; the paper: 20 to 5000)."""
     unscaled: bool = False
     """Do not scale gaps and windows by this model's step."""
-    requests: int = 64
+    requests: int = 32
     """Requests of a workload."""
-    prompt: int = 4
-    """Tokens of a prompt. sharegpt has its own lengths, scaled to --prompt + --most."""
+    prompt: int | None = None
+    """Tokens of the longest prompt. sharegpt scales its lengths to --prompt + --most.
+    None: 4 with uniform, else 512."""
     least: int = 128
-    """The fewest output tokens of a request."""
-    most: int = 256
-    """The most output tokens. Each request draws its own number uniformly."""
-    slots: int = 8
+    """The fewest output tokens of a request (uniform)."""
+    most: int | None = None
+    """The most output tokens. None: 256 with uniform, else 512."""
+    slots: int = 16
     """Requests that decode together."""
     chunk: int = 16
     """The most decode iterations of one jitted call."""
@@ -124,8 +154,12 @@ class Arguments:
     """Milliseconds that the iterations of one call may take. 0: no limit."""
     tensor: int = 1
     """Devices to shard the model over."""
-    policies: tuple[str, ...] = ()
-    """The batching policies to compare (default: all)."""
+    policies: tuple[str, ...] = ("static", "dynamic", "per-token", "ours")
+    """The batching policies to compare: also sequential, concurrent, no-shuffle,
+    rows."""
+    prefix_cache: Literal["fusion", "all", "none"] = "fusion"
+    """Which policies have a prefix cache for the workload shared: those of temporal
+    fusion, all (but concurrent), or none."""
     windows: tuple[float, ...] = (500.0,)
     """Milliseconds that dynamic batching waits for requests (scaled as gaps are)."""
     goodput_ttft: float = 20.0
@@ -135,14 +169,29 @@ class Arguments:
     """Goodput counts requests up to this mean time per output token, in the same
     steps."""
     rounds: int = 1
-    """How often every policy runs the workload. The table shows the run with the median
-    share of the bare step."""
+    """How often every policy runs a workload and load. The table shows the run with the
+    median share of the bare step."""
     seed: int = 0
     """Seeds the random numbers of the workload."""
     json: str | None = None
     """Write the results to this file."""
     plots: str | None = None
     """Write PNGs to this folder: every slot's occupancy over time, latency curves."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """The workloads."""
+        return self.workload.split(",")
+
+    def longest(self, kind: str) -> tuple[int, int]:
+        """Tokens of the longest prompt and of the longest output of a workload."""
+        prompt, most = SHORT if kind == "uniform" else LONG
+        return self.prompt or prompt, self.most or most
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of all workloads."""
+        return max(self.longest(kind)[0] for kind in self.kinds)
 
 
 # ---------------------------------------------------------------- measuring
@@ -269,6 +318,7 @@ class Bench(NamedTuple):
     model_config: Model
     mesh: jax.sharding.Mesh
     length: int  # tokens of a row of the decode state
+    token_bytes: int  # of the keys and values of a token on one device
     single_step: float  # seconds of the bare step at width 1
     measure_bare_step: Callable[[int], float]  # see bare_step; at full width
     cpu: machine.Machine | None  # None on an accelerator
@@ -280,26 +330,12 @@ class Bench(NamedTuple):
         return 1.0 if self.arguments.unscaled else self.single_step / PAPER_STEP
 
 
-def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
-    """Runs all policies on one workload. Returns {policy: its median turn}.
+def make_engines(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Builds and compiles the engines of all workloads: {workload: {policy: engine}}.
 
-    Args:
-      bench: the model and its devices.
-      kind: of WORKLOADS.
-      gap: milliseconds between arrivals, on average.
+    Workloads have the same engines, unless prompts share a beginning.
     """
     arguments = bench.arguments
-    arrivals = make_workload(
-        kind,
-        requests=arguments.requests,
-        prompt=arguments.prompt,
-        outputs=(arguments.least, arguments.most),
-        length=bench.length,
-        vocabulary=bench.model_config.vocab_size,
-        gap=gap * 1e-3 * bench.scale,
-        seed=arguments.seed,
-    )
-    longest_prompt = max(len(arrival.prompt) for arrival in arrivals)
     policies = make_policies(
         arguments.policies,
         Decode(
@@ -310,7 +346,7 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
             queue_size=10**6,
             staging=arguments.slots,
             prompt_logprobs=False,
-            prefill_budget=64 if longest_prompt <= 16 else 256,
+            prefill_budget=64 if arguments.longest_prompt <= 16 else 256,
             weights_dtype=arguments.weights_dtype,
         ),
         bench.parameters,
@@ -318,15 +354,83 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
         bench.mesh,
         [window * 1e-3 * bench.scale for window in arguments.windows],
     )
-    engines = {name: make() for name, make in policies.items()}
+
+    # The blocks of all prompts on the device, and as many again.
+    prefix_tokens = 4 * arguments.slots * arguments.longest_prompt
+    prefixes = dict(prefix_memory=str(prefix_tokens * bench.token_bytes))
+
+    @functools.cache
+    def engine(name: str, has_prefixes: bool) -> Any:
+        made = policies[name](**prefixes if has_prefixes else {})
+        made.warm_up()
+        return made
+
+    return {
+        kind: {
+            name: engine(name, kind == "shared" and has_prefix_cache(arguments, name))
+            for name in policies
+        }
+        for kind in arguments.kinds
+    }
+
+
+def has_prefix_cache(arguments: Arguments, policy: str) -> bool:
+    """Whether a policy has a prefix cache where prompts share a beginning."""
+    if arguments.prefix_cache == "fusion":
+        return policy in FUSION
+    return arguments.prefix_cache == "all" and policy != "concurrent"
+
+
+def compare(
+    bench: Bench, engines: dict[str, Any], kind: str, loads: Sequence[Load]
+) -> dict[str, dict[str, Turn]]:
+    """Runs all policies on one workload.
+
+    Args:
+      bench: the model and its devices.
+      engines: of the policies.
+      kind: of WORKLOADS.
+      loads: a saturated one first, if there is a share of the capacity.
+    Returns {load: {policy: its median turn}}.
+    """
+    arguments = bench.arguments
+    prompt, most = arguments.longest(kind)
+    requests = make_workload(
+        kind,
+        requests=arguments.requests,
+        prompt=prompt,
+        outputs=(arguments.least, most),
+        length=bench.length,
+        vocabulary=bench.model_config.vocab_size,
+        seed=arguments.seed,
+    )
     for engine in engines.values():
-        engine.warm_up()
-        serve(engine, _short(arrivals, arguments))
+        serve(engine, _short(requests, arguments))
+    turns: dict[str, dict[str, Turn]] = {}
+    capacity = 0.0  # requests a second
+    for load in loads:
+        gap = 1 / (load.share * capacity) if load.share else load.gap * bench.scale
+        arrivals = requests
+        if not load.is_saturated:
+            arrivals = arriving(requests, load.arrivals, gap, arguments.seed)
+        print(f"{kind}, {load.name}:", file=sys.stderr, flush=True)
+        turns[load.name] = run_load(bench, engines, arrivals, load.is_saturated)
+        if load.is_saturated and BASELINE in engines:
+            mean_tokens = np.mean([request.max_tokens for request in requests])
+            figures = turns[load.name][BASELINE].figures
+            capacity = figures["saturated_tokens_per_s"] / float(mean_tokens)
+    return turns
+
+
+def run_load(
+    bench: Bench, engines: dict[str, Any], arrivals: list[Arrival], saturated: bool
+) -> dict[str, Turn]:
+    """Runs all policies on these requests. Returns {policy: its median turn}."""
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     # The policies take turns, since the speed of the machine changes with time.
-    for _ in range(arguments.rounds):
+    for _ in range(bench.arguments.rounds):
         for name, engine in engines.items():
-            turn = run_policy(bench, engine, arrivals, kind)
+            turn = run_policy(bench, engine, arrivals, saturated)
             turns[name].append(turn)
             rate = turn.figures["tokens_per_s"]
             print(f"  {name}: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
@@ -352,11 +456,15 @@ def _short(arrivals: list[Arrival], arguments: Arguments) -> list[Arrival]:
     ]
 
 
-def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) -> Turn:
-    """Runs a workload of this kind once, between two measurements of the bare step."""
+def run_policy(
+    bench: Bench, engine: Any, arrivals: list[Arrival], saturated: bool
+) -> Turn:
+    """Runs these requests once, between two measurements of the bare step.
+
+    saturated: whether all of them arrive at once.
+    """
     arguments = bench.arguments
-    engine.counters.reset()
-    getattr(engine, "history", []).clear()
+    _forget(engine)
     before = bench.measure_bare_step(BARE_ROUNDS)
     requests, seconds = serve(engine, arrivals)
     after = bench.measure_bare_step(BARE_ROUNDS)
@@ -366,7 +474,6 @@ def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) ->
         tpot=arguments.goodput_tpot * bench.single_step,
     )
     figures = measure(requests, arrivals, seconds, engine.counters, objective)
-    saturated = kind == "saturated"
     rate = figures["saturated_tokens_per_s" if saturated else "tokens_per_s"]
     figures["bare_step_tokens_per_s"] = arguments.slots / step
     figures["of_bare"] = rate / figures["bare_step_tokens_per_s"]
@@ -374,9 +481,41 @@ def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) ->
         flops = 2 * multiplied_parameters(bench.model_config) * rate
         figures["of_matmul"] = bench.cpu.share(arguments.dtype, flops)
     history = list(getattr(engine, "history", []))
-    if history and saturated:
-        figures["occupancy_while_saturated"] = saturated_occupancy(history)
+    if history:
+        figures |= _traced_figures(engine, requests)
     return Turn(figures, requests, history)
+
+
+def _forget(engine: Any) -> None:
+    """Empties an engine's counters, trace and prefix cache."""
+    engine.counters.reset()
+    if isinstance(engine, Engine):
+        engine.history.clear()
+        while engine.prefixes.blocks():
+            engine.prefixes.evict()
+
+
+def _traced_figures(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+    """The figures of a run that need the engine's trace."""
+    capacity, history = engine.capacity, engine.history
+    cache = Cache(
+        token_bytes=capacity.token_bytes,
+        page_size=capacity.page_size,
+        pairs=pages.PAIRS,
+        staging_size=capacity.staging_size,
+        prefix_bytes=engine.prefixes.used_bytes,
+    )
+    prompts = {request.number: len(request.prompt) for request in requests}
+    ratio = None
+    if not engine.counters.preempted:
+        ratio = read_over_alive(history, prompts, cache)
+    return dict(
+        occupancy_until_last_admission=occupancy_until_last_admission(history),
+        kv_layout="pages" if capacity.page_size else "rows",
+        kv_mib=peak_bytes(history, cache) / 2**20,
+        kv_read_over_alive=ratio,
+        prefix_tokens=engine.counters.prefix_tokens,
+    )
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -385,8 +524,8 @@ def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) ->
 def run(arguments: Arguments) -> dict[str, Any]:
     """Runs the benchmark. Prints tables, writes what `json` and `plots` name, and
     returns the results. Raises ConfigError for arguments that are not accepted."""
-    kinds = arguments.workload.split(",")
-    _check(arguments, kinds)
+    _check(arguments)
+    loads = read_loads(arguments.load, arguments.gaps, arguments.policies)
     bench = set_up(arguments)
     single_step_ms = bench.single_step * 1e3
     full_step = bench.measure_bare_step(BARE_ROUNDS)
@@ -411,17 +550,24 @@ def run(arguments: Arguments) -> dict[str, Any]:
             f"gaps and windows are scaled by {bench.scale:.3f}: this model's step over "
             "the paper's"
         )
-    print(HEAD)
-    results = {}
-    for kind in kinds:
-        for gap in arguments.gaps if kind in WITH_GAPS else (0.0,):
-            title = f"{kind} {gap:g} ms" if gap else kind
-            turns = compare(bench, kind, gap)
-            results[title] = {name: turn.figures for name, turn in turns.items()}
-            heading = f"\n{title}, {arguments.requests} requests"
-            print(result_table(heading, results[title]))
+    if "shared" in arguments.kinds:
+        having = [p for p in arguments.policies if has_prefix_cache(arguments, p)]
+        print(f"shared prompts: a prefix cache for {', '.join(having) or 'no policy'}")
+    engines = make_engines(bench)
+    turns = {
+        kind: compare(bench, engines[kind], kind, loads) for kind in arguments.kinds
+    }
+    rows = [
+        dict(workload=kind, load=load, policy=policy) | turn.figures
+        for kind, of_kind in turns.items()
+        for load, of_load in of_kind.items()
+        for policy, turn in of_load.items()
+    ]
+    print(f"{HEAD}\n\n{arguments.requests} requests a run\n{result_table(rows)}")
+    for kind, of_kind in turns.items():
+        for load, of_load in of_kind.items():
             if arguments.plots:
-                for path in _plot(arguments.plots, title, turns):
+                for path in _plot(arguments.plots, f"{kind} {load}", of_load):
                     print(f"wrote {path}")
     output = dict(
         arguments=dataclasses.asdict(arguments),
@@ -431,36 +577,41 @@ def run(arguments: Arguments) -> dict[str, Any]:
         int8_gain=bench.int8_gain,
         step_ms={"1": single_step_ms, str(arguments.slots): full_step * 1e3},
         bare_step_tokens_per_s=rate,
-        workloads=results,
+        workloads={
+            kind: {
+                load: {policy: turn.figures for policy, turn in of_load.items()}
+                for load, of_load in of_kind.items()
+            }
+            for kind, of_kind in turns.items()
+        },
     )
     if arguments.json:
         files.write_text(arguments.json, json.dumps(output, indent=1))
     return output
 
 
-def _check(arguments: Arguments, kinds: list[str]) -> None:
+def _check(arguments: Arguments) -> None:
     sizes, workloads = ", ".join(DECODE_SIZES), ", ".join(WORKLOADS)
     dtypes = ", ".join(machine.DTYPES)
     require(arguments.size in DECODE_SIZES, "size", arguments.size, f"one of {sizes}")
     require(
         arguments.dtype in machine.DTYPES, "dtype", arguments.dtype, f"one of {dtypes}"
     )
-    for kind in kinds:
+    for kind in arguments.kinds:
         require(kind in WORKLOADS, "workload", kind, f"one of {workloads}")
-    for name in ("requests", "prompt", "least", "slots", "chunk", "tensor", "rounds"):
+    positive = "requests", "prompt", "least", "most", "slots", "chunk", "tensor"
+    for name in (*positive, "rounds"):
         value = getattr(arguments, name)
-        require(value >= 1, name, value, "1 or more")
-    require(
-        arguments.most >= arguments.least,
-        "most",
-        arguments.most,
-        f"at least least={arguments.least}",
-    )
+        require(value is None or value >= 1, name, value, "1 or more")
+    if "uniform" in arguments.kinds:
+        most, least = arguments.longest("uniform")[1], arguments.least
+        require(most >= least, "most", most, f"at least least={least}")
 
 
 def set_up(arguments: Arguments) -> Bench:
     """Initializes the model, and measures the bare step at width 1."""
-    length = -(-(arguments.prompt + arguments.most) // 64) * 64
+    most = max(sum(arguments.longest(kind)) for kind in arguments.kinds)
+    length = -(-most // 64) * 64
     changes: Any = dict(
         residual=arguments.residual, dtype=arguments.dtype, max_length=length
     )
@@ -495,6 +646,7 @@ def set_up(arguments: Arguments) -> Bench:
         model_config,
         mesh,
         length,
+        probe.capacity.token_bytes,
         single_step=bare_step(probe, 1, length, arguments.chunk)(BARE_ROUNDS),
         measure_bare_step=bare_step(probe, arguments.slots, length, arguments.chunk),
         cpu=machine.measure() if on_cpu else None,

@@ -1,21 +1,21 @@
 """Computes the figures of a policy on a workload: rates, latencies, occupancy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ladder_jax.bench.workloads import Arrival
 from ladder_jax.planner.tables import Column, text_table
+from ladder_jax.serve import reads
 from ladder_jax.serve.counters import Counters
 
-if TYPE_CHECKING:  # it imports JAX, and the load generator has no use for that
+if TYPE_CHECKING:  # they import JAX, and the load generator has no use for that
+    from ladder_jax.serve.calls import TracedChunk
     from ladder_jax.serve.request import Request
 
 PERCENTILES = (50, 90, 99)
-# For every chunk: seconds, and the request [K, W] that each of W slots decoded in each
-# of K iterations, or a negative number where the slot emitted no token.
-History = Sequence[tuple[float, np.ndarray]]
+History = Sequence["TracedChunk"]
 
 
 class Objective(NamedTuple):
@@ -113,10 +113,10 @@ def saturated_rate(requests: Sequence["Request"], start: float) -> float:
     return tokens / (end - start)
 
 
-def saturated_occupancy(history: History) -> float:
+def occupancy_until_last_admission(history: History) -> float:
     """The share of slot iterations that emitted a token, until the iteration in which
     the last request was admitted."""
-    iterations = [row for _, chunk in history for row in chunk]
+    iterations = [row for chunk in history for row in chunk.requests]
     seen: set[int] = set()
     last = 0
     for number, row in enumerate(iterations):
@@ -124,50 +124,116 @@ def saturated_occupancy(history: History) -> float:
         if new:
             seen |= new
             last = number
-    saturated = iterations[: last + 1]
-    slot_iterations = sum(row.size for row in saturated)
-    tokens = sum(int((row >= 0).sum()) for row in saturated)
+    until_then = iterations[: last + 1]
+    slot_iterations = sum(row.size for row in until_then)
+    tokens = sum(int((row >= 0).sum()) for row in until_then)
     return tokens / max(slot_iterations, 1)
+
+
+# ---------------------------------------------------------------- keys and values
+
+
+class Cache(NamedTuple):
+    """How an engine holds keys and values."""
+
+    token_bytes: int  # of one token on one device
+    page_size: int  # tokens of a page; 0: each row has memory of its own
+    pairs: int  # see reads.in_pages
+    staging_size: int  # rows beside those of the slots
+    prefix_bytes: int  # of stored prefixes; with pages they have some of the pages
+
+
+def read_over_alive(
+    history: History, prompts: Mapping[int, int], cache: Cache
+) -> float:
+    """Bytes of keys and values that decode steps read, over those of live tokens.
+
+    Prefill does not count. Both are of the same tokens' size, so it counts tokens.
+
+    Args:
+      history: of an engine that has preempted no request.
+      prompts: {request number: tokens of its prompt}.
+      cache: how the engine holds them.
+    """
+    tokens = dict(prompts)
+    read = alive = 0
+    for chunk in history:
+        for row in chunk.requests:
+            live = row[row >= 0].tolist()
+            for number in live:  # the step writes the token before it reads
+                tokens[number] += 1
+            lengths = [tokens[number] for number in live]
+            alive += sum(lengths)
+            if cache.page_size:
+                read += reads.in_pages(lengths, cache.page_size, cache.pairs)
+            else:
+                read += reads.in_rows(row.size, chunk.length)
+    return read / max(alive, 1)
+
+
+def peak_bytes(history: History, cache: Cache) -> int:
+    """The most bytes of keys and values on a device while a chunk ran.
+
+    Rows: what is allocated. Pages: those of requests and stored prefixes; it counts the
+    pages that a request may need until its chunk ends.
+    """
+    if cache.page_size:
+        return max(c.pages for c in history) * cache.page_size * cache.token_bytes
+    tokens = max(
+        reads.in_rows(c.requests.shape[1] + cache.staging_size, c.length)
+        for c in history
+    )
+    return tokens * cache.token_bytes + cache.prefix_bytes
 
 
 # ---------------------------------------------------------------- the table
 
 HEAD = """\
 occupancy: the share of slot iterations that emitted a token, from the first arrival
-until the last token; saturated: the same until the last request is
-admitted ("-": not traced, or not a saturated workload)"""
+until the last token; until last: the same until the last request is admitted
+KV MiB: the most keys and values held: what rows allocate, or pages in use
+read/alive: bytes of keys and values that decode steps read, over those of live tokens
+("-": not traced)"""
+Row = Mapping[str, Any]
 
 
-def result_table(title: str, results: dict[str, dict[str, Any]]) -> str:
-    """The results as text: {policy: its figures}, see `measure`."""
+def result_table(rows: Iterable[Row]) -> str:
+    """The results as text: a line for each run.
+
+    Args:
+      rows: the figures of `measure`, with those of keys and values if the engine
+        traces, and the names "workload", "load" and "policy".
+    """
 
     def pair(key: str, form: str) -> Any:
-        def cell(item: tuple[str, dict[str, Any]]) -> str:
-            values = item[1][key]
+        def cell(row: Row) -> str:
+            values = row[key]
             return f"{values['p50']:{form}}/{values['p99']:{form}}"
 
         return cell
 
     def value(key: str, form: str) -> Any:
-        def cell(item: tuple[str, dict[str, Any]]) -> str:
-            figure = item[1].get(key)
+        def cell(row: Row) -> str:
+            figure = row.get(key)
             return "-" if figure is None else format(figure, form)
 
         return cell
 
     columns = [
-        Column("policy", lambda item: item[0], left=True),
+        Column("workload", lambda row: row["workload"], left=True),
+        Column("load", lambda row: row["load"], left=True),
+        Column("policy", lambda row: row["policy"], left=True),
         Column("tokens/s", value("tokens_per_s", ".0f")),
-        Column("of bare", value("of_bare", ".1%")),
-        Column("of matmul", value("of_matmul", ".1%")),
-        Column("makespan s", value("makespan_s", ".2f")),
         Column("TTFT ms p50/p99", pair("ttft_ms", ".0f")),
         Column("TPOT ms p50/p99", pair("tpot_ms", ".2f")),
         Column("ITL ms p50/p99", pair("itl_ms", ".1f")),
-        Column("e2e ms p50/p99", pair("e2e_ms", ".0f")),
-        Column("goodput", value("goodput", ".0%")),
         Column("occupancy", value("occupancy", ".1%")),
-        Column("saturated", value("occupancy_while_saturated", ".1%")),
+        Column("until last", value("occupancy_until_last_admission", ".1%")),
+        Column("KV MiB", value("kv_mib", ".1f")),
+        Column("read/alive", value("kv_read_over_alive", ".2f")),
+        Column("of bare", value("of_bare", ".1%")),
+        Column("of matmul", value("of_matmul", ".1%")),
+        Column("goodput", value("goodput", ".0%")),
         Column("syncs/token", value("syncs_per_token", ".4f")),
     ]
-    return "\n".join([title, text_table(columns, results.items())])
+    return text_table(columns, rows)

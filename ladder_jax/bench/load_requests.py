@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ladder_jax.bench.workloads import Arrival, arrival_times, sharegpt_lengths
+from ladder_jax.bench.workloads import Arrival, paced_times, sharegpt_lengths
 from ladder_jax.config import ConfigError, require
 
 ARRIVALS = ("poisson", "gamma", "constant")
@@ -128,15 +128,11 @@ def schedule(
 ) -> list[Arrival]:
     """The questions with the arrival times of `load`; all are 0 where users send.
 
-    The times are scaled so that the last request of a load with a rate arrives after
-    (requests - 1) / rate seconds: few random gaps would have another mean.
+    The last request of a load with a rate arrives after (requests - 1) / rate seconds.
     """
     count, gap = len(asked), 0.0 if load.users else 1 / load.rate
     rng = np.random.default_rng(seed)
-    times = arrival_times(arrivals, count, gap, rng, burstiness)
-    if gap and times[-1]:
-        factor = gap * (count - 1) / times[-1]
-        times = [seconds * factor for seconds in times]
+    times = paced_times(arrivals, count, gap, rng, burstiness)
     return [Arrival(seconds, *question) for seconds, question in zip(times, asked)]
 
 

@@ -54,15 +54,15 @@ def slot_colors(history: History) -> np.ndarray:
     IDLE where the slot had no request, NOT_COMPILED where the decode state had fewer
     slots.
     """
-    widest = max(chunk.shape[1] for _, chunk in history)
+    widest = max(chunk.requests.shape[1] for chunk in history)
     rows = np.concatenate(
         [
             np.pad(
-                chunk,
-                [(0, 0), (0, widest - chunk.shape[1])],
+                chunk.requests,
+                [(0, 0), (0, widest - chunk.requests.shape[1])],
                 constant_values=NOT_COMPILED,
             )
-            for _, chunk in history
+            for chunk in history
         ]
     )
     requests = rows[rows >= 0]

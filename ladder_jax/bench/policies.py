@@ -166,8 +166,10 @@ def make_policies(
     model_config: Model,
     mesh: jax.sharding.Mesh,
     windows: list[float],
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[..., Any]]:
     """The policies of these names: {name: a function that builds its engine}.
+
+    The function takes changes of `options`.
 
     Args:
       names: of policies, such as "dynamic". An empty tuple means all of them.
@@ -183,7 +185,6 @@ def make_policies(
     def make_engine(
         scheduler: Scheduler = plan_step,
         pipelined: bool = True,
-        trace: bool = False,
         **changes: Any,
     ) -> Engine:
         engine = Engine(
@@ -192,7 +193,7 @@ def make_policies(
             mesh,
             dataclasses.replace(options, **changes),
             scheduler=scheduler,
-            trace=trace,
+            trace=True,
             pipelined=pipelined,
         )
         # All engines exist at once and share one copy of the weights.
@@ -201,25 +202,28 @@ def make_policies(
         programs.weights = weights.setdefault(spec, programs.weights)
         return engine
 
-    def make_static(window: float) -> Engine:
-        return make_engine(StaticBatches(window))
+    def make_static(window: float, **changes: Any) -> Engine:
+        return make_engine(StaticBatches(window), **changes)
 
-    policies: dict[str, Callable[[], Any]] = {
-        "sequential": lambda: make_engine(slots=1, staging=1),
-        "concurrent": lambda: Concurrent(
-            make_engine(slots=1, staging=1, steps_per_call=4)
-        ),
-        "static": lambda: make_static(0.0),
+    def make_concurrent(**changes: Any) -> Concurrent:
+        changes |= dict(slots=1, staging=1, steps_per_call=4)
+        return Concurrent(make_engine(**changes))
+
+    make = functools.partial
+    policies: dict[str, Callable[..., Any]] = {
+        "sequential": make(make_engine, slots=1, staging=1),
+        "concurrent": make_concurrent,
+        "static": make(make_static, 0.0),
         **{
-            f"dynamic {window * 1e3:.0f} ms": functools.partial(make_static, window)
+            f"dynamic {window * 1e3:.0f} ms": make(make_static, window)
             for window in windows
         },
-        "per-token": lambda: make_engine(
-            steps_per_call=1, pipelined=False, fit_shapes=True
+        "per-token": make(
+            make_engine, steps_per_call=1, pipelined=False, fit_shapes=True
         ),
-        "no-shuffle": lambda: make_engine(fit_shapes=False, trace=True),
-        "rows": lambda: make_engine(kv_layout="rows", trace=True),
-        "ours": lambda: make_engine(trace=True),
+        "no-shuffle": make(make_engine, fit_shapes=False),
+        "rows": make(make_engine, kv_layout="rows"),
+        "ours": make_engine,
     }
 
     def kind_of(name: str) -> str:

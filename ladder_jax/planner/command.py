@@ -21,7 +21,12 @@ def run(config: Config, args: Any) -> str:
     request = make_request(config, args)
     if args.compare:
         return _run_comparison(request, args)
-    plan = planning.plan_of(request)
+    if args.lengths:
+        if args.context is not None:
+            raise ConfigError("--lengths says the context: leave out --context")
+        plan = planning.mixed_plan(request, args.lengths)
+    else:
+        plan = planning.plan_of(request)
     if args.hlo:
         files.write_text(args.hlo, plan.program)
     if args.plot:
@@ -33,6 +38,8 @@ def _run_comparison(request: Request, args: Any) -> str:
     """`run` with --compare: plans several residual schedules."""
     if args.hlo:
         raise ConfigError("--hlo writes one program: leave out --compare")
+    if args.lengths:
+        raise ConfigError("--lengths compares rows and pages: leave out --compare")
     plans = compare.plan_variants(request)
     if args.plot:
         lanes.draw(args.plot, [(plan.title, plan.timeline) for plan in plans])

@@ -8,7 +8,7 @@ import jax
 
 from ladder_jax.config import Config, ConfigError, Mesh, require
 from ladder_jax.hardware import aot
-from ladder_jax.planner import lanes, tables
+from ladder_jax.planner import lanes, lengths, tables
 from ladder_jax.planner.plan import Request, build
 from ladder_jax.planner.report import make_report, make_timeline
 from ladder_jax.planner.timeline import Timeline
@@ -140,6 +140,24 @@ def plan_of(request: Request) -> Plan:
     return Plan(make_report(compiled, timeline), timeline, compiled.text)
 
 
+def mixed_plan(request: Request, path: str) -> Plan:
+    """The plan of a decode step over requests of mixed lengths, in rows.
+
+    Its report has an entry more, "lengths", that compares rows and pages.
+
+    Args:
+      request: of the step; its context is not used.
+      path: the file of the lengths, see planner.lengths.
+    """
+    require(request.workload == "decode", "lengths", path, "with decode alone")
+    mixed = lengths.read(path, request.batch, request.config.model.max_length)
+    requests = lengths.requests_of(request, mixed)
+    plans = {layout: plan_of(one) for layout, one in requests.items()}
+    reports = {layout: one.report for layout, one in plans.items()}
+    report = reports["rows"] | dict(lengths=lengths.compare(mixed, reports))
+    return dataclasses.replace(plans["rows"], report=report)
+
+
 def make_request(
     config: Config,
     target: str,
@@ -208,7 +226,8 @@ COLLECTIVE_COLUMNS = [
 
 
 def plan_text(report: dict[str, Any]) -> str:
-    """The plan as text: one line for each collective, then the totals and the memory.
+    """The plan as text: one line for each collective, then the totals and the memory,
+    and rows against pages if lengths are mixed.
 
     Args:
       report: see report.make_report.
@@ -231,5 +250,6 @@ def plan_text(report: dict[str, Any]) -> str:
             tables.text_table(COLLECTIVE_COLUMNS, report["collectives"]),
             f"{totals} (us a step)",
             f"{sizes} (GB a device): {fits}",
+            *([lengths.text(report["lengths"])] if "lengths" in report else []),
         ]
     )

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,12 +51,26 @@ class UnreadChunk(Chunk):
     """
 
     width: int
+    length: int  # tokens that each row has memory for
+    pages: int  # the most that requests and stored prefixes have; 0: not traced
     prefills: list[PrefillCall]
     events: decode.Events | None  # [K, W]
     waiting: jax.Array | None  # [R], request numbers in staging after it
     started: float  # seconds of the clock
     # How many programs had been compiled, and shapes changed, before it was started.
     compiled: tuple[int, int]
+
+
+class TracedChunk(NamedTuple):
+    """What a chunk did: an entry of Engine.history."""
+
+    seconds: float  # of the clock, when the host had read it
+    # [K, W]: the number of the request that each slot decoded in each iteration, or -1.
+    requests: np.ndarray
+    length: int  # tokens that each row has memory for
+    # The most pages that requests and stored prefixes may have had when it ended; 0
+    # without pages.
+    pages: int
 
 
 class Calls:
@@ -82,7 +96,7 @@ class Calls:
         prefixes: PrefixCache,
         counters: Counters,
         pace: Pace,
-        history: list[tuple[float, np.ndarray]] | None,
+        history: list[TracedChunk] | None,
         put_back: Callable[[Request], None],
     ) -> None:
         self.options, self.capacity, self.programs = options, capacity, programs
@@ -113,8 +127,10 @@ class Calls:
         """Returns the first of these requests whose prompts there are pages for."""
         if not self.capacity.page_size:
             return candidates
-        budget = PageBudget(self.capacity, self.tracker, self.unread, self.prefixes)
-        return list(itertools.takewhile(budget.take, candidates))
+        return list(itertools.takewhile(self._page_budget().take, candidates))
+
+    def _page_budget(self) -> PageBudget:
+        return PageBudget(self.capacity, self.tracker, self.unread, self.prefixes)
 
     def admit(self, request: Request) -> Record:
         """Gives a request a row of staging."""
@@ -222,6 +238,8 @@ class Calls:
                 number=self._chunks_started,
                 steps=step.chunk_steps,
                 width=self.programs.width,
+                length=self.programs.length,
+                pages=0,
                 prefills=self._prefills,
                 events=events,
                 waiting=waiting,
@@ -230,6 +248,8 @@ class Calls:
             )
         )
         self._prefills = []
+        if self.history is not None and self.capacity.page_size:
+            self.unread[-1].pages = self._page_budget().used
         if step.chunk_steps:
             self._chunks_started += 1
             self.counters.chunks += 1
@@ -318,7 +338,9 @@ class Calls:
         self.counters.busy += int(busy.sum())
         if self.history is not None:
             requests = np.where(busy, events.request, -1)[:iterations]
-            self.history.append((time.perf_counter(), requests))
+            self.history.append(
+                TracedChunk(time.perf_counter(), requests, chunk.length, chunk.pages)
+            )
         return iterations
 
 

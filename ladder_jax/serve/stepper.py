@@ -6,10 +6,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from ladder_jax.config import Decode
-from ladder_jax.serve.calls import Calls
+from ladder_jax.serve.calls import Calls, TracedChunk
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.pace import Pace
@@ -69,7 +67,7 @@ class Stepper:
         self.counters = Counters()
         self.pace = Pace(options.burst_ms, options.steps_per_call, capacity.widths)
         self._fitting: Mapping[int, int] = {}  # of the present step
-        self.history: list[tuple[float, np.ndarray]] = []
+        self.history: list[TracedChunk] = []
         # Requests that clients have cancelled since the last step.
         self._cancelled: deque[Request] = deque()
         self.most_errors = MOST_ERRORS
