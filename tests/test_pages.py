@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ladder_jax import kv_cache, pages
 from ladder_jax.attention import attend_cache
 from ladder_jax.bench.workloads import make_workload
-from ladder_jax.serve.design import PAGE_SIZE
+from ladder_jax.page_kernels import PAGE_SIZES
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -124,10 +124,11 @@ def test_few_bytes_are_read_beside_those_of_live_tokens(length, most):
         seed=0,
     )
     last = np.concatenate([len(r.prompt) + np.arange(r.max_tokens) for r in requests])
-    table = jnp.zeros((last.size, length // PAGE_SIZE + 1), jnp.int32)
+    page_size = PAGE_SIZES["xla"]
+    table = jnp.zeros((last.size, length // page_size + 1), jnp.int32)
     reads = jnp.ones(last.size, bool)
-    listed = pages.pairs(table, jnp.asarray(last), reads, PAGE_SIZE, 1)
-    ratio = int(listed.total) * PAGE_SIZE / (last + 1).sum()
+    listed = pages.pairs(table, jnp.asarray(last), reads, page_size, 1)
+    ratio = int(listed.total) * page_size / (last + 1).sum()
     assert 1 < ratio <= most
 
 

@@ -6,17 +6,13 @@ from typing import NamedTuple
 
 import jax
 
-from ladder_jax import decode, kv_cache, sharding
+from ladder_jax import decode, kv_cache, page_kernels, sharding
 from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
 from ladder_jax.data.tokenizer import Tokenizer
 from ladder_jax.hardware import chips
 from ladder_jax.residual import choose
 from ladder_jax.serve.capacity import Capacity
 
-# Tokens of a page. Smaller pages cost attention's loop more iterations: on two CPU
-# cores 16 take 1.4 times as long as 32. Larger ones are read to their end: with
-# requests of 200 tokens, 32 read 8% too much and 64 read 16%.
-PAGE_SIZE = 32
 # Bytes of the slots' rows from which on pages are faster on CPUs. On two cores a step
 # with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4 slots
 # of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB.
@@ -63,8 +59,16 @@ def design(
     token_bytes = kv_cache.bytes_per_token(model_config, spec.kv_dtype)
     token_bytes //= mesh.shape[sharding.TENSOR]
     platform = chips.platform(mesh)
-    if _layout(options, platform, length * token_bytes) == "pages":
-        spec = spec._replace(page_size=_page_size(options))
+    kernel, reason = page_kernels.kernel_for(
+        platform,
+        model_config,
+        spec.kv_dtype,
+        mesh.shape[sharding.TENSOR],
+        options.unroll_layers,
+    )
+    if _layout(options, platform, length * token_bytes, kernel, reason) == "pages":
+        page_size = _page_size(options, kernel)
+        spec = spec._replace(page_size=page_size, page_kernel=kernel)
     capacity = Capacity(
         options,
         length,
@@ -126,18 +130,22 @@ def _spec(
     )
 
 
-def _layout(options: Decode, platform: str, row_bytes: int) -> str:
+def _layout(
+    options: Decode, platform: str, row_bytes: int, kernel: str, reason: str
+) -> str:
     """Returns decode.kv_layout, or the faster one for "auto": "pages" or "rows".
 
     Args:
       platform: of the devices.
       row_bytes: of the longest request's keys and values on one device.
-    Raises ConfigError for pages on GPUs.
+      kernel, reason: see page_kernels.kernel_for.
+    Raises ConfigError for pages on GPUs, if no kernel fits.
     """
-    if options.kv_layout == "pages" and platform in chips.GPUS:
+    if options.kv_layout == "pages" and platform in chips.GPUS and kernel == "xla":
         raise ConfigError(
-            "decode.kv_layout=pages is not accepted on GPUs, where a loop over pages "
-            "waits for the host in every iteration: set it to rows"
+            "decode.kv_layout=pages is not accepted on GPUs without a kernel, as a "
+            f"loop over pages waits for the host in every iteration: {reason}; set it "
+            "to rows"
         )
     if options.kv_layout != "auto":
         return options.kv_layout
@@ -148,16 +156,28 @@ def _layout(options: Decode, platform: str, row_bytes: int) -> str:
     return "pages" if platform == "cpu" and size >= LEAST_FOR_PAGES else "rows"
 
 
-def _page_size(options: Decode) -> int:
-    """Returns the tokens of a page. Raises ConfigError if prefix_block has a part."""
+def _page_size(options: Decode, kernel: str) -> int:
+    """Returns the tokens of a page.
+
+    Raises ConfigError if prefix_block has a part of one, or the kernel does not read
+    pages of this size.
+    """
     size, block = options.page_size, options.prefix_block
-    if not to_bytes(options.prefix_memory, "decode.prefix_memory"):
-        return size or PAGE_SIZE
-    size = size or math.gcd(PAGE_SIZE, block)
+    best, least = page_kernels.PAGE_SIZES[kernel], page_kernels.LEAST_PAGE
+    if to_bytes(options.prefix_memory, "decode.prefix_memory"):
+        size = size or math.gcd(best, block)
+        require(
+            block % size == 0,
+            "decode.page_size",
+            size,
+            f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
+        )
+    size = size or best
     require(
-        block % size == 0,
+        page_kernels.reads_pages_of(kernel, size),
         "decode.page_size",
         size,
-        f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
+        f"{least}, {2 * least}, {4 * least} or another power of 2, as the {kernel} "
+        "kernel reads no other pages",
     )
     return size
