@@ -39,6 +39,7 @@ NO_PAGE = 2**31 - 1
 # time with 16, 32 and 64 differed by no more than the noise.
 PAIRS = 32
 BLOCK = 128  # tokens of each row that one iteration reads, if a row has many queries
+GPU_BLOCK = 1024  # on GPUs, where the loop runs to the end of the longest table
 
 
 class Pool(NamedTuple):
@@ -55,10 +56,10 @@ class Pool(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tables:
-    """The pages that a kernel reads; without one, those of rows with many new tokens."""
+    """The pages that a kernel reads; without one, of rows with many new tokens."""
 
     table_BM: jax.Array
-    # int32: the last token of a row that is read. -1: a kernel reads nothing of the row
+    # int32: the last token of a row that is read. -1: none is, and the row gets zeros
     last_B: jax.Array
     kernel: str = field(default="xla", metadata=dict(static=True))  # see page_kernels
 
@@ -211,8 +212,8 @@ def attend(
         return page_kernels.ragged(
             q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT, window
         )
-    is_for_gpu = isinstance(reads, Tables) and reads.kernel == "triton"
-    if is_for_gpu and T <= page_kernels.GPU_QUERIES:
+    few = T <= page_kernels.GPU_QUERIES
+    if isinstance(reads, Tables) and reads.kernel == "triton" and few:
         return page_kernels.triton(
             q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT, interpret
         )
@@ -322,7 +323,8 @@ def _attend_tables(
 ) -> jax.Array:
     _, P, S, _ = kv.k.shape
     M = tables.table_BM.shape[1]
-    E = min(-(-BLOCK // S), M)
+    is_for_gpu = tables.kernel == "triton"
+    E = min(-(-(GPU_BLOCK if is_for_gpu else BLOCK) // S), M)
     padding = [(0, 0), (0, -M % E)]
     table_BM = jnp.pad(tables.table_BM, padding).clip(0, P - 1)
     last = tables.last_B.max()
@@ -333,6 +335,7 @@ def _attend_tables(
         pages_BE = lax.dynamic_slice_in_dim(table_BM, entry, E, axis=1)
         token_C = entry * S + jnp.arange(E * S)
         seen_BRC = sees(position_BR[:, :, None], token_C, window)
+        seen_BRC &= (tables.last_B >= 0)[:, None, None]
         part = _attend_part(q_KBRH, kv, pages_BE, seen_BRC)
         largest_KBR = jnp.maximum(whole.largest, part.largest)
         kept_KBR = jnp.exp(whole.largest - largest_KBR)
@@ -343,7 +346,7 @@ def _attend_tables(
             whole.out * kept_KBR[..., None] + part.out * share_KBR[..., None],
         )
 
-    if tables.kernel == "triton":
+    if is_for_gpu:
         # On GPUs a loop of unknown trip count waits for the host in every iteration.
         blocks = table_BM.shape[1] // E
         _, whole = lax.fori_loop(0, blocks, lambda _, carry: step(carry), start)

@@ -54,6 +54,7 @@ ROWS = {
         "matmul",
         "kv_cache",
         "pages",
+        "page_kernels",
     ],
     "residual": ["residual"],
     "data": ["data"],

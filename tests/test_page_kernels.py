@@ -11,7 +11,12 @@ from helpers import small_model
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu
 
-from ladder_jax import kv_cache, page_kernels, pages
+# Before `fast_compiler` replaces the jax.jit that these modules use.
+from jax.experimental.pallas.ops.gpu import paged_attention  # noqa: F401
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention  # noqa: F401
+
+from ladder_jax import page_kernels, pages
+from ladder_jax.bench.workloads import make_workload
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -36,84 +41,129 @@ def interpreter(monkeypatch):
     jax.clear_caches()
 
 
-def make_pages(random, kernel, heads, rows, entries, page_size, H, dtype):
-    """One layer's pages of random keys and values, and tables without a page twice.
+def check(kernel, heads, groups, tokens, page_size, entries, H, dtype, window=None):
+    """A kernel's attention to its own pages equals attention to the same KV by XLA.
 
-    Returns (KV, the kernel's own pages, tables).
+    Five rows: the first tokens; a whole page; two that end inside a page, of which one
+    reads nothing and the other shares a page with the second row; all tokens.
     """
+    random = np.random.default_rng(groups)
+    rows, length = 5, entries * page_size
     count = rows * entries + 2
     table = random.permutation(count)[: rows * entries].reshape(rows, entries)
     table = jnp.asarray(table.astype(np.int32))
-    length = entries * page_size
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
     shape = rows, length, heads, H
     k, v = (jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(2))
-    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    made = []
-    for name in ("xla", kernel):
-        empty = pages.empty(heads, count, page_size, H, dtype, name)
-        made.append(pages.write(empty, k, v, positions, table))
-    return *made, table
-
-
-def check(kernel, kv, own, table, q, last, reads, window=None, tolerance=1e-6):
-    """A kernel's attention to its own pages equals attention to the same KV."""
-    T = q.shape[1]
-    S, P = pages.page_size(kv), kv.k.shape[1]
-    positions = jnp.asarray(last)[:, None] + jnp.arange(1 - T, 1)
-    arguments = table, jnp.asarray(last), jnp.asarray(reads), S, P
-    expected = pages.attend(q, kv, pages.reads(*arguments), positions, window)
-    got = pages.attend(
-        q, own, pages.reads(*arguments, kernel), positions, window, interpret=True
-    )
-    assert got.dtype == q.dtype
-    got, expected = np.float32(got), np.float32(expected)
-    assert not got[~np.asarray(reads)].any()
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
-
-
-CASES = [  # heads, groups, tokens, page size, entries, window, dtype
-    (2, 2, 1, 16, 9, None, "float32"),
-    (8, 1, 1, 64, 3, None, "bfloat16"),
-    (1, 4, 3, 16, 9, None, "bfloat16"),
-    (1, 3, 5, 32, 6, 40, "float32"),
-]
-
-
-@pytest.mark.parametrize("heads, groups, tokens, page_size, entries, window, dtype", CASES)
-def test_the_kernel_of_tpus(
-    interpreter, heads, groups, tokens, page_size, entries, window, dtype
-):
-    random = np.random.default_rng(groups)
-    rows, H = 5, 128
-    kv, own, table = make_pages(
-        random, "ragged", heads, rows, entries, page_size, H, dtype
-    )
-    q = random.standard_normal((rows, tokens, heads * groups, H), np.float32)
-    # The first tokens; the end of a page; the middle of one; all.
-    last = np.array([tokens - 1, 2 * page_size - 1, 50, 77, entries * page_size - 1])
-    reads = np.array([True, True, False, True, False])
-    tolerance = 1e-6 if dtype == "float32" else 1e-2
-    for shared in (table, table.at[3, :2].set(table[1, :2])):
-        check(
-            "ragged", kv, own, shared, jnp.asarray(q, dtype), last, reads, window, tolerance
+    write = jax.jit(pages.write)
+    kv, own = (
+        write(
+            pages.empty(heads, count, page_size, H, dtype, name), k, v, positions, table
         )
+        for name in ("xla", kernel)
+    )
+    table = table.at[3, 0].set(table[1, 0])
+    last = jnp.asarray(
+        [tokens - 1, page_size - 1, page_size // 2, length - 7, length - 1]
+    )
+    reads = jnp.asarray([True, True, False, True, True])
+    q_dtype = "bfloat16" if dtype == "int8" else dtype
+    q = random.standard_normal((rows, tokens, heads * groups, H), np.float32)
+    q = jnp.asarray(q, q_dtype)
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def attend(q, kv, name):
+        listed = pages.reads(table, last, reads, page_size, count, name)
+        positions = last[:, None] + jnp.arange(1 - tokens, 1)
+        return pages.attend(q, kv, listed, positions, window, interpret=True)
+
+    expected, got = attend(q, kv, "xla"), attend(q, own, kernel)
+    assert got.dtype == q.dtype and not got[2].any()
+    tolerance = 1e-6 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(
+        np.float32(got), np.float32(expected), rtol=tolerance, atol=tolerance
+    )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
-    "heads, groups, tokens, page_size, entries, H",
-    [(2, 2, 1, 16, 9, 64), (1, 4, 3, 32, 70, 16), (8, 1, 1, 128, 2, 128)],
+    "heads, groups, tokens, page_size, entries, dtype, window",
+    [
+        (2, 2, 1, 16, 9, "float32", None),
+        (8, 1, 1, 64, 3, "bfloat16", None),
+        (1, 4, 3, 16, 9, "bfloat16", None),
+        (1, 3, 5, 32, 6, "float32", 40),
+    ],
+)
+def test_the_kernel_of_tpus(
+    interpreter, heads, groups, tokens, page_size, entries, dtype, window
+):
+    check("ragged", heads, groups, tokens, page_size, entries, 128, dtype, window)
+
+
+@pytest.mark.parametrize(
+    "heads, groups, tokens, page_size, entries, H, dtype",
+    [
+        (2, 2, 1, 16, 9, 64, "bfloat16"),
+        (1, 4, 3, 32, 70, 16, "int8"),
+        (4, 1, 1, 128, 2, 32, "int8"),
+        (1, 2, 9, 32, 40, 16, "bfloat16"),  # more tokens than the kernel takes
+    ],
 )
 def test_the_kernel_of_gpus(heads, groups, tokens, page_size, entries, H, dtype):
-    random = np.random.default_rng(groups)
-    rows = 5
-    kv, own, table = make_pages(
-        random, "triton", heads, rows, entries, page_size, H, dtype
+    check("triton", heads, groups, tokens, page_size, entries, H, dtype)
+
+
+LARGE = small_model(dtype="bfloat16", head_dim=128)  # 8 key-value heads
+
+
+@pytest.mark.parametrize(
+    "platform, fields, arguments, expected",
+    [
+        ("tpu", {}, {}, "ragged"),
+        ("tpu", dict(dtype="float32"), dict(kv_dtype="float32"), "ragged"),
+        ("tpu", dict(sliding_window=64), dict(tensor=8), "ragged"),
+        ("tpu", dict(head_dim=64), {}, "not model.head_dim=64"),
+        ("tpu", {}, dict(kv_dtype="int8"), "model.dtype=bfloat16, not in int8"),
+        ("tpu", dict(kv_heads=6, heads=12), dict(tensor=2), "tile 3 key-value heads"),
+        ("tpu", {}, dict(unroll_layers=False), "decode.unroll_layers=False"),
+        ("cuda", {}, {}, "triton"),
+        ("cuda", dict(head_dim=64), dict(kv_dtype="int8"), "triton"),
+        ("cuda", dict(head_dim=96), {}, "wide, not 96"),
+        ("cuda", dict(sliding_window=64), {}, "model.sliding_window=64"),
+        ("cuda", dict(dtype="float32"), {}, "its queries are bfloat16"),
+        ("cuda", {}, dict(kv_dtype="float32"), "not float32"),
+        ("rocm", {}, {}, "no kernel for rocm"),
+        ("cpu", {}, {}, "no kernel for cpu"),
+    ],
+)
+def test_the_kernel_or_why_there_is_none(platform, fields, arguments, expected):
+    model_config = dataclasses.replace(LARGE, **fields)
+    arguments = dict(kv_dtype="bfloat16") | arguments
+    name, reason = page_kernels.kernel_for(platform, model_config, **arguments)
+    if name == "xla":
+        assert expected in reason
+    else:
+        assert (name, reason) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    "kernel, heads, most",
+    [("triton", 8, 1.15), ("ragged", 8, 1.15), ("ragged", 1, 1.6)],
+)
+def test_few_tokens_are_read_beside_the_live_ones(kernel, heads, most):
+    """In every step of ShareGPT-like requests of at most 1024 tokens."""
+    requests = make_workload(
+        "sharegpt",
+        requests=200,
+        prompt=512,
+        outputs=(1, 512),
+        length=1024,
+        vocabulary=100,
+        gap=0.0,
+        seed=0,
     )
-    q = random.standard_normal((rows, tokens, heads * groups, H), np.float32)
-    last = np.array([tokens - 1, 2 * page_size - 1, 50, 77, entries * page_size - 1])
-    reads = np.array([True, True, False, True, True])
-    for shared in (table, table.at[3, :2].set(table[1, :2])):
-        check(
-            "triton", kv, own, shared, jnp.asarray(q, "bfloat16"), last, reads, None, 2e-2
-        )
+    alive = [n for r in requests for n in len(r.prompt) + 1 + np.arange(r.max_tokens)]
+    size = page_kernels.PAGE_SIZES[kernel]
+    block = page_kernels.block_tokens(kernel, size, 2 * heads * 128 * 2)
+    read = sum(page_kernels.tokens_read(int(n), block) for n in alive)
+    assert 1 < read / sum(alive) <= most

@@ -13,9 +13,12 @@ from ladder_jax.hardware import chips
 from ladder_jax.residual import choose
 from ladder_jax.serve.capacity import Capacity
 
-# Bytes of the slots' rows from which on pages are faster on CPUs. On two cores a step
-# with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4 slots
-# of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB.
+# Bytes of the slots' rows on a device from which on pages are faster. On two CPU cores
+# a step with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4
+# slots of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB. On TPUs and GPUs the
+# plan says so (docs/log.md): with rows that are a third full on average, a step with
+# pages takes 0.68 to 0.98 times as long for 64 MiB and more, and 0.95 to 1.03 times for
+# 16 MiB.
 LEAST_FOR_PAGES = 48 * 2**20
 
 
@@ -59,15 +62,8 @@ def design(
     token_bytes = kv_cache.bytes_per_token(model_config, spec.kv_dtype)
     token_bytes //= mesh.shape[sharding.TENSOR]
     platform = chips.platform(mesh)
-    kernel, reason = page_kernels.kernel_for(
-        platform,
-        model_config,
-        spec.kv_dtype,
-        mesh.shape[sharding.TENSOR],
-        options.unroll_layers,
-    )
-    if _layout(options, platform, length * token_bytes, kernel, reason) == "pages":
-        page_size = _page_size(options, kernel)
+    page_size, kernel, reason = _pages(options, platform, model_config, spec)
+    if layout(options, platform, length * token_bytes, kernel, reason) == "pages":
         spec = spec._replace(page_size=page_size, page_kernel=kernel)
     capacity = Capacity(
         options,
@@ -130,7 +126,7 @@ def _spec(
     )
 
 
-def _layout(
+def layout(
     options: Decode, platform: str, row_bytes: int, kernel: str, reason: str
 ) -> str:
     """Returns decode.kv_layout, or the faster one for "auto": "pages" or "rows".
@@ -153,18 +149,31 @@ def _layout(
         size = to_bytes(options.kv_memory or "0", "decode.kv_memory")
     else:
         size = options.slots * row_bytes
-    return "pages" if platform == "cpu" and size >= LEAST_FOR_PAGES else "rows"
+    is_fast = platform == "cpu" or kernel != "xla"
+    return "pages" if is_fast and size >= LEAST_FOR_PAGES else "rows"
 
 
-def _page_size(options: Decode, kernel: str) -> int:
-    """Returns the tokens of a page.
+def _has_prefixes(options: Decode) -> bool:
+    return to_bytes(options.prefix_memory, "decode.prefix_memory") > 0
 
-    Raises ConfigError if prefix_block has a part of one, or the kernel does not read
-    pages of this size.
+
+def _pages(
+    options: Decode, platform: str, model_config: Model, spec: decode.DecodeSpec
+) -> tuple[int, str, str]:
+    """Returns (tokens of a page, kernel, why it is "xla"), if the layout is pages.
+
+    Raises ConfigError if prefix_block has a part of a page.
     """
+    kernel, reason = page_kernels.kernel_for(
+        platform,
+        model_config,
+        spec.kv_dtype,
+        spec.mesh.shape[sharding.TENSOR],
+        spec.unroll_layers,
+    )
     size, block = options.page_size, options.prefix_block
-    best, least = page_kernels.PAGE_SIZES[kernel], page_kernels.LEAST_PAGE
-    if to_bytes(options.prefix_memory, "decode.prefix_memory"):
+    best = page_kernels.PAGE_SIZES[kernel]
+    if options.kv_layout != "rows" and _has_prefixes(options):
         size = size or math.gcd(best, block)
         require(
             block % size == 0,
@@ -173,11 +182,6 @@ def _page_size(options: Decode, kernel: str) -> int:
             f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
         )
     size = size or best
-    require(
-        page_kernels.reads_pages_of(kernel, size),
-        "decode.page_size",
-        size,
-        f"{least}, {2 * least}, {4 * least} or another power of 2, as the {kernel} "
-        "kernel reads no other pages",
-    )
-    return size
+    if not page_kernels.reads_pages_of(kernel, size):
+        return size, "xla", f"it reads pages of 16, 32, 64, ... tokens, not of {size}"
+    return size, kernel, reason
