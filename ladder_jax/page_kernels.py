@@ -24,19 +24,19 @@ import jax.numpy as jnp
 from ladder_jax.config import Model
 from ladder_jax.kv_cache import KV
 
-# Bytes that one iteration of the TPU's kernel reads, if that is LEAST to MOST_TOKENS:
-# while it computes, only the next block is on its way, and a short transfer waits for
-# HBM's latency. Not measured: there was no TPU.
+# Bytes that one iteration of the TPU's kernel reads, but MOST_TOKENS at most: while it
+# computes, only the next block is on its way, and a short transfer waits for HBM's
+# latency. Longer blocks are read further past a row's end. Not measured on a TPU.
 TPU_BLOCK_BYTES = 256 << 10
-LEAST_TOKENS, MOST_TOKENS = 128, 512
+MOST_TOKENS = 256
 TPU_QUERIES = 32  # new tokens that it computes together
-GPU_TOKENS = 128  # that one iteration of the GPU's kernel reads
+GPU_TOKENS = 64  # that one iteration of the GPU's kernel reads
 GPU_SPLITS = 16  # parts of a row that a GPU computes in parallel, at most
 # Tokens of a page. XLA's loop has more iterations with smaller pages: on two CPU cores
 # 16 take 1.4 times as long as 32. Larger ones are read to their end: with requests of
 # 200 tokens, 32 read 8% too much and 64 read 16%. On TPU a page is one transfer from
-# HBM, and JAX advises at most 16 pages a row.
-PAGE_SIZES = {"xla": 32, "triton": 32, "ragged": 128}
+# HBM, and JAX advises few pages a row.
+PAGE_SIZES = {"xla": 32, "triton": 32, "ragged": 64}
 LEAST_PAGE = 16  # the fewest tokens of a page that a kernel reads
 GPU_QUERIES = 8  # new tokens of a row, at most: each one reads the row's pages again
 
@@ -138,7 +138,7 @@ def block_tokens(kernel: str, page_size: int, token_bytes: int) -> int:
         return page_size
     tokens = GPU_TOKENS
     if kernel == "ragged":
-        tokens = min(max(TPU_BLOCK_BYTES // token_bytes, LEAST_TOKENS), MOST_TOKENS)
+        tokens = min(TPU_BLOCK_BYTES // token_bytes, MOST_TOKENS)
     return max(tokens // page_size, 1) * page_size
 
 

@@ -192,7 +192,6 @@ def attend(
     reads: Reads,
     positions_BT: jax.Array,
     window: int | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """Attention of new tokens to the pages of their rows: attention.attend_cache.
 
@@ -202,7 +201,6 @@ def attend(
       reads: the pages that any query reads. A row that reads none gets zeros.
       positions_BT: the index of each query's own token in its sequence.
       window: a query sees its own token and the `window - 1` tokens before it.
-      interpret: see page_kernels.triton.
 
     Returns [B, T, N, H] in the queries' dtype.
     """
@@ -215,7 +213,7 @@ def attend(
     few = T <= page_kernels.GPU_QUERIES
     if isinstance(reads, Tables) and reads.kernel == "triton" and few:
         return page_kernels.triton(
-            q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT, interpret
+            q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT
         )
     K = kv.k.shape[0]
     G = N // K

@@ -398,7 +398,7 @@ class Decode(Section):
     # would take 48 MiB or more of a device, and on TPUs and GPUs if a kernel fits
     # (page_kernels.kernel_for), else rows.
     kv_layout: Literal["auto", "pages", "rows"] = "auto"
-    # Tokens of a page; prefix_block is a multiple of it. None: 32, or 128 for the TPU's
+    # Tokens of a page; prefix_block is a multiple of it. None: 32, or 64 for the TPU's
     # kernel, or fewer if prefix_block needs it.
     page_size: int | None = None
     # The dtype of the weights' matrices. auto: the model's. int8: each output channel

@@ -410,7 +410,7 @@ def test_a_kernel_reads_pages_where_they_are(target, kernel, kinds):
         keys = 6 * 8192 * 2 * 128 * 2  # bytes; values have as many
         assert memory.alias_size_in_bytes > 2 * keys
         assert memory.temp_size_in_bytes < keys  # there is no copy
-        shape = "[384,128,4,128]" if kernel == "ragged" else "[2,1536,32,128]"
+        shape = "[768,64,4,128]" if kernel == "ragged" else "[2,1536,32,128]"
         made = [
             line for line in text.splitlines() if f"{shape}{{" in line.split("(")[0]
         ]
