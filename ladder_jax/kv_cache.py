@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ladder_jax import config
+from ladder_jax.quantised import quantise
 
 # Bytes an element. int8 adds a float32 scale for every token and head.
 DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -72,20 +73,13 @@ def write_at(cache: KV, index: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> KV:
 
     if cache.k_scale is None or cache.v_scale is None:
         return KV(put(cache.k, k_BTKH), put(cache.v, v_BTKH))
-    (k_BTKH, k_scale), (v_BTKH, v_scale) = quantise(k_BTKH), quantise(v_BTKH)
+    k, v = quantise(k_BTKH, [-1]), quantise(v_BTKH, [-1])  # a scale for every head
     return KV(
-        put(cache.k, k_BTKH),
-        put(cache.v, v_BTKH),
-        put(cache.k_scale, k_scale),
-        put(cache.v_scale, v_scale),
+        put(cache.k, k.int8),
+        put(cache.v, v.int8),
+        put(cache.k_scale, k.scale),
+        put(cache.v_scale, v.scale),
     )
-
-
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8, float32 scale [..., 1]) with x ~ int8 * scale over the last dimension."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-8) / 127
-    return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 def choose_dtype(kv_dtype: str, compute_dtype: str, platform: str) -> str:

@@ -158,10 +158,13 @@ def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
 
     program, picture = tmp_path / "program.txt", tmp_path / "lanes.png"
     text = plan_on_cpu("--hlo", str(program), "--plot", str(picture))
-    head, titles, *collectives, totals, memory = text.splitlines()
+    head, titles, *collectives, totals, cache, memory = text.splitlines()
     assert head == (
         "decode of 6 layers, ladder, recursive-doubling, batch 8, context 512, on "
         "v5e:2x4"
+    )
+    assert cache == (
+        "keys and values in rows: 4,096 tokens read for 4,096 alive (1.00 x)"
     )
     assert titles.split()[:3] == ["collective", "kind", "axis"]
     # The embedding and 8 blocks, each with two rounds between 4 shards.

@@ -17,8 +17,8 @@ from ladder_jax.serve.capacity import Capacity
 # a step with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4
 # slots of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB. On TPUs and GPUs the
 # plan says so (docs/log.md): with rows that are a third full on average, a step with
-# pages takes 0.68 to 0.98 times as long for 64 MiB and more, and 0.95 to 1.03 times for
-# 16 MiB.
+# pages takes 0.60 to 0.98 times as long for 64 MiB and more, and 0.94 to 1.03 times for
+# 16 MiB; with full rows 0.89 to 1.04 times.
 LEAST_FOR_PAGES = 48 * 2**20
 
 
