@@ -156,6 +156,10 @@ class PlanArguments:
     """The algorithm that sums partials: see --mesh.reduction of ladder-jax train."""
     tensor: int | None = None
     """Devices that share a block's work. None: the recipe's mesh.tensor."""
+    kv_layout: Literal["auto", "pages", "rows"] = "auto"
+    """Of decode's cache: rows of `context` tokens, or pages. auto: as in an engine."""
+    tokens: int | None = None
+    """Tokens that decode's requests have together. None: batch x context."""
     compare: bool = False
     """Compare the schedules standard, parallel, ladder, hybrid, desync and dtp, and a
     model that does not communicate."""

@@ -214,12 +214,13 @@ def iterate(
     if state.pool is not None:
         page_count = state.pool.users.size
         state, growth = decode_pages.grow(state)
-        reads = pages.pairs(
+        reads = pages.reads(
             state.slots.state.table,
             old.position,
             growth.runs,
             spec.page_size,
             page_count,
+            spec.page_kernel,
         )
     slots = state.slots.state
     x_W1D, kv = hidden(
@@ -490,7 +491,8 @@ def _prompt_rows(
         def with_kv(kv: Any) -> Slots:
             return Slots(rows, pool._replace(kv=kv))
 
-        return pool.kv, pages.Tables(table_PM, last_P), lacks_P, with_kv
+        reads = pages.Tables(table_PM, last_P, spec.page_kernel)
+        return pool.kv, reads, lacks_P, with_kv
 
     def first_tokens(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
         """Returns the index of these rows' first C tokens in [..., R, K, S, H]."""

@@ -87,7 +87,8 @@ def _with_slots(state: DecodeState, slots: SlotState, pool: pages.Pool) -> Decod
 
 def page_size(pool: pages.Pool) -> int:
     """Returns S."""
-    return jax.tree.leaves(pool.kv)[0].shape[-2]
+    kv = pool.kv[0] if isinstance(pool.kv, list) else pool.kv
+    return pages.page_size(kv)
 
 
 # ---------------------------------------------------------------- prefill

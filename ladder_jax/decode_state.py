@@ -134,6 +134,7 @@ class DecodeSpec(NamedTuple):
     fixed_trip_count: bool  # no branches, see ADMISSIONS_PER_STEP
     reduction: Any = "psum"  # see model.hidden
     page_size: int = 0  # tokens of a page; 0: each row has an array of its own
+    page_kernel: str = "xla"  # of attention to pages, see page_kernels.kernel_for
     weights_dtype: str = "auto"  # see quantised.py; auto: the model's dtype
 
 
@@ -169,7 +170,10 @@ def table_size(spec: DecodeSpec, length: int) -> int:
 
 def kv_specs(spec: DecodeSpec) -> Any:
     """Returns the PartitionSpecs of `Slots.kv`."""
-    cache = sharding.PAGES if spec.page_size else sharding.CACHE
+    cache = sharding.CACHE
+    if spec.page_size:
+        is_joint = spec.page_kernel == "ragged"
+        cache = sharding.JOINT_PAGES if is_joint else sharding.PAGES
     if not spec.unroll_layers:
         return cache
     return [P(*cache[1:])] * spec.model_config.layers
@@ -224,21 +228,31 @@ def _make_empty(
     model_config = spec.model_config
     layers, heads = model_config.layers, model_config.kv_heads
 
-    def empty_kv(*shape: int) -> list[kv_cache.KV] | kv_cache.KV:
-        shape = *shape, model_config.head_dim
+    def empty_kv(make_layer: Callable[[], Any]) -> Any:
         if spec.unroll_layers:
-            return [kv_cache.empty(shape, spec.kv_dtype) for _ in range(layers)]
-        return kv_cache.empty((layers, *shape), spec.kv_dtype)
+            return [make_layer() for _ in range(layers)]
+        one = jax.eval_shape(make_layer)
+        return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), one)
 
     def empty_rows(count: int) -> Slots:
-        kv = None if spec.page_size else empty_kv(count, heads, length)
+        shape = count, heads, length, model_config.head_dim
+        make_layer = functools.partial(kv_cache.empty, shape, spec.kv_dtype)
+        kv = None if spec.page_size else empty_kv(make_layer)
         return Slots(empty_slots(count, spec, length), kv)
 
     def build() -> DecodeState:
         pool = None
         if spec.page_size:
-            kv = empty_kv(heads, page_count, spec.page_size)
-            pool = pages.Pool(kv, jnp.zeros(page_count, jnp.int32))
+            make_layer = functools.partial(
+                pages.empty,
+                heads,
+                page_count,
+                spec.page_size,
+                model_config.head_dim,
+                spec.kv_dtype,
+                spec.page_kernel,
+            )
+            pool = pages.Pool(empty_kv(make_layer), jnp.zeros(page_count, jnp.int32))
         state = DecodeState(empty_rows(width), empty_rows(staging_size), pool)
         return without_weak_types(state)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ladder_jax import config
+from ladder_jax.quantised import quantise
 
 # Bytes an element. int8 adds a float32 scale for every token and head.
 DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -72,20 +73,13 @@ def write_at(cache: KV, index: Any, k: jax.Array, v: jax.Array) -> KV:
 
     if cache.k_scale is None or cache.v_scale is None:
         return KV(put(cache.k, k), put(cache.v, v))
-    (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+    in_k, in_v = quantise(k, [-1]), quantise(v, [-1])  # a scale for every head
     return KV(
-        put(cache.k, k),
-        put(cache.v, v),
-        put(cache.k_scale, k_scale),
-        put(cache.v_scale, v_scale),
+        put(cache.k, in_k.int8),
+        put(cache.v, in_v.int8),
+        put(cache.k_scale, in_k.scale),
+        put(cache.v_scale, in_v.scale),
     )
-
-
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8, float32 scale [..., 1]) with x ~ int8 * scale over the last dimension."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-8) / 127
-    return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 def choose_dtype(kv_dtype: str, compute_dtype: str, platform: str) -> str:

@@ -104,10 +104,10 @@ class Attention(nnx.Module):
         self,
         u_BTD: jax.Array,
         context: Context,
-        cache: kv_cache.KV | None,
+        cache: kv_cache.KV | pages.Joint | None,
         progress: Progress,
         read_BR: jax.Array | None,
-    ) -> tuple[jax.Array, kv_cache.KV | None]:
+    ) -> tuple[jax.Array, kv_cache.KV | pages.Joint | None]:
         """This block's partial [B, T, D], and the cache with u's keys and values.
 
         The partial lacks the output's bias, `bo`. With `read_BR` (only with a cache)
@@ -132,6 +132,7 @@ class Attention(nnx.Module):
                 q_BTNH, k_BTKH, v_BTKH, segments_BT, context.kernel, context.window
             )
         elif context.pages_read is None:
+            assert isinstance(cache, kv_cache.KV)
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
             positions_BT = residual.take(context.positions_BT, read_BR)
             out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)

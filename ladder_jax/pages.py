@@ -6,26 +6,31 @@ takes the memory of the tokens that it has, not of the most that it could have, 
 several rows may have the same page: their prompts begin with the same tokens. A page
 counts its users; it is free if there are none (vLLM, arXiv 2309.06180).
 
-Attention of one new token a row reads the pages that rows have, and no others: the
-pages of all rows are one list of (row, page) pairs, and a loop reads PAIRS of them at a
-time. Attention of many new tokens, in prefill, is a loop over BLOCK tokens of every
-row, up to the longest row. Both join the parts of a row by their largest scores and
-sums (FlashAttention, arXiv 2205.14135; Flash-Decoding).
+On TPUs and NVIDIA GPUs a kernel computes attention where it fits the model
+(page_kernels.py). Elsewhere XLA's own operations do. Attention of one new token a row
+then reads the pages that rows have, and no others: the pages of all rows are one list
+of (row, page) pairs, and a loop reads PAIRS of them at a time. Attention of many new
+tokens, in prefill, is a loop over BLOCK tokens of every row, up to the longest row.
+Both join the parts of a row by their largest scores and sums (FlashAttention, arXiv
+2205.14135; Flash-Decoding).
 
 B rows, T new tokens, M entries of a table, P pages of the pool, S tokens of a page,
 L layers, N query heads, K key-value heads, G = N / K, H head, R = T G, U pairs, C
 tokens of a block, E pages of a block.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ladder_jax import kv_cache, page_kernels
 from ladder_jax.attention import MASKED, sees
 from ladder_jax.kv_cache import KV, write_at
 from ladder_jax.matmul import product
+from ladder_jax.page_kernels import Joint
 
 # An entry of a table without a page. It is outside of every array: JAX drops a write
 # there, and a read gets another page, which attention masks.
@@ -34,24 +39,29 @@ NO_PAGE = 2**31 - 1
 # time with 16, 32 and 64 differed by no more than the noise.
 PAIRS = 32
 BLOCK = 128  # tokens of each row that one iteration reads, if a row has many queries
+GPU_BLOCK = 1024  # on GPUs, where the loop runs to the end of the longest table
 
 
 class Pool(NamedTuple):
     """The pages of all requests.
 
     kv: a list of KVs [K, P, S, H], one a layer, if the layers are unrolled; else one KV
-    [L, K, P, S, H].
+    [L, K, P, S, H]. For the TPU's kernel, a list of Joints [P, S, 2K, H].
     """
 
-    kv: list[KV] | KV
+    kv: list[KV] | list[Joint] | KV
     users: jax.Array  # int32 [P]: how many tables, and stored prefixes, have the page
 
 
-class Tables(NamedTuple):
-    """The pages that attention reads, if rows have several new tokens."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tables:
+    """The pages that a kernel reads; without one, of rows with many new tokens."""
 
     table_BM: jax.Array
-    last_B: jax.Array  # int32: the last token of a row that is read
+    # int32: the last token of a row that is read. -1: none is, and the row gets zeros
+    last_B: jax.Array
+    kernel: str = field(default="xla", metadata=dict(static=True))  # see page_kernels
 
 
 class Pairs(NamedTuple):
@@ -97,7 +107,62 @@ def release(
     return users_P, jnp.where(released_B[:, None], NO_PAGE, table_BM)
 
 
+# ---------------------------------------------------------------- the arrays
+
+
+def empty(
+    heads: int, page_count: int, page_size: int, head_dim: int, dtype: str, kernel: str
+) -> KV | Joint:
+    """One layer's pages of zeros, as a kernel of page_kernels reads them."""
+    if kernel == "ragged":
+        return Joint(jnp.zeros((page_count, page_size, 2 * heads, head_dim), dtype))
+    return kv_cache.empty((heads, page_count, page_size, head_dim), dtype)
+
+
+def page_size(kv: KV | Joint) -> int:
+    """Returns S of one layer's pages, or of all layers'."""
+    return kv.kv.shape[1] if isinstance(kv, Joint) else kv.k.shape[-2]
+
+
+def write(
+    kv: KV | Joint,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    table_BM: jax.Array,
+) -> KV | Joint:
+    """One layer's pages with these keys and values at these positions of the rows.
+
+    Keys and values at positions without a page are dropped.
+    """
+    S = page_size(kv)
+    page_BT = jnp.take_along_axis(
+        table_BM, positions_BT // S, axis=1, mode="fill", fill_value=NO_PAGE
+    )
+    if isinstance(kv, Joint):
+        B, T, K, H = k_BTKH.shape
+        both = jnp.stack([k_BTKH, v_BTKH], axis=3).reshape(B, T, 2 * K, H)
+        at = kv.kv.at[page_BT, positions_BT % S]
+        return Joint(at.set(both.astype(kv.kv.dtype), mode="drop"))
+    index = slice(None), page_BT, positions_BT % S  # [K, B, T]
+    return write_at(kv, index, *(jnp.moveaxis(x, 2, 0) for x in (k_BTKH, v_BTKH)))
+
+
 # ---------------------------------------------------------------- attention
+
+
+def reads(
+    table_BM: jax.Array,
+    last_B: jax.Array,
+    reads_B: jax.Array,
+    page_size: int,
+    page_count: int,
+    kernel: str = "xla",
+) -> Reads:
+    """The pages with the tokens up to `last_B` of the rows that read, for a kernel."""
+    if kernel == "xla":
+        return pairs(table_BM, last_B, reads_B, page_size, page_count)
+    return Tables(table_BM, jnp.where(reads_B, last_B, -1), kernel)
 
 
 def pairs(
@@ -120,28 +185,9 @@ def pairs(
     return Pairs(table_BM, row_U, entry_U, page_U, end_B[-1])
 
 
-def write(
-    kv: KV,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    positions_BT: jax.Array,
-    table_BM: jax.Array,
-) -> KV:
-    """One layer's pages with these keys and values at these positions of the rows.
-
-    Keys and values at positions without a page are dropped.
-    """
-    S = kv.k.shape[2]
-    page_BT = jnp.take_along_axis(
-        table_BM, positions_BT // S, axis=1, mode="fill", fill_value=NO_PAGE
-    )
-    index = slice(None), page_BT, positions_BT % S  # [K, B, T]
-    return write_at(kv, index, *(jnp.moveaxis(x, 2, 0) for x in (k_BTKH, v_BTKH)))
-
-
 def attend(
     q_BTNH: jax.Array,
-    kv: KV,
+    kv: KV | Joint,
     reads: Reads,
     positions_BT: jax.Array,
     window: int | None = None,
@@ -158,6 +204,16 @@ def attend(
     Returns [B, T, N, H] in the queries' dtype.
     """
     B, T, N, H = q_BTNH.shape
+    if isinstance(kv, Joint):
+        assert isinstance(reads, Tables)  # `reads` and `empty` have the same kernel
+        return page_kernels.ragged(
+            q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT, window
+        )
+    few = T <= page_kernels.GPU_QUERIES
+    if isinstance(reads, Tables) and reads.kernel == "triton" and few:
+        return page_kernels.triton(
+            q_BTNH, kv, reads.table_BM, reads.last_B >= 0, positions_BT
+        )
     K = kv.k.shape[0]
     G = N // K
     # At least the cache's dtype, so that the product does not round the cache.
@@ -264,16 +320,19 @@ def _attend_tables(
 ) -> jax.Array:
     _, P, S, _ = kv.k.shape
     M = tables.table_BM.shape[1]
-    E = min(-(-BLOCK // S), M)
+    is_for_gpu = tables.kernel == "triton"
+    E = min(-(-(GPU_BLOCK if is_for_gpu else BLOCK) // S), M)
     padding = [(0, 0), (0, -M % E)]
     table_BM = jnp.pad(tables.table_BM, padding).clip(0, P - 1)
     last = tables.last_B.max()
+    start = jnp.int32(0), _nothing(q_KBRH)
 
     def step(carry: tuple[jax.Array, _Part]) -> tuple[jax.Array, _Part]:
         entry, whole = carry
         pages_BE = lax.dynamic_slice_in_dim(table_BM, entry, E, axis=1)
         token_C = entry * S + jnp.arange(E * S)
         seen_BRC = sees(position_BR[:, :, None], token_C, window)
+        seen_BRC &= (tables.last_B >= 0)[:, None, None]
         part = _attend_part(q_KBRH, kv, pages_BE, seen_BRC)
         largest_KBR = jnp.maximum(whole.largest, part.largest)
         kept_KBR = jnp.exp(whole.largest - largest_KBR)
@@ -284,7 +343,10 @@ def _attend_tables(
             whole.out * kept_KBR[..., None] + part.out * share_KBR[..., None],
         )
 
-    _, whole = lax.while_loop(
-        lambda carry: carry[0] * S <= last, step, (jnp.int32(0), _nothing(q_KBRH))
-    )
+    if is_for_gpu:
+        # On GPUs a loop of unknown trip count waits for the host in every iteration.
+        blocks = table_BM.shape[1] // E
+        _, whole = lax.fori_loop(0, blocks, lambda _, carry: step(carry), start)
+    else:
+        _, whole = lax.while_loop(lambda carry: carry[0] * S <= last, step, start)
     return _result(whole)

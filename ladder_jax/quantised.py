@@ -3,7 +3,8 @@
 The numbers are symmetric: the channel's largest absolute value is 127 steps. Norms and
 biases stay as they are. A product multiplies the numbers, cast to the compute dtype,
 and applies the scale to its result (matmul.einsum): the scale of a channel is the same
-on every shard, so it commutes with the sum over the tensor axis.
+on every shard, so it commutes with the sum over the tensor axis. An int8 cache
+(kv_cache.py) has its scales from `quantise`, too.
 """
 
 import functools

@@ -394,11 +394,12 @@ class Decode(Section):
     # a write into a bfloat16 cache copies the cache.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     # pages: requests share pages, and take as many as they have tokens. rows: each slot
-    # has memory for the longest request. auto: the faster one: pages on CPUs if the
-    # slots' rows would take 48 MiB or more, else rows.
+    # has memory for the longest request. auto: the faster one: pages if the slots' rows
+    # would take 48 MiB or more of a device, and on TPUs and GPUs if a kernel fits
+    # (page_kernels.kernel_for), else rows.
     kv_layout: Literal["auto", "pages", "rows"] = "auto"
-    # Tokens of a page; prefix_block is a multiple of it. None: 32, or fewer if
-    # prefix_block needs it.
+    # Tokens of a page; prefix_block is a multiple of it. None: 32, or 64 for the TPU's
+    # kernel, or fewer if prefix_block needs it.
     page_size: int | None = None
     # The dtype of the weights' matrices. auto: the model's. int8: each output channel
     # has a scale, and products are in the model's dtype.

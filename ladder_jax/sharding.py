@@ -89,6 +89,7 @@ TOKENS = P(BATCH_AXES, None)  # B T: ids, targets, segments, positions, weights
 LOGITS = P(BATCH_AXES, None, TENSOR)  # B T V
 CACHE = P(None, BATCH_AXES, TENSOR, None, None)  # L B K S H: past keys and values
 PAGES = P(None, TENSOR, None, None, None)  # L K P S H: the same, in pages
+JOINT_PAGES = P(None, None, None, TENSOR, None)  # L P S 2K H: for the TPU's kernel
 REPLICATED = P()  # scalars: loss, counts
 
 

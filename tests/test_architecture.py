@@ -55,6 +55,7 @@ ROWS = {
         "matmul",
         "kv_cache",
         "pages",
+        "page_kernels",
     ],
     "residual": ["residual"],
     "data": ["data"],

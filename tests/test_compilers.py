@@ -12,11 +12,21 @@ import jax
 import pytest
 from helpers import COMMAND
 
-from ladder_jax.config import Config, ConfigError, Mesh, Model, Train, from_recipe
+from ladder_jax import sharding
+from ladder_jax.config import (
+    Config,
+    ConfigError,
+    Decode,
+    Mesh,
+    Model,
+    Train,
+    from_recipe,
+)
 from ladder_jax.hardware import aot
 from ladder_jax.matmul import einsum
 from ladder_jax.planner import hlo, plan, report
 from ladder_jax.quantised import Quantised
+from ladder_jax.serve import compilation, design
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason=f"no libtpu: {aot.INSTALL}"
@@ -352,3 +362,87 @@ def test_tpu_casts_an_int8_matrix_while_it_multiplies():
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20
         read.append(compiled.cost_analysis()["bytes accessed"])
     assert read[0] < 0.51 * read[1]
+
+
+# ---------------------------------------------------------------- pages
+
+KERNELS = {"ragged": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
+
+
+def engine_programs(target, kinds):
+    """The spec of an engine with pages on two devices, and some of its programs."""
+    devices = aot.parse(target).devices()[:2]
+    sizes = dict(dim=256, layers=1, heads=8, kv_heads=4, ffn_dim=256, max_length=8192)
+    model_config = Model(vocab_size=256, head_dim=128, residual="ladder", **sizes)
+    mesh = sharding.make_mesh(Mesh(tensor=len(devices)), devices)
+    options = Decode(
+        slots=4,
+        kv_layout="pages",
+        steps_per_call=4,
+        fit_shapes=False,
+        prefill_budget=64,
+    )
+    planned = design.design(model_config, mesh, options)
+    jobs = compilation.jobs(planned)
+    chosen = [next(job for job in jobs if job.name.startswith(kind)) for kind in kinds]
+    return planned.spec, [
+        job.function.lower(*job.arguments).compile() for job in chosen
+    ]
+
+
+@pytest.mark.parametrize(
+    "target, kernel, kinds",
+    [
+        pytest.param("v5e:2x2", "ragged", ("chunk", "prefill"), marks=needs_tpu),
+        pytest.param("v6e:2x2", "ragged", ("chunk",), marks=needs_tpu),
+        pytest.param("v5p:2x2x1", "ragged", ("chunk",), marks=needs_tpu),
+        pytest.param("h100:1x2", "triton", ("chunk", "prefill"), marks=needs_gpu),
+    ],
+)
+def test_a_kernel_reads_pages_where_they_are(target, kernel, kinds):
+    """In every decode step and prefill. GPUs wait for the host in no loop."""
+    spec, compiled = engine_programs(target, kinds)
+    assert spec.page_kernel == kernel
+    for program in compiled:
+        text, memory = program.as_text(), program.memory_analysis()
+        assert KERNELS[kernel] in text
+        # The pool of a device: 4 rows and 2 of staging, of 8192 tokens, and 2 heads.
+        keys = 6 * 8192 * 2 * 128 * 2  # bytes; values have as many
+        assert memory.alias_size_in_bytes > 2 * keys
+        assert memory.temp_size_in_bytes < keys  # there is no copy
+        shape = "[768,64,4,128]" if kernel == "ragged" else "[2,1536,32,128]"
+        made = [
+            line for line in text.splitlines() if f"{shape}{{" in line.split("(")[0]
+        ]
+        assert made and not any(" copy" in line for line in made)
+        loops = [line for line in text.splitlines() if " while(" in line]
+        if kernel == "triton":
+            assert loops and all("known_trip_count" in line for line in loops)
+
+
+@pytest.mark.parametrize(
+    "target, loss",
+    [
+        pytest.param("v5e:2x4", 1.0, marks=needs_tpu),
+        pytest.param("h100:1x8", 1.02, marks=needs_gpu),
+    ],
+)
+def test_a_step_with_pages_is_faster_for_requests_of_many_lengths(target, loss):
+    """And loses little if all requests have the longest length. An engine takes them."""
+
+    def totals(kv_layout, tokens):
+        config = Config(model=SMALL, mesh=Mesh(tensor=8))
+        request = plan.Request("small", config, aot.parse(target), "decode", 64, 4096)
+        request = request._replace(kv_layout=kv_layout, tokens=tokens, most=2)
+        compiled = plan.build(request)
+        result = report.make_report(compiled, report.make_timeline(compiled))
+        assert result["cache"]["layout"] == kv_layout.replace("auto", "pages")
+        return result["totals"]["step_us"], result["cache"]
+
+    rows, cache = totals("rows", 64 * 1000)
+    assert cache["tokens_read"] == 64 * 4096
+    mixed, cache = totals("auto", 64 * 1000)
+    assert cache["tokens_alive"] <= cache["tokens_read"] < 1.05 * 64 * 1000
+    full, cache = totals("pages", None)
+    assert cache["tokens_read"] == 64 * 4096
+    assert mixed < 0.95 * rows and full < loss * rows

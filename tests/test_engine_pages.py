@@ -187,23 +187,31 @@ def test_pages_on_a_mesh(tensor, residual):
     check(engine, submitted, model_config=model_config, tensor=tensor)
 
 
-def test_a_gpu_has_rows():
+def test_a_gpu_without_a_kernel_has_rows():
     with mock.patch.object(design.chips, "platform", return_value="cuda"):
-        with pytest.raises(ConfigError, match="kv_layout=pages is not accepted on GPU"):
+        with pytest.raises(
+            ConfigError, match="without a kernel.*: its queries are bfloat16; set it"
+        ):
             make_engine(kv_layout="pages")
 
 
 @pytest.mark.parametrize(
-    "slots, length, platform, layout",
+    "slots, length, platform, kernel, layout",
     [
-        (16, 1024, "cpu", "pages"),
-        (16, 260, "cpu", "rows"),  # 16 MiB
-        (16, 1024, "tpu", "rows"),
-        (16, 1024, "cuda", "rows"),
+        (16, 1024, "cpu", "xla", "pages"),
+        (16, 260, "cpu", "xla", "rows"),  # 16 MiB
+        (16, 1024, "tpu", "ragged", "pages"),
+        (16, 260, "tpu", "ragged", "rows"),
+        (16, 1024, "tpu", "xla", "rows"),
+        (16, 1024, "cuda", "triton", "pages"),
+        (16, 1024, "rocm", "xla", "rows"),
     ],
 )
-def test_pages_are_chosen_where_they_are_faster(slots, length, platform, layout):
+def test_pages_are_chosen_where_they_are_faster(
+    slots, length, platform, kernel, layout
+):
+    row_bytes = length * 4096
     options = Decode(slots=slots)
-    assert design._layout(options, platform, length * 4096) == layout
-    memory = Decode(slots=None, kv_memory=str(slots * length * 4096))
-    assert design._layout(memory, platform, length * 4096) == layout
+    assert design.layout(options, platform, row_bytes, kernel, "") == layout
+    memory = Decode(slots=None, kv_memory=str(slots * row_bytes))
+    assert design.layout(memory, platform, row_bytes, kernel, "") == layout

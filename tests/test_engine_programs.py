@@ -59,7 +59,10 @@ def test_the_memory_of_pages_is_planned_and_never_overcommitted():
         reshaping=0,
         total=40 * 8 * token + 40 * 1024,
     )
-    assert "of 64 tokens in float32 in 50 pages: 0.2 MiB" in engine.report()
+    assert (
+        "of 64 tokens in float32 in 50 pages (attention by xla): 0.2 MiB"
+        in engine.report()
+    )
     # Less memory has fewer pages, and as many slots.
     engine = make_engine(slots=3, page_size=8, kv_memory="50KiB")
     assert (engine.capacity.slots, engine.capacity.page_count) == (3, 12)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from ladder_jax import kv_cache, pages
 from ladder_jax.attention import attend_cache
 from ladder_jax.bench.workloads import make_workload
+from ladder_jax.page_kernels import PAGE_SIZES
 from ladder_jax.serve import reads
-from ladder_jax.serve.design import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
+PAGE_SIZE = PAGE_SIZES["xla"]
 
 H = 8
 

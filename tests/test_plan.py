@@ -172,10 +172,13 @@ def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
 
     program, picture = tmp_path / "program.txt", tmp_path / "lanes.png"
     text = plan_on_cpu("--hlo", str(program), "--plot", str(picture))
-    head, titles, *collectives, totals, memory = text.splitlines()
+    head, titles, *collectives, totals, cache, memory = text.splitlines()
     assert head == (
         "decode of 6 layers, ladder, recursive-doubling, batch 8, context 512, on "
         "v5e:2x4"
+    )
+    assert cache == (
+        "keys and values in rows: 4,096 tokens read for 4,096 alive (1.00 x)"
     )
     assert titles.split()[:3] == ["collective", "kind", "axis"]
     # The embedding and 8 blocks, each with two rounds between 4 shards.
@@ -230,31 +233,33 @@ def test_the_command_compares_schedules(plan_on_cpu):
 
 
 def test_the_command_plans_rows_and_pages_for_mixed_lengths(plan_on_cpu, tmp_path):
-    """Eight requests of 1 to 400 tokens, in rows of 512 tokens or in 17 pages."""
+    """Eight requests of 1 to 300 tokens, in rows of 512 tokens or of 96.
+
+    No kernel fits, so that pages are rows of the mean length in whole pages, 76.
+    """
     path = helpers.write_rows(tmp_path / "live.jsonl", [1, 1, 1, 1, 32, 33, 64, 300])
     plan = json.loads(plan_on_cpu("--lengths", str(path), "--json"))
     mixed, rows, pages = plan["lengths"], *(plan["lengths"][k] for k in LAYOUTS)
     assert (mixed["shortest"], mixed["longest"], mixed["tokens_alive"]) == (1, 300, 433)
     assert rows["tokens_read"] == 8 * 512
-    assert pages["tokens_read"] == (5 + 2 + 2 + 10) * 32
-    assert (rows["context"], pages["context"]) == (512, 96)
+    assert pages["tokens_read"] == 8 * 96 and mixed["kernel"] == ""
     assert plan["context"] == 512 and plan["totals"]["step_us"] == rows["step_us"]
     assert pages["step_us"] < rows["step_us"]
     memory = plan["memory"]
     assert rows["kv_read_bytes"] == memory["kv_bytes"]
-    assert pages["kv_read_bytes"] == memory["kv_bytes"] * 19 * 32 // (8 * 512)
+    assert pages["kv_read_bytes"] == memory["kv_bytes"] * 96 // 512
     traffic = memory["kv_bytes"] + memory["weights_bytes"]
     assert rows["kv_share"] == pytest.approx(memory["kv_bytes"] / traffic)
-    # A row has 300 tokens, pages of the mean request 76.
-    assert pages["slots"] / rows["slots"] == pytest.approx(300 / 76, rel=0.01)
+    # A row has 300 tokens, pages of the mean request 96.
+    assert pages["slots"] / rows["slots"] == pytest.approx(300 / 96, rel=0.01)
     *_, head, titles, in_rows, in_pages, end = plan_on_cpu(
         "--lengths", str(path)
     ).splitlines()
     assert head.startswith("433 live tokens, requests of 1 to 300 (")
     assert titles.split()[-4:] == ["that", "fit", "step", "us"]
-    assert in_rows.split()[:4] == ["rows", "512", "4,096", "9.46"]
-    assert in_pages.split()[:4] == ["pages", "96", "608", "1.40"]
-    assert "with rows of `context` tokens" in end
+    assert in_rows.split()[:3] == ["rows", "4,096", "9.46"]
+    assert in_pages.split()[:3] == ["pages", "768", "1.77"]
+    assert "with rows of the mean length, as no kernel fits" in end
 
 
 LAYOUTS = "rows", "pages"

@@ -61,4 +61,6 @@ def make_request(config: Config, args: Any) -> Request:
         residual=args.schedule,
         reduction=args.reduction,
         tensor=args.tensor,
+        kv_layout=args.kv_layout,
+        tokens=args.tokens,
     )

@@ -6,6 +6,7 @@ compiled program and reports which communication overlaps with compute.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +16,17 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import config, model, sharding, training
+from ladder_jax import config, model, page_kernels, pages, sharding, training
 from ladder_jax.config import Config, ConfigError
 from ladder_jax.hardware import aot, chips
-from ladder_jax.kv_cache import KV
+from ladder_jax.kv_cache import KV, bytes_per_token
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo
 from ladder_jax.planner.stack import Stack, shorten
 from ladder_jax.residual import choose
 from ladder_jax.residual.layers import narrow_blocks
 from ladder_jax.residual.reductions import LANES
+from ladder_jax.serve import design
 
 
 class Request(NamedTuple):
@@ -38,6 +40,15 @@ class Request(NamedTuple):
     # Tokens: of the cache (decode), of a prompt (prefill), of a sequence (train).
     context: int
     most: int = 4  # layers of each kind to compile
+    # Decode: "rows" of `context` tokens, which are read whole; "pages"; or "auto", what
+    # an engine takes.
+    kv_layout: str = "rows"
+    tokens: int | None = None  # decode: of all rows together; None: batch x context
+
+    @property
+    def alive(self) -> int:
+        """The tokens that the cache of a decode step has."""
+        return self.tokens or self.batch * self.context
 
 
 class Program(NamedTuple):
@@ -68,6 +79,7 @@ def build(request: Request) -> Compiled:
     target, model_config = request.target, request.config.model
     mesh = make_mesh_for(request.config.mesh, target.devices(), request.workload)
     sharding.check_fits(model_config, mesh, request.batch)
+    request = request._replace(kv_layout=layout_of(request, mesh))
     stack = short_stack(request)
     short = make_program(request, mesh, stack)
     try:
@@ -166,6 +178,8 @@ def make_program(
         return training_step(whole, mesh)
     tokens = 1 if request.workload == "decode" else request.context
     reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
+    if request.kv_layout == "pages":
+        return decode_in_pages(request, model_config, mesh, reduction)
     return forward_pass(
         model_config, mesh, request.batch, tokens, request.context, reduction
     )
@@ -232,6 +246,112 @@ def forward_pass(
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     arguments = parameters, ids, ids, cache
     return Program(function, sharding.abstract(arguments, mesh, in_specs))
+
+
+def decode_in_pages(
+    request: Request,
+    model_config: config.Model,
+    mesh: jax.sharding.Mesh,
+    reduction: Any,
+) -> Program:
+    """`forward_pass` of one new token a row, with keys and values in pages.
+
+    There are the pages that attention reads for the request's tokens, and no others, so
+    that the bytes of this argument are those that the kernel reads.
+    Raises ConfigError where no kernel fits.
+    """
+    kernel, size, count = pages_of(request, model_config, mesh)
+    parameters = unstacked_parameters(model_config)
+    specs = sharding.parameter_specs(parameters)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    make_layer = partial(
+        pages.empty,
+        model_config.kv_heads,
+        count * shards,
+        size,
+        model_config.head_dim,
+        model_config.dtype,
+        kernel,
+    )
+    pool = [jax.eval_shape(make_layer)] * model_config.layers
+    pool_spec = P(sharding.TENSOR, sharding.BATCH_AXES, None, None)
+    if kernel == "ragged":
+        pool_spec = P(sharding.BATCH_AXES, None, sharding.TENSOR, None)
+    pool_specs = jax.tree.map(lambda _: pool_spec, pool)
+
+    def local(
+        parameters: Any,
+        tokens_B1: jax.Array,
+        positions_B1: jax.Array,
+        table_BM: jax.Array,
+        pool: Any,
+    ) -> tuple[jax.Array, Any]:
+        last_B = positions_B1[:, 0]
+        reads = pages.reads(table_BM, last_B, last_B >= 0, size, count, kernel)
+        x_B1D, pool = model.hidden(
+            parameters,
+            model_config,
+            tokens_B1,
+            positions_B1,
+            cache=pool,
+            pages_read=reads,
+            reduction=reduction,
+        )
+        return model.logits(parameters, model_config, x_B1D), pool
+
+    in_specs = (specs, sharding.TOKENS, sharding.TOKENS, sharding.TOKENS, pool_specs)
+    function = jax.jit(
+        sharding.shard_map(local, mesh, in_specs, (sharding.LOGITS, pool_specs)),
+        donate_argnums=4,
+    )
+    ids = jax.ShapeDtypeStruct((request.batch, 1), jnp.int32)
+    entries = -(-request.context // size)
+    table = jax.ShapeDtypeStruct((request.batch, entries), jnp.int32)
+    arguments = parameters, ids, ids, table, pool
+    return Program(function, sharding.abstract(arguments, mesh, in_specs))
+
+
+def layout_of(request: Request, mesh: jax.sharding.Mesh) -> str:
+    """The request's kv_layout, with the engine's choice for "auto"."""
+    if request.workload != "decode" or request.kv_layout != "auto":
+        return request.kv_layout if request.workload == "decode" else "rows"
+    model_config, tensor = request.config.model, mesh.shape["tensor"]
+    row_bytes = request.context * bytes_per_token(model_config, model_config.dtype)
+    slots = max(request.batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
+    return design.layout(
+        config.Decode(slots=slots),
+        chips.platform(mesh),
+        row_bytes // tensor,
+        *kernel_of(model_config, mesh),
+    )
+
+
+def kernel_of(model_config: config.Model, mesh: jax.sharding.Mesh) -> tuple[str, str]:
+    """The kernel that reads pages of the model's dtype: page_kernels.kernel_for."""
+    return page_kernels.kernel_for(
+        chips.platform(mesh), model_config, model_config.dtype, mesh.shape["tensor"]
+    )
+
+
+def pages_of(
+    request: Request, model_config: config.Model, mesh: jax.sharding.Mesh
+) -> tuple[str, int, int]:
+    """(kernel, tokens of a page, pages a data shard) of a decode step in pages.
+
+    Raises ConfigError where no kernel fits.
+    """
+    tensor = mesh.shape["tensor"]
+    kernel, reason = kernel_of(model_config, mesh)
+    if kernel == "xla":
+        raise ConfigError(f"kv_layout=pages is not accepted without a kernel: {reason}")
+    size = page_kernels.PAGE_SIZES[kernel]
+    heads, H = model_config.kv_heads // tensor, model_config.head_dim
+    token_bytes = 2 * heads * H * jnp.dtype(model_config.dtype).itemsize
+    block = page_kernels.block_tokens(kernel, size, token_bytes)
+    rows = request.batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+    # Of rows of several lengths, the mean one stands for all.
+    row = page_kernels.tokens_read(-(-request.alive // request.batch), block)
+    return kernel, size, rows * row // size
 
 
 def unstacked_parameters(model_config: config.Model) -> model.Unstacked:

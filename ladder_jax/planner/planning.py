@@ -9,11 +9,12 @@ import jax
 from ladder_jax.config import Config, ConfigError, Mesh, require
 from ladder_jax.hardware import aot
 from ladder_jax.planner import lanes, lengths, tables
-from ladder_jax.planner.plan import Request, build
+from ladder_jax.planner.plan import Request, build, kernel_of, make_mesh_for
 from ladder_jax.planner.report import make_report, make_timeline
 from ladder_jax.planner.timeline import Timeline
 
 WORKLOADS = ("decode", "prefill", "train")
+LAYOUTS = ("auto", "pages", "rows")
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,6 +84,8 @@ def plan(
     residual: str | None = None,
     reduction: str | None = None,
     tensor: int | None = None,
+    kv_layout: str = "auto",
+    tokens: int | None = None,
 ) -> Plan:
     """Compiles the program of a config for a target, and plays its schedule on a clock.
 
@@ -97,6 +100,9 @@ def plan(
       residual: the residual schedule. None: the config's.
       reduction: the algorithm that sums partials. None: the config's.
       tensor: devices that share a block's work. None: the config's mesh.tensor.
+      kv_layout: of decode's cache, see config.Decode: "auto", "pages" or "rows".
+      tokens: that decode's requests have together. None: `context` each. Rows are read
+        whole, of pages those that have tokens.
 
     Returns the Plan. In a notebook it shows the step's time; `print(plan)` shows every
     collective, `plan.figure()` draws two layers.
@@ -115,6 +121,8 @@ def plan(
         residual=residual,
         reduction=reduction,
         tensor=tensor,
+        kv_layout=kv_layout,
+        tokens=tokens,
     )
     aot.prepare()
     # JAX was imported before `prepare`.
@@ -151,7 +159,10 @@ def mixed_plan(request: Request, path: str) -> Plan:
     """
     require(request.workload == "decode", "lengths", path, "with decode alone")
     mixed = lengths.read(path, request.batch, request.config.model.max_length)
-    requests = lengths.requests_of(request, mixed)
+    model_config, devices = request.config.model, request.target.devices()
+    mesh = make_mesh_for(request.config.mesh, devices, request.workload)
+    has_kernel = kernel_of(model_config, mesh)[0] != "xla"
+    requests = lengths.requests_of(request, mixed, has_kernel)
     plans = {layout: plan_of(one) for layout, one in requests.items()}
     reports = {layout: one.report for layout, one in plans.items()}
     report = reports["rows"] | dict(lengths=lengths.compare(mixed, reports))
@@ -169,6 +180,8 @@ def make_request(
     residual: str | None = None,
     reduction: str | None = None,
     tensor: int | None = None,
+    kv_layout: str = "auto",
+    tokens: int | None = None,
 ) -> Request:
     """The `Request` of these arguments, which are those of `plan`.
 
@@ -186,6 +199,15 @@ def make_request(
         context,
         f"from 1 to model.max_length={max_length}",
     )
+    require(kv_layout in LAYOUTS, "kv_layout", kv_layout, f"one of {LAYOUTS}")
+    if tokens is not None:
+        most = batch * context
+        require(
+            _whole(tokens) and batch <= tokens <= most,
+            "tokens",
+            tokens,
+            f"from batch={batch} to batch x context={most}",
+        )
     mesh_config, model_config = config.mesh, config.model
     if tensor is not None:
         mesh_config = Mesh(data=-1, tensor=tensor, reduction=mesh_config.reduction)
@@ -194,7 +216,16 @@ def make_request(
     if residual is not None:
         model_config = dataclasses.replace(model_config, residual=residual)
     config = dataclasses.replace(config, model=model_config, mesh=mesh_config)
-    return Request(recipe, config, aot.parse(target), workload, batch, context)
+    return Request(
+        recipe,
+        config,
+        aot.parse(target),
+        workload,
+        batch,
+        context,
+        kv_layout=kv_layout,
+        tokens=tokens,
+    )
 
 
 def _whole(value: object) -> bool:
@@ -225,6 +256,23 @@ COLLECTIVE_COLUMNS = [
 ]
 
 
+def _cache_lines(cache: dict[str, Any] | None) -> list[str]:
+    """What a decode step reads of its cache; nothing for other programs."""
+    if cache is None:
+        return []
+    read, alive = cache["tokens_read"], cache["tokens_alive"]
+    line = (
+        f"keys and values in {cache['layout']}: {read:,} tokens read for {alive:,} "
+        f"alive ({read / alive:.2f} x)"
+    )
+    if cache["kernel"]:
+        line += (
+            f", by the kernel {cache['kernel']}: XLA does not estimate it, its time is "
+            "that of HBM for the bytes it reads"
+        )
+    return [line]
+
+
 def plan_text(report: dict[str, Any]) -> str:
     """The plan as text: one line for each collective, then the totals and the memory,
     and rows against pages if lengths are mixed.
@@ -249,6 +297,7 @@ def plan_text(report: dict[str, Any]) -> str:
             f"context {report['context']}, on {report['target']}",
             tables.text_table(COLLECTIVE_COLUMNS, report["collectives"]),
             f"{totals} (us a step)",
+            *_cache_lines(report.get("cache")),
             f"{sizes} (GB a device): {fits}",
             *([lengths.text(report["lengths"])] if "lengths" in report else []),
         ]

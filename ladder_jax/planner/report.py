@@ -10,7 +10,7 @@ from ladder_jax import schedule
 from ladder_jax.config import Model
 from ladder_jax.hardware import cost
 from ladder_jax.planner import hlo, operations, timeline
-from ladder_jax.planner.plan import Compiled
+from ladder_jax.planner.plan import Compiled, pages_of
 from ladder_jax.planner.scopes import Place, place_of
 from ladder_jax.planner.stack import LayerCounter
 from ladder_jax.planner.timeline import Collective, Timeline
@@ -76,6 +76,22 @@ def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
         ],
         totals=_totals(compiled, played),
         memory=_memory(compiled),
+        **({"cache": _cache(compiled)} if request.workload == "decode" else {}),
+    )
+
+
+def _cache(compiled: Compiled) -> dict[str, Any]:
+    """What a decode step reads of its cache, over all devices."""
+    request, kernel = compiled.request, ""
+    read = request.batch * request.context
+    if request.kv_layout == "pages":
+        kernel, size, count = pages_of(request, request.config.model, compiled.mesh)
+        read = size * count * compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
+    return dict(
+        layout=request.kv_layout,
+        kernel=kernel,
+        tokens_read=read,
+        tokens_alive=request.alive,
     )
 
 

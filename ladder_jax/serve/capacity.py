@@ -141,10 +141,15 @@ class Capacity:
         self.memory |= dict(rows=rows, total=rows + self.prefix_bytes)
         return count
 
-    def report(self, kv_dtype: str) -> str:
-        """Returns slots, staging and their memory as one line of text."""
+    def report(self, kv_dtype: str, kernel: str) -> str:
+        """Returns slots, staging and their memory as one line of text.
+
+        kernel: that reads pages, see page_kernels.kernel_for.
+        """
         mib = {use: f"{size / 2**20:.1f} MiB" for use, size in self.memory.items()}
-        pages = f" in {self.page_count} pages" if self.page_size else ""
+        pages = ""
+        if self.page_size:
+            pages = f" in {self.page_count} pages (attention by {kernel})"
         return (
             f"{self.slots} slots and {self.staging_size} rows of staging, of "
             f"{self.length} tokens in {kv_dtype}{pages}: {mib['rows']}, prefixes "

@@ -6,20 +6,19 @@ from typing import NamedTuple
 
 import jax
 
-from ladder_jax import decode, kv_cache, sharding
+from ladder_jax import decode, kv_cache, page_kernels, sharding
 from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
 from ladder_jax.data.tokenizer import Tokenizer
 from ladder_jax.hardware import chips
 from ladder_jax.residual import choose
 from ladder_jax.serve.capacity import Capacity
 
-# Tokens of a page. Smaller pages cost attention's loop more iterations: on two CPU
-# cores 16 take 1.4 times as long as 32. Larger ones are read to their end: with
-# requests of 200 tokens, 32 read 8% too much and 64 read 16%.
-PAGE_SIZE = 32
-# Bytes of the slots' rows from which on pages are faster on CPUs. On two cores a step
-# with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4 slots
-# of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB.
+# Bytes of the slots' rows on a device from which on pages are faster. On two CPU cores
+# a step with rows takes 1.1 to 2.5 times as long for 64 to 268 MiB (five cases; with 4
+# slots of 125M and 144 MiB: 0.94 times), and 0.8 times for 17 MiB. On TPUs and GPUs the
+# plan says so (docs/log.md): with rows that are a third full on average, a step with
+# pages takes 0.60 to 0.98 times as long for 64 MiB and more, and 0.94 to 1.03 times for
+# 16 MiB; with full rows 0.89 to 1.04 times.
 LEAST_FOR_PAGES = 48 * 2**20
 
 
@@ -63,8 +62,9 @@ def design(
     token_bytes = kv_cache.bytes_per_token(model_config, spec.kv_dtype)
     token_bytes //= mesh.shape[sharding.TENSOR]
     platform = chips.platform(mesh)
-    if _layout(options, platform, length * token_bytes) == "pages":
-        spec = spec._replace(page_size=_page_size(options))
+    page_size, kernel, reason = _pages(options, platform, model_config, spec)
+    if layout(options, platform, length * token_bytes, kernel, reason) == "pages":
+        spec = spec._replace(page_size=page_size, page_kernel=kernel)
     capacity = Capacity(
         options,
         length,
@@ -126,18 +126,22 @@ def _spec(
     )
 
 
-def _layout(options: Decode, platform: str, row_bytes: int) -> str:
+def layout(
+    options: Decode, platform: str, row_bytes: int, kernel: str, reason: str
+) -> str:
     """Returns decode.kv_layout, or the faster one for "auto": "pages" or "rows".
 
     Args:
       platform: of the devices.
       row_bytes: of the longest request's keys and values on one device.
-    Raises ConfigError for pages on GPUs.
+      kernel, reason: see page_kernels.kernel_for.
+    Raises ConfigError for pages on GPUs, if no kernel fits.
     """
-    if options.kv_layout == "pages" and platform in chips.GPUS:
+    if options.kv_layout == "pages" and platform in chips.GPUS and kernel == "xla":
         raise ConfigError(
-            "decode.kv_layout=pages is not accepted on GPUs, where a loop over pages "
-            "waits for the host in every iteration: set it to rows"
+            "decode.kv_layout=pages is not accepted on GPUs without a kernel, as a "
+            f"loop over pages waits for the host in every iteration: {reason}; set it "
+            "to rows"
         )
     if options.kv_layout != "auto":
         return options.kv_layout
@@ -145,19 +149,39 @@ def _layout(options: Decode, platform: str, row_bytes: int) -> str:
         size = to_bytes(options.kv_memory or "0", "decode.kv_memory")
     else:
         size = options.slots * row_bytes
-    return "pages" if platform == "cpu" and size >= LEAST_FOR_PAGES else "rows"
+    is_fast = platform == "cpu" or kernel != "xla"
+    return "pages" if is_fast and size >= LEAST_FOR_PAGES else "rows"
 
 
-def _page_size(options: Decode) -> int:
-    """Returns the tokens of a page. Raises ConfigError if prefix_block has a part."""
-    size, block = options.page_size, options.prefix_block
-    if not to_bytes(options.prefix_memory, "decode.prefix_memory"):
-        return size or PAGE_SIZE
-    size = size or math.gcd(PAGE_SIZE, block)
-    require(
-        block % size == 0,
-        "decode.page_size",
-        size,
-        f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
+def _has_prefixes(options: Decode) -> bool:
+    return to_bytes(options.prefix_memory, "decode.prefix_memory") > 0
+
+
+def _pages(
+    options: Decode, platform: str, model_config: Model, spec: decode.DecodeSpec
+) -> tuple[int, str, str]:
+    """Returns (tokens of a page, kernel, why it is "xla"), if the layout is pages.
+
+    Raises ConfigError if prefix_block has a part of a page.
+    """
+    kernel, reason = page_kernels.kernel_for(
+        platform,
+        model_config,
+        spec.kv_dtype,
+        spec.mesh.shape[sharding.TENSOR],
+        spec.unroll_layers,
     )
-    return size
+    size, block = options.page_size, options.prefix_block
+    best = page_kernels.PAGE_SIZES[kernel]
+    if options.kv_layout != "rows" and _has_prefixes(options):
+        size = size or math.gcd(best, block)
+        require(
+            block % size == 0,
+            "decode.page_size",
+            size,
+            f"a divisor of decode.prefix_block={block}, as prompts share whole pages",
+        )
+    size = size or best
+    if not page_kernels.reads_pages_of(kernel, size):
+        return size, "xla", f"it reads pages of 16, 32, 64, ... tokens, not of {size}"
+    return size, kernel, reason

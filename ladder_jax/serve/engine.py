@@ -372,7 +372,7 @@ class Engine:
 
     def report(self) -> str:
         """Returns slots, staging and their memory as one line of text."""
-        return self.capacity.report(self.spec.kv_dtype)
+        return self.capacity.report(self.spec.kv_dtype, self.spec.page_kernel)
 
     def compiled(self) -> tuple[int, int]:
         """Returns (programs compiled so far, the most that there can be).

@@ -283,7 +283,7 @@ def _compile_largest(checked: Checked) -> Checked:
         checked.programs = compilation.compile_all(largest, done)
     checked.jobs = checked.jobs[len(largest) :]
     _plan_programs(checked)
-    stages.say(f"{plan.capacity.report(plan.spec.kv_dtype)}")
+    stages.say(f"{plan.capacity.report(plan.spec.kv_dtype, plan.spec.page_kernel)}")
     stages.say(f"memory of a device: {checked.plan.text()}")
     return checked
 
