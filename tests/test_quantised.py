@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import config, decode, generate, loading, matmul, sharding
+from ladder_jax import config, decode_weights, generate, loading, matmul, sharding
 from ladder_jax.config import ConfigError
 from ladder_jax.matmul import einsum
 from ladder_jax.quantised import (
@@ -280,10 +280,10 @@ def test_the_plan_is_what_the_weights_take(unroll, tensor, fields):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
     assert plan.loaded == taken(given)
-    weights = decode.prepare_weights(made.spec, given, consume=True)
+    weights = decode_weights.prepare_weights(made.spec, given, consume=True)
     assert plan.weights == taken(weights) < 0.75 * plan.loaded
     assert plan.loading > plan.loaded
-    shapes = decode.abstract_weights(made.spec)
+    shapes = decode_weights.abstract_weights(made.spec)
     assert jax.tree.structure(shapes) == jax.tree.structure(weights)
     for x, y in zip(jax.tree.leaves(shapes), jax.tree.leaves(weights)):
         assert x.shape == y.shape and x.dtype == y.dtype

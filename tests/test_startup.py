@@ -13,7 +13,7 @@ from helpers import make_requests, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import checkpoint, config, decode, model, sharding
+from ladder_jax import checkpoint, config, decode_weights, model, sharding
 from ladder_jax.config import ConfigError, Decode
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import compilation, memory
@@ -360,11 +360,11 @@ def test_weights_are_converted_one_by_one(fields, unroll):
     options = dataclasses.replace(helpers.ENGINE_OPTIONS, unroll_layers=unroll)
     spec = design(small, mesh, options).spec
     given = jax.tree.map(lambda x: x.copy(), helpers.initial_parameters(small, mesh))
-    shardings = sharding.named_shardings(mesh, decode.weights_specs(spec))
+    shardings = sharding.named_shardings(mesh, decode_weights.weights_specs(spec))
     plain = jax.jit(
-        lambda x: decode._cast_and_unstack(spec, x), out_shardings=shardings
+        lambda x: decode_weights._cast_and_unstack(spec, x), out_shardings=shardings
     )(given)
-    weights = decode.prepare_weights(spec, given, consume=True)
+    weights = decode_weights.prepare_weights(spec, given, consume=True)
     assert jax.tree.structure(plain) == jax.tree.structure(weights)
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(weights)):
         assert x.dtype == y.dtype and x.sharding == y.sharding
@@ -374,7 +374,7 @@ def test_weights_are_converted_one_by_one(fields, unroll):
     for x in jax.tree.leaves(given):
         assert x.is_deleted() or id(x) in kept
     if unroll:
-        assert decode.prepare_weights(spec, weights) is weights
+        assert decode_weights.prepare_weights(spec, weights) is weights
 
 
 def test_a_limit_below_a_chunk_is_raised_until_the_arrays_can_be_read(

@@ -55,7 +55,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode, decode_state, files, model, pages, sampling, sharding
+from ladder_jax import (
+    decode,
+    decode_state,
+    decode_weights,
+    files,
+    model,
+    pages,
+    sampling,
+    sharding,
+)
 from ladder_jax.bench import machine, plots
 from ladder_jax.bench.latency import (
     HEAD,
@@ -180,7 +189,7 @@ def bare_step(
     specs = P(), P(), decode.kv_specs(spec)
     step = jax.jit(
         sharding.shard_map(
-            local, spec.mesh, (decode.weights_specs(spec), *specs), specs
+            local, spec.mesh, (decode_weights.weights_specs(spec), *specs), specs
         ),
         donate_argnums=3,
         compiler_options=xla_options.options(spec.mesh, "decode"),

@@ -50,7 +50,8 @@ class Engine:
     """Decodes many requests of one model together, on one mesh.
 
     Args:
-      model: the parameters, on `mesh`; or what decode.prepare_weights made of them.
+      model: the parameters, on `mesh`; or what decode_weights.prepare_weights made of
+        them.
       model_config: config.Model.
       mesh: of size 1 along data and fsdp. To serve data-parallel, make an engine for
         every replica.

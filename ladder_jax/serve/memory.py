@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ladder_jax import decode, decode_state, model, sharding
+from ladder_jax import decode_state, decode_weights, model, sharding
 from ladder_jax.config import ConfigError
 from ladder_jax.hardware.memory import size
 from ladder_jax.quantised import quantise_parameters
@@ -227,7 +227,7 @@ def loaded_model(design: Design) -> model.Transformer:
 
 def abstract_weights(design: Design) -> Any:
     """The weights of the engine's programs, as shapes with shardings."""
-    return decode.abstract_weights(design.spec)
+    return decode_weights.abstract_weights(design.spec)
 
 
 def abstract_state(design: Design, width: int, length: int) -> decode_state.DecodeState:

@@ -7,7 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode, decode_scores, decode_shapes, decode_state
+from ladder_jax import (
+    decode,
+    decode_scores,
+    decode_shapes,
+    decode_state,
+    decode_weights,
+)
 from ladder_jax.model import Transformer, Unstacked
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -18,7 +24,7 @@ from ladder_jax.serve.submission import Submission
 class Programs:
     """Starts chunks and prefill calls; it does not wait for the device.
 
-    weights: from decode.prepare_weights. state: decode.DecodeState.
+    weights: from decode_weights.prepare_weights. state: decode.DecodeState.
     width, length: the compiled shape of the state, slots and tokens.
     chunks: {iterations: compiled chunk}. prefill, scored_prefill: the compiled prefill
     calls, see decode.make_prefill.
@@ -34,7 +40,7 @@ class Programs:
     ) -> None:
         self.spec, self.capacity = spec, capacity
         self.padding_id = padding_id
-        self.weights = decode.prepare_weights(spec, model)
+        self.weights = decode_weights.prepare_weights(spec, model)
         self.chunks = {
             size: decode.make_chunk(spec, size) for size in capacity.chunk_sizes
         }

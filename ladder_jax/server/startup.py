@@ -26,7 +26,7 @@ from ladder_jax.arguments import FLAT, POSITIONAL
 from ladder_jax.config import Config, ConfigError, Decode, Mesh, from_meta, to_bytes
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.tokenizer import Tokenizer, from_json
-from ladder_jax.decode import prepare_weights
+from ladder_jax.decode_weights import prepare_weights
 from ladder_jax.hardware import channel, compile_cache
 from ladder_jax.hardware.compilations import Compilations
 from ladder_jax.hardware.distributed import JOIN_TIMEOUT, join
