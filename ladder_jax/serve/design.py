@@ -123,6 +123,7 @@ def _spec(
         fixed_trip_count=options.loop == "fixed" or (options.loop == "auto" and is_gpu),
         reduction=choose.reduction_for(reduction, model_config, mesh),
         weights_dtype=options.weights_dtype,
+        speculate=options.speculate,
     )
 
 

@@ -47,8 +47,13 @@ class PageBudget:
         return {id(block) for block in self.prefixes.blocks()}
 
     def most_pages(self, work: Work) -> int:
-        """Returns the most pages that a request may have when unread chunks end."""
-        tokens = max(work.prompt, most_tokens(work, work.unread_steps) - 1)
+        """Returns the most pages that a request may have when unread chunks end.
+
+        It may have pages for drafted tokens that were not accepted.
+        """
+        drafted = self.capacity.options.speculate
+        steps = work.unread_steps * (1 + drafted) + drafted
+        tokens = max(work.prompt, most_tokens(work, steps) - 1)
         return self._pages(tokens)
 
     def _pages(self, tokens: int) -> int:
