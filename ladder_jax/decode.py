@@ -345,8 +345,30 @@ def speculate(
 
     if spec.fixed_trip_count:
         return with_drafts(state)
-    pays = speculation.pays(slots.drafting, drafts, runs_W)
-    return lax.cond(pays, with_drafts, without_drafts, state)
+    least = speculation.least_gain(runs_W.size, spec.speculate, spec.balance)
+    pays = speculation.pays(slots.drafting, drafts, runs_W, least)
+    events = no_events(spec, spec.most_tokens, runs_W.size)
+    state, events = run_once(pays, with_drafts, state, events)
+    return run_once(~pays, without_drafts, state, events)
+
+
+def run_once(
+    predicate: jax.Array,
+    function: Callable[[DecodeState], tuple[DecodeState, Events]],
+    state: DecodeState,
+    events: Events,
+) -> tuple[DecodeState, Events]:
+    """Returns `function(state)` if `predicate` is True, else (state, events).
+
+    It is a loop of one iteration or none: XLA:CPU copies all keys and values for each
+    branch of a `lax.cond`, and a loop changes them in place.
+    """
+    _, state, events = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(predicate), *function(carry[1])),
+        (predicate, state, events),
+    )
+    return state, events
 
 
 def advance_with_drafts(
@@ -501,7 +523,8 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
                 (jnp.int32(0), state, events),
             )
         if spec.speculate:  # [K, 1 + D, W] -> [K (1 + D), W]
-            events = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), events)
+            rows = iterations * spec.most_tokens
+            events = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), events)
         return state, events, state.staging.state.request
 
     in_specs = weights_specs(spec), state_specs(spec), P(), P()

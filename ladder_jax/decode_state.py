@@ -143,6 +143,7 @@ class DecodeSpec(NamedTuple):
     page_size: int = 0  # tokens of a page; 0: each row has an array of its own
     weights_dtype: str = "auto"  # see quantised.py; auto: the model's dtype
     speculate: int = 0  # D, the most drafted tokens, see speculation.py
+    balance: int = speculation.BALANCE_ACCELERATOR  # it decides when drafts pay
 
     @property
     def most_tokens(self) -> int:

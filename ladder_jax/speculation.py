@@ -12,9 +12,10 @@ first sample that differs from the draft is the request's next token all the sam
 a draft that is certain of each token, this is the rejection sampling of speculative
 decoding (arXiv 2211.17192; 2302.01318), whose samples have the model's distribution.
 
-A pass with drafts costs more than one without. Each request has a moving estimate of
-the share of its drafted tokens that are accepted, and a pass has drafts only if they
-promise enough tokens.
+A pass with drafts costs more than one without: little while reading the weights takes
+the time, up to 1 + D times as much with many requests. Each request has a moving mean
+of the share of its drafted tokens that are accepted, and a pass has drafts only if they
+promise more tokens than they cost.
 
 B requests (rows), S tokens of a row, D drafted tokens.
 """
@@ -27,10 +28,12 @@ import jax.numpy as jnp
 from ladder_jax.sampling import Array
 
 LONGEST, SHORTEST = 4, 2  # the tokens at a request's end that are looked up
-# A pass has drafts if they promise at least so many accepted tokens for each request
-# that it advances.
-LEAST_GAIN = 0.5
-FIRST_RATE = 0.5  # of a new request
+# How many rows a product of activations and weights has if its FLOPs take as long as
+# reading the weights. An accelerator's peak FLOP/s in bfloat16 over its bytes/s is 166
+# (v5p) to 560 (v6e). For two CPU cores, the number fits the times of a pass with 4
+# drafted tokens over one without: 1.5, 1.9 and 3.2 for 1, 4 and 16 requests (`small`).
+BALANCE_CPU, BALANCE_ACCELERATOR = 12, 256
+FIRST_RATE = 0.75  # of a new request
 LEARNING = 0.3  # how much of `rate` the last draft replaces
 # How much of the way back to 1 `rate` goes when a draft was not tried: so a request
 # tries again, after many passes.
@@ -113,13 +116,26 @@ def propose(
     return Drafts(draft_BD, jnp.where(drafts_B, most_B.clip(0, size), 0))
 
 
-def pays(drafting: Drafting, drafts: Drafts, runs_B: jax.Array) -> jax.Array:
+def least_gain(width: int, size: int, balance: int) -> float:
+    """Returns the accepted tokens a request at which drafts of `size` tokens pay.
+
+    A pass over n rows takes a time in proportion to `balance` + n. With drafts it has
+    `width` (1 + D) rows instead of `width`, and it must give as many tokens a second.
+    """
+    return size * width / (balance + width)
+
+
+def pays(
+    drafting: Drafting, drafts: Drafts, runs_B: jax.Array, least: float
+) -> jax.Array:
     """Returns a bool scalar: whether a pass should have these drafts.
 
-    runs_B: bool, the requests that the pass advances.
+    Args:
+      runs_B: bool, the requests that the pass advances.
+      least: see `least_gain`.
     """
     expected = (drafting.rate * drafts.length).sum()
-    return (expected > 0) & (expected >= LEAST_GAIN * runs_B.sum())
+    return (expected > 0) & (expected >= least * runs_B.sum())
 
 
 def learn(drafting: Drafting, drafts: Drafts, accepted_B: jax.Array) -> Drafting:

@@ -22,6 +22,11 @@ so that policies differ in scheduling alone:
     ours           temporal fusion: the device admits requests inside the jitted loop,
                    and the compiled width follows the load. Requests have pages where
                    these are faster (decode.kv_layout=auto)
+    speculate      the same, and an iteration may emit several tokens of a request: it
+                   drafts `--drafts` of them from the request's own text
+
+The model has random weights. At temperature 0 its outputs soon repeat themselves, which
+is the best case of drafts; at `--temperature 1` they never do, which is the worst.
 
 The upper bound is the bare step: forward pass and argmax at full width and length in a
 loop, without scheduling. The benchmark measures it before and after every policy. "of
@@ -122,6 +127,10 @@ class Arguments:
     """The most decode iterations of one jitted call."""
     burst_ms: float = 50.0
     """Milliseconds that the iterations of one call may take. 0: no limit."""
+    temperature: float = 0.0
+    """Of all requests. 0: the likeliest token."""
+    drafts: int = 4
+    """The most tokens that the policy speculate drafts."""
     tensor: int = 1
     """Devices to shard the model over."""
     policies: tuple[str, ...] = ()
@@ -317,6 +326,7 @@ def compare(bench: Bench, kind: str, gap: float) -> dict[str, Turn]:
         bench.model_config,
         bench.mesh,
         [window * 1e-3 * bench.scale for window in arguments.windows],
+        arguments.drafts,
     )
     engines = {name: make() for name, make in policies.items()}
     for engine in engines.values():
@@ -358,7 +368,7 @@ def run_policy(bench: Bench, engine: Any, arrivals: list[Arrival], kind: str) ->
     engine.counters.reset()
     getattr(engine, "history", []).clear()
     before = bench.measure_bare_step(BARE_ROUNDS)
-    requests, seconds = serve(engine, arrivals)
+    requests, seconds = serve(engine, arrivals, temperature=arguments.temperature)
     after = bench.measure_bare_step(BARE_ROUNDS)
     step = (before + after) / 2
     objective = Objective(

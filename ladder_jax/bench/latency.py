@@ -102,6 +102,8 @@ def measure(
         goodput=float(np.mean(good)),
         syncs_per_token=counters.syncs / tokens,
         occupancy=counters.occupancy if counters.slot_iterations else None,
+        tokens_per_iteration=counters.accepted_length if counters.busy else None,
+        accepted=counters.accepted / counters.drafted if counters.drafted else None,
     )
 
 
@@ -135,7 +137,8 @@ def saturated_occupancy(history: History) -> float:
 HEAD = """\
 occupancy: the share of slot iterations that emitted a token, from the first arrival
 until the last token; saturated: the same until the last request is
-admitted ("-": not traced, or not a saturated workload)"""
+admitted ("-": not traced, or not a saturated workload); tokens/iteration: of a slot
+that emits some; accepted: the share of drafted tokens"""
 
 
 def result_table(title: str, results: dict[str, dict[str, Any]]) -> str:
@@ -169,5 +172,7 @@ def result_table(title: str, results: dict[str, dict[str, Any]]) -> str:
         Column("occupancy", value("occupancy", ".1%")),
         Column("saturated", value("occupancy_while_saturated", ".1%")),
         Column("syncs/token", value("syncs_per_token", ".4f")),
+        Column("tokens/iteration", value("tokens_per_iteration", ".2f")),
+        Column("accepted", value("accepted", ".0%")),
     ]
     return "\n".join([title, text_table(columns, results.items())])
