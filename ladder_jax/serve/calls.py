@@ -113,8 +113,10 @@ class Calls:
         """Returns the first of these requests whose prompts there are pages for."""
         if not self.capacity.page_size:
             return candidates
-        budget = PageBudget(self.capacity, self.tracker, self.unread, self.prefixes)
-        return list(itertools.takewhile(budget.take, candidates))
+        return list(itertools.takewhile(self._page_budget().take, candidates))
+
+    def _page_budget(self) -> PageBudget:
+        return PageBudget(self.capacity, self.tracker, self.unread, self.prefixes)
 
     def admit(self, request: Request) -> Record:
         """Gives a request a row of staging."""
@@ -144,10 +146,15 @@ class Calls:
     def prefill(self, budget: int) -> int:
         """Starts one prefill call; returns its number of tokens, padding included.
 
-        It is 0, and there is no call, if no compiled width fits the budget. A call
-        computes one prompt with scores, or several without.
+        It is 0, and there is no call, if no compiled width fits the budget, or if there
+        may be too few pages before other requests end. A call computes one prompt with
+        scores, or several without.
         """
         prefilling = self.tracker.in_phase(Phase.PREFILLING)
+        if self.capacity.page_size:
+            prefilling = self._page_budget().startable(prefilling)
+            if not prefilling:
+                return 0
         scored = prefilling[0].is_scored
         prefilling = [r for r in prefilling if r.is_scored == scored]
         if scored:
