@@ -155,9 +155,10 @@ def test_the_table_has_both_occupancies_and_says_what_they_are():
     )
     title, head, static, ours = text.splitlines()
     assert title == "title"
-    assert head.split()[-4:] == ["goodput", "occupancy", "saturated", "syncs/token"]
-    assert static.split()[-4:] == ["50%", "-", "-", "2.0000"]
-    assert ours.split()[-4:] == ["50%", "75.0%", "98.5%", "2.0000"]
+    names = ["goodput", "occupancy", "saturated", "syncs/token"]
+    assert head.split()[-6:] == [*names, "tokens/iteration", "accepted"]
+    assert static.split()[-6:-2] == ["50%", "-", "-", "2.0000"]
+    assert ours.split()[-6:-2] == ["50%", "75.0%", "98.5%", "2.0000"]
     assert ours.split()[:4] == ["ours", "1", "90.0%", "25.0%"]
     assert "until the last token" in latency.HEAD
     assert "until the last request is\nadmitted" in latency.HEAD
@@ -213,14 +214,16 @@ def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
         most=5,
         slots=2,
         chunk=4,
-        policies=("static", "no-shuffle"),
+        policies=("static", "no-shuffle", "speculate"),
         json=str(out),
         plots=str(tmp_path / "plots"),
     )
     results = decode.run(arguments)
     assert json.loads(out.read_text()) == json.loads(json.dumps(results))
     figures = results["workloads"]["saturated"]
-    assert list(figures) == ["static", "no-shuffle"]
+    assert list(figures) == ["static", "no-shuffle", "speculate"]
+    assert figures["static"]["tokens_per_iteration"] == 1
+    assert figures["speculate"]["tokens_per_iteration"] >= 1
     for policy in figures.values():
         assert policy["goodput"] <= 1 and policy["tokens_per_s"] > 0
         assert policy["of_bare_of_rounds"] == [policy["of_bare"]]
