@@ -236,6 +236,7 @@ def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         "latency_saturated.png",
         "occupancy_saturated_no-shuffle.png",
+        "occupancy_saturated_speculate.png",
     ]
 
 
