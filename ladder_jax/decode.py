@@ -8,8 +8,9 @@ iterations. Each iteration
 
     1. admits: while a slot is free and a request waits, copies the waiting request
        with the lowest admission order into the first free slot;
-    2. advances every active slot by one token: forward pass, sampling, history;
-    3. emits an **event** for every slot: (request id, token, flag, log-probability);
+    2. advances every active slot by one token: forward pass, sampling, history; or by
+       several, if it accepts tokens that were drafted (speculation.py);
+    3. emits an **event** for every token: (request id, token, flag, log-probability);
     4. frees the slots whose request is done, for step 1 of the next iteration.
 
 So another request takes a freed slot in the next iteration, without the host. The
@@ -21,7 +22,8 @@ depends on its compiled shape (W slots of S tokens), not on how many slots are a
 So the engine changes the shape with the load, see decode_shapes.py.
 
 W slots, R staging rows, P prompts, T prompt tokens, C prompt width, S cache length,
-V vocabulary, E entries of a list, K iterations, B rows. In the shape of a cache: L
+V vocabulary, E entries of a list, K iterations, B rows, D drafted tokens, T = 1 + D
+tokens of a slot. In the shape of a cache: L
 layers, K key-value heads, H head.
 """
 
@@ -34,7 +36,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import decode_pages, decode_scores, pages, sampling, sharding
+from ladder_jax import (
+    decode_pages,
+    decode_scores,
+    pages,
+    sampling,
+    sharding,
+    speculation,
+)
 from ladder_jax.decode_state import (
     IDLE,
     LENGTH,
@@ -135,6 +144,7 @@ def no_events(spec: DecodeSpec, *shape: int) -> Events:
         logprob=jnp.zeros(shape),
         top_ids=jnp.zeros(top_shape, jnp.int32),
         top_logprobs=jnp.zeros(top_shape),
+        drafted=zeros if spec.speculate else None,
     )
 
 
@@ -190,73 +200,245 @@ def next_tokens(
         logprob=jnp.where(wants_logprobs_B, logprob_B, 0),
         top_ids=top_ids_BE,
         top_logprobs=top_logprobs_BE,
+        drafted=idle.drafted,
     )
+    drafting = rows_B.drafting
+    if drafting is not None:
+        drafting = speculation.append(drafting, position_B, token_B, emits_B)
     return events, rows_B._replace(
         token=token_B,
         position=position_B,
         remaining=remaining_B,
         required=rows_B.required - 1,
         history=sampling.update_history(rows_B.history, token_B, emits_B),
+        drafting=drafting,
     )
+
+
+def where_emitted(emits_B: jax.Array, new: SlotState, old: SlotState) -> SlotState:
+    """Returns the states from `next_tokens` in the rows that emit, else the old ones.
+
+    `next_tokens` changes history and drafting in these rows alone.
+    """
+    fields = ("token", "position", "remaining", "required")
+    values: dict[str, Any] = {
+        f: jnp.where(emits_B, getattr(new, f), getattr(old, f)) for f in fields
+    }
+    return old._replace(history=new.history, drafting=new.drafting, **values)
 
 
 def iterate(
     spec: DecodeSpec, weights: Transformer | Unstacked, state: DecodeState
 ) -> tuple[DecodeState, Events]:
-    """Runs one iteration: admits requests, then advances every active slot by a token.
+    """Runs one iteration: admits requests, then advances every active slot.
 
     With pages, a slot may wait for one, or lose its request: decode_pages.grow.
-    Returns (state, events [W]).
+    Returns (state, events [W]); with `spec.speculate`, events [1 + D, W].
     """
     state = admit_all(spec, state)
     old = state.slots.state
-    growth, reads = decode_pages.Growth(old.active, jnp.zeros_like(old.active)), None
+    growth = decode_pages.Growth(old.active, jnp.zeros_like(old.active))
     if state.pool is not None:
-        page_count = state.pool.users.size
         state, growth = decode_pages.grow(state)
-        reads = pages.reads(
-            state.slots.state.table,
-            old.position,
-            growth.runs,
-            spec.page_size,
-            page_count,
-            spec.page_kernel,
-        )
-    slots = state.slots.state
-    x_W1D, kv = hidden(
+    advance = speculate if spec.speculate else advance_by_one
+    state, events = advance(spec, weights, state, growth.runs)
+    if state.pool is None:
+        return state, events
+    preempted = growth.preempted
+    if spec.speculate:  # in the first row of events
+        preempted &= jnp.arange(spec.most_tokens)[:, None] == 0
+    return state, events._replace(
+        request=jnp.where(preempted, old.request, events.request),
+        flag=jnp.where(preempted, PREEMPTED, events.flag),
+    )
+
+
+def pages_to_read(
+    spec: DecodeSpec, state: DecodeState, last_W: jax.Array, runs_W: jax.Array
+) -> pages.Reads | None:
+    """Returns the pages with the tokens up to `last_W` of the slots that run, if any.
+
+    None: every slot has a row of its own.
+    """
+    if state.pool is None:
+        return None
+    table_WM, page_count = state.slots.state.table, state.pool.users.size
+    size, kernel = spec.page_size, spec.page_kernel
+    return pages.reads(table_WM, last_W, runs_W, size, page_count, kernel)
+
+
+def forward(
+    spec: DecodeSpec,
+    weights: Transformer | Unstacked,
+    state: DecodeState,
+    reads: pages.Reads | None,
+    tokens_WT: jax.Array,
+    positions_WT: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Computes T tokens of every slot; returns (logits [W, T, V], keys and values)."""
+    x_WTD, kv = hidden(
         weights,
         spec.model_config,
-        slots.token[:, None],
-        slots.position[:, None],
+        tokens_WT,
+        positions_WT,
         cache=state.slots.kv if state.pool is None else state.pool.kv,
         pages_read=reads,
         reduction=spec.reduction,
     )
-    logits_W1V = logits(weights, spec.model_config, x_W1D)
-    logits_WV = sharding.gather_vocabulary(logits_W1V)[:, 0]
+    logits_WTV = logits(weights, spec.model_config, x_WTD)
+    return sharding.gather_vocabulary(logits_WTV), kv
+
+
+def advance_by_one(
+    spec: DecodeSpec,
+    weights: Transformer | Unstacked,
+    state: DecodeState,
+    runs_W: jax.Array,
+) -> tuple[DecodeState, Events]:
+    """Advances the slots that run by one token; returns (state, events [W])."""
+    slots = state.slots.state
+    reads = pages_to_read(spec, state, slots.position, runs_W)
+    tokens_W1, positions_W1 = slots.token[:, None], slots.position[:, None]
+    logits_W1V, kv = forward(spec, weights, state, reads, tokens_W1, positions_W1)
+    logits_WV = logits_W1V[:, 0]
     next_position_W = slots.position + 1
-    events, new = next_tokens(spec, logits_WV, slots, next_position_W, growth.runs)
+    events, new = next_tokens(spec, logits_WV, slots, next_position_W, runs_W)
     active_W = events.flag == TOKEN
     if state.pool is None:
         request_W = jnp.where(active_W, new.request, NO_REQUEST)
         new = new._replace(active=active_W, request=request_W)
         return state._replace(slots=Slots(new, kv)), events
-
-    def where_it_ran(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(growth.runs, new, old)
-
-    fields = ("token", "position", "remaining", "required")
-    values: dict[str, Any] = {
-        f: where_it_ran(getattr(new, f), getattr(slots, f)) for f in fields
-    }
-    slots = slots._replace(history=new.history, **values)
+    slots = where_emitted(runs_W, new, slots)
     state = state._replace(slots=Slots(slots, None), pool=state.pool._replace(kv=kv))
-    state = decode_pages.release_slots(state, growth.runs & ~active_W)
-    events = events._replace(
-        request=jnp.where(growth.preempted, old.request, events.request),
-        flag=jnp.where(growth.preempted, PREEMPTED, events.flag),
+    return decode_pages.release_slots(state, runs_W & ~active_W), events
+
+
+# ---------------------------------------------------------------- speculation
+
+
+def speculate(
+    spec: DecodeSpec,
+    weights: Transformer | Unstacked,
+    state: DecodeState,
+    runs_W: jax.Array,
+) -> tuple[DecodeState, Events]:
+    """Advances the slots that run by 1 to 1 + D tokens each, see speculation.py.
+
+    Returns (state, events [1 + D, W]). With `spec.fixed_trip_count` there is no branch:
+    every iteration computes 1 + D tokens a slot.
+    """
+    slots = state.slots.state
+    assert slots.drafting is not None
+    most_W = jnp.where(runs_W, slots.remaining - 1, 0)
+    drafts = speculation.propose(slots.drafting, slots.position, most_W, spec.speculate)
+
+    def with_drafts(state: DecodeState) -> tuple[DecodeState, Events]:
+        return advance_with_drafts(spec, weights, state, runs_W, drafts)
+
+    def without_drafts(state: DecodeState) -> tuple[DecodeState, Events]:
+        state, events_W = advance_by_one(spec, weights, state, runs_W)
+        slots = state.slots.state
+        assert slots.drafting is not None
+        drafting = speculation.recover(slots.drafting, drafts)
+        state = with_slots(state, slots._replace(drafting=drafting))
+        events = no_events(spec, spec.most_tokens, runs_W.size)
+        return state, jax.tree.map(lambda x, new: x.at[0].set(new), events, events_W)
+
+    if spec.fixed_trip_count:
+        return with_drafts(state)
+    least = speculation.least_gain(runs_W.size, spec.speculate, spec.balance)
+    pays = speculation.pays(slots.drafting, drafts, runs_W, least)
+    events = no_events(spec, spec.most_tokens, runs_W.size)
+    state, events = run_once(pays, with_drafts, state, events)
+    return run_once(~pays, without_drafts, state, events)
+
+
+def run_once(
+    predicate: jax.Array,
+    function: Callable[[DecodeState], tuple[DecodeState, Events]],
+    state: DecodeState,
+    events: Events,
+) -> tuple[DecodeState, Events]:
+    """Returns `function(state)` if `predicate` is True, else (state, events).
+
+    It is a loop of one iteration or none: XLA:CPU copies all keys and values for each
+    branch of a `lax.cond`, and a loop changes them in place.
+    """
+    _, state, events = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(predicate), *function(carry[1])),
+        (predicate, state, events),
     )
     return state, events
+
+
+def advance_with_drafts(
+    spec: DecodeSpec,
+    weights: Transformer | Unstacked,
+    state: DecodeState,
+    runs_W: jax.Array,
+    drafts: speculation.Drafts,
+) -> tuple[DecodeState, Events]:
+    """Computes the last token of each slot and its draft, and emits what is accepted.
+
+    Keys and values of drafted tokens that are not accepted stay where they are. No
+    token reads them: attention reads up to a token's own position, and the token that
+    comes to a position writes there first.
+    """
+    if state.pool is not None:
+        state, length_W = decode_pages.grow_for_drafts(
+            state, drafts.length, spec.speculate
+        )
+        drafts = drafts._replace(length=length_W)
+    slots = state.slots.state
+    T = spec.most_tokens
+    reads = pages_to_read(spec, state, slots.position + drafts.length, runs_W)
+    tokens_WT = jnp.concatenate([slots.token[:, None], drafts.tokens], axis=1)
+    positions_WT = slots.position[:, None] + jnp.arange(T)
+    logits_WTV, kv = forward(spec, weights, state, reads, tokens_WT, positions_WT)
+    # After the last drafted token there is nothing to accept.
+    expected_WT = jnp.where(
+        jnp.arange(T) < drafts.length[:, None],
+        jnp.pad(drafts.tokens, [(0, 0), (0, 1)]),
+        speculation.NO_TOKEN,
+    )
+
+    def emit(t: jax.Array, carry: Any) -> Any:
+        rows, emits_W, ended_W, events = carry
+        logits_WV = lax.dynamic_index_in_dim(logits_WTV, t, 1, keepdims=False)
+        expected_W = lax.dynamic_index_in_dim(expected_WT, t, 1, keepdims=False)
+        events_W, new = next_tokens(spec, logits_WV, rows, rows.position + 1, emits_W)
+        goes_on_W = events_W.flag == TOKEN
+        rows = where_emitted(emits_W, new, rows)
+        events = jax.tree.map(lambda all, one: all.at[t].set(one), events, events_W)
+        ended_W |= emits_W & ~goes_on_W
+        return rows, goes_on_W & (events_W.token == expected_W), ended_W, events
+
+    carry = slots, runs_W, jnp.zeros_like(runs_W), no_events(spec, T, runs_W.size)
+    if spec.fixed_trip_count:
+        carry = lax.fori_loop(0, T, emit, carry)
+    else:
+        _, carry = lax.while_loop(
+            lambda loop: (loop[0] < T) & loop[1][1].any(),
+            lambda loop: (loop[0] + 1, emit(*loop)),
+            (jnp.int32(0), carry),
+        )
+    new, _, ended_W, events = carry
+    assert new.drafting is not None and events.drafted is not None
+    accepted_W = (new.position - slots.position - 1).clip(0)
+    new = new._replace(drafting=speculation.learn(new.drafting, drafts, accepted_W))
+    events = events._replace(drafted=events.drafted.at[0].set(drafts.length))
+    if state.pool is None:
+        request_W = jnp.where(ended_W, NO_REQUEST, new.request)
+        new = new._replace(active=new.active & ~ended_W, request=request_W)
+        return state._replace(slots=Slots(new, kv)), events
+    state = with_slots(state, new)._replace(pool=state.pool._replace(kv=kv))
+    return decode_pages.release_slots(state, ended_W), events
+
+
+def with_slots(state: DecodeState, slots: SlotState) -> DecodeState:
+    """Returns the state with other slots, whose keys and values stay."""
+    return state._replace(slots=state.slots._replace(state=slots))
 
 
 # ---------------------------------------------------------------- the programs
@@ -294,7 +476,8 @@ def _jit_on_mesh(
 def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
     """Returns the jitted chunk, which runs up to K = `iterations` iterations.
 
-    (weights, state, cancelled, steps) -> (state, events [K, W], waiting [R])
+    (weights, state, cancelled, steps) -> (state, events [K, W], waiting [R]); with
+    `spec.speculate` the events are [K (1 + D), W].
 
       state: a DecodeState, donated.
       cancelled: int32 [C], ids of requests to remove first, padded with NO_REQUEST.
@@ -310,17 +493,19 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
         steps: jax.Array,
     ) -> tuple[DecodeState, Events, jax.Array]:
         state = cancel(state, cancelled_C)
-        events = no_events(spec, iterations, state.slots.state.active.size)
+        W = state.slots.state.active.size
+        shape = (spec.most_tokens, W) if spec.speculate else (W,)
+        events = no_events(spec, iterations, *shape)
 
         def step(
             i: jax.Array, state: DecodeState, events: Events
         ) -> tuple[DecodeState, Events]:
-            state, events_W = iterate(spec, weights, state)
+            state, new_events = iterate(spec, weights, state)
 
-            def write(all_KW: jax.Array, new_W: jax.Array) -> jax.Array:
-                return lax.dynamic_update_index_in_dim(all_KW, new_W, i, 0)
+            def write(all_K: jax.Array, new: jax.Array) -> jax.Array:
+                return lax.dynamic_update_index_in_dim(all_K, new, i, 0)
 
-            return state, jax.tree.map(write, events, events_W)
+            return state, jax.tree.map(write, events, new_events)
 
         def should_continue(carry: tuple[jax.Array, DecodeState, Events]) -> jax.Array:
             i, state, _ = carry
@@ -338,6 +523,9 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
                 lambda carry: (carry[0] + 1, *step(*carry)),
                 (jnp.int32(0), state, events),
             )
+        if spec.speculate:  # [K, 1 + D, W] -> [K (1 + D), W]
+            rows = iterations * spec.most_tokens
+            events = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), events)
         return state, events, state.staging.state.request
 
     in_specs = weights_specs(spec), state_specs(spec), P(), P()
@@ -440,6 +628,10 @@ def _prefill(
     )
     table_PM = staging.state.table[prompts.staging_index.clip(0, R - 1)]
     rows_P = prompts.state._replace(history=history_PV, table=table_PM)
+    if rows_P.drafting is not None and staging.state.drafting is not None:
+        length = staging.state.drafting.tokens.shape[1]
+        drafting = speculation.with_prompts(rows_P.drafting, prompts.prompt, length)
+        rows_P = rows_P._replace(drafting=drafting)
     next_position_P = prompts.start + prompts.length
     emits_P = prompts.last & (rows_P.remaining > 0)
     events, rows_P = next_tokens(spec, logits_PV, rows_P, next_position_P, emits_P)

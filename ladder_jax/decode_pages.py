@@ -53,6 +53,36 @@ def grow(state: DecodeState) -> tuple[DecodeState, Growth]:
     return release_slots(state, preempted_W), growth
 
 
+def grow_for_drafts(
+    state: DecodeState, drafted_W: jax.Array, most: int
+) -> tuple[DecodeState, jax.Array]:
+    """Gives pages to the drafted tokens of slots, if there are enough.
+
+    It leaves a free page for every active slot, so that no request loses its slot for
+    another one's draft. Returns (state, how many drafted tokens a slot has room for).
+
+    drafted_W: int32, the drafted tokens of the slots, at the most `most`.
+    """
+    pool, slots = state.pool, state.slots.state
+    assert pool is not None
+    S = page_size(pool)
+    table_WM, position_W1 = slots.table, slots.position[:, None]
+    entry_WE = position_W1 // S + 1 + jnp.arange(-(-most // S))
+    page_WE = jnp.take_along_axis(table_WM, entry_WE, axis=1, mode="clip")
+    needs_WE = entry_WE <= (position_W1 + drafted_W[:, None]) // S
+    needs_WE &= page_WE == pages.NO_PAGE
+    spare = (pool.users == 0).sum() - slots.active.sum()
+    needs_WE &= needs_WE.sum() <= spare
+    new_WE, _, users_P = pages.allocate(pool.users, needs_WE)
+    entry_WE = jnp.where(needs_WE, entry_WE, table_WM.shape[1])
+    rows_W1 = jnp.arange(len(table_WM))[:, None]
+    table_WM = table_WM.at[rows_W1, entry_WE].set(new_WE, mode="drop")
+    room_W = (table_WM != pages.NO_PAGE).sum(axis=1) * S - 1 - slots.position
+    slots = slots._replace(table=table_WM)
+    state = _with_slots(state, slots, pool._replace(users=users_P))
+    return state, jnp.minimum(drafted_W, room_W).clip(0)
+
+
 def release_slots(state: DecodeState, released_W: jax.Array) -> DecodeState:
     """Empties these slots and frees their pages."""
     assert state.pool is not None

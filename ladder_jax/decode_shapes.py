@@ -77,10 +77,19 @@ def reshape(state: DecodeState, width: int, length: int) -> DecodeState:
         return jax.tree.unflatten(tree, arrays)
 
     return DecodeState(
-        Slots(slots, reshape_kv(state.slots.kv, source)),
-        Slots(state.staging.state, reshape_kv(state.staging.kv, None)),
+        Slots(_resize(slots, length), reshape_kv(state.slots.kv, source)),
+        Slots(_resize(state.staging.state, length), reshape_kv(state.staging.kv, None)),
         state.pool,
     )
+
+
+def _resize(rows: SlotState, length: int) -> SlotState:
+    """Returns the rows with room for the ids of `length` tokens, if they keep them."""
+    drafting = rows.drafting
+    if drafting is None or drafting.tokens.shape[1] == length:
+        return rows
+    tokens = _make_resize(drafting.tokens.sharding, length)(drafting.tokens)
+    return rows._replace(drafting=drafting._replace(tokens=tokens))
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -120,3 +129,14 @@ def _make_copy_rows(sharding: NamedSharding, length: int) -> Callable[..., jax.A
         return jnp.pad(kv, padding)
 
     return jax.jit(copy_rows, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _make_resize(sharding: NamedSharding, length: int) -> Callable[..., jax.Array]:
+    """Returns a jitted function that cuts rows of ids at their end, or pads them."""
+
+    def resize(tokens_BS: jax.Array) -> jax.Array:
+        missing = length - tokens_BS.shape[1]
+        return jnp.pad(tokens_BS[:, :length], [(0, 0), (0, max(missing, 0))])
+
+    return jax.jit(resize, out_shardings=sharding)

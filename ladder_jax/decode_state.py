@@ -1,8 +1,8 @@
 """What the decode programs keep on the device: the state, its types and its specs.
 
 W slots, R staging rows, P prompts, T prompt tokens, C prompt width, S cache length,
-V vocabulary, E entries of a list, K iterations. In the shape of a cache: L layers, K
-key-value heads, H head.
+V vocabulary, E entries of a list, K iterations, D drafted tokens. In the shape of a
+cache: L layers, K key-value heads, H head.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import kv_cache, pages, sampling, sharding
+from ladder_jax import kv_cache, pages, sampling, sharding, speculation
 from ladder_jax.config import Model
 from ladder_jax.sampling import Array
 
@@ -49,6 +49,7 @@ class SlotState(NamedTuple):
     sampling: sampling.SamplingParams
     history: Array  # int32 [., V], see sampling.update_history
     table: Array  # int32 [., M]: its pages, see pages.py; M is 0 if it has a row
+    drafting: speculation.Drafting | None = None  # None without decode.speculate
 
 
 class Slots(NamedTuple):
@@ -87,7 +88,11 @@ class DecodeState(NamedTuple):
 
 
 class Events(NamedTuple):
-    """The events of the rows: arrays [K, W] of a chunk, [P] of a prefill call."""
+    """The events of the rows: arrays [K, W] of a chunk, [P] of a prefill call.
+
+    With decode.speculate they are [K (1 + D), W]: 1 + D rows for each iteration. A slot
+    that emits fewer tokens is IDLE in the last ones.
+    """
 
     request: Array  # int32: a request id, or NO_REQUEST
     token: Array  # int32
@@ -95,6 +100,8 @@ class Events(NamedTuple):
     logprob: Array  # float32, before any sampling rule; 0 if not requested
     top_ids: Array  # int32 [..., E]: the likeliest ids
     top_logprobs: Array  # float32 [..., E]: their log-probabilities
+    # int32: the drafted tokens of the iteration, in its first row; None without drafts
+    drafted: Array | None = None
 
 
 class Prompts(NamedTuple):
@@ -136,6 +143,13 @@ class DecodeSpec(NamedTuple):
     page_size: int = 0  # tokens of a page; 0: each row has an array of its own
     page_kernel: str = "xla"  # of attention to pages, see page_kernels.kernel_for
     weights_dtype: str = "auto"  # see quantised.py; auto: the model's dtype
+    speculate: int = 0  # D, the most drafted tokens, see speculation.py
+    balance: int = speculation.BALANCE_ACCELERATOR  # it decides when drafts pay
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that an iteration emits for a request."""
+        return 1 + self.speculate
 
 
 # ---------------------------------------------------------------- the state
@@ -144,7 +158,7 @@ class DecodeSpec(NamedTuple):
 def empty_slots(count: int, spec: DecodeSpec, length: int = 0) -> SlotState:
     """Returns a `SlotState` of `count` rows that belong to no request.
 
-    length: the most tokens that the pages of a row hold.
+    length: the most tokens of a row.
     """
     zeros = functools.partial(jnp.zeros, count)
     return SlotState(
@@ -160,6 +174,7 @@ def empty_slots(count: int, spec: DecodeSpec, length: int = 0) -> SlotState:
         sampling=sampling.neutral_params(count, spec.max_logit_bias),
         history=jnp.zeros((count, spec.model_config.vocab_size), jnp.int32),
         table=jnp.full((count, table_size(spec, length)), pages.NO_PAGE, jnp.int32),
+        drafting=speculation.empty(count, length) if spec.speculate else None,
     )
 
 

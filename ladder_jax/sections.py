@@ -404,6 +404,10 @@ class Decode(Section):
     # The dtype of the weights' matrices. auto: the model's. int8: each output channel
     # has a scale, and products are in the model's dtype.
     weights_dtype: Literal["auto", "int8"] = "auto"
+    # The most tokens that an iteration drafts for a request: what followed the same
+    # words earlier in its text. The tokens stay the same; they come in fewer iterations
+    # where text repeats itself. 0: no drafts.
+    speculate: int = 0
     # Memory of one device for keys and values, such as 512MiB. None: as much as slots
     # and staging can take. With pages, it may be less than slots and staging could
     # take: a request whose pages run out waits again.
@@ -445,6 +449,7 @@ class Decode(Section):
         )
         for name in ("burst_ms", "max_logprobs", "max_stop_ids", "max_logit_bias"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.need("speculate", 0 <= self.speculate <= 64, "from 0 to 64")
         for name in ("staging", "max_length", "page_size"):
             value = getattr(self, name)
             self.need(name, value is None or value > 0, "greater than 0, or None")

@@ -42,6 +42,7 @@ ROWS = {
         "decode_shapes",
         "decode_weights",
         "sampling",
+        "speculation",
         "optimizer",
         "distill",
         "objective",

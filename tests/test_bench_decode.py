@@ -245,10 +245,10 @@ def test_the_table_has_a_line_a_run_and_says_what_its_columns_are():
     head, concurrent, ours = latency.result_table(rows).splitlines()
     assert head.split()[:4] == ["workload", "load", "policy", "tokens/s"]
     assert concurrent.split()[:4] == ["shared", "0.8", "concurrent", "1"]
-    assert concurrent.split()[-8:-4] == ["-"] * 4
-    assert ours.split()[-8:-4] == ["75.0%", "98.5%", "1.2", "1.10"]
-    assert ours.split()[-4:] == ["90.0%", "25.0%", "50%", "2.0000"]
-    for column in ("occupancy", "until last", "KV MiB", "read/alive"):
+    assert concurrent.split()[-10:-6] == ["-"] * 4
+    assert ours.split()[-10:-6] == ["75.0%", "98.5%", "1.2", "1.10"]
+    assert ours.split()[-6:-2] == ["90.0%", "25.0%", "50%", "2.0000"]
+    for column in ("occupancy", "until last", "KV MiB", "read/alive", "accepted"):
         assert f"\n{column}: " in "\n" + latency.HEAD or f"; {column}: " in latency.HEAD
         assert column in head
 
@@ -305,7 +305,7 @@ def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
         most=16,
         slots=2,
         chunk=4,
-        policies=("per-token", "ours"),
+        policies=("per-token", "ours", "speculate"),
         json=str(out),
         plots=str(tmp_path / "plots"),
     )
@@ -314,26 +314,30 @@ def test_policies_serve_the_same_requests(tmp_path, capsys, monkeypatch):
     of_kind = results["workloads"]["shared"]
     assert list(of_kind) == ["saturated", "0.9"]
     for of_load in of_kind.values():
-        assert list(of_load) == ["per-token", "ours"]
+        assert list(of_load) == ["per-token", "ours", "speculate"]
         for policy, figures in of_load.items():
             assert figures["goodput"] <= 1 and figures["tokens_per_s"] > 0
             assert figures["of_bare_of_rounds"] == [figures["of_bare"]]
             assert 0 < figures["occupancy"] <= 1
             assert 0 < figures["occupancy_until_last_admission"] <= 1
             assert figures["kv_layout"] == "rows"
-            assert figures["kv_read_over_alive"] > 1
+            has_drafted = figures["accepted"] is not None
+            assert policy == "speculate" or not has_drafted
+            assert has_drafted or figures["kv_read_over_alive"] > 1
+            assert has_drafted or figures["tokens_per_iteration"] == 1
             # At most two slots and two rows of staging, of 64 tokens, and prefixes.
-            has_prefixes = policy == "ours"
+            has_prefixes = policy != "per-token"
             most = (4 * 64 + has_prefixes * 8 * 48) * 2 * SMALLEST.head_dim * 4
             assert 0 < figures["kv_mib"] * 2**20 <= most
             assert bool(figures["prefix_tokens"]) == has_prefixes
             assert figures["prefix_tokens"] % 32 == 0
+        assert of_load["speculate"]["tokens_per_iteration"] >= 1
     printed = capsys.readouterr().out
     assert results["machine"]["cpu"] in printed and "batching can gain" in printed
-    assert "a prefix cache for ours\n" in printed and latency.HEAD in printed
-    assert len(re.findall(r"^shared +(saturated|0\.9) ", printed, re.M)) == 2 * 2
+    assert "a prefix cache for ours, speculate\n" in printed and latency.HEAD in printed
+    assert len(re.findall(r"^shared +(saturated|0\.9) ", printed, re.M)) == 2 * 3
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert "latency_shared_0.9.png" in pictures and len(pictures) == 2 * 3
+    assert "latency_shared_0.9.png" in pictures and len(pictures) == 2 * 4
     assert "occupancy_shared_saturated_ours.png" in pictures
 
 

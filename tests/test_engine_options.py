@@ -91,6 +91,7 @@ ACCEPTED = {  # the names of the VALUES that an option accepts
     "max_tokens": WHOLE | {"None"},
     "min_tokens": {"NumPy's 1"},  # at most max_tokens=1
     "ignore_eos": {"True", "NumPy's False"},
+    "speculate": {"True", "NumPy's False"},
     "stop": {"[]"},  # this engine has no tokenizer, so no text
     "stop_token_ids": IDS | {"None", "[]"},
     "logprobs": WHOLE | {"None"},

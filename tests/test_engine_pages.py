@@ -47,6 +47,20 @@ def test_requests_that_lose_their_pages_wait_again_and_lose_no_token():
     check(engine, submitted)
 
 
+def test_a_prompt_waits_for_pages_that_slots_have_taken_since_its_admission():
+    """Long chunks of small pages: slots grow a lot before its first prefill call."""
+    engine = make_engine(
+        steps_per_call=16, page_size=4, kv_memory=str(20 * 4 * TOKEN_BYTES)
+    )
+    requests = [
+        ([i] * (3 if i % 2 else 20), dict(max_tokens=40, seed=i)) for i in range(12)
+    ]
+    submitted = submit_all(engine, requests)
+    finish(engine)
+    assert engine.counters.preempted and not engine.counters.failures
+    check(engine, submitted)
+
+
 def test_log_probabilities_go_on_where_a_request_lost_its_pages():
     engine, alone = scarce_engine(4, 18, False), make_engine(max_logprobs=2)
     engine = make_engine(

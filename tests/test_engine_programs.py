@@ -75,8 +75,8 @@ def test_the_memory_of_pages_is_planned_and_never_overcommitted():
             make_engine(page_size=size, prefix_block=16, prefix_memory="40KiB")
 
 
-@pytest.mark.parametrize("layout", ["pages", "rows"])
-def test_after_warm_up_nothing_compiles(layout):
+@pytest.mark.parametrize("layout, drafts", [("pages", 0), ("rows", 0), ("rows", 2)])
+def test_after_warm_up_nothing_compiles(layout, drafts):
     long = dataclasses.replace(ENGINE_MODEL, max_length=96)
     # No other test has an engine of these options, whose programs this one could share.
     engine = make_engine(
@@ -89,6 +89,7 @@ def test_after_warm_up_nothing_compiles(layout):
         prefill_budget=16,
         max_length=None,
         max_logit_bias=3 + len(layout),
+        speculate=drafts,
         prefix_memory="1MiB",
         prefix_block=8,
     )
@@ -111,6 +112,7 @@ def test_after_warm_up_nothing_compiles(layout):
     # Options that change what a program computes, not which program it is.
     for i, name in ((2, "prompt_logprobs"), (9, "prompt_logprobs"), (5, "logprobs")):
         requests[i][1][name] = i % 3
+    requests[3] = [5, 9] * 12, dict(max_tokens=8, logit_bias={5: 40.0, 9: 40.0})
     longest = max((prompt for prompt, _ in requests[:5]), key=len)
     requests[13] = longest, requests[13][1]  # its prefix is stored by then
     serving = True
@@ -127,7 +129,9 @@ def test_after_warm_up_nothing_compiles(layout):
     serving = False
     assert engine.counters.reshapes > 2
     assert engine.compiled()[0] == compiled and not compiling
-    assert engine.counters.prefix_tokens
+    assert engine.counters.prefix_tokens and (engine.counters.accepted > 0) == (
+        drafts > 0
+    )
     for request, prompt, options in submitted:
         for name in ("prompt_logprobs", "logprobs"):
             options.pop(name, None)

@@ -22,14 +22,19 @@ policies differ in scheduling alone:
     ours           temporal fusion: the device admits requests inside the jitted loop,
                    and the compiled width follows the load. Requests have pages where
                    these are faster (decode.kv_layout=auto)
+    speculate      the same, and an iteration may emit several tokens of a request: it
+                   drafts `--drafts` of them from the request's own text
+
+The model has random weights. At temperature 0 its outputs soon repeat themselves, which
+is the best case of drafts; at `--temperature 1` they never do, which is the worst.
 
 A load is "saturated", where all requests wait from the start, or a share of the
 capacity: requests then arrive at random (a Poisson process) at that share of the rate
 of "per-token" in its saturated run, until no request waits.
 
 Where prompts share a beginning (the workload "shared"), the policies of temporal fusion
-(no-shuffle, rows, ours) have a prefix cache, which is empty when a run starts: see
-`--prefix-cache`.
+(no-shuffle, rows, ours, speculate) have a prefix cache, which is empty when a run
+starts: see `--prefix-cache`.
 
 The default table takes about five minutes on two cores, one or two of which are XLA's
 compiling.
@@ -111,7 +116,7 @@ BARE_ROUNDS = 6
 # Tokens of the longest prompt and output, without `--prompt` and `--most`: of the
 # workload uniform, and of the others.
 SHORT, LONG = (4, 256), (512, 512)
-FUSION = ("no-shuffle", "rows", "ours")  # the policies of temporal fusion
+FUSION = ("no-shuffle", "rows", "ours", "speculate")  # the policies of temporal fusion
 
 
 @dataclass(frozen=True)
@@ -152,11 +157,15 @@ class Arguments:
     """The most decode iterations of one jitted call."""
     burst_ms: float = 50.0
     """Milliseconds that the iterations of one call may take. 0: no limit."""
+    temperature: float = 0.0
+    """Of all requests. 0: the likeliest token."""
+    drafts: int = 4
+    """The most tokens that the policy speculate drafts."""
     tensor: int = 1
     """Devices to shard the model over."""
     policies: tuple[str, ...] = ("static", "dynamic", "per-token", "ours")
-    """The batching policies to compare: also sequential, concurrent, no-shuffle,
-    rows."""
+    """The batching policies to compare: also sequential, concurrent, no-shuffle, rows,
+    speculate."""
     prefix_cache: Literal["fusion", "all", "none"] = "fusion"
     """Which policies have a prefix cache for the workload shared: those of temporal
     fusion, all (but concurrent), or none."""
@@ -353,6 +362,7 @@ def make_engines(bench: Bench) -> dict[str, dict[str, Any]]:
         bench.model_config,
         bench.mesh,
         [window * 1e-3 * bench.scale for window in arguments.windows],
+        arguments.drafts,
     )
 
     # The blocks of all prompts on the device, and as many again.
@@ -466,7 +476,7 @@ def run_policy(
     arguments = bench.arguments
     _forget(engine)
     before = bench.measure_bare_step(BARE_ROUNDS)
-    requests, seconds = serve(engine, arrivals)
+    requests, seconds = serve(engine, arrivals, temperature=arguments.temperature)
     after = bench.measure_bare_step(BARE_ROUNDS)
     step = (before + after) / 2
     objective = Objective(
@@ -506,8 +516,8 @@ def _traced_figures(engine: Engine, requests: Sequence[Request]) -> dict[str, An
         prefix_bytes=engine.prefixes.used_bytes,
     )
     prompts = {request.number: len(request.prompt) for request in requests}
-    ratio = None
-    if not engine.counters.preempted:
+    ratio = None  # where an iteration may give a request several tokens, or take some
+    if not (engine.counters.preempted or engine.counters.drafted):
         ratio = read_over_alive(history, prompts, cache)
     return dict(
         occupancy_until_last_admission=occupancy_until_last_admission(history),

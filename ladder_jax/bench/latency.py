@@ -102,6 +102,8 @@ def measure(
         goodput=float(np.mean(good)),
         syncs_per_token=counters.syncs / tokens,
         occupancy=counters.occupancy if counters.slot_iterations else None,
+        tokens_per_iteration=counters.accepted_length if counters.busy else None,
+        accepted=counters.accepted / counters.drafted if counters.drafted else None,
     )
 
 
@@ -193,7 +195,8 @@ occupancy: the share of slot iterations that emitted a token, from the first arr
 until the last token; until last: the same until the last request is admitted
 KV MiB: the most keys and values held: what rows allocate, or pages in use
 read/alive: bytes of keys and values that decode steps read, over those of live tokens
-("-": not traced)"""
+("-": not traced); tokens/iteration: of a slot that emits some
+accepted: the share of drafted tokens"""
 Row = Mapping[str, Any]
 
 
@@ -235,5 +238,7 @@ def result_table(rows: Iterable[Row]) -> str:
         Column("of matmul", value("of_matmul", ".1%")),
         Column("goodput", value("goodput", ".0%")),
         Column("syncs/token", value("syncs_per_token", ".4f")),
+        Column("tokens/iteration", value("tokens_per_iteration", ".2f")),
+        Column("accepted", value("accepted", ".0%")),
     ]
     return text_table(columns, rows)

@@ -82,9 +82,9 @@ class Concurrent:
         self.running: deque[SingleRequest] = deque()
         self.counters = Counters()
 
-    def submit(self, prompt: list[int], max_tokens: int) -> Request:
+    def submit(self, prompt: list[int], max_tokens: int, **options: Any) -> Request:
         """Queues a request and returns its handle; see Engine.submit."""
-        request = self.engine.submit(prompt, max_tokens=max_tokens)
+        request = self.engine.submit(prompt, max_tokens=max_tokens, **options)
         self.engine.stepper.queue.remove(request)
         length = round_up(self.engine.capacity.lengths, len(prompt) + max_tokens)
         spec = self.engine.spec
@@ -166,6 +166,7 @@ def make_policies(
     model_config: Model,
     mesh: jax.sharding.Mesh,
     windows: list[float],
+    drafts: int,
 ) -> dict[str, Callable[..., Any]]:
     """The policies of these names: {name: a function that builds its engine}.
 
@@ -178,6 +179,7 @@ def make_policies(
       model_config: the model.
       mesh: the engines' devices.
       windows: seconds that dynamic batching waits for more requests.
+      drafts: the most drafted tokens of the policy speculate.
     Raises ConfigError for an unknown name.
     """
     weights: dict[Any, Any] = {}
@@ -198,7 +200,8 @@ def make_policies(
         )
         # All engines exist at once and share one copy of the weights.
         programs = engine.programs
-        spec = engine.spec._replace(page_size=0)  # weights are the same with pages
+        # Weights are the same with pages and with drafts.
+        spec = engine.spec._replace(page_size=0, speculate=0)
         programs.weights = weights.setdefault(spec, programs.weights)
         return engine
 
@@ -224,6 +227,7 @@ def make_policies(
         "no-shuffle": make(make_engine, fit_shapes=False),
         "rows": make(make_engine, kv_layout="rows"),
         "ours": make_engine,
+        "speculate": make(make_engine, speculate=drafts),
     }
 
     def kind_of(name: str) -> str:

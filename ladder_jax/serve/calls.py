@@ -54,7 +54,7 @@ class UnreadChunk(Chunk):
     length: int  # tokens that each row has memory for
     pages: int  # the most that requests and stored prefixes have; 0: not traced
     prefills: list[PrefillCall]
-    events: decode.Events | None  # [K, W]
+    events: decode.Events | None  # [K, W], or [K (1 + D), W]
     waiting: jax.Array | None  # [R], request numbers in staging after it
     started: float  # seconds of the clock
     # How many programs had been compiled, and shapes changed, before it was started.
@@ -160,10 +160,15 @@ class Calls:
     def prefill(self, budget: int) -> int:
         """Starts one prefill call; returns its number of tokens, padding included.
 
-        It is 0, and there is no call, if no compiled width fits the budget. A call
-        computes one prompt with scores, or several without.
+        It is 0, and there is no call, if no compiled width fits the budget, or if there
+        may be too few pages before other requests end. A call computes one prompt with
+        scores, or several without.
         """
         prefilling = self.tracker.in_phase(Phase.PREFILLING)
+        if self.capacity.page_size:
+            prefilling = self._page_budget().startable(prefilling)
+            if not prefilling:
+                return 0
         scored = prefilling[0].is_scored
         prefilling = [r for r in prefilling if r.is_scored == scored]
         if scored:
@@ -209,6 +214,7 @@ class Calls:
             order,
             self.options.max_stop_ids,
             record.generated,
+            drafts=bool(self.options.speculate),
         )
 
     def _cache_prefix(self, record: Record) -> None:
@@ -324,20 +330,29 @@ class Calls:
         Returns how many there were. It also notes which requests are in the slots after
         the chunk.
         """
-        busy = (events.flag != decode.IDLE) & (events.flag != decode.PREEMPTED)
+        # Of each iteration: 1 + D rows if the engine drafts tokens, else one.
+        rows = self.programs.spec.most_tokens
+        flag_KTW = events.flag.reshape(-1, rows, events.flag.shape[1])
+        request_KW = events.request[::rows]
+        emitted_KTW = (flag_KTW != decode.IDLE) & (flag_KTW != decode.PREEMPTED)
+        busy = emitted_KTW[:, 0]
         iterations = len(busy)
         busy_iterations = np.flatnonzero(busy.any(axis=1))
         last_busy = int(busy_iterations.max(initial=-1))
         if not self.programs.spec.fixed_trip_count:  # it ended after the last event
             iterations = last_busy + 1
-        stays = events.flag[last_busy] == decode.TOKEN
-        numbers = np.where(stays, events.request[last_busy], decode.NO_REQUEST)
+        is_last_TW = np.isin(flag_KTW[last_busy], (decode.LENGTH, decode.STOP))
+        stays = busy[last_busy] & ~is_last_TW.any(axis=0)
+        numbers = np.where(stays, request_KW[last_busy], decode.NO_REQUEST)
         self.slots = numbers.tolist()
         self.counters.iterations += iterations
         self.counters.slot_iterations += iterations * chunk.width
         self.counters.busy += int(busy.sum())
+        if events.drafted is not None:
+            self.counters.drafted += int(events.drafted.sum())
+            self.counters.accepted += int(emitted_KTW[:, 1:].sum())
         if self.history is not None:
-            requests = np.where(busy, events.request, -1)[:iterations]
+            requests = np.where(busy, request_KW, -1)[:iterations]
             self.history.append(
                 TracedChunk(time.perf_counter(), requests, chunk.length, chunk.pages)
             )

@@ -15,6 +15,8 @@ class Counters:
     iterations: int = 0  # of the decode loop
     slot_iterations: int = 0  # the sum over iterations of the compiled width
     busy: int = 0  # the slot iterations that emitted a token
+    drafted: int = 0  # tokens that speculation has guessed
+    accepted: int = 0  # of these, the tokens that were emitted
     prefill_calls: int = 0
     prefill_tokens: int = 0  # computed, without padding
     prefill_padded: int = 0  # computed, with padding
@@ -27,6 +29,11 @@ class Counters:
     def occupancy(self) -> float:
         """The share of slot iterations that emitted a token."""
         return self.busy / max(self.slot_iterations, 1)
+
+    @property
+    def accepted_length(self) -> float:
+        """The mean number of tokens that a request emitted in an iteration."""
+        return (self.busy + self.accepted) / max(self.busy, 1)
 
     def reset(self) -> None:
         """Sets every count to 0."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from ladder_jax import decode, kv_cache, page_kernels, sharding
+from ladder_jax import decode, kv_cache, page_kernels, sharding, speculation
 from ladder_jax.config import ConfigError, Decode, Model, require, to_bytes
 from ladder_jax.data.tokenizer import Tokenizer
 from ladder_jax.hardware import chips
@@ -123,7 +123,16 @@ def _spec(
         fixed_trip_count=options.loop == "fixed" or (options.loop == "auto" and is_gpu),
         reduction=choose.reduction_for(reduction, model_config, mesh),
         weights_dtype=options.weights_dtype,
+        speculate=options.speculate,
+        balance=_balance(platform),
     )
+
+
+def _balance(platform: str) -> int:
+    """Returns DecodeSpec.balance for devices of a platform."""
+    if platform == "cpu":
+        return speculation.BALANCE_CPU
+    return speculation.BALANCE_ACCELERATOR
 
 
 def layout(

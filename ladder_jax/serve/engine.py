@@ -152,6 +152,8 @@ class Engine:
           prompt_logprobs: the same for the tokens of the prompt, see
             Request.prompt_logprobs. The prefix cache does not speed it up.
           priority: -1000 to 1000; higher goes first, equals in order of submission.
+          speculate: whether its tokens may be drafted, if decode.speculate is not 0
+            (default: True). It changes no token.
           logit_bias: {id: value to add to its logit}.
           temperature, ..., seed: see sampling.SamplingParams.
         Raises ConfigError for a value that is not accepted, QueueFull if

@@ -98,7 +98,8 @@ def plan(design: Design) -> MemoryPlan:
     # A pool has the prefixes, too.
     prefixes = cached - keys_values if pool else capacity.memory["prefixes"]
     shapes = capacity.prefill_shapes(capacity.lengths[-1])
-    rows = max(capacity.slots, *(count for _, count, _ in shapes))
+    slot_rows = capacity.slots * design.spec.most_tokens
+    rows = max(slot_rows, *(count for _, count, _ in shapes))
     logits = rows * design.model_config.vocab_size * FLOAT_BYTES
     return MemoryPlan(
         weights=sum(_bytes(abstract_weights(design))),

@@ -5,13 +5,13 @@ the most that each may have. So the device never lacks a page for an admitted pr
 may lack one for a slot that grows later (decode_pages.grow).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.prefix_cache import PrefixCache
 from ladder_jax.serve.request import Request
 from ladder_jax.serve.scheduler import Work, most_tokens
-from ladder_jax.serve.tracker import Chunk, Tracker, whole_prompt, work_of
+from ladder_jax.serve.tracker import Chunk, Record, Tracker, whole_prompt, work_of
 
 
 class PageBudget:
@@ -47,8 +47,15 @@ class PageBudget:
         return {id(block) for block in self.prefixes.blocks()}
 
     def most_pages(self, work: Work) -> int:
-        """Returns the most pages that a request may have when unread chunks end."""
-        tokens = max(work.prompt, most_tokens(work, work.unread_steps) - 1)
+        """Returns the most pages that a request may have when unread chunks end.
+
+        Its last iteration may have left it pages for drafted tokens.
+        """
+        drafted = self.capacity.options.speculate
+        steps = work.unread_steps * (1 + drafted)
+        if work.emitted:
+            steps += drafted
+        tokens = max(work.prompt, most_tokens(work, steps) - 1)
         return self._pages(tokens)
 
     def _pages(self, tokens: int) -> int:
@@ -72,3 +79,34 @@ class PageBudget:
             self.prefixes.evict(kept=shared)
         self._own, self._shared, self.reserve = own, shared, self.reserve + 1
         return True
+
+    def startable(self, records: Sequence[Record]) -> list[Record]:
+        """Returns the first of these records that prefill can go on with.
+
+        They have their pages, or there are enough for them now. Since their admission,
+        slots may have taken pages that were free then. It evicts stored prefixes if
+        there are enough without them.
+
+        records: all that are prefilling, in their order.
+        """
+        size = self.capacity.options.prefix_block
+        missing = [
+            0 if record.computed > len(record.blocks) * size else self._missing(record)
+            for record in records
+        ]
+        free = self.capacity.page_count - self._own + sum(missing)
+        ready = []
+        for record, count in zip(records, missing):
+            free -= count
+            if count and len(self._shared) * self.block_pages > free:
+                break
+            while (
+                count and len(self._stored() | self._shared) * self.block_pages > free
+            ):
+                self.prefixes.evict(kept=self._shared)
+            ready.append(record)
+        return ready
+
+    def _missing(self, record: Record) -> int:
+        """Returns the pages of a prompt, without those of its shared prefix."""
+        return self._pages(len(record.prompt)) - len(record.blocks) * self.block_pages

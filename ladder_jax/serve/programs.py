@@ -13,6 +13,7 @@ from ladder_jax import (
     decode_shapes,
     decode_state,
     decode_weights,
+    speculation,
 )
 from ladder_jax.model import Transformer, Unstacked
 from ladder_jax.serve import packing
@@ -234,6 +235,8 @@ def padding_prompts(
     """Returns the arguments of a prefill call of `count` rows of padding."""
     padding_row = packing.Piece(capacity.staging_size, 0, width, False)
     state = decode_state.empty_slots(1, spec)._replace(history=None, table=None)
+    if state.drafting is not None:
+        state = state._replace(drafting=state.drafting._replace(tokens=None))
     return packing.pack(
         [padding_row] * count,
         width,
@@ -256,15 +259,24 @@ def slot_state(
     admission_order: int,
     max_stop_ids: int,
     generated: int = 0,
+    drafts: bool = False,
 ) -> decode.SlotState:
     """Returns the decode.SlotState [1] of a request, NumPy arrays.
 
     admission_order: the device admits the staged request with the lowest one first.
     generated: the tokens that the request has generated before it lost its slot.
+    drafts: whether the engine drafts tokens, see speculation.py.
     """
 
     stop_ids = submission.stop_token_ids
     padding = [decode.NO_REQUEST] * (max_stop_ids - len(stop_ids))
+    drafting = None
+    if drafts:
+        drafting = speculation.Drafting(
+            tokens=None,
+            allowed=array(submission.speculate, bool),
+            rate=array(speculation.FIRST_RATE, np.float32),
+        )
     return decode.SlotState(
         request=array(number),
         active=array(False, bool),
@@ -276,6 +288,7 @@ def slot_state(
         stops=array([*stop_ids, *padding]),
         logprobs=array(submission.logprobs is not None, bool),
         sampling=submission.params,
-        history=None,  # prefill sets it, and the table
+        history=None,  # prefill sets it, the table and the drafting's tokens
         table=None,
+        drafting=drafting,
     )

@@ -58,6 +58,7 @@ class Limits:
     # For how many steps of the engine a smaller shape must suffice before the state
     # shrinks.
     patience: int
+    tokens_per_step: int = 1  # the most tokens that a request gets in an iteration
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def fit_shape(load: Load, limits: Limits) -> tuple[int, int, int]:
     count = len(works) + load.cancelled
     if not limits.fit_shapes or not count:
         return load.width, load.length, load.smaller_steps
-    steps = limits.steps_per_call * (load.unread_chunks + 1)
+    steps = limits.steps_per_call * (load.unread_chunks + 1) * limits.tokens_per_step
     longest = max((most_tokens(work, steps) for work in works), default=0)
     width = round_up(limits.widths, min(count, limits.slots))
     length = round_up(limits.lengths, longest)
@@ -146,7 +147,10 @@ def fit_shape(load: Load, limits: Limits) -> tuple[int, int, int]:
 
 
 def most_tokens(work: Work, steps: int) -> int:
-    """Returns the most tokens that a request has after so many more iterations."""
+    """Returns the most tokens that a request has after so many more iterations.
+
+    steps: iterations that emit a token each; of one that may emit several, as many.
+    """
     first_token = 1  # prefill emits it, no iteration does
     return work.prompt + min(work.max_tokens, work.emitted + steps + first_token)
 

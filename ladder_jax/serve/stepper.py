@@ -63,6 +63,7 @@ class Stepper:
             fit_shapes=options.fit_shapes,
             fixed_trip_count=programs.spec.fixed_trip_count,
             patience=PATIENCE,
+            tokens_per_step=programs.spec.most_tokens,
         )
         self.counters = Counters()
         self.pace = Pace(options.burst_ms, options.steps_per_call, capacity.widths)

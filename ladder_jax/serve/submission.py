@@ -51,6 +51,7 @@ class SubmitOptions(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     priority: int
+    speculate: bool
     logit_bias: Mapping[int, float] | None
     temperature: float
     top_k: int
@@ -74,6 +75,7 @@ class Submission:
     logprobs: int | None
     prompt_logprobs: int | None
     priority: int
+    speculate: bool
     params: SamplingParams
 
 
@@ -143,6 +145,7 @@ def options_table(
             lambda value: integer(value, -MAX_PRIORITY, MAX_PRIORITY),
             f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}",
         ),
+        "speculate": Option(True, boolean, "True or False"),
     }
 
 

@@ -170,6 +170,11 @@ class _EngineCollector:
                 "Times that a request lost its slot because pages ran out",
                 counters.preempted,
             ),
+            "drafted_tokens": ("Tokens that speculation guessed", counters.drafted),
+            "accepted_tokens": (
+                "Guessed tokens that became tokens of outputs",
+                counters.accepted,
+            ),
             "device_errors": ("Steps that an error ended", counters.failures),
             "compiles_after_ready": (
                 "Programs compiled while serving",

@@ -94,6 +94,8 @@ class Generate(RequestBody):
     """The tokens that end a generation do not end this one."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     """Requests with a higher one leave the queue first."""
+    speculate: bool | None = None
+    """false: draft no tokens of this output, if the server does (--speculate)."""
     response_format: ResponseFormat | None = None
     # Of OpenAI's API, without an effect here.
     user: str | None = None

@@ -173,6 +173,7 @@ def _engine_options(wanted: Wanted) -> dict[str, Any]:
         for name in (
             *("top_p", "min_p", "presence_penalty", "frequency_penalty"),
             *("repetition_penalty", "logit_bias", "priority", "stop", "min_tokens"),
+            "speculate",
         )
         if (value := getattr(body, name)) is not None
     }
