@@ -12,8 +12,7 @@ from ladder_jax.bench.decode_loads import Load, read_loads
 from ladder_jax.bench.sizes import DECODE_SIZES
 from ladder_jax.bench.workloads import WORKLOADS, Arrival, arriving, make_workload
 from ladder_jax.config import ConfigError, Model
-from ladder_jax.serve.calls import TracedChunk
-from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.counters import Counters, TracedChunk
 
 # ---------------------------------------------------------------- workloads
 

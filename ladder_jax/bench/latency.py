@@ -8,14 +8,13 @@ import numpy as np
 from ladder_jax.bench.workloads import Arrival
 from ladder_jax.planner.tables import Column, text_table
 from ladder_jax.serve import reads
-from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.counters import Counters, TracedChunk
 
-if TYPE_CHECKING:  # they import JAX, and the load generator has no use for that
-    from ladder_jax.serve.calls import TracedChunk
+if TYPE_CHECKING:  # it imports JAX, and the load generator has no use for that
     from ladder_jax.serve.request import Request
 
 PERCENTILES = (50, 90, 99)
-History = Sequence["TracedChunk"]
+History = Sequence[TracedChunk]
 
 
 class Objective(NamedTuple):

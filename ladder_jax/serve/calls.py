@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from ladder_jax.config import Decode
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.capacity import Capacity
-from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.counters import Counters, TracedChunk
 from ladder_jax.serve.events import deliver_events, deliver_scores
 from ladder_jax.serve.pace import Pace
 from ladder_jax.serve.page_budget import PageBudget
@@ -59,18 +59,6 @@ class UnreadChunk(Chunk):
     started: float  # seconds of the clock
     # How many programs had been compiled, and shapes changed, before it was started.
     compiled: tuple[int, int]
-
-
-class TracedChunk(NamedTuple):
-    """What a chunk did: an entry of Engine.history."""
-
-    seconds: float  # of the clock, when the host had read it
-    # [K, W]: the number of the request that each slot decoded in each iteration, or -1.
-    requests: np.ndarray
-    length: int  # tokens that each row has memory for
-    # The most pages that requests and stored prefixes may have had when it ended; 0
-    # without pages.
-    pages: int
 
 
 class Calls:

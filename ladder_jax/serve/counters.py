@@ -1,6 +1,9 @@
-"""Counts of an engine's work: requests, tokens, chunks, prefill calls."""
+"""Counts of an engine's work, and its trace: what every chunk did."""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
 
 
 @dataclass
@@ -39,3 +42,15 @@ class Counters:
         """Sets every count to 0."""
         for field in fields(self):
             setattr(self, field.name, 0)
+
+
+class TracedChunk(NamedTuple):
+    """What a chunk did: an entry of Engine.history."""
+
+    seconds: float  # of the clock, when the host had read it
+    # [K, W]: the number of the request that each slot decoded in each iteration, or -1.
+    requests: np.ndarray
+    length: int  # tokens that each row has memory for
+    # The most pages that requests and stored prefixes may have had when it ended; 0
+    # without pages.
+    pages: int

@@ -61,7 +61,7 @@ class Engine:
       reduction: a name of reductions.REDUCTIONS, or "auto", see choose.reduction_for.
       scheduler: decides what a step does, see scheduler.plan_step.
       trace: whether `history` records which request every slot decoded in every
-        iteration. It has a calls.TracedChunk for every chunk.
+        iteration. It has a counters.TracedChunk for every chunk.
       pipelined: whether the host starts a chunk before it reads the events of the
         previous one.
     Raises ConfigError if the options do not fit the model, the mesh or the memory.

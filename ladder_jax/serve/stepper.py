@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ladder_jax.config import Decode
-from ladder_jax.serve.calls import Calls, TracedChunk
+from ladder_jax.serve.calls import Calls
 from ladder_jax.serve.capacity import Capacity
-from ladder_jax.serve.counters import Counters
+from ladder_jax.serve.counters import Counters, TracedChunk
 from ladder_jax.serve.pace import Pace
 from ladder_jax.serve.prefix_cache import PrefixCache
 from ladder_jax.serve.programs import Programs
