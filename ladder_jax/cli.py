@@ -160,6 +160,11 @@ class PlanArguments:
     """Of decode's cache: rows of `context` tokens, or pages. auto: as in an engine."""
     tokens: int | None = None
     """Tokens that decode's requests have together. None: batch x context."""
+    drafts: int = 0
+    """Plan a decode step that computes so many drafted tokens of each request, too
+    (speculation), beside the step without them."""
+    accepted: float | None = None
+    """Tokens that a pass with drafts gives a request on average. None: all."""
     compare: bool = False
     """Compare the schedules standard, parallel, ladder, hybrid, desync and dtp, and a
     model that does not communicate."""

@@ -47,6 +47,18 @@ WRONG = [
         ["--target", "v5e:2x4", "--lengths", "x.toml", "--context", "9"],
         "leave out --context",
     ),
+    (["--target", "v5e:2x4", "--accepted", "2"], "give --drafts, too"),
+    (["--target", "v5e:2x4", "--drafts", "2", "--compare"], "leave out --compare"),
+    (["--target", "v5e:2x4", "--drafts", "-1"], "it must be 1 or more"),
+    (["--target", "v5e:2x4", "--drafts", "9", "--context", "9"], "and context=9"),
+    (
+        [*"--target v5e:2x4 --workload train --drafts 2".split()],
+        "it must be 0 but for decode",
+    ),
+    (
+        [*"--target v5e:2x4 --drafts 2 --accepted 3.5".split()],
+        "from 1 to 1 + drafts = 3",
+    ),
     (["--target", "v5e:2x4", "--lengths", "x.csv"], "it must be a .toml or .jsonl"),
     (["--target", "v5e:2x4", "--lengths", "x.toml"], "x.toml' cannot be read"),
     (
@@ -227,6 +239,27 @@ def test_the_command_compares_schedules(plan_on_cpu):
     steps = {row["variant"]: row["totals"]["step_us"] for row in rows}
     assert min(steps, key=steps.get) == "no communication"
     assert steps["standard, fastest lossless"] < steps["standard, psum"]
+
+
+# ---------------------------------------------------------------- drafts
+
+
+def test_the_command_plans_drafts_beside_the_step_without_them(plan_on_cpu):
+    plain = json.loads(plan_on_cpu("--json"))
+    plan = json.loads(plan_on_cpu("--drafts", "3", "--accepted", "2.5", "--json"))
+    drafts, alone = plan["drafts"], plan["drafts"]["plain"]
+    assert (drafts["drafts"], drafts["tokens_a_pass"]) == (3, 2.5)
+    assert alone["step_us"] == pytest.approx(plain["totals"]["step_us"])
+    assert drafts["drafted"]["step_us"] == plan["totals"]["step_us"]
+    assert drafts["drafted"]["step_us"] > alone["step_us"]  # four times the rows
+    assert drafts["drafted"]["us_a_token"] == plan["totals"]["step_us"] / 2.5
+    # A pass has the collectives of a step.
+    one, both = alone["collectives_a_token"], drafts["drafted"]["collectives_a_token"]
+    assert one == sum(row["count"] for row in plain["collectives"]) > 0
+    assert both == pytest.approx(one / 2.5)
+    last = plan_on_cpu("--drafts", "3").splitlines()[-1]
+    assert last.startswith("with 3 drafted tokens a pass takes ")
+    assert "At 4 tokens a pass" in last and last.endswith(f"instead of {one:,.1f}")
 
 
 # ---------------------------------------------------------------- mixed lengths

@@ -19,9 +19,15 @@ def run(config: Config, args: Any) -> str:
     Raises ConfigError for arguments that are not accepted.
     """
     request = make_request(config, args)
+    if args.accepted is not None and not args.drafts:
+        raise ConfigError("--accepted is of a pass with drafts: give --drafts, too")
+    if args.drafts and (args.compare or args.lengths):
+        raise ConfigError("--drafts plans one step: leave out --compare and --lengths")
     if args.compare:
         return _run_comparison(request, args)
-    if args.lengths:
+    if args.drafts:
+        plan = planning.drafted_plan(request, args.drafts, args.accepted)
+    elif args.lengths:
         if args.context is not None:
             raise ConfigError("--lengths says the context: leave out --context")
         plan = planning.mixed_plan(request, args.lengths)

@@ -44,6 +44,7 @@ class Request(NamedTuple):
     # an engine takes.
     kv_layout: str = "rows"
     tokens: int | None = None  # decode: of all rows together; None: batch x context
+    drafts: int = 0  # decode: drafted tokens of a row, beside the new one
 
     @property
     def alive(self) -> int:
@@ -176,12 +177,19 @@ def make_program(
             request.config, model=model_config, train=train_config
         )
         return training_step(whole, mesh)
-    tokens = 1 if request.workload == "decode" else request.context
+    is_decode = request.workload == "decode"
+    tokens = 1 + request.drafts if is_decode else request.context
     reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
     if request.kv_layout == "pages":
         return decode_in_pages(request, model_config, mesh, reduction)
     return forward_pass(
-        model_config, mesh, request.batch, tokens, request.context, reduction
+        model_config,
+        mesh,
+        request.batch,
+        tokens,
+        request.context,
+        reduction,
+        reads_all=is_decode,
     )
 
 
@@ -192,6 +200,7 @@ def forward_pass(
     tokens: int,
     context: int,
     reduction: Any,
+    reads_all: bool,
 ) -> Program:
     """The logits after `tokens` new tokens in each of `batch` rows.
 
@@ -201,9 +210,10 @@ def forward_pass(
       model_config: the model.
       mesh: its devices.
       batch: rows over all devices.
-      tokens: new tokens of a row: 1 in decode.
+      tokens: new tokens of a row: 1 in decode, or with drafts 1 more than these.
       context: positions of the cache.
       reduction: of `model.hidden`.
+      reads_all: whether there are logits after each of them, or after the last.
     """
     parameters = unstacked_parameters(model_config)
     specs = sharding.parameter_specs(parameters)
@@ -214,7 +224,7 @@ def forward_pass(
         parameters: Any, tokens_BT: jax.Array, positions_BT: jax.Array, cache: list[KV]
     ) -> tuple[jax.Array, list[KV]]:
         read_BR = None
-        if tokens > 1:
+        if tokens > 1 and not reads_all:
             read_BR = jnp.full((tokens_BT.shape[0], 1), tokens - 1)
         x_B1D, cache = model.hidden(
             parameters,
@@ -229,7 +239,7 @@ def forward_pass(
 
     in_specs = (specs, sharding.TOKENS, sharding.TOKENS, cache_specs)
     cache_format = None
-    if tokens == 1 and model_config.head_dim % LANES:
+    if reads_all and model_config.head_dim % LANES:
         # XLA may choose the cache's layout, as it does in the engine's loop. Where
         # heads fill a TPU's lanes it takes JAX's own layout.
         cache_format = jax.tree.map(
@@ -254,7 +264,7 @@ def decode_in_pages(
     mesh: jax.sharding.Mesh,
     reduction: Any,
 ) -> Program:
-    """`forward_pass` of one new token a row, with keys and values in pages.
+    """`forward_pass` of a decode step, with keys and values in pages.
 
     There are the pages that attention reads for the request's tokens, and no others, so
     that the bytes of this argument are those that the kernel reads.
@@ -281,30 +291,31 @@ def decode_in_pages(
 
     def local(
         parameters: Any,
-        tokens_B1: jax.Array,
-        positions_B1: jax.Array,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
         table_BM: jax.Array,
         pool: Any,
     ) -> tuple[jax.Array, Any]:
-        last_B = positions_B1[:, 0]
+        last_B = positions_BT[:, -1]
         reads = pages.reads(table_BM, last_B, last_B >= 0, size, count, kernel)
-        x_B1D, pool = model.hidden(
+        x_BTD, pool = model.hidden(
             parameters,
             model_config,
-            tokens_B1,
-            positions_B1,
+            tokens_BT,
+            positions_BT,
             cache=pool,
             pages_read=reads,
             reduction=reduction,
         )
-        return model.logits(parameters, model_config, x_B1D), pool
+        return model.logits(parameters, model_config, x_BTD), pool
 
     in_specs = (specs, sharding.TOKENS, sharding.TOKENS, sharding.TOKENS, pool_specs)
     function = jax.jit(
         sharding.shard_map(local, mesh, in_specs, (sharding.LOGITS, pool_specs)),
         donate_argnums=4,
     )
-    ids = jax.ShapeDtypeStruct((request.batch, 1), jnp.int32)
+    new = 1 + request.drafts
+    ids = jax.ShapeDtypeStruct((request.batch, new), jnp.int32)
     entries = -(-request.context // size)
     table = jax.ShapeDtypeStruct((request.batch, entries), jnp.int32)
     arguments = parameters, ids, ids, table, pool

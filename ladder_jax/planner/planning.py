@@ -8,7 +8,7 @@ import jax
 
 from ladder_jax.config import Config, ConfigError, Mesh, require
 from ladder_jax.hardware import aot
-from ladder_jax.planner import lanes, lengths, tables
+from ladder_jax.planner import drafts, lanes, lengths, tables
 from ladder_jax.planner.plan import Request, build, kernel_of, make_mesh_for
 from ladder_jax.planner.report import make_report, make_timeline
 from ladder_jax.planner.timeline import Timeline
@@ -169,6 +169,23 @@ def mixed_plan(request: Request, path: str) -> Plan:
     return dataclasses.replace(plans["rows"], report=report)
 
 
+def drafted_plan(request: Request, count: int, accepted: float | None) -> Plan:
+    """The plan of a decode step with `count` drafted tokens a request.
+
+    Its report has an entry more, "drafts", that compares the step without them.
+
+    Args:
+      request: of the step.
+      count: D.
+      accepted: tokens that a pass gives a request, from 1 to 1 + D. None: 1 + D.
+    """
+    accepted = drafts.check(request, count, accepted)
+    plain, drafted = plan_of(request), plan_of(request._replace(drafts=count))
+    compared = drafts.compare(plain.report, drafted.report, count, accepted)
+    report = drafted.report | dict(drafts=compared)
+    return dataclasses.replace(drafted, report=report)
+
+
 def make_request(
     config: Config,
     target: str,
@@ -275,7 +292,7 @@ def _cache_lines(cache: dict[str, Any] | None) -> list[str]:
 
 def plan_text(report: dict[str, Any]) -> str:
     """The plan as text: one line for each collective, then the totals and the memory,
-    and rows against pages if lengths are mixed.
+    and rows against pages if lengths are mixed, or what drafts change.
 
     Args:
       report: see report.make_report.
@@ -300,5 +317,6 @@ def plan_text(report: dict[str, Any]) -> str:
             *_cache_lines(report.get("cache")),
             f"{sizes} (GB a device): {fits}",
             *([lengths.text(report["lengths"])] if "lengths" in report else []),
+            *([drafts.text(report["drafts"])] if "drafts" in report else []),
         ]
     )
