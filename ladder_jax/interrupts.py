@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -67,6 +68,9 @@ class StopSignal(contextlib.AbstractContextManager):
         return signal.Signals(sent) if sent else None
 
 
+IMPORT_SECONDS = 5.0
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C. `made_by` gets a reference to it that does not keep it alive."""
 
@@ -85,7 +89,8 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
 
     JAX has a callback in the garbage collection, where an exception may also end the
     process with a segmentation fault: the interrupt waits until callbacks of the
-    collection have returned.
+    collection have returned. Libraries that are interrupted while they are imported
+    print tracebacks of their own: it waits for an import, too, up to IMPORT_SECONDS.
 
     It does nothing outside the main thread, and where Ctrl-C is ignored (`nohup`, jobs
     in the background).
@@ -96,6 +101,7 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self.pressed = False
+        self._pressed_at = 0.0  # seconds of time.monotonic
         self.raised: weakref.ref[Interrupted] | None = None
         self._previous_handlers: dict[signal.Signals, Any] = {}
         self._previous_hook: Any = None
@@ -123,6 +129,7 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
     def _pressed(self, number: int, frame: FrameType | None) -> None:
         if not self.pressed:  # others may use the timer until then
             self._handle(signal.SIGALRM, self._again)
+            self._pressed_at = time.monotonic()
         self.pressed = True
         self._raise(frame)
 
@@ -133,7 +140,8 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
             self._raise(frame)
 
     def _raise(self, frame: FrameType | None) -> None:
-        if _is_collecting(frame):
+        may_import = time.monotonic() < self._pressed_at + IMPORT_SECONDS
+        if _is_collecting(frame) or (may_import and _is_importing(frame)):
             self.raised = None
             signal.setitimer(signal.ITIMER_REAL, 0.001)
             return
@@ -152,6 +160,15 @@ def _is_collecting(frame: FrameType | None) -> bool:
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether `frame` runs in the import of a module."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False

@@ -94,6 +94,25 @@ def test_an_interrupt_that_gets_lost_comes_again(way, capfd):
     assert capfd.readouterr().err == ""  # and Python says nothing about the lost one
 
 
+@pytest.mark.parametrize("seconds, ends", [(5.0, True), (0.0, False)])
+def test_an_interrupt_waits_for_an_import(tmp_path, monkeypatch, seconds, ends):
+    """It waits up to IMPORT_SECONDS."""
+    (tmp_path / "slow_to_import.py").write_text(
+        "import signal, sys\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+        "sys.imported_to_its_end = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "imported_to_its_end", False, raising=False)
+    monkeypatch.delitem(sys.modules, "slow_to_import", raising=False)
+    monkeypatch.setattr(interrupts, "IMPORT_SECONDS", seconds)
+    with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
+        import slow_to_import  # noqa: F401
+
+        work(5)
+    assert sys.imported_to_its_end == ends
+
+
 def test_cleanup_that_takes_long_is_not_disturbed():
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
@@ -277,7 +296,7 @@ def check_files(files, whole, where):
 
 @pytest.mark.parametrize("name", ["generate", "from-hf", "to-hf"])
 def test_ctrl_c_in_some_commands(tmp_path, inputs, name):
-    interrupt(tmp_path, inputs, name, [f"{random.uniform(0.02, 0.9):.3f}"])
+    interrupt(tmp_path, inputs, name, ["0.5"])
 
 
 @pytest.mark.slow
