@@ -40,6 +40,7 @@ ROWS = {
         "decode_state",
         "decode_scores",
         "decode_shapes",
+        "decode_step",
         "decode_weights",
         "sampling",
         "speculation",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import decode, decode_shapes, decode_state, kv_cache
+from ladder_jax import decode, decode_shapes, decode_state, decode_step, kv_cache
 from ladder_jax.config import Model
 from ladder_jax.quantised import quantise
 
@@ -123,7 +123,7 @@ def test_the_lowest_admission_order_takes_the_first_free_slot(fixed_trip_count):
         ),
         None,
     )
-    after = jax.jit(functools.partial(decode.admit_all, spec))(state)
+    after = jax.jit(functools.partial(decode_step.admit_all, spec))(state)
     slots, staging = after.slots.state, after.staging.state
     assert slots.request.tolist() == [6, 4, 7]
     assert slots.token.tolist()[::2] == [2, 3]

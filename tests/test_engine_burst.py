@@ -10,7 +10,7 @@ import pytest
 from engines import run
 from helpers import make_engine, make_requests, tokens_alone
 
-from ladder_jax import decode
+from ladder_jax import decode_state
 from ladder_jax.serve import calls
 
 device_get = jax.device_get
@@ -30,7 +30,7 @@ class SlowDevice:
         results = device_get(arrays)
         is_chunk = type(results) is tuple and len(results) == 3
         if is_chunk and results[1] is not None:
-            busy = (results[1].flag != decode.IDLE).any(axis=1)
+            busy = (results[1].flag != decode_state.IDLE).any(axis=1)
             fixed = self.engine.programs.spec.fixed_trip_count
             self.now += self.seconds * (len(busy) if fixed else int(busy.sum()))
         return results

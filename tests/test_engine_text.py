@@ -13,7 +13,7 @@ from helpers import make_engine, text_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import decode
+from ladder_jax import decode_state
 from ladder_jax.data import tokenizer
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve.counters import Counters
@@ -63,18 +63,18 @@ def deliver(tok, prompt, ids, sizes, stop=(), logprobs=None):
     start, tokens = 0, []
     for size in [*sizes, len(ids)]:
         chunk = ids[start : start + size]
-        events = decode.Events(
+        events = decode_state.Events(
             *(np.zeros((len(chunk) + 1, 2), np.int32) for _ in range(3)),
             np.zeros((len(chunk) + 1, 2), np.float32),
             *(np.zeros((len(chunk) + 1, 2, 5), dtype) for dtype in "if"),
         )
         events.request[:] = 7
-        events.request[:, 0], events.flag[:, 0] = 8, decode.TOKEN
+        events.request[:, 0], events.flag[:, 0] = 8, decode_state.TOKEN
         for i, token in enumerate(chunk):
             number = start + i
             is_last = number == len(ids) - 1
             events.token[i, 1] = token
-            events.flag[i, 1] = decode.LENGTH if is_last else decode.TOKEN
+            events.flag[i, 1] = decode_state.LENGTH if is_last else decode_state.TOKEN
             events.logprob[i, 1] = -number
             events.top_ids[i, 1] = number + np.arange(5)
             events.top_logprobs[i, 1] = -number - np.arange(5)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import decode, sampling
+from ladder_jax import decode_state, sampling
 from ladder_jax.serve import packing
 
 SIZES = [4, 8, 16]
@@ -51,7 +51,7 @@ def test_a_call_takes_as_many_prompts_as_fit():
 
 
 def test_rows_of_padding_have_no_staging_index():
-    row = decode.SlotState(
+    row = decode_state.SlotState(
         *(np.zeros(1, np.int32),) * 9, sampling.make_params(None, 2, 32), None, None
     )
     pieces = [packing.Piece(5, 0, 3, False), packing.Piece(2, 2, 2, True)]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import decode, decode_scores
+from ladder_jax import decode_scores, decode_state
 from ladder_jax.config import Decode
 from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
@@ -38,7 +38,7 @@ class PrefillCall:
 
     pieces: list[packing.Piece]
     records: list[Record]  # of the request of each piece
-    events: decode.Events  # [P]
+    events: decode_state.Events  # [P]
     scores: decode_scores.Scores | None  # [P, T], if the requests want them
 
 
@@ -54,7 +54,7 @@ class UnreadChunk(Chunk):
     length: int  # tokens that each row has memory for
     pages: int  # the most that requests and stored prefixes have; 0: not traced
     prefills: list[PrefillCall]
-    events: decode.Events | None  # [K, W], or [K (1 + D), W]
+    events: decode_state.Events | None  # [K, W], or [K (1 + D), W]
     waiting: jax.Array | None  # [R], request numbers in staging after it
     started: float  # seconds of the clock
     # How many programs had been compiled, and shapes changed, before it was started.
@@ -72,8 +72,8 @@ class Calls:
       put_back: queues a request again that the device has preempted.
 
     tracker: the phases of the requests. slots: the request number in each slot after
-    the last chunk that the host has read, or decode.NO_REQUEST. unread: the chunks that
-    the host has not read, the oldest first.
+    the last chunk that the host has read, or decode_state.NO_REQUEST. unread: the
+    chunks that the host has not read, the oldest first.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Calls:
                 self._cache_prefix(record)
         return prompts.tokens.size
 
-    def _slot_state(self, record: Record) -> decode.SlotState:
+    def _slot_state(self, record: Record) -> decode_state.SlotState:
         request = record.request
         order = record.ticket - request.priority * TICKETS
         return slot_state(
@@ -303,12 +303,12 @@ class Calls:
         """Delivers the scores, and the first tokens of prompts that are complete."""
         if scores is not None:
             deliver_scores(scores, call.pieces, call.records, self.counters)
-        if (events.flag == decode.PREEMPTED).any():
+        if (events.flag == decode_state.PREEMPTED).any():
             raise RuntimeError("the device had too few pages for an admitted prompt")
         one_iteration = jax.tree.map(lambda x: x[None], events)  # [1, P]
         deliver_events(one_iteration, self.tracker, self.counters)
         for piece, record, flag in zip(call.pieces, call.records, events.flag):
-            if piece.last and flag != decode.TOKEN:  # it never waits for a slot
+            if piece.last and flag != decode_state.TOKEN:  # it never waits for a slot
                 self.tracker.finish(record, device_ended=True)
                 self.tracker.free_row(record)
 
@@ -322,16 +322,20 @@ class Calls:
         rows = self.programs.spec.most_tokens
         flag_KTW = events.flag.reshape(-1, rows, events.flag.shape[1])
         request_KW = events.request[::rows]
-        emitted_KTW = (flag_KTW != decode.IDLE) & (flag_KTW != decode.PREEMPTED)
+        emitted_KTW = (flag_KTW != decode_state.IDLE) & (
+            flag_KTW != decode_state.PREEMPTED
+        )
         busy = emitted_KTW[:, 0]
         iterations = len(busy)
         busy_iterations = np.flatnonzero(busy.any(axis=1))
         last_busy = int(busy_iterations.max(initial=-1))
         if not self.programs.spec.fixed_trip_count:  # it ended after the last event
             iterations = last_busy + 1
-        is_last_TW = np.isin(flag_KTW[last_busy], (decode.LENGTH, decode.STOP))
+        is_last_TW = np.isin(
+            flag_KTW[last_busy], (decode_state.LENGTH, decode_state.STOP)
+        )
         stays = busy[last_busy] & ~is_last_TW.any(axis=0)
-        numbers = np.where(stays, request_KW[last_busy], decode.NO_REQUEST)
+        numbers = np.where(stays, request_KW[last_busy], decode_state.NO_REQUEST)
         self.slots = numbers.tolist()
         self.counters.iterations += iterations
         self.counters.slot_iterations += iterations * chunk.width

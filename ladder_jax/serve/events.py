@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ladder_jax import decode
+from ladder_jax import decode_state
 from ladder_jax.decode_scores import Scores
 from ladder_jax.serve.counters import Counters
 from ladder_jax.serve.packing import Piece
@@ -17,8 +17,8 @@ class RequestEvent(NamedTuple):
     """One event of a request."""
 
     token: int
-    flag: int  # decode.TOKEN, LENGTH, STOP or PREEMPTED
-    position: tuple[int, int]  # in the arrays [K, W] of decode.Events
+    flag: int  # decode_state.TOKEN, LENGTH, STOP or PREEMPTED
+    position: tuple[int, int]  # in the arrays [K, W] of decode_state.Events
 
 
 def deliver_scores(
@@ -49,18 +49,18 @@ def deliver_scores(
 def deliver_events(events: Any, tracker: Tracker, counters: Counters) -> list[Record]:
     """Delivers all events to their requests, in the order of the iterations.
 
-    events: decode.Events [K, W], NumPy arrays.
+    events: decode_state.Events [K, W], NumPy arrays.
     Returns the requests that the device has preempted and that are not done.
     """
     preempted = []
     requests, tokens = events.request.tolist(), events.token.tolist()
     flags = events.flag.tolist()
     by_request: dict[int, list[RequestEvent]] = {}
-    for i, j in np.argwhere(events.flag != decode.IDLE).tolist():
+    for i, j in np.argwhere(events.flag != decode_state.IDLE).tolist():
         event = RequestEvent(tokens[i][j], flags[i][j], (i, j))
         by_request.setdefault(requests[i][j], []).append(event)
     for number, request_events in by_request.items():
-        is_preempted = request_events[-1].flag == decode.PREEMPTED
+        is_preempted = request_events[-1].flag == decode_state.PREEMPTED
         counters.tokens += len(request_events) - is_preempted
         if record := tracker.get(number):
             ended = deliver_to_request(record, request_events, events, tracker)
@@ -78,7 +78,7 @@ def deliver_to_request(
 ) -> bool:
     """Delivers one request's events, up to its end. Returns whether they end it."""
     request = record.request
-    device_ended = request_events[-1].flag != decode.TOKEN
+    device_ended = request_events[-1].flag != decode_state.TOKEN
     if request.finish:  # the client cancelled it, or a stop string ended it
         if device_ended:
             tracker.finish(record, device_ended=True)
@@ -87,7 +87,7 @@ def deliver_to_request(
     finish: str | None = None
     error: Exception | None = None
     for event in request_events:
-        if event.flag == decode.PREEMPTED:
+        if event.flag == decode_state.PREEMPTED:
             break
         try:
             finish = append_output(request, event, events, output)
@@ -108,8 +108,8 @@ def append_output(
 
     Returns Request.finish if the event ends the request, else None.
     """
-    finish = {decode.STOP: "stop", decode.LENGTH: "length"}.get(event.flag)
-    is_stop_id = event.flag == decode.STOP
+    finish = {decode_state.STOP: "stop", decode_state.LENGTH: "length"}.get(event.flag)
+    is_stop_id = event.flag == decode_state.STOP
     text = ""
     if request.text_filter:
         if not is_stop_id:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ladder_jax import decode
+from ladder_jax import decode_state
 from ladder_jax.serve.buckets import round_up
 
 ROWS_FACTOR = 4  # each compiled number of rows is this many times the one before
@@ -99,10 +99,10 @@ def pack(
     width: int,
     context: int,
     prompts: Sequence[Prompt],
-    states: Sequence[decode.SlotState],
+    states: Sequence[decode_state.SlotState],
     staging_size: int,
     padding_id: int,
-) -> decode.Prompts:
+) -> decode_state.Prompts:
     """Packs pieces into the arguments of a prefill call, NumPy arrays.
 
     Args:
@@ -110,7 +110,7 @@ def pack(
       width: tokens that every piece is padded to.
       context: how many tokens at the beginning of a row the call reads and writes.
       prompts: the whole prompt of every piece.
-      states: the decode.SlotState [1] of every piece's request.
+      states: the decode_state.SlotState [1] of every piece's request.
       staging_size: rows of staging; as a staging index, it marks a row of padding.
       padding_id: pads a prompt; an id outside the vocabulary.
     """
@@ -136,7 +136,7 @@ def pack(
         padding = [leaves[0]] * (count - len(leaves))
         return np.concatenate([*leaves, *padding])
 
-    return decode.Prompts(
+    return decode_state.Prompts(
         tokens=tokens,
         start=start,
         length=length,

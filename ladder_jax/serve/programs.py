@@ -25,7 +25,7 @@ from ladder_jax.serve.submission import Submission
 class Programs:
     """Starts chunks and prefill calls; it does not wait for the device.
 
-    weights: from decode_weights.prepare_weights. state: decode.DecodeState.
+    weights: from decode_weights.prepare_weights. state: decode_state.DecodeState.
     width, length: the compiled shape of the state, slots and tokens.
     chunks: {iterations: compiled chunk}. prefill, scored_prefill: the compiled prefill
     calls, see decode.make_prefill.
@@ -35,7 +35,7 @@ class Programs:
     def __init__(
         self,
         model: Transformer | Unstacked,
-        spec: decode.DecodeSpec,
+        spec: decode_state.DecodeSpec,
         capacity: Capacity,
         padding_id: int,
     ) -> None:
@@ -83,7 +83,7 @@ class Programs:
           cancelled: request numbers to remove first, at most `most_cancelled`.
           steps: after how many iterations to end; some chunks run all that they are
             compiled for, see decode.make_chunk.
-        Returns (decode.Events [K, W], request numbers in staging [R]).
+        Returns (decode_state.Events [K, W], request numbers in staging [R]).
         """
         padded = cancelled_ids(self.capacity, cancelled)
         chunk = self.chunks[round_up(self.capacity.chunk_sizes, steps)]
@@ -98,8 +98,8 @@ class Programs:
         return len(cancelled_ids(self.capacity, []))
 
     def run_prefill(
-        self, prompts: decode.Prompts, scored: bool = False
-    ) -> tuple[decode.Events, decode_scores.Scores | None]:
+        self, prompts: decode_state.Prompts, scored: bool = False
+    ) -> tuple[decode_state.Events, decode_scores.Scores | None]:
         """Starts a prefill call. Returns its events [P], and scores if `scored`."""
         prefill = self.scored_prefill if scored else self.prefill
         staging = self.state.shared_staging()
@@ -113,8 +113,8 @@ class Programs:
         width: int,
         context: int,
         prompts: Sequence[packing.Prompt],
-        states: Sequence[decode.SlotState],
-    ) -> decode.Prompts:
+        states: Sequence[decode_state.SlotState],
+    ) -> decode_state.Prompts:
         """Returns the arguments of a prefill call, see packing.pack."""
         return packing.pack(
             pieces,
@@ -201,7 +201,7 @@ class Programs:
             for length in lengths:
                 self.reshape(widths[0], length)
                 block = self.read_block(0, 0)
-                self.write_block(0, 0, block, decode.NO_REQUEST)
+                self.write_block(0, 0, block, decode_state.NO_REQUEST)
                 self.drop_block(block)
         self.reset()
         # Without `freeze`, Python's garbage collector visits a million objects of JAX
@@ -223,15 +223,19 @@ def cancelled_ids(capacity: Capacity, cancelled: Sequence[int]) -> np.ndarray:
     There is room for as many as the device can hold.
     """
     padded = np.full(
-        capacity.slots + capacity.staging_size, decode.NO_REQUEST, np.int32
+        capacity.slots + capacity.staging_size, decode_state.NO_REQUEST, np.int32
     )
     padded[: len(cancelled)] = cancelled
     return padded
 
 
 def padding_prompts(
-    spec: decode.DecodeSpec, capacity: Capacity, context: int, count: int, width: int
-) -> decode.Prompts:
+    spec: decode_state.DecodeSpec,
+    capacity: Capacity,
+    context: int,
+    count: int,
+    width: int,
+) -> decode_state.Prompts:
     """Returns the arguments of a prefill call of `count` rows of padding."""
     padding_row = packing.Piece(capacity.staging_size, 0, width, False)
     state = decode_state.empty_slots(1, spec)._replace(history=None, table=None)
@@ -260,8 +264,8 @@ def slot_state(
     max_stop_ids: int,
     generated: int = 0,
     drafts: bool = False,
-) -> decode.SlotState:
-    """Returns the decode.SlotState [1] of a request, NumPy arrays.
+) -> decode_state.SlotState:
+    """Returns the decode_state.SlotState [1] of a request, NumPy arrays.
 
     admission_order: the device admits the staged request with the lowest one first.
     generated: the tokens that the request has generated before it lost its slot.
@@ -269,7 +273,7 @@ def slot_state(
     """
 
     stop_ids = submission.stop_token_ids
-    padding = [decode.NO_REQUEST] * (max_stop_ids - len(stop_ids))
+    padding = [decode_state.NO_REQUEST] * (max_stop_ids - len(stop_ids))
     drafting = None
     if drafts:
         drafting = speculation.Drafting(
@@ -277,7 +281,7 @@ def slot_state(
             allowed=array(submission.speculate, bool),
             rate=array(speculation.FIRST_RATE, np.float32),
         )
-    return decode.SlotState(
+    return decode_state.SlotState(
         request=array(number),
         active=array(False, bool),
         admission_order=array(admission_order),
