@@ -20,7 +20,7 @@ import pytest
 from ladder_jax import config, generate, model, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.data.tokenizer import ByteTokenizer
-from ladder_jax.hardware import chips, cost, xla_options
+from ladder_jax.hardware import chips, compile_cache, cost, xla_options
 from ladder_jax.serve.engine import Engine
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,24 @@ if jax.__version_info__ < (0, 11):
     FAST |= {"xla_cpu_use_fusion_emitters": False}
 FAST_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in FAST.items())
 COMMAND = [sys.executable, "-c", "from ladder_jax.cli import main; main()"]
+
+
+@contextlib.contextmanager
+def own_compile_cache() -> Iterator[None]:
+    """Inside, JAX has no compile cache; afterwards its settings are as before."""
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    compile_cache.use("none")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compile_cache.reset()
 
 
 @contextlib.contextmanager

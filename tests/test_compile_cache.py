@@ -40,18 +40,8 @@ print(cache.keep())
 
 @pytest.fixture(autouse=True)
 def own_settings():
-    """JAX's settings are as before after each test."""
-    names = [
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    ]
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compile_cache.reset()
+    with helpers.own_compile_cache():
+        yield
 
 
 def run(folder, *options):
@@ -174,12 +164,26 @@ def test_bad_folders_cost_one_line(used, tmp_path, monkeypatch):
     assert time.monotonic() - start < 25
 
 
-def test_no_cache_as_asked_for_and_the_users_own_settings_stay(tmp_path):
-    assert compile_cache.use("none").line == "no compile cache, as asked for"
+def test_the_users_own_settings_stay_unless_no_cache_is_asked_for(tmp_path):
+    """The line is true in a process whose user has given JAX a folder."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compile_cache.reset()
     cache = compile_cache.use()
     assert cache.folder is None and str(tmp_path) in cache.line
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    jax.jit(lambda x: x * 3 + 1)(2.0)
+    stored = sorted(tmp_path.glob("*-cache"))
+    assert stored
+    for folder, line in (
+        ("none", "no compile cache, as asked for"),
+        ("gs://bucket", "no compile cache: gs://bucket: it must be a folder of this"),
+    ):
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compile_cache.reset()
+        assert compile_cache.use(folder).line.startswith(line)
+        jax.jit(lambda x: x * 5 + len(folder))(2.0)
+        assert sorted(tmp_path.glob("*-cache")) == stored
 
 
 def test_old_and_surplus_entries_are_removed(tmp_path, monkeypatch):

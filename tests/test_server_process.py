@@ -24,7 +24,7 @@ from ladder_jax.server import command, draining, startup
 from ladder_jax.server.logs import LogWriter
 
 SMALL = ["--slots", "2", "--staging", "1", "--max-length", "64", "--no-fit-shapes"]
-SMALL += ["--prefill-budget", "16", "--max-logprobs", "1", "--compile-cache", "none"]
+SMALL += ["--prefill-budget", "16", "--max-logprobs", "1"]
 FOREVER = dict(prompt="x", max_tokens=60, ignore_eos=True, temperature=0)
 
 

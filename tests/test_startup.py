@@ -23,7 +23,7 @@ from ladder_jax.serve.request import RequestFailed
 from ladder_jax.server import startup
 from ladder_jax.server.start_progress import Done, Stage, Stages
 
-pytestmark = pytest.mark.usefixtures("fast_compiler")
+pytestmark = pytest.mark.usefixtures("fast_compiler", "no_compile_cache")
 
 TOKENIZER = ByteTokenizer()
 OPTIONS = Decode(
@@ -38,6 +38,13 @@ OPTIONS = Decode(
     max_logit_bias=3,
     prompt_logprobs=True,
 )
+
+
+@pytest.fixture(scope="module")
+def no_compile_cache():
+    """What a start compiles does not depend on the tests before it."""
+    with helpers.own_compile_cache():
+        yield
 
 
 @pytest.fixture(scope="module")

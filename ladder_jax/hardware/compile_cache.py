@@ -91,11 +91,11 @@ def use(folder: str | None = None) -> CompileCache:
     Call it after JAX's devices are known, and before programs are compiled.
 
     Args:
-      folder: a local folder; "none": no cache; None: `default_folder`, unless the user
-        has already given JAX a folder (JAX_COMPILATION_CACHE_DIR).
+      folder: a local folder; "none": no cache, not even in a folder that the user has
+        given JAX (JAX_COMPILATION_CACHE_DIR); None: that folder, or `default_folder`.
     """
     if folder == NONE:
-        return CompileCache(None, "no compile cache, as asked for")
+        return _no_cache("no compile cache, as asked for")
     own = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # a flag
     if folder is None and own:
         return CompileCache(None, f"JAX's own settings: compile cache in {own}")
@@ -105,12 +105,19 @@ def use(folder: str | None = None) -> CompileCache:
         count = _within(READ_SECONDS, lambda: _clean(path))
     except (OSError, ValueError, RuntimeError) as error:
         where = folder or "the default folder"
-        return CompileCache(None, f"no compile cache: {where}: {_line(error)}")
+        return _no_cache(f"no compile cache: {where}: {_line(error)}")
     _set(str(path))
     return CompileCache(path, f"compile cache: {count} programs in {path}")
 
 
-def _set(path: str | None) -> None:
+def _no_cache(line: str) -> CompileCache:
+    """Makes JAX store and load no programs, whatever it was given before."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset()
+    return CompileCache(None, line)
+
+
+def _set(path: str) -> None:
     """Gives JAX a folder for programs, however quickly they compiled."""
     jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
