@@ -182,7 +182,7 @@ def test_the_users_own_settings_stay_unless_no_cache_is_asked_for(tmp_path):
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         compile_cache.reset()
         assert compile_cache.use(folder).line.startswith(line)
-        jax.jit(lambda x: x * 5 + len(folder))(2.0)
+        jax.jit(lambda x, added=len(folder): x * 5 + added)(2.0)
         assert sorted(tmp_path.glob("*-cache")) == stored
 
 
