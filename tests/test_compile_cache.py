@@ -10,6 +10,7 @@ import types
 
 import helpers
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ladder_jax.hardware import compile_cache
@@ -175,14 +176,15 @@ def test_the_users_own_settings_stay_unless_no_cache_is_asked_for(tmp_path):
     jax.jit(lambda x: x * 3 + 1)(2.0)
     stored = sorted(tmp_path.glob("*-cache"))
     assert stored
-    for folder, line in (
-        ("none", "no compile cache, as asked for"),
-        ("gs://bucket", "no compile cache: gs://bucket: it must be a folder of this"),
+    remote = "no compile cache: gs://bucket: it must be a folder of this"
+    for folder, line, program in (
+        ("none", "no compile cache, as asked for", jnp.sin),
+        ("gs://bucket", remote, jnp.cos),
     ):
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         compile_cache.reset()
         assert compile_cache.use(folder).line.startswith(line)
-        jax.jit(lambda x, added=len(folder): x * 5 + added)(2.0)
+        jax.jit(program)(2.0)
         assert sorted(tmp_path.glob("*-cache")) == stored
 
 
