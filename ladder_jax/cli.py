@@ -205,9 +205,9 @@ def train(words: list[str]) -> int:
     arguments = parse(TrainArguments, words[1:], f"train {recipe}", default)
     emulate(arguments.devices)
     malloc.keep_freed_memory()
-    from ladder_jax import training
+    from ladder_jax import train_programs, training
 
-    training.run_long_steps_in_turn(arguments.config)
+    train_programs.run_long_steps_in_turn(arguments.config)
     join(arguments)
     require_devices()
     import jax

@@ -17,6 +17,7 @@ ROWS = {
     "doors": ["__main__", "cli", "server"],
     "jobs": [
         "training",
+        "train_programs",
         "preparation",
         "step_inputs",
         "initial",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import FAST_FLAGS
 
-from ladder_jax import sharding, training
+from ladder_jax import sharding, train_programs
 from ladder_jax.bench import contest, machine, peers, sizes
 from ladder_jax.bench import train as bench
 from ladder_jax.config import ConfigError
@@ -77,13 +77,15 @@ def test_a_steps_temporaries_are_what_its_backward_pass_needs():
     config = bench.config_of("tiny", "float32", batch=4, length=128)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, 10)
-    state = training.abstract_state(config, mesh, optimizer)
+    state = train_programs.abstract_state(config, mesh, optimizer)
     specs = sharding.named_shardings(mesh, sharding.TOKENS)
     batch = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=specs)
         for name, array in bench.batch_of(config).items()
     }
-    compiled = training.make_step(config, mesh, optimizer).lower(state, batch).compile()
+    compiled = (
+        train_programs.make_step(config, mesh, optimizer).lower(state, batch).compile()
+    )
     memory = compiled.memory_analysis()
     sizes = config.model
     parameters = sum(x.size for x in jax.tree.leaves(state.model))

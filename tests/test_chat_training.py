@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import chat, cli, training
+from ladder_jax import chat, cli, train_programs, training
 from ladder_jax.config import ConfigError, Decode
 from ladder_jax.data import corpus, tokenizer
 from ladder_jax.data.batches import held_out_batches
@@ -73,7 +73,7 @@ def test_the_loss_of_packed_rows_is_that_of_each_conversation_alone(folder):
     side = corpus.prepare(cfg.data, BYTES).train
     parameters = helpers.random_parameters(cfg.model, helpers.make_mesh())
     mesh = helpers.make_mesh()
-    evaluation = training.make_evaluation(cfg, mesh)
+    evaluation = train_programs.make_evaluation(cfg, mesh)
     place = lambda batch: training.to_devices(mesh, batch)
     both = dataclasses.replace(corpus.prepare(cfg.data, BYTES), held_out=side)
     packed = [

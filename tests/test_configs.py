@@ -17,7 +17,7 @@ import pytest
 from helpers import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ladder_jax import cli, model, sharding, training
+from ladder_jax import cli, model, sharding, train_programs, training
 from ladder_jax.config import from_recipe
 from ladder_jax.hardware import chips
 from ladder_jax.optimizer import make_optimizer
@@ -153,16 +153,16 @@ def test_a_recipe_fits_its_hardware_at_full_size(name, planned):
         config.model, mesh, config.train.global_batch // config.train.grad_accum_steps
     )
 
-    state = training.abstract_state(config, mesh, optimizer)
+    state = train_programs.abstract_state(config, mesh, optimizer)
     after, results = jax.eval_shape(
-        training.make_step(config, mesh, optimizer),
+        train_programs.make_step(config, mesh, optimizer),
         state,
         batch_of(config, config.train.global_batch),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert results["loss"].shape == ()
     evaluated = jax.eval_shape(
-        training.make_evaluation(config, mesh),
+        train_programs.make_evaluation(config, mesh),
         state.model,
         batch_of(config, config.train.global_batch),
     )
@@ -212,7 +212,8 @@ def test_the_numbers_of_a_recipes_docstring_are_right(name):
     ).groups()
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     assert float(flops) == pytest.approx(
-        tokens * training.flops_per_token(config.model, config.train.seq_len), rel=0.005
+        tokens * train_programs.flops_per_token(config.model, config.train.seq_len),
+        rel=0.005,
     )
     seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
     assert written == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import checkpoint, model, training
+from ladder_jax import checkpoint, model, train_programs
 from ladder_jax.bench import conversion, conversion_report, conversion_text
 from ladder_jax.config import ConfigError, to_dict
 from ladder_jax.data import tokenizer
@@ -47,7 +47,7 @@ class FakeStudy:
         return next(self.losses)
 
 
-STATE = training.State(None, None)
+STATE = train_programs.State(None, None)
 
 
 def delays(study, method, steps=10, first=0, state=None):

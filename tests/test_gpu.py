@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ladder_jax import config, generate, sharding, training
+from ladder_jax import config, generate, sharding, train_programs
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.serve.engine import Engine
 from tests import helpers
@@ -52,8 +52,8 @@ def losses_on(platform: str, residual: str, dtype: str, steps: int = 3) -> list[
     )
     mesh = mesh_on(platform)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
-    state = training.init_state(run, mesh, optimizer)
-    step = training.make_step(run, mesh, optimizer)
+    state = train_programs.init_state(run, mesh, optimizer)
+    step = train_programs.make_step(run, mesh, optimizer)
     tokens = np.random.default_rng(0).integers(0, 512, (4, 129), np.int32)
     batch = dict(
         tokens=tokens[:, :-1],

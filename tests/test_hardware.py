@@ -290,7 +290,7 @@ import sys
 import jax
 from jax._src.xla_bridge import backends_are_initialized
 import ladder_jax
-from ladder_jax import training
+from ladder_jax import training, train_programs
 from ladder_jax.hardware import malloc
 
 class Prepared(Exception):
@@ -304,7 +304,7 @@ def run_programs_in_turn(function=malloc.run_programs_in_turn):
     return function()
 
 training.prepare = prepare
-training.LONG_STEP = float(sys.argv[1])
+train_programs.LONG_STEP = float(sys.argv[1])
 malloc.run_programs_in_turn = run_programs_in_turn
 try:
     ladder_jax.train(ladder_jax.Config())

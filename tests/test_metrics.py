@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ladder_jax import config, training
+from ladder_jax import config, train_programs
 from ladder_jax.config import ConfigError
 from ladder_jax.hardware import chips
 from ladder_jax.metrics import Metrics, plot, read
@@ -130,7 +130,9 @@ def test_flops_per_token_are_those_by_hand():
         True,
     ):  # the output's matrix counts once, whatever else it is used for
         assert (
-            training.flops_per_token(config.Model(**fields, tie_embeddings=tied), 128)
+            train_programs.flops_per_token(
+                config.Model(**fields, tie_embeddings=tied), 128
+            )
             == expected
         )
 
@@ -138,7 +140,7 @@ def test_flops_per_token_are_those_by_hand():
 def test_flops_per_token_count_what_a_window_sees():
     model = config.Model(layers=3, heads=4, head_dim=8, kv_heads=4)
     windowed = dataclasses.replace(model, sliding_window=100, window_layers="0,2")
-    flops = training.flops_per_token
+    flops = train_programs.flops_per_token
     assert flops(model, 128) - flops(windowed, 128) == 12 * 2 * 32 * (128 - 100)
     assert flops(model, 64) == flops(windowed, 64), "the window is longer"
 
@@ -156,7 +158,7 @@ def test_flops_per_token_of_llama3_8b_are_those_by_hand():
         max_length=8192,
     )
     assert (
-        training.flops_per_token(llama, 8192)
+        train_programs.flops_per_token(llama, 8192)
         == 6 * (8_030_261_248 - 128256 * 4096) + 12 * 32 * 4096 * 8192
     )
 

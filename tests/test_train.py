@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from train_runs import assert_golden
 
 import ladder_jax
-from ladder_jax import loading, model, training
+from ladder_jax import loading, model, train_programs, training
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
 from ladder_jax.data.batches import held_out_batches
@@ -52,7 +52,7 @@ def test_rows_trace_plot_and_events(whole):
     for row in reports[1:]:
         assert row["mfu"] == pytest.approx(
             row["tokens_per_s"]
-            * training.flops_per_token(tiny.make(whole.parent).model, 32)
+            * train_programs.flops_per_token(tiny.make(whole.parent).model, 32)
             / (8 * 1e12)
         )
     assert set(evaluations[0]) == {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import sharding, training
+from ladder_jax import sharding, train_programs, training
 from ladder_jax.data import tokenizer
 from ladder_jax.data.batches import train_iterator
 from ladder_jax.data.corpus import prepare
@@ -25,13 +25,13 @@ def steps_of(cfg, shape, state, batches):
     place = lambda tree, like: jax.tree.map(
         lambda x, y: jax.device_put(x, y.sharding), tree, like
     )
-    state = place(state, training.abstract_state(cfg, mesh, optimizer))
+    state = place(state, train_programs.abstract_state(cfg, mesh, optimizer))
     batches = [
         jax.device_put(batch, sharding.named_shardings(mesh, sharding.TOKENS))
         for batch in batches
     ]
     step = (
-        training.make_step(cfg, mesh, optimizer)
+        train_programs.make_step(cfg, mesh, optimizer)
         .lower(state, batches[0])
         .compile(helpers.FAST)
     )
@@ -47,7 +47,7 @@ def state(tiny_folder):
     """The state that the runs start from, on the host."""
     cfg = tiny.make(tiny_folder)
     return jax.device_get(
-        training.init_state(
+        train_programs.init_state(
             cfg, sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, 20)
         )
     )
@@ -101,7 +101,7 @@ def test_a_step_updates_in_place(tiny_folder):
     cfg = tiny.make(tiny_folder)
     mesh = helpers.make_mesh(2, 2, 2)
     optimizer = make_optimizer(cfg.optimizer, 20)
-    state = training.abstract_state(cfg, mesh, optimizer)
+    state = train_programs.abstract_state(cfg, mesh, optimizer)
     tokens = sharding.named_shardings(mesh, sharding.TOKENS)
     batch = {
         name: jax.ShapeDtypeStruct(
@@ -109,7 +109,8 @@ def test_a_step_updates_in_place(tiny_folder):
         )
         for name in training.BATCH_FIELDS
     }
-    compiled = training.make_step(cfg, mesh, optimizer).lower(state, batch).compile()
+    train_step = train_programs.make_step(cfg, mesh, optimizer)
+    compiled = train_step.lower(state, batch).compile()
     local = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
@@ -120,7 +121,7 @@ def test_a_step_updates_in_place(tiny_folder):
 def test_the_first_state_is_the_same_on_every_mesh(tiny_folder, state):
     cfg = tiny.make(tiny_folder)
     mesh = helpers.make_mesh()
-    first = training.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
+    first = train_programs.init_state(cfg, mesh, make_optimizer(cfg.optimizer, 20))
     for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(state)):
         np.testing.assert_allclose(left, right, rtol=1e-6)
 

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import checkpoint, training
+from ladder_jax import checkpoint, train_programs, training
 from ladder_jax.anneal import Anneal
 from ladder_jax.arguments import parse
 from ladder_jax.bench import conversion_report as reports
@@ -147,7 +147,7 @@ class Delay:
         """The freshness of every block in step `step`."""
         return 1 - np.float32(1 - self.share(step)) * (1 - self.stale)
 
-    def before_step(self, step: int, state: training.State) -> None:
+    def before_step(self, step: int, state: train_programs.State) -> None:
         """Measures the blended model where the gate is due."""
         anneal = self._anneal
         due = self._gated and step % self.study.arguments.gate_every == 0
@@ -171,7 +171,11 @@ class Saver:
         self.folder = out / "state" / "-".join(map(str, run)).replace(":", "")
 
     def save(
-        self, step: int, state: training.State, batches: Any, delay: dict[str, Any]
+        self,
+        step: int,
+        state: train_programs.State,
+        batches: Any,
+        delay: dict[str, Any],
     ) -> None:
         # Another run's state, or an earlier one of this run, is of no use any more.
         with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
@@ -182,20 +186,20 @@ class Saver:
 
     def _abstract(self) -> dict[str, Any]:
         study = self.study
-        return training.abstract_state(
+        return train_programs.abstract_state(
             study.config, study.mesh, study.optimizer
         )._asdict()
 
     def restore(
         self, batches: Any
-    ) -> tuple[int, training.State, dict[str, Any] | None] | None:
+    ) -> tuple[int, train_programs.State, dict[str, Any] | None] | None:
         """(step, state, the delay's state); None: nothing saved. Moves `batches`."""
         if not checkpoint.saved_steps(self.folder):
             return None
         with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
             step, arrays, meta = checkpoints.restore(self._abstract(), batches)
         say(f"goes on from step {step} in {self.folder}")
-        return step, training.State(**arrays), meta.get("delay")
+        return step, train_programs.State(**arrays), meta.get("delay")
 
     def remove(self) -> None:
         import shutil

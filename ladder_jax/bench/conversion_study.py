@@ -12,7 +12,15 @@ import numpy as np
 import optax
 from jax import lax
 
-from ladder_jax import attention, checkpoint, distill, objective, sharding, training
+from ladder_jax import (
+    attention,
+    checkpoint,
+    distill,
+    objective,
+    sharding,
+    train_programs,
+    training,
+)
 from ladder_jax import model as models
 from ladder_jax.bench import conversion_report as reports
 from ladder_jax.bench import conversion_text
@@ -92,7 +100,7 @@ class Study:
         self.weights = load_parent(arguments.parent, self.parent, self.mesh)
         self.optimizer = with_rate(make_optimizer(self.config.optimizer, 10**9))
         self.steps = {
-            name: training.make_step(
+            name: train_programs.make_step(
                 self.config,
                 self.mesh,
                 self.optimizer,
@@ -203,15 +211,15 @@ class Study:
         _, ce, weight = np.sum(jax.device_get(sums), axis=0)
         return float(ce / weight)
 
-    def first_state(self, rate: float) -> training.State:
+    def first_state(self, rate: float) -> train_programs.State:
         """The parent's parameters in float32, and a new optimizer."""
-        shapes = training.abstract_state(self.config, self.mesh, self.optimizer)
+        shapes = train_programs.abstract_state(self.config, self.mesh, self.optimizer)
         parameters = checkpoint.load_model(self.arguments.parent, shapes.model)
         init = jax.jit(
             self.optimizer.init,
             out_shardings=jax.tree.map(lambda x: x.sharding, shapes.optimizer),
         )
-        return with_rate_of(training.State(parameters, init(parameters)), rate)
+        return with_rate_of(train_programs.State(parameters, init(parameters)), rate)
 
     def ladder_layers(self, text: str, out: Path) -> list[int]:
         """The layers that "last:15", "auto:15", "all" or "none" names."""
@@ -236,8 +244,8 @@ class Study:
         return damage.cheapest(damages, number)
 
 
-def with_rate_of(state: training.State, rate: float) -> training.State:
+def with_rate_of(state: train_programs.State, rate: float) -> train_programs.State:
     """`state` with this learning rate."""
     old = state.optimizer.rate
     new = jax.device_put(np.float32(rate), old.sharding)
-    return training.State(state.model, state.optimizer._replace(rate=new))
+    return train_programs.State(state.model, state.optimizer._replace(rate=new))

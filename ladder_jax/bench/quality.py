@@ -274,7 +274,7 @@ class Study:
         import jax
         import numpy as np
 
-        from ladder_jax import training
+        from ladder_jax import train_programs
         from ladder_jax.data.batches import held_out_batches, train_iterator
 
         if self.longest.get(variant, 0.0) > self.seconds_left():
@@ -308,7 +308,7 @@ class Study:
         held_out = float(total / weight)
         return dataclasses.replace(
             row,
-            parameters=training.parameter_count(state.model),
+            parameters=train_programs.parameter_count(state.model),
             steps=steps,
             epochs=round(row.tokens / self.corpus.train.tokens, 3),
             train_loss=float(np.mean(jax.device_get(losses[-max(steps // 10, 1) :]))),
@@ -327,7 +327,7 @@ class Study:
         from ladder_jax import model
         from ladder_jax.bench import virtual_shards
         from ladder_jax.optimizer import make_optimizer
-        from ladder_jax.training import State
+        from ladder_jax.train_programs import State
 
         shards = self.arguments.shards if variant.shards_matter else 1
         optimizer = make_optimizer(config.optimizer, config.train.steps)

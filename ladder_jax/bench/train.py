@@ -6,7 +6,7 @@ same batch, with the same AdamW and clipping, on the CPU with all the cores that
 process may use, or on one GPU (`--device gpu`). They take turns. The benchmark checks
 that their losses in the first steps agree, since a ratio of speeds needs the same work.
 transformers runs as its Trainer would: eager, sdpa attention, fused AdamW, bfloat16 by
-autocast. This project runs `training.make_step`. The peer needs
+autocast. This project runs `train_programs.make_step`. The peer needs
 `pip install ladder_jax[peers]`; `--alone` leaves it out.
 
 Other programs on the machine change the medians, and may slow down one contender more
@@ -132,15 +132,15 @@ def ladder_jax(
         malloc.run_programs_in_turn()
     import jax
 
-    from ladder_jax import sharding, training
+    from ladder_jax import sharding, train_programs
     from ladder_jax.optimizer import make_optimizer
 
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = training.init_state(config, mesh, optimizer)
+    state = train_programs.init_state(config, mesh, optimizer)
     if in_turn:
         save_weights(state.model, weights)
-    train_step = training.make_step(config, mesh, optimizer)
+    train_step = train_programs.make_step(config, mesh, optimizer)
     batch = jax.device_put(
         batch_of(config), sharding.named_shardings(mesh, sharding.TOKENS)
     )
@@ -153,7 +153,9 @@ def ladder_jax(
     return step, dict(
         version=f"jax {jax.__version__}",
         parameters=sum(x.size for x in jax.tree.leaves(state.model)),
-        flops_per_token=training.flops_per_token(config.model, config.train.seq_len),
+        flops_per_token=train_programs.flops_per_token(
+            config.model, config.train.seq_len
+        ),
     )
 
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from ladder_jax import model, sharding
 from ladder_jax.config import Config
-from ladder_jax.training import State
+from ladder_jax.train_programs import State
 
 Batch = Mapping[str, jax.Array]
 

@@ -16,7 +16,15 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import config, model, page_kernels, pages, sharding, training
+from ladder_jax import (
+    config,
+    model,
+    page_kernels,
+    pages,
+    sharding,
+    train_programs,
+    training,
+)
 from ladder_jax.config import Config, ConfigError
 from ladder_jax.hardware import aot, chips
 from ladder_jax.kv_cache import KV, bytes_per_token
@@ -391,9 +399,9 @@ def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:
     # attention stands for it.
     kernel = "xla" if chips.platform(mesh) != "tpu" else None
     return Program(
-        training.make_step(whole, mesh, optimizer, kernel),
+        train_programs.make_step(whole, mesh, optimizer, kernel),
         (
-            training.abstract_state(whole, mesh, optimizer),
+            train_programs.abstract_state(whole, mesh, optimizer),
             sharding.abstract(batch, mesh, dict.fromkeys(batch, sharding.TOKENS)),
         ),
     )
