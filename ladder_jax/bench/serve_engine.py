@@ -20,7 +20,7 @@ from ladder_jax.config import Decode, from_dict
 
 def serve_loads(checkpoint: str, options: Decode) -> None:
     """Serves loads until stdin ends."""
-    from ladder_jax.bench.decode import serve
+    from ladder_jax.bench.decode_runs import serve
     from ladder_jax.loading import load
     from ladder_jax.serve.engine import Engine
 
