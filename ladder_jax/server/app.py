@@ -92,40 +92,50 @@ def create_app(
     return app
 
 
-def _add_paths(app: FastAPI) -> None:
-    generate: dict[str, Any] = dict(methods=["POST"], responses=openapi.ERRORS)
-    app.add_api_route(
+# Path, function, body, response, summary.
+POSTS: list[tuple[str, Callable[..., Any], type, type, str]] = [
+    (
         "/v1/completions",
         completions.create,
-        response_model=protocol.Completion,
-        openapi_extra=openapi.body(protocol.CompletionRequest),
-        summary="Continue texts",
-        **generate,
-    )
-    app.add_api_route(
+        protocol.CompletionRequest,
+        protocol.Completion,
+        "Continue texts",
+    ),
+    (
         "/v1/chat/completions",
         chat.create,
-        response_model=protocol.ChatCompletion,
-        openapi_extra=openapi.body(protocol.ChatRequest),
-        summary="Answer a conversation",
-        **generate,
-    )
-    app.add_api_route(
+        protocol.ChatRequest,
+        protocol.ChatCompletion,
+        "Answer a conversation",
+    ),
+    (
         "/tokenize",
         texts.tokenize,
-        response_model=protocol.Tokens,
-        openapi_extra=openapi.body(protocol.TokenizeRequest),
-        summary="The ids of a text or a conversation",
-        **generate,
-    )
-    app.add_api_route(
+        protocol.TokenizeRequest,
+        protocol.Tokens,
+        "The ids of a text or a conversation",
+    ),
+    (
         "/detokenize",
         texts.detokenize,
-        response_model=protocol.Detokenized,
-        openapi_extra=openapi.body(protocol.DetokenizeRequest),
-        summary="The text of ids",
-        **generate,
-    )
+        protocol.DetokenizeRequest,
+        protocol.Detokenized,
+        "The text of ids",
+    ),
+]
+
+
+def _add_paths(app: FastAPI) -> None:
+    for path, answer, body, response, summary in POSTS:
+        app.add_api_route(
+            path,
+            answer,
+            methods=["POST"],
+            response_model=response,
+            responses=openapi.ERRORS,
+            openapi_extra=openapi.body(body),
+            summary=summary,
+        )
     status: dict[int | str, dict[str, Any]] = {
         503: dict(model=protocol.Health, description="Not now")
     }

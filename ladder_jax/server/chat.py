@@ -136,13 +136,7 @@ class _Writer:
 
     async def collect(self, running: Generation) -> ChatCompletion:
         """Returns the whole response, once all answers are complete."""
-        tokens: list[list[Token]] = [[] for _ in running.requests]
-        finishes: list[Any] = [None for _ in running.requests]
-        async for batch in running.batches():
-            assert batch is not None
-            index, new, finish = batch
-            tokens[index] += new
-            finishes[index] = finish
+        tokens, finishes = await running.collect()
         choices = [
             ChatChoice(
                 index=index,

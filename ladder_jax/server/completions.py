@@ -133,13 +133,7 @@ class _Writer:
 
     async def collect(self, running: Generation) -> Completion:
         """Returns the whole response, once all outputs are complete."""
-        tokens: list[list[Token]] = [[] for _ in running.requests]
-        finishes: list[Any] = [None for _ in running.requests]
-        async for batch in running.batches():
-            assert batch is not None
-            index, new, finish = batch
-            tokens[index] += new
-            finishes[index] = finish
+        tokens, finishes = await running.collect()
         choices = [
             self._choice(running, index, new_index, tokens[index], finishes[index])
             for new_index, index in enumerate(self._best(running, tokens))

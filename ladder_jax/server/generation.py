@@ -73,6 +73,20 @@ class Generation:
             if unfinished and not await self._changes(keep_alive):
                 yield None
 
+    async def collect(self) -> tuple[list[list[Token]], list[Any]]:
+        """Waits for all outputs. Returns the tokens of each, and its finish.
+
+        Raises what `batches` raises.
+        """
+        tokens: list[list[Token]] = [[] for _ in self.requests]
+        finishes: list[Any] = [None for _ in self.requests]
+        async for batch in self.batches():
+            assert batch is not None  # only with `keep_alive`
+            index, new, finish = batch
+            tokens[index] += new
+            finishes[index] = finish
+        return tokens, finishes
+
     async def _changes(self, timeout: float | None) -> bool:
         """Waits until a request changes; returns whether one did."""
         if timeout is None:
