@@ -89,3 +89,12 @@ def rewrite(folder, values, **dtypes):
     """Writes these tensors as the folder's only weights."""
     infos = {k: TensorInfo(v.shape, v.dtype) for k, v in values.items()}
     write_file(folder / "model.safetensors", infos, values.__getitem__)
+
+
+def config_of(**fields):
+    """change(folder, values) writes a config.json with these fields."""
+
+    def change(folder, values):
+        (folder / "config.json").write_text(json.dumps(CONFIG | fields))
+
+    return change

@@ -178,3 +178,14 @@ def shared_engine():
     if not SHARED or SHARED[-1].stepper.failed is not None:
         SHARED.append(make_engine(ByteTokenizer()))
     return SHARED[-1]
+
+
+def check_error(response, status, param=None, word=""):
+    """The response is an error in OpenAI's format, about the field `param`."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param, body
+    message = body["error"]["message"]
+    assert word in message and "\n" not in message and 0 < len(message) <= 500
