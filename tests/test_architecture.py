@@ -17,6 +17,7 @@ ROWS = {
     "doors": ["__main__", "cli", "server"],
     "jobs": [
         "training",
+        "rollback",
         "train_programs",
         "preparation",
         "step_inputs",
@@ -46,6 +47,7 @@ ROWS = {
         "sampling",
         "speculation",
         "optimizer",
+        "skipping",
         "distill",
         "objective",
     ],
