@@ -114,8 +114,8 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         with self._named_errors():
             self._file.write(json.dumps(dict(step=step, **values)) + "\n")
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for name in values.keys() - {"time"}:  # an event has a time of its own
+                self._board.add_scalar(name, values[name], step)
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -174,12 +174,14 @@ class Reports:
             f"(rollback {count} of {most}; steps lost: {abandoned})"
         )
         if self.metrics is not None:
-            self.metrics.go_back(step, rollbacks=count, abandoned_steps=abandoned)
+            self.metrics.go_back(
+                step, rollbacks=count, time=time.time(), abandoned_steps=abandoned
+            )
 
     def _row(self, step: int, text: str, values: dict[str, float]) -> None:
         self.output.say(f"step {step}/{self.speed.steps}  {text}")
         if self.metrics is not None:
-            self.metrics.write(step, **values)
+            self.metrics.write(step, time=time.time(), **values)
 
 
 def step_line(values: dict[str, float], seconds_left: float | None) -> str:

@@ -1,7 +1,7 @@
 """Runs the training job from start to end: mesh, data, model, optimizer, step, loop.
 
-A run lives in the folder `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and
-tensorboard/ and profile/ where the configuration turns them on.
+A run lives in the folder `train.out`: run.json, metrics.jsonl, checkpoints/<step>/,
+loss.png, and tensorboard/ and profile/ where the configuration turns them on.
 """
 
 import contextlib
@@ -10,14 +10,13 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import numpy as np
 import optax
 
-from ladder_jax import model, rollback, sharding
+from ladder_jax import identity, model, rollback, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
@@ -31,6 +30,7 @@ from ladder_jax.objective import (
 )
 from ladder_jax.optimizer import learning_rate, make_optimizer
 from ladder_jax.preparation import Job, prepare
+from ladder_jax.profiling import Profile
 from ladder_jax.progress import Measured, Output, Pace, Reports, Speed
 from ladder_jax.rollback import BadStep
 from ladder_jax.run_folder import Lease
@@ -109,8 +109,10 @@ def train(config: Config, resume: bool = False) -> Summary:
         output.say(describe(job.config, job.mesh, parameter_count(state.model)))
         inputs = StepInputs(job.config, job.mesh, job.parent, meta.get("anneal"))
         programs = make_programs(job, optimizer, inputs)
+        speed = speed_of(job.config, job.mesh)
+        identity.record(job.out, job.config, job.mesh, first, speed.peak)
         rollbacks = meta.get("rollbacks", 0)
-        reports = open_reports(job, output, first, rollbacks, stack)
+        reports = open_reports(job, output, first, rollbacks, speed, stack)
         run = Run(
             job,
             optimizer,
@@ -377,7 +379,12 @@ def make_programs(
 
 
 def open_reports(
-    job: Job, output: Output, first: int, rollbacks: int, stack: contextlib.ExitStack
+    job: Job,
+    output: Output,
+    first: int,
+    rollbacks: int,
+    speed: Speed,
+    stack: contextlib.ExitStack,
 ) -> Reports:
     """Reports to `output`, and to the files of metrics, which one process writes."""
     pace = stack.enter_context(Pace(first))
@@ -385,7 +392,7 @@ def open_reports(
     if output.leader:
         board = job.config.train.tensorboard
         metrics = stack.enter_context(Metrics(job.out, board, first, rollbacks))
-    return Reports(output, metrics, pace, speed_of(job.config, job.mesh))
+    return Reports(output, metrics, pace, speed)
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
@@ -483,35 +490,3 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))
-
-
-class Profile(contextlib.AbstractContextManager):
-    """Writes a profiler's trace of `count` steps after step `first`. 0: no trace."""
-
-    def __init__(self, folder: Path, first: int, count: int, say: Say) -> None:
-        self.folder, self.say = folder, say
-        self.steps = range(first, first + count)
-        self.running = False
-
-    def before_step(self, step: int, state: State) -> None:
-        """Starts the trace before its first step, and ends it after its last one.
-
-        Call it before every step: `step` steps are complete.
-        """
-        if self.running == (step in self.steps):
-            return
-        jax.block_until_ready(state)
-        if self.running:
-            self._stop()
-        else:
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self.running = False
-        self.say(f"profile from step {self.steps.start + 1} on: {self.folder}")
-
-    def __exit__(self, *_: object) -> None:
-        if self.running:
-            self._stop()

@@ -18,6 +18,8 @@ ROWS = {
     "jobs": [
         "training",
         "rollback",
+        "profiling",
+        "identity",
         "train_programs",
         "preparation",
         "step_inputs",

@@ -45,7 +45,7 @@ def recovery(folder, out, **fields):
 
 def rows(out):
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    clock = ("tokens_per_s", "mfu", "save_s", "evaluation_s")
+    clock = ("time", "tokens_per_s", "mfu", "save_s", "evaluation_s")
     rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 

@@ -43,6 +43,7 @@ def test_rows_trace_plot_and_events(whole):
     # The first step compiles the program, so that it has no tokens_per_s.
     assert set(reports[0]) == {
         "step",
+        "time",
         "loss",
         "gradient_norm",
         "parameter_norm",
@@ -57,6 +58,7 @@ def test_rows_trace_plot_and_events(whole):
         )
     assert set(evaluations[0]) == {
         "step",
+        "time",
         "held_out_loss",
         "held_out_bits_per_byte",
         "evaluation_s",
@@ -100,7 +102,7 @@ def test_rows_trace_plot_and_events(whole):
         (name, row["step"]): pytest.approx(value, rel=1e-6)
         for row in rows
         for name, value in row.items()
-        if name != "step"
+        if name not in ("step", "time")
     }
 
 
