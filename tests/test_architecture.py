@@ -34,6 +34,7 @@ ROWS = {
         "loading",
         "hugging_face",
         "inspection",
+        "report",
         "generate",
     ],
     "serving": ["serve"],
