@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from train_runs import arrays, copy
+from train_runs import ALWAYS, arrays, copy, documented, written
 
 from ladder_jax import config, rollback, train_programs, training
 from ladder_jax.checkpoint import Checkpoints, saved_steps
@@ -138,6 +138,7 @@ def survivor(tiny_folder, bad_batches):
 
 
 def test_every_row_of_a_survivor_is_json(survivor):
+    assert written(survivor) == documented(*ALWAYS, "train.skip_steps", "rollback")
     rows = [row for row in read(survivor) if "held_out_loss" not in row]
     [back] = [row for row in rows if "rollbacks" in row]
     assert back == dict(step=9, rollbacks=1, abandoned_steps=2)

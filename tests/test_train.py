@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from train_runs import assert_golden
+from train_runs import ALWAYS, assert_golden, documented, written
 
 import ladder_jax
 from ladder_jax import loading, model, train_programs, training
@@ -28,6 +28,10 @@ pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 def test_the_first_20_losses(whole):
     assert_golden(whole, range(1, 21))
+
+
+def test_a_run_writes_the_documented_metrics_and_no_others(whole):
+    assert written(whole) == documented(*ALWAYS)
 
 
 def test_rows_trace_plot_and_events(whole):

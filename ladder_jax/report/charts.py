@@ -109,10 +109,12 @@ def _range(low: float, high: float, log: bool) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers from `low` to `high`."""
-    if log and high / low > 10:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = -(-len(powers) // (TICKS + 1))
-        return [10.0**power for power in powers[::every]]
+        digits = (1, 2, 5) if every == 1 and len(powers) <= 4 else (1,)
+        ticks = [digit * 10.0**power for power in powers[::every] for digit in digits]
+        return [tick for tick in ticks if low <= tick <= high]
     if high <= low:
         return [low]
     rough = (high - low) / TICKS

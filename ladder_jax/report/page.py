@@ -68,7 +68,7 @@ def page(runs: Sequence[Run], predictions: Sequence[str], now: str) -> str:
     happened = [
         (run.name, f"step {event.step}: {event.text}")
         for run in runs
-        for event in events(run)
+        for event in sorted(events(run), key=lambda event: event.step)
     ]
     has_marks = any(_marks(run, _axis(1)) for run in runs)
     parts = [
@@ -152,14 +152,15 @@ def _chart(
 
 def _over_hours(runs: Sequence[Run]) -> Chart:
     """The loss over time; without lines where a run's rows have no time."""
-    lines = []
+    lines, longest = [], max((hours(run) or [0.0])[-1] for run in runs)
+    unit, scale = ("hours", 1) if longest >= 1 else ("minutes", 60)
     for number, run in enumerate(runs):
         elapsed = hours(run)
         if elapsed is not None:
             pairs = zip(elapsed, run.rows)
-            points = [(x, row["loss"]) for x, row in pairs if "loss" in row]
+            points = [(x * scale, row["loss"]) for x, row in pairs if "loss" in row]
             lines.append(Line(number, points))
-    return Chart("Training loss, nats a token", "hours", lines)
+    return Chart("Training loss over time, nats a token", unit, lines)
 
 
 def _marks(run: Run, axis: Axis) -> list[Mark]:
