@@ -24,7 +24,8 @@ from ladder_jax.config import (
     require,
 )
 
-# Metadata of a field: its value is a word without an option before it.
+# Metadata of a field: its value is a word without an option before it. If its type is a
+# tuple, it is the last such field, and takes all such words.
 POSITIONAL = {"positional": True}
 # Metadata of a field that is a dataclass: its fields are options without a prefix.
 FLAT = {"flat": True}
@@ -111,6 +112,7 @@ def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]
     }
     positionals = [option for option in options if option.positional]
     values = {option.path: option.default for option in options}
+    given: dict[tuple[str, ...], list[str]] = {}
     words = list(words)
     while words:
         word = words.pop(0)
@@ -121,8 +123,14 @@ def _read(options: list[Option], words: list[str]) -> dict[tuple[str, ...], Any]
         if not word.startswith("--"):
             if not positionals:
                 raise ConfigError(f"unexpected argument {word!r}")
-            option = positionals.pop(0)
-            values[option.path] = read_value(word, option.hint, _label(option))
+            option = positionals[0]
+            if typing.get_origin(option.hint) is tuple:  # it takes all words
+                before = given.setdefault(option.path, [])
+                before.append(word)
+                values[option.path] = _value(option, before)
+            else:
+                values[option.path] = read_value(word, option.hint, _label(option))
+                del positionals[0]
         elif flag in negations and not equals:
             values[negations[flag].path] = False
         elif flag not in flags:

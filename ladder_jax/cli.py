@@ -393,6 +393,23 @@ def inspect(words: list[str]) -> int:
     return 0
 
 
+def report(words: list[str]) -> int:
+    """`ladder-jax report RUN ...`"""
+    from ladder_jax.report import command
+
+    arguments = parse(command.Arguments, words, "report")
+    if not arguments.plan:
+        print_safely(command.run(arguments))
+        return 0
+    from ladder_jax.hardware import aot
+
+    aot.prepare()
+    with aot.silence():
+        text = command.run(arguments)
+    print_safely(text)
+    return 0
+
+
 def evaluate(words: list[str]) -> int:
     """`ladder-jax eval CHECKPOINT ...`"""
     job = importlib.import_module("ladder_jax.evaluation.command")
@@ -427,6 +444,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "convert": convert,
     "inspect": inspect,
+    "report": report,
     "bench": bench,
 }
 # Commands with handlers of their own for Ctrl-C. All others get a KeyboardInterrupt.
@@ -442,6 +460,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
   inspect PATH           shows what a checkpoint holds, without loading it
+  report RUN ...         makes a page about runs: loss, speed, how they differ
   bench WHAT             measures: train, decode, peers, conversion, quality
 
 Each command has options: see ladder-jax COMMAND --help.

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ladder_jax import checkpoint, kv_cache, sharding
+from ladder_jax import checkpoint, identity, kv_cache, sharding
 from ladder_jax.config import Model, from_meta, to_dict
 from ladder_jax.convert.families import read_config
 from ladder_jax.convert.from_hf import tokenizer_of
@@ -73,6 +73,7 @@ def _inspect_run(path: str, step: int | None) -> Report:
         step=number,
         written_by=meta["ladder_jax"],
         other_bytes=others,
+        starts=identity.find(path),
     )
     tokenizer = from_json(meta["tokenizer"])
     return described | _common(config.model, parameters, tokenizer)
@@ -202,6 +203,7 @@ def text(report: Report) -> str:
         f"schedule      {model['residual']}",
         f"computes in   {model['dtype']}",
         f"parameters    {report['parameters']:,} in {size(report['bytes'])}",
+        *identity.lines(report.get("starts", [])),
         "",
     ]
     for name, row in report["modules"].items():

@@ -39,30 +39,59 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
       tensorboard: whether to write the same numbers as TensorBoard events too, in
         tensorboard/.
       resumed_at: the step of the checkpoint that the run resumes from; 0: a new run.
+      rollbacks: of the run before that checkpoint.
 
     Raises ConfigError where the file has lines that are not rows. Raises OSError, here
     and in `write`, where the file cannot be written.
     """
 
     def __init__(
-        self, folder: str | Path, tensorboard: bool = False, resumed_at: int = 0
+        self,
+        folder: str | Path,
+        tensorboard: bool = False,
+        resumed_at: int = 0,
+        rollbacks: int = 0,
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
+        self._tensorboard = tensorboard
         with self._named_errors():
             if resumed_at:
-                self._drop_after(resumed_at)
+                self._drop_after(resumed_at, rollbacks)
             else:
                 self._move_aside()
+        self._open(resumed_at)
+
+    def _open(self, step: int) -> None:
+        """Opens the file, and TensorBoard's without its events after `step`."""
+        with self._named_errors():
             self._file = self.path.open("a", buffering=1)
         self._board: Any = None
-        if tensorboard:
+        if self._tensorboard:
             self._board = require_tensorboard()(
-                str(Path(folder) / "tensorboard"), purge_step=resumed_at + 1
+                str(self.path.parent / "tensorboard"), purge_step=step + 1
             )
 
-    def _drop_after(self, step: int) -> None:
-        """Removes the rows after `step`. A kill leaves the old file or the new one."""
-        rows = [row for row in read(self.path) if row["step"] <= step]
+    def go_back(self, step: int, rollbacks: int, **values: float) -> None:
+        """Removes the rows after `step`, and appends one about the rollback.
+
+        rollbacks: how many there were, with this one.
+        """
+        self.__exit__()
+        with self._named_errors():
+            self._drop_after(step, rollbacks - 1)
+        self._open(step)
+        self.write(step, rollbacks=rollbacks, **values)
+
+    def _drop_after(self, step: int, rollbacks: int) -> None:
+        """Removes the rows after `step`, and those of rollbacks after `rollbacks`.
+
+        A kill leaves the old file or the new one.
+        """
+        rows = [
+            row
+            for row in read(self.path)
+            if row["step"] <= step and row.get("rollbacks", 0) <= rollbacks
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_text(self.path, text)
 
@@ -85,8 +114,8 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         with self._named_errors():
             self._file.write(json.dumps(dict(step=step, **values)) + "\n")
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for name in values.keys() - {"time"}:  # an event has a time of its own
+                self._board.add_scalar(name, values[name], step)
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -45,6 +45,13 @@ class Output(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError, ValueError):
                 self._bar.update()
 
+    def go_back(self, step: int) -> None:
+        """Moves the progress bar back to `step`."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.n = step
+                self._bar.refresh()
+
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -151,24 +158,46 @@ class Reports:
         """Reports the `values` of an evaluation after `step`."""
         self._row(step, evaluation_line(values), values)
 
+    def go_back(
+        self, step: int, abandoned: int, count: int, most: int, reason: Exception
+    ) -> None:
+        """Reports that the run went back to `step`, for the `count`-th time of `most`.
+
+        abandoned: the steps that do not count any more, and whose batches are not read
+        again.
+        """
+        self.save_s = None
+        self.pace.restart(step)
+        self.output.go_back(step)
+        self.output.say(
+            f"{reason}: back to the checkpoint of step {step}, and on with other data "
+            f"(rollback {count} of {most}; steps lost: {abandoned})"
+        )
+        if self.metrics is not None:
+            self.metrics.go_back(
+                step, rollbacks=count, time=time.time(), abandoned_steps=abandoned
+            )
+
     def _row(self, step: int, text: str, values: dict[str, float]) -> None:
         self.output.say(f"step {step}/{self.speed.steps}  {text}")
         if self.metrics is not None:
-            self.metrics.write(step, **values)
+            self.metrics.write(step, time=time.time(), **values)
 
 
 def step_line(values: dict[str, float], seconds_left: float | None) -> str:
     """The text of a training step's row of metrics."""
+    shown = {
+        "loss": "loss {:.4f}",
+        "divergence": "divergence {:.4f}",
+        "cross_entropy": "cross entropy {:.4f}",
+        "gradient_norm": "grad norm {:.3f}",
+        "learning_rate": "lr {:.2e}",
+    }
     parts = [
-        f"loss {values['loss']:.4f}",
-        *(
-            f"{name.replace('_', ' ')} {values[name]:.4f}"
-            for name in ("divergence", "cross_entropy")
-            if name in values
-        ),
-        f"grad norm {values['gradient_norm']:.3f}",
-        f"lr {values['learning_rate']:.2e}",
+        text.format(values[name]) for name, text in shown.items() if name in values
     ]
+    if values.get("skipped_steps"):
+        parts.append(f"{values['skipped_steps']:.0f} skipped")
     if "tokens_per_s" in values:
         parts.append(f"{values['tokens_per_s']:,.0f} tok/s")
     if "mfu" in values:

@@ -292,6 +292,17 @@ class Train(Section):
     loss_chunk: int = 0
     # Seeds the initial weights, the order of the documents and the sample.
     seed: int = 0
+    # A step is bad if its loss or gradient norm is not finite, or a spike
+    # (spike_factor). It changes nothing but the position in the data. After this many
+    # bad steps in a row, the run goes back to its newest checkpoint. 0: no step is left
+    # out; one that is not finite makes the run go back at once.
+    skip_steps: int = 0
+    # A loss or gradient norm is a spike if it is more than this many times the mean of
+    # the good steps before it. None: nothing is a spike.
+    spike_factor: float | None = None
+    # How often a run goes back to its newest checkpoint, and on with data that it has
+    # not seen, before it ends. 0: it ends the first time.
+    rollbacks: int = 2
     # Steps from one line of output to the next.
     log_every: int = 10
     # Steps from one evaluation on held-out documents to the next.
@@ -315,8 +326,19 @@ class Train(Section):
         self.positive("steps", "global_batch", "seq_len", "grad_accum_steps")
         self.positive("log_every", "eval_every", "eval_batches", "save_every")
         self.positive("keep_checkpoints")
-        for name in ("loss_chunk", "profile_steps", "sample_tokens"):
+        for name in ("loss_chunk", "profile_steps", "sample_tokens", "skip_steps"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
+        self.need("rollbacks", self.rollbacks >= 0, "0 or more")
+        self.need(
+            "spike_factor",
+            self.spike_factor is None or self.spike_factor > 1,
+            "greater than 1, or None",
+        )
+        self.need(
+            "spike_factor",
+            self.spike_factor is None or self.skip_steps > 0,
+            "None, unless train.skip_steps is greater than 0",
+        )
         self.need("seed", 0 <= self.seed < 2**32, "from 0 to 2 ** 32 - 1")
         self.need(
             "out",

@@ -32,11 +32,16 @@ class StepInputs:
         parent: Model | None,
         state: dict[str, Any] | None,
     ) -> None:
-        self._parent = parent
+        self._config, self._parent = config, parent
         self._parameters: model.Transformer | None = None
         if parent is not None:
             self._parameters = load_parent(config.distill.parent, parent, mesh)
         self.anneal: Anneal | None = None
+        self.restore(state)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Goes on from `state()` of a checkpoint; None: from the start."""
+        config = self._config
         if config.distill.anneal_steps:
             self.anneal = Anneal(config.distill, config.train.steps, state)
 

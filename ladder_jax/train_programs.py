@@ -7,7 +7,7 @@ import jax
 import optax
 from jax import lax
 
-from ladder_jax import attention, initial, model, sharding
+from ladder_jax import attention, initial, model, sharding, skipping
 from ladder_jax.config import Config, Model
 from ladder_jax.hardware import chips, malloc, xla_options
 from ladder_jax.objective import (
@@ -24,6 +24,11 @@ class State(NamedTuple):
 
     model: model.Transformer
     optimizer: Any
+    watch: skipping.Watch | None = None  # None: train.skip_steps=0
+
+    def saved(self) -> dict[str, Any]:
+        """The parts that a checkpoint stores as arrays."""
+        return dict(model=self.model, optimizer=self.optimizer)
 
 
 def abstract_state(
@@ -31,7 +36,8 @@ def abstract_state(
 ) -> State:
     """The state's shapes, dtypes and shardings on `mesh`; allocates nothing."""
     parameters = model.abstract(config.model)
-    shapes = State(parameters, jax.eval_shape(optimizer.init, parameters))
+    watch = skipping.start() if config.train.skip_steps else None
+    shapes = State(parameters, jax.eval_shape(optimizer.init, parameters), watch)
     parameter_specs = sharding.parameter_specs(parameters)
 
     def is_model(node: object) -> bool:
@@ -65,13 +71,28 @@ def init_state(
     if config.train.init_from:
         parameters = initial.load_weights(config, mesh)
         init_optimizer = jax.jit(optimizer.init, out_shardings=shardings.optimizer)
-        return State(parameters, init_optimizer(parameters))
+        state = State(parameters, init_optimizer(parameters))
+    else:
 
-    def init() -> State:
-        parameters = model.init(config.model, jax.random.key(config.train.seed))
-        return State(parameters, optimizer.init(parameters))
+        def init() -> State:
+            parameters = model.init(config.model, jax.random.key(config.train.seed))
+            return State(parameters, optimizer.init(parameters))
 
-    return jax.jit(init, out_shardings=shardings)()
+        state = jax.jit(init, out_shardings=shardings._replace(watch=None))()
+    return watched(state, config, mesh)
+
+
+def watched(
+    state: State,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    watch: dict[str, float] | None = None,
+) -> State:
+    """`state` with the watch of `skipping.start(watch)`, if steps are skipped."""
+    if not config.train.skip_steps:
+        return state
+    replicated = sharding.named_shardings(mesh, sharding.REPLICATED)
+    return state._replace(watch=jax.device_put(skipping.start(watch), replicated))
 
 
 def make_step(
@@ -86,7 +107,8 @@ def make_step(
     It donates the state. `results` are scalars: loss (before the step), gradient_norm
     (before clipping) and parameter_norm (after the step; it is finite only if a
     checkpoint of the new state is); with a parent also divergence and cross_entropy,
-    which make up the loss. With `extras` its third argument is a dict of their arrays.
+    which make up the loss; with train.skip_steps also skipped_steps and bad_in_a_row.
+    With `extras` its third argument is a dict of their arrays.
     """
     gradients_of = loss_and_gradients(config, mesh, kernel, extras)
     specs = sharding.parameter_specs(model.abstract(config.model))
@@ -102,9 +124,14 @@ def make_step(
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer, state.model, norm=norm
         )
-        parameters = optax.apply_updates(state.model, updates)
-        results = losses | dict(gradient_norm=norm, parameter_norm=norm_of(parameters))
-        return State(parameters, optimizer_state), results
+        new = State(optax.apply_updates(state.model, updates), optimizer_state)
+        results = losses | dict(gradient_norm=norm)
+        if state.watch is not None:
+            bad, watch = skipping.judge(config.train, state.watch, losses["loss"], norm)
+            new = skipping.choose(bad, state._replace(watch=None), new)
+            new = new._replace(watch=watch)
+            results |= dict(skipped_steps=watch.skipped, bad_in_a_row=watch.in_a_row)
+        return new, results | dict(parameter_norm=norm_of(new.model))
 
     shardings = state_shardings(config, mesh, optimizer)
     inputs = (BATCH_SPECS, *extras.specs())

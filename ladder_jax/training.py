@@ -1,24 +1,22 @@
 """Runs the training job from start to end: mesh, data, model, optimizer, step, loop.
 
-A run lives in the folder `train.out`: metrics.jsonl, checkpoints/<step>/, loss.png, and
-tensorboard/ and profile/ where the configuration turns them on.
+A run lives in the folder `train.out`: run.json, metrics.jsonl, checkpoints/<step>/,
+loss.png, and tensorboard/ and profile/ where the configuration turns them on.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import numpy as np
 import optax
 
-from ladder_jax import model, sharding
+from ladder_jax import identity, model, rollback, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
@@ -32,13 +30,14 @@ from ladder_jax.objective import (
 )
 from ladder_jax.optimizer import learning_rate, make_optimizer
 from ladder_jax.preparation import Job, prepare
+from ladder_jax.profiling import Profile
 from ladder_jax.progress import Measured, Output, Pace, Reports, Speed
+from ladder_jax.rollback import BadStep
 from ladder_jax.run_folder import Lease
 from ladder_jax.say import Say
 from ladder_jax.step_inputs import StepInputs
 from ladder_jax.train_programs import (
     State,
-    abstract_state,
     flops_per_token,
     init_state,
     make_evaluation,
@@ -57,7 +56,9 @@ class Summary(TypedDict):
     plot: str | None  # the path of loss.png; None without matplotlib
     stopped: str | None  # the name of the signal that stopped it
     saved: bool  # whether there is a checkpoint
+    rollbacks: int  # how often it went back to a checkpoint
     loss: NotRequired[float]  # of the last reported step, nats a token
+    skipped_steps: NotRequired[int]  # with train.skip_steps: how many were left out
     # Of the last evaluation: nats a token, bits per byte, seconds.
     held_out_loss: NotRequired[float]
     held_out_bits_per_byte: NotRequired[float]
@@ -83,8 +84,9 @@ def train(config: Config, resume: bool = False) -> Summary:
     Returns the final metrics and the run's folder, as a dict (`Summary`).
 
     Raises ConfigError where the configuration, data or checkpoint does not fit, before
-    it writes anything; FloatingPointError where a step is not finite (the last
-    checkpoint stays good); OSError where a file cannot be written.
+    it writes anything; FloatingPointError where steps are bad and the run cannot go
+    back to a checkpoint any more (rollback.py; the last checkpoint stays good); OSError
+    where a file cannot be written.
     """
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     run_long_steps_in_turn(config)
@@ -107,9 +109,22 @@ def train(config: Config, resume: bool = False) -> Summary:
         output.say(describe(job.config, job.mesh, parameter_count(state.model)))
         inputs = StepInputs(job.config, job.mesh, job.parent, meta.get("anneal"))
         programs = make_programs(job, optimizer, inputs)
-        reports = open_reports(job, output, first, stack)
+        speed = speed_of(job.config, job.mesh)
+        identity.record(job.out, job.config, job.mesh, first, speed.peak)
+        rollbacks = meta.get("rollbacks", 0)
+        reports = open_reports(job, output, first, rollbacks, speed, stack)
         run = Run(
-            job, first, state, batches, held_out, inputs, programs, checkpoints, reports
+            job,
+            optimizer,
+            first,
+            state,
+            batches,
+            held_out,
+            inputs,
+            programs,
+            checkpoints,
+            reports,
+            rollbacks,
         )
         if first == 0:
             run.measure_blend()
@@ -122,13 +137,16 @@ def train(config: Config, resume: bool = False) -> Summary:
         stopped = None
         while run.step < options.steps and not (stopped := stop.requested(run.step)):
             profile.before_step(run.step, run.state)
-            run.take_step()
-            output.advance()
-            run.report_unread()  # of the last step, while the device runs this one
-            if run.step == first + 1:  # this step took long because XLA compiled it
-                jax.block_until_ready(run.results)
-                reports.pace.restart(run.step)
-            run.evaluate_save_or_report()
+            try:
+                run.take_step()
+                output.advance()
+                run.report_unread()  # of the last step, while the device runs this one
+                if run.step == first + 1:  # it took long because XLA compiled it
+                    jax.block_until_ready(run.results)
+                    reports.pace.restart(run.step)
+                run.evaluate_save_or_report()
+            except BadStep as bad:
+                run.go_back(bad)
         if stopped and run.step > first:
             run.save_early()
     return summarize(run, stopped)
@@ -140,7 +158,8 @@ class Programs(NamedTuple):
     steps: dict[bool, Callable[..., Any]]  # by whether a step takes a freshness
     evaluation: Callable[..., Any]
     blended_evaluation: Callable[..., Any] | None  # with a freshness; None: no step has
-    learning_rate: Callable[..., Any]  # the number of a step, from 0 -> its rate
+    # (the number of a step, from 0; State.watch) -> its rate
+    learning_rate: Callable[..., Any]
 
 
 @dataclasses.dataclass
@@ -148,6 +167,7 @@ class Run:
     """A run in its loop: what a step changes, and what is done after it."""
 
     job: Job
+    optimizer: optax.GradientTransformation
     step: int  # how many steps are complete
     state: State  # after them
     batches: Any  # the iterator over the batches of the steps to come
@@ -156,6 +176,7 @@ class Run:
     programs: Programs
     checkpoints: Checkpoints
     reports: Reports
+    rollbacks: int = 0  # how often it went back to a checkpoint
     results: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     unread: Measured | None = None  # a step to report, which the device may still run
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -165,10 +186,9 @@ class Run:
         batch = to_devices(self.job.mesh, next(self.batches))
         train_step = self.programs.steps[self.inputs.annealing]
         inputs = self.inputs.for_step(self.step)
+        # A small program of its own, which the device runs before the step.
+        rate = self.programs.learning_rate(np.int32(self.step), self.state.watch)
         self.state, self.results = train_step(self.state, batch, *inputs)
-        # A small program of its own. The device runs it before the next step, since the
-        # host queues it first.
-        rate = self.programs.learning_rate(np.int32(self.step))
         self.results["learning_rate"] = rate
         self.step += 1
         self.inputs.after_step()
@@ -203,8 +223,9 @@ class Run:
             self.unread = None
 
     def _report(self, measured: Measured) -> None:
-        values = finite(measured, self.checkpoints)
-        self.summary["loss"] = values["loss"]
+        values = rollback.check(measured, self.job.config.train)
+        shown = ("loss", "skipped_steps")
+        self.summary |= {name: values[name] for name in shown if name in values}
         self.reports.step(measured, values)
 
     def _evaluate(self) -> None:
@@ -236,15 +257,46 @@ class Run:
 
     def save_early(self) -> None:
         """Saves a run that was stopped, once its last step is known to be good."""
-        if self.unread:
-            self.report_unread()
-        else:
-            finite(Measured(self.step, self.results), self.checkpoints)
+        try:
+            if self.unread:
+                self.report_unread()
+            else:
+                last = Measured(self.step, self.results)
+                rollback.check(last, self.job.config.train)
+        except BadStep as bad:
+            raise self._end(bad) from None
         self._save()
 
     def _save(self) -> None:
         meta = self.job.meta | self.inputs.state()
-        self.checkpoints.save(self.step, self.state._asdict(), self.batches, meta)
+        if self.rollbacks:
+            meta |= dict(rollbacks=self.rollbacks)
+        if self.state.watch is not None:
+            meta |= dict(watch=self.state.watch.state())
+        self.checkpoints.save(self.step, self.state.saved(), self.batches, meta)
+
+    def go_back(self, bad: BadStep) -> None:
+        """Goes back to the newest checkpoint. The iterator stays where it is.
+
+        Raises FloatingPointError if there is none, or train.rollbacks are used up.
+        """
+        self.checkpoints.wait()
+        most = self.job.config.train.rollbacks
+        if not self.checkpoints.steps() or self.rollbacks >= most:
+            raise self._end(bad)
+        left, self.unread, self.results = self.step, None, {}
+        del self.state  # the devices may not have memory for two
+        self.step, self.state, meta = rollback.restore(
+            self.job, self.optimizer, self.checkpoints
+        )
+        self.inputs.restore(meta.get("anneal"))
+        self.rollbacks += 1
+        self.reports.go_back(self.step, left - self.step, self.rollbacks, most, bad)
+
+    def _end(self, bad: BadStep) -> FloatingPointError:
+        self.checkpoints.wait()
+        text = rollback.last_words(bad, self.checkpoints, self.rollbacks)
+        return FloatingPointError(text)
 
 
 # ---------------------------------------------------------------- stages of the job
@@ -297,12 +349,10 @@ def begin(
     Moves the iterator `batches` to the batch that follows the checkpoint.
     """
     if job.saved:
-        abstract = abstract_state(job.config, job.mesh, optimizer)._asdict()
-        saved = job.meta["config"]
-        step, arrays, meta = checkpoints.restore(abstract, batches, config=saved)
+        step, state, meta = rollback.restore(job, optimizer, checkpoints, batches)
         steps = job.config.train.steps
         say(f"resumed at step {step} of {steps} from {checkpoints.folder}")
-        return step, State(**arrays), meta
+        return step, state, meta
     state = init_state(job.config, job.mesh, optimizer)
     if resume:
         say(f"nothing to resume in {job.out}: starting at step 0")
@@ -316,23 +366,33 @@ def make_programs(
     config, mesh = job.config, job.mesh
     steps = {
         annealing: make_step(config, mesh, optimizer, None, inputs.extras(annealing))
-        for annealing in {inputs.annealing, False}
+        for annealing in {inputs.anneal is not None, False}
     }
-    blended = make_evaluation(config, mesh, True) if inputs.annealing else None
-    rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
-    return Programs(steps, make_evaluation(config, mesh), blended, rate)
+    blended = None if inputs.anneal is None else make_evaluation(config, mesh, True)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+
+    def rate(step: jax.Array, watch: Any) -> jax.Array:
+        # The optimizer has not counted the steps that were left out.
+        return schedule(step if watch is None else step - watch.skipped)
+
+    return Programs(steps, make_evaluation(config, mesh), blended, jax.jit(rate))
 
 
 def open_reports(
-    job: Job, output: Output, first: int, stack: contextlib.ExitStack
+    job: Job,
+    output: Output,
+    first: int,
+    rollbacks: int,
+    speed: Speed,
+    stack: contextlib.ExitStack,
 ) -> Reports:
     """Reports to `output`, and to the files of metrics, which one process writes."""
     pace = stack.enter_context(Pace(first))
     metrics = None
     if output.leader:
         board = job.config.train.tensorboard
-        metrics = stack.enter_context(Metrics(job.out, board, first))
-    return Reports(output, metrics, pace, speed_of(job.config, job.mesh))
+        metrics = stack.enter_context(Metrics(job.out, board, first, rollbacks))
+    return Reports(output, metrics, pace, speed)
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, count: int) -> str:
@@ -367,27 +427,6 @@ def to_devices(mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, jax.Array]:
         name: jax.make_array_from_process_local_data(shardings, batch[name])
         for name in BATCH_FIELDS
     }
-
-
-def finite(measured: Measured, checkpoints: Checkpoints) -> dict[str, float]:
-    """Waits for the results of a step, and returns them as numbers.
-
-    Raises FloatingPointError where one is not finite.
-    """
-    values = {name: float(value) for name, value in measured.results.items()}
-    if all(map(math.isfinite, values.values())):
-        return values
-    checkpoints.wait()
-    saved = checkpoints.steps()
-    state = "stopped, before any checkpoint"
-    if saved:
-        state = f"stopped; the checkpoint of step {saved[-1]} is good"
-    values.pop("learning_rate")
-    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
-    raise FloatingPointError(
-        f"step {measured.step} is not finite ({numbers}): {state}. Try a lower "
-        "optimizer.learning_rate or more optimizer.warmup_steps"
-    )
 
 
 def evaluate(
@@ -425,6 +464,7 @@ def summarize(run: Run, stopped: signal.Signals | None) -> Summary:
         plot=None,
         stopped=stopped.name if stopped else None,
         saved=job.saved or run.step > 0,
+        rollbacks=run.rollbacks,
     )
     if output.leader:
         picture = plot(job.out, f"{job.config.model.residual}, {count:,} parameters")
@@ -450,35 +490,3 @@ def sample(config: Config, job: Job, parameters: model.Transformer) -> str:
         vocabulary=tokenizer.size,
     )
     return tokenizer.decode(list(ids))
-
-
-class Profile(contextlib.AbstractContextManager):
-    """Writes a profiler's trace of `count` steps after step `first`. 0: no trace."""
-
-    def __init__(self, folder: Path, first: int, count: int, say: Say) -> None:
-        self.folder, self.say = folder, say
-        self.steps = range(first, first + count)
-        self.running = False
-
-    def before_step(self, step: int, state: State) -> None:
-        """Starts the trace before its first step, and ends it after its last one.
-
-        Call it before every step: `step` steps are complete.
-        """
-        if self.running == (step in self.steps):
-            return
-        jax.block_until_ready(state)
-        if self.running:
-            self._stop()
-        else:
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self.running = False
-        self.say(f"profile from step {self.steps.start + 1} on: {self.folder}")
-
-    def __exit__(self, *_: object) -> None:
-        if self.running:
-            self._stop()

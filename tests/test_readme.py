@@ -13,13 +13,15 @@ from ladder_jax import cli
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
 from ladder_jax.evaluation import command as evaluation
+from ladder_jax.report import command as report
 from ladder_jax.server import command as server
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-DOCS += [ROOT / "docs" / f"{name}.md" for name in ("tutorial", "evaluation", "serving")]
+PAGES = ("tutorial", "evaluation", "serving", "runs")
+DOCS += [ROOT / "docs" / f"{name}.md" for name in PAGES]
 COMMANDS = [
     shlex.split(line, comments=True)
     for path in DOCS
@@ -35,6 +37,7 @@ KINDS = {
     "plan": cli.PlanArguments,
     "inspect": cli.InspectArguments,
     "serve": server.Arguments,
+    "report": report.Arguments,
 }
 
 

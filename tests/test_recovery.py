@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from train_runs import ALWAYS, documented, written
 
 from ladder_jax import anneal, config, loading, training
 from ladder_jax.config import ConfigError, Distill
@@ -45,7 +46,7 @@ def recovery(folder, out, **fields):
 
 def rows(out):
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    clock = ("tokens_per_s", "mfu", "save_s", "evaluation_s")
+    clock = ("time", "tokens_per_s", "mfu", "save_s", "evaluation_s")
     rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
@@ -68,6 +69,11 @@ def test_a_run_starts_with_the_checkpoints_weights_and_model(folder, whole):
     loaded = loading.load(whole)
     assert loaded.config.model.residual == "ladder"
     assert loaded.config.model.ffn_dim == 64
+
+
+def test_the_metrics_are_the_documented_ones(whole):
+    groups = ("distill.parent", "distill.anneal_steps")
+    assert written(whole) == documented(*ALWAYS, *groups)
 
 
 def test_the_delay_falls_and_evaluations_have_none(whole):

@@ -169,7 +169,12 @@ def test_killed_at_random_moments(whole, tiny_folder, tmp_path):
 
 
 def test_a_step_that_is_not_finite_stops_the_run(whole, tiny_folder, tmp_path, capfd):
-    cfg = tiny.make(tiny_folder, train_out=str(tmp_path / "run"), train_log_every=20)
+    cfg = tiny.make(
+        tiny_folder,
+        train_out=str(tmp_path / "run"),
+        train_log_every=20,
+        train_rollbacks=0,
+    )
     with at_step(8, lambda batch: {**batch, "weights": batch["weights"] * np.nan}):
         with pytest.raises(
             FloatingPointError,

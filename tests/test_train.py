@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from train_runs import assert_golden
+from train_runs import ALWAYS, assert_golden, documented, written
 
 import ladder_jax
 from ladder_jax import loading, model, train_programs, training
@@ -30,6 +30,10 @@ def test_the_first_20_losses(whole):
     assert_golden(whole, range(1, 21))
 
 
+def test_a_run_writes_the_documented_metrics_and_no_others(whole):
+    assert written(whole) == documented(*ALWAYS)
+
+
 def test_rows_trace_plot_and_events(whole):
     rows = [
         json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()
@@ -43,6 +47,7 @@ def test_rows_trace_plot_and_events(whole):
     # The first step compiles the program, so that it has no tokens_per_s.
     assert set(reports[0]) == {
         "step",
+        "time",
         "loss",
         "gradient_norm",
         "parameter_norm",
@@ -57,6 +62,7 @@ def test_rows_trace_plot_and_events(whole):
         )
     assert set(evaluations[0]) == {
         "step",
+        "time",
         "held_out_loss",
         "held_out_bits_per_byte",
         "evaluation_s",
@@ -100,7 +106,7 @@ def test_rows_trace_plot_and_events(whole):
         (name, row["step"]): pytest.approx(value, rel=1e-6)
         for row in rows
         for name, value in row.items()
-        if name != "step"
+        if name not in ("step", "time")
     }
 
 

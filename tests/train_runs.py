@@ -1,8 +1,11 @@
 """What tests of training runs share: to watch, stop, copy and compare runs."""
 
 import contextlib
+import json
+import re
 import shutil
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -162,3 +165,22 @@ def at_step(number, act):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_step", make)
         yield
+
+
+# The groups of names in docs/runs.md that every run writes.
+ALWAYS = ("all", "report", "evaluation")
+
+
+def documented(*groups):
+    """The names of metrics that docs/runs.md says are in rows of these groups."""
+    text = (helpers.ROOT / "docs/runs.md").read_text().split("## Metrics")[1]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", text, re.M)
+    known = {group for _, group in rows}
+    assert len(rows) > 15 and set(groups) <= known, known
+    return {name for name, group in rows if group in groups}
+
+
+def written(out):
+    """The names in a run's metrics.jsonl."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {name for line in lines for name in json.loads(line)}

@@ -182,13 +182,13 @@ class Saver:
             if checkpoints.steps():
                 checkpoints.restore(self._abstract())
             meta = self.meta | dict(delay=delay)
-            checkpoints.save(step, state._asdict(), batches, meta)
+            checkpoints.save(step, state.saved(), batches, meta)
 
     def _abstract(self) -> dict[str, Any]:
         study = self.study
         return train_programs.abstract_state(
             study.config, study.mesh, study.optimizer
-        )._asdict()
+        ).saved()
 
     def restore(
         self, batches: Any

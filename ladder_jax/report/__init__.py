@@ -1,0 +1,1 @@
+"""`ladder-jax report`: one page about one run, or several beside each other."""
