@@ -12,8 +12,9 @@ Conversations are not cut, see `packing`.
 
 A row is a function of its number: the order of the documents in an epoch is a seeded
 permutation, and so is the order of rows. So the state of an iterator is the number of
-batches it has returned. To restore it takes no time, and memory does not grow with
-steps.
+batches it has returned, which is the same in every process: a run goes on with the same
+rows in the same order on any number of processes. To restore it takes no time, and
+memory does not grow with steps.
 
 Dims: B batch of this process, T length of a row, D documents.
 """
@@ -121,8 +122,8 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over batches of training rows.
 
-    It is an iterator of Grain. Orbax v1 can save and restore it through its get_state
-    and set_state. Each batch is a dict of arrays [B, T]:
+    It is an iterator of Grain. Its get_state is {"next_index": batches returned}, equal
+    in all processes; set_state restores it in any number of them. Each batch is a dict of arrays [B, T]:
 
     - tokens, targets: int32 ids; targets_BT[b, t] follows tokens_BT[b, t] in the same
       document.
