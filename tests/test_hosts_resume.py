@@ -1,4 +1,4 @@
-"""A run that stops on some number of processes goes on, with the same rows, on another."""
+"""A run that stops on some number of processes goes on on another one."""
 
 import itertools
 

@@ -123,7 +123,8 @@ def train_iterator(
     """Returns an endless iterator over batches of training rows.
 
     It is an iterator of Grain. Its get_state is {"next_index": batches returned}, equal
-    in all processes; set_state restores it in any number of them. Each batch is a dict of arrays [B, T]:
+    in all processes; set_state restores it in any number of them. Each batch is a dict
+    of arrays [B, T]:
 
     - tokens, targets: int32 ids; targets_BT[b, t] follows tokens_BT[b, t] in the same
       document.
