@@ -19,6 +19,7 @@ ROWS = {
         "training",
         "train_programs",
         "preparation",
+        "tokenizing",
         "step_inputs",
         "initial",
         "anneal",

@@ -297,3 +297,26 @@ def test_a_corpus_with_more_rows_than_can_be_shuffled_is_an_error():
         ConfigError, match="length=1 is not accepted: it cuts the 85899"
     ):
         train_iterator(corpus, batch=1, length=1, seed=0)
+
+
+def slow_rows(side, length, seed, epoch):
+    """The targets of each row of an epoch, from the documents laid end to end."""
+    raw_D = np.random.PCG64([seed, epoch]).random_raw(len(side.starts_D))
+    targets = np.concatenate(
+        [
+            side.ids[side.starts_D[i] + 1 :][: side.targets_D[i]]
+            for i in np.argsort(raw_D, kind="stable")
+        ]
+    )
+    return [targets[i : i + length] for i in range(0, len(targets), length)]
+
+
+@pytest.mark.parametrize("count, length", [(1, 3), (63, 4), (64, 5), (65, 7), (400, 9)])
+def test_rows_are_the_documents_in_an_epochs_order(count, length):
+    """The order that runs of older versions have."""
+    sizes = np.random.default_rng(count).integers(0, 30, count).tolist()
+    side = make_side(sizes)
+    rows = Rows(side, length, seed=5)
+    for epoch in range(3):
+        for i, expected in enumerate(slow_rows(side, length, 5, epoch)):
+            assert counted(rows[epoch * len(rows) + i]) == expected.tolist()

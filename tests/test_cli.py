@@ -260,6 +260,7 @@ def test_commands_and_help(command, wrong, monkeypatch, recipe):
         ("generate", "--help"),
         ("eval", "--help"),
         ("tokenizer", "-h"),
+        ("tokenize", "--help"),
         ("plan", "--help"),
         ("bench", "--help"),
         ("bench", "train", "--help"),

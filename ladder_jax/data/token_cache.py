@@ -25,7 +25,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from ladder_jax.data import (
     token_shard,
     token_units,
 )
-from ladder_jax.data.token_progress import Progress
+from ladder_jax.data.token_progress import Progress, print_to_stderr
 from ladder_jax.data.token_shard import ABOUT, Job
 from ladder_jax.data.token_units import Queue, Unit, size_of
 from ladder_jax.data.token_worker import Worker
@@ -47,6 +47,7 @@ from ladder_jax.data.tokenizer import Tokenizer
 # The version of a cache's contents. Raise it if the layout of its files changes, or the
 # documents that `sources` reads from a file, or the ids of a conversation.
 FORMAT = 4
+PREFIX = "tokens-"  # of the name of a cache's folder
 # A process has this many shards open at a time: each takes a file descriptor.
 OPEN_SHARDS = 256
 
@@ -157,12 +158,11 @@ def open_cache(
         total = sum(sources.size_and_time(path)[0] for path in files)
         with Progress("look for changes", total, say) as progress:
             contents = file_digests.digests(files, root, progress.elsewhere)
-        folder = (
-            root / f"tokens-{_fingerprint(data_config, files, contents, tokenizer)}"
-        )
+        folder = root / (PREFIX + _fingerprint(data_config, files, contents, tokenizer))
         damage = find_damage(folder) if folder.exists() else None
         is_complete = (folder / ABOUT).exists() and damage is None
         if not is_complete:
+            _mention_old(root, say)
             stated = [(path, c.size, c.time) for path, c in zip(files, contents)]
             _tokenise(data_config, stated, tokenizer, tally, folder, workers, say)
     except token_shard.Changed as error:
@@ -246,6 +246,53 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder / ABOUT} has other contents than were written"
     damages = (token_shard.find_damage(folder / f"{i:06}") for i in range(len(shards)))
     return next(filter(None, damages), None)
+
+
+# ------------------------------------------------------------------ all caches
+
+
+class Entry(NamedTuple):
+    """A cache, complete or not."""
+
+    name: str  # the fingerprint, as in the name of its folder
+    size: int  # bytes of its files
+    time: float  # of its last change, s
+    source: str | None  # `data.source` when it was written; None: unknown
+    documents: int | None  # None: it is not complete
+    is_old: bool  # whether an older version wrote it, and this one cannot read it
+
+
+def entries(root: Path) -> list[Entry]:
+    """Returns the caches in a folder, the oldest first."""
+    found = []
+    for folder in root.glob(f"{PREFIX}*"):
+        if not folder.is_dir():
+            continue
+        source, documents = None, None
+        is_old = (folder / "ids.bin").exists()
+        try:
+            about = token_shard.read_about(folder)
+            is_old = is_old or about.get("format") != FORMAT
+            if not is_old:
+                source = about["source"]
+                documents = sum(count for _, count in about["shards"])
+        except (OSError, ValueError, KeyError):  # not complete, or damaged
+            pass
+        states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+        size = sum(state.st_size for state in states)
+        last = max([folder.stat().st_mtime, *(state.st_mtime for state in states)])
+        name = folder.name.removeprefix(PREFIX)
+        found.append(Entry(name, size, last, source, documents, is_old))
+    return sorted(found, key=lambda entry: entry.time)
+
+
+def _mention_old(root: Path, say: Say | None) -> None:
+    """Says that caches of older versions are not read, if there are some."""
+    count = sum(entry.is_old for entry in entries(root))
+    if count:
+        line = f"{count} token caches in {root} are of an older version, and not used: "
+        line += "ladder-jax tokenize --remove old"
+        (say or print_to_stderr)(line)
 
 
 # ------------------------------------------------------------------ tokenising

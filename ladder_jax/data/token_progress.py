@@ -23,7 +23,7 @@ class Progress:
     def __init__(
         self, name: str, total: int, say: Callable[[str], None] | None = None
     ) -> None:
-        self._name, self._total, self._say = name, total, say or _to_stderr
+        self._name, self._total, self._say = name, total, say or print_to_stderr
         self._bar = tqdm(
             total=total, unit="B", unit_scale=True, desc=name, disable=None
         )
@@ -82,5 +82,6 @@ class Progress:
         )
 
 
-def _to_stderr(text: str) -> None:
+def print_to_stderr(text: str) -> None:
+    """Prints a line at once."""
     print(text, file=sys.stderr, flush=True)
