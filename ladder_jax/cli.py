@@ -367,8 +367,8 @@ BENCH = "ladder_jax.bench"
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|serve|peers|conversion|quality ...`"""
-    names = ("train", "decode", "serve", "peers", "conversion", "quality")
+    """`ladder-jax bench train|decode|serve|peers|conversion|quality|tokenize ...`"""
+    names = ("train", "decode", "serve", "peers", "conversion", "quality", "tokenize")
     if words[:1] in (["-h"], ["--help"]):
         jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
         print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
@@ -462,7 +462,7 @@ USAGE = """usage: ladder-jax COMMAND ...
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
   inspect PATH           shows what a checkpoint holds, without loading it
-  bench WHAT             measures: train, decode, peers, conversion, quality
+  bench WHAT             measures: train, decode, peers, conversion, quality, ...
 
 Each command has options: see ladder-jax COMMAND --help.
 

@@ -388,6 +388,7 @@ def _finish(job: Job, count: int, tally: sources.Tally) -> None:
         tally.repaired += about["repaired"]
     documents = [about["documents"] for about in abouts]
     if not sum(documents):
+        token_units.remove(job.folder)
         raise sources.no_document(job.data_config, tally, job.is_chat)
     # The rows do not tell what a chat template makes of them.
     settings = job.tokenizer.to_json() if job.is_chat else ""
