@@ -2,8 +2,11 @@
 
     <folder>/<step>/model/       parameters by plain names, such as layers/attention/wq
                     optimizer/   optimizer state, named in the same way
-                    data/        position of the data iterator, one JSON file a process
-                    meta/        JSON: configuration, tokenizer, versions
+                    meta/        JSON: configuration, tokenizer, versions, and the
+                                 position of the data: batches taken by all processes
+
+A step takes the same rows from the corpus whatever the number of processes, so that one
+position serves any number of them.
 
 Arrays load onto any mesh. Plain Orbax opens them too, as NumPy arrays on any machine:
 see notebooks/checkpoint.ipynb.
@@ -43,6 +46,7 @@ VERSION = next(
     "not installed",
 )
 PATTERNS = "*?[\\"  # the special characters of file patterns: `require_plain_name`
+OLD_POSITION = "data"  # a part of checkpoints that older versions saved
 READ_BYTES = 1 << 30  # of arrays that are read at one time
 log = logging.getLogger(__name__)
 
@@ -120,8 +124,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             again. Checkpoints of `step` and later steps are removed first: they are
             there only if the run was restored from an earlier step.
           state: dict of pytrees of arrays, such as dict(model=..., optimizer=...).
-          data_iterator: a Grain DatasetIterator, whose position each process saves;
-            None: no position is saved.
+          data_iterator: a Grain DatasetIterator. Its state is that of every process:
+            process 0 saves it. None: no position is saved.
           meta: dict of JSON values: config (`config.to_dict`), tokenizer (its JSON).
 
         Raises OSError when this save cannot start, the previous save failed, or another
@@ -149,10 +153,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             name: unflatten_dict(_named(tree), sep="/") for name, tree in state.items()
         }
         arrays = {name: _shapes(tree) for name, tree in state.items()}
+        own = dict(format=FORMAT, ladder_jax=VERSION, parts=sorted(items))
         if data_iterator is not None:
-            items["data"] = data_iterator
-        parts = sorted(items)
-        items["meta"] = dict(format=FORMAT, ladder_jax=VERSION, parts=parts) | meta
+            own["data"] = data_iterator.get_state()
+        items["meta"] = own | meta
         try:
             for later_step in reversed([s for s in steps if s >= step]):
                 self._checkpointer.delete(later_step)
@@ -310,7 +314,7 @@ def read_arrays(
     def read(path: Path) -> tuple[Meta, dict[str, dict[str, Any]]]:
         meta, arrays = _meta(path), {}
         for part in meta["parts"]:
-            if part == "data":  # the position of the data is no array
+            if part == OLD_POSITION:  # no array
                 continue
             with _reading(part):
                 saved = ocp.metadata(path, checkpointable_name=part).metadata
@@ -549,13 +553,17 @@ def _load(
     """
     wanted = {name: _shapes(tree) for name, tree in abstract_state.items()}
     meta = _check_arrays(path, wanted, config, cast)
-    if data_iterator is not None and "data" not in meta["parts"]:
-        raise ValueError(f"{path} holds no data, only {', '.join(meta['parts'])}")
+    position = None if data_iterator is None else _position(path, meta)
     nested = {name: unflatten_dict(flat, sep="/") for name, flat in wanted.items()}
     with _reading("arrays"):
         loaded = _read_arrays(path, nested, _largest_shard(wanted))
-    if data_iterator is not None:
-        _set_position(data_iterator, path)
+    if position is not None:
+        try:
+            data_iterator.set_state(position)
+        except Exception as error:
+            raise ValueError(
+                f"the data iterator does not fit the position in {path}: {_line(error)}"
+            ) from error
     state = {}
     for name, tree in abstract_state.items():
         arrays = flatten_dict(loaded[name], sep="/")
@@ -603,28 +611,23 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _set_position(data_iterator: Any, path: Path) -> None:
-    """Sets the iterator to the position that this process saved.
+def _position(path: Path, meta: Meta) -> Any:
+    """The position of the data, for any number of processes.
 
-    The file names are Grain's.
+    An older checkpoint has a file of it for each process, all with the same position.
     """
-    name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    with _reading("data"):
-        files = sorted(file.name for file in (path / "data").glob("process_*"))
-        position = None
-        if name in files or not files:
-            position = json.loads((path / "data" / name).read_text())
-    if position is None:
-        raise ValueError(
-            f"{path} has data positions {files}, not {name}: "
-            "resume with as many processes as saved them"
-        )
-    try:
-        data_iterator.set_state(position)
-    except Exception as error:
-        raise ValueError(
-            f"the data iterator does not fit the position in {path}: {_line(error)}"
-        ) from error
+    if OLD_POSITION not in meta["parts"]:
+        if "data" not in meta:
+            raise ValueError(f"{path} holds no position of the data")
+        return meta["data"]
+    with _reading(OLD_POSITION):
+        files = sorted((path / OLD_POSITION).glob("process_*"))
+        positions = [json.loads(file.read_text()) for file in files]
+        if not positions:
+            raise FileNotFoundError(f"no file in {path / OLD_POSITION}")
+    if any(position != positions[0] for position in positions):
+        raise ValueError(f"{path} has other positions of the data in each process")
+    return positions[0]
 
 
 def _named(tree: Any) -> dict[str, Any]:

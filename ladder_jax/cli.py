@@ -330,6 +330,24 @@ def tokenizer(words: list[str]) -> int:
     return 0
 
 
+def tokenize(words: list[str]) -> int:
+    """`ladder-jax tokenize RECIPE ...`"""
+    from ladder_jax import tokenizing
+
+    default, command, first = tokenizing.Arguments(), "tokenize", "[RECIPE]"
+    if words and not words[0].startswith("-"):
+        default = tokenizing.Arguments(from_recipe(words[0]))
+        command, first, words = f"tokenize {words[0]}", "", words[1:]
+    arguments = parse(tokenizing.Arguments, words, command, default, first)
+    if first and not (arguments.list or arguments.remove):
+        raise ConfigError(
+            "missing argument: RECIPE, such as in ladder-jax tokenize configs/demo.py, "
+            "or --list or --remove"
+        )
+    print_safely(tokenizing.run(arguments))
+    return 0
+
+
 def plan(words: list[str]) -> int:
     """`ladder-jax plan RECIPE ...`"""
     arguments = parse(PlanArguments, words, "plan")
@@ -349,8 +367,8 @@ BENCH = "ladder_jax.bench"
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|serve|peers|conversion|quality ...`"""
-    names = ("train", "decode", "serve", "peers", "conversion", "quality")
+    """`ladder-jax bench train|decode|serve|peers|conversion|quality|tokenize ...`"""
+    names = ("train", "decode", "serve", "peers", "conversion", "quality", "tokenize")
     if words[:1] in (["-h"], ["--help"]):
         jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
         print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
@@ -441,6 +459,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "eval": evaluate,
     "tokenizer": tokenizer,
+    "tokenize": tokenize,
     "plan": plan,
     "convert": convert,
     "inspect": inspect,
@@ -457,11 +476,12 @@ USAGE = """usage: ladder-jax COMMAND ...
   serve CHECKPOINT       answers HTTP requests by OpenAI's API
   eval CHECKPOINT        measures perplexity on documents, or runs lm-eval's tasks
   tokenizer SOURCE       trains a tokenizer on a corpus
+  tokenize RECIPE        tokenises a corpus before a run, on one host or many
   plan RECIPE            predicts a program's speed on chips that this machine lacks
   convert WHAT           checkpoints of other tools, in and out: from-hf, to-hf, ...
   inspect PATH           shows what a checkpoint holds, without loading it
   report RUN ...         makes a page about runs: loss, speed, how they differ
-  bench WHAT             measures: train, decode, peers, conversion, quality
+  bench WHAT             measures: train, decode, peers, conversion, quality, ...
 
 Each command has options: see ladder-jax COMMAND --help.
 

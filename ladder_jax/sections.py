@@ -219,6 +219,13 @@ class Data(Section):
         )
         for name in ("source", "text_field", "tokenizer", "token_cache"):
             self.need(name, getattr(self, name) != "", "non-empty")
+        is_address = "://" in self.token_cache
+        self.need(
+            "token_cache",
+            not is_address,
+            "a folder of a file system, as its files are memory-mapped (a disk that "
+            "all hosts share, or one of each host)",
+        )
 
 
 @dataclass(frozen=True)

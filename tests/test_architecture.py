@@ -22,6 +22,7 @@ ROWS = {
         "identity",
         "train_programs",
         "preparation",
+        "tokenizing",
         "step_inputs",
         "initial",
         "anneal",

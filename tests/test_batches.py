@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orbax.checkpoint import v1 as ocp
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data.batches import Rows, held_out_batches, train_iterator
@@ -184,7 +183,7 @@ def test_a_row_of_a_short_corpus_is_padded_and_repeated_for_a_batch():
     assert (batch["weights"].sum(axis=1) == 7).all()
 
 
-def test_state_restores_the_next_batches(tmp_path):
+def test_state_restores_the_next_batches():
     corpus = make_corpus([11] * 20)
 
     def fresh():
@@ -193,19 +192,55 @@ def test_state_restores_the_next_batches(tmp_path):
     batches = fresh()
     take(batches, 21)  # into the second epoch
     state = batches.get_state()
-    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
-        saving = checkpointer.save_checkpointables_async(21, dict(data=batches))
-        expected = take(batches, 20)  # training goes on while it is written
-        saving.result()
-
+    assert state == {"next_index": 21}  # of Grain's prefetched batches, none counts
+    expected = take(batches, 20)
+    for taken in (0, 3):
         again = fresh()
-        again.set_state(state)
+        take(again, taken)
+        again.set_state(json.loads(json.dumps(state)))
         np.testing.assert_equal(take(again, 20), expected)
 
-        restored = fresh()
-        take(restored, 3)
-        checkpointer.load_checkpointables(21, dict(data=restored))
-        np.testing.assert_equal(take(restored, 20), expected)
+
+@settings(max_examples=6, deadline=None)
+@given(
+    stops=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 5)),
+        min_size=2,
+        max_size=4,
+    ),
+    is_chat=st.booleans(),
+)
+def test_any_number_of_processes_goes_on_with_the_same_rows(stops, is_chat):
+    """A run of 12 rows a step stops again and again, each time to go on elsewhere."""
+    corpus = make_corpus([5, 30, 0, 7, 19, 3])
+    if is_chat:
+        counted = np.ones(len(corpus.train.ids), np.uint8)
+        train = dataclasses.replace(corpus.train, counted=counted)
+        corpus = dataclasses.replace(corpus, train=train)
+    shape = dict(length=4, seed=3)
+    alone = train_iterator(corpus, batch=12, **shape)
+    state = {"next_index": 0}
+    for count, steps in stops:
+        shares = [
+            train_iterator(
+                corpus,
+                batch=12 // count,
+                process_index=i,
+                process_count=count,
+                **shape,
+            )
+            for i in range(count)
+        ]
+        for share in shares:
+            share.set_state(state)
+        for _ in range(steps):
+            parts, whole = [next(share) for share in shares], next(alone)
+            for name in whole:
+                joined = np.concatenate([part[name] for part in parts])
+                np.testing.assert_array_equal(joined, whole[name])
+        states = [share.get_state() for share in shares]
+        assert states == [alone.get_state()] * count
+        state = states[-1]
 
 
 def test_the_iterator_passes_grains_own_check_of_restoring():
@@ -262,3 +297,26 @@ def test_a_corpus_with_more_rows_than_can_be_shuffled_is_an_error():
         ConfigError, match="length=1 is not accepted: it cuts the 85899"
     ):
         train_iterator(corpus, batch=1, length=1, seed=0)
+
+
+def slow_rows(side, length, seed, epoch):
+    """The targets of each row of an epoch, from the documents laid end to end."""
+    raw_D = np.random.PCG64([seed, epoch]).random_raw(len(side.starts_D))
+    targets = np.concatenate(
+        [
+            side.ids[side.starts_D[i] + 1 :][: side.targets_D[i]]
+            for i in np.argsort(raw_D, kind="stable")
+        ]
+    )
+    return [targets[i : i + length] for i in range(0, len(targets), length)]
+
+
+@pytest.mark.parametrize("count, length", [(1, 3), (63, 4), (64, 5), (65, 7), (400, 9)])
+def test_rows_are_the_documents_in_an_epochs_order(count, length):
+    """The order that runs of older versions have."""
+    sizes = np.random.default_rng(count).integers(0, 30, count).tolist()
+    side = make_side(sizes)
+    rows = Rows(side, length, seed=5)
+    for epoch in range(3):
+        for i, expected in enumerate(slow_rows(side, length, 5, epoch)):
+            assert counted(rows[epoch * len(rows) + i]) == expected.tolist()

@@ -75,7 +75,6 @@ def test_plain_orbax_reads_the_names(tmp_path):
 def test_load_model_reads_only_the_parameters(tmp_path):
     run = save_steps(tmp_path / "checkpoints", 5, 7).parent
     shutil.rmtree(run / "checkpoints" / "7" / "optimizer")
-    shutil.rmtree(run / "checkpoints" / "7" / "data")
     shape_only = jax.eval_shape(Model)
     for path in (run, str(run / "checkpoints"), run / "checkpoints" / "7"):
         assert_same(load_model(path, shape_only), Model(7))

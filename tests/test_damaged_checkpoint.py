@@ -37,7 +37,6 @@ HARM = [
         for name in (
             "_CHECKPOINT_METADATA",
             "meta/data.json",
-            "data/process*",
             "model/_METADATA",
             "model/manifest.ocdbt",
             "model/d/*",
@@ -53,7 +52,6 @@ HARM = [
             "model/ocdbt.process_0/d/*",
         )
     ),
-    ("data/process*", "empty"),
 ]
 
 
@@ -121,17 +119,57 @@ def test_a_path_without_a_checkpoint_is_one_line(two, tmp_path):
         run.restore(abstract(make_state()))
 
 
-def test_positions_of_more_processes_and_of_another_iterator(two, tmp_path):
+def older(folder, step, positions):
+    """Gives a checkpoint the layout of older versions: a file of each process."""
+    file = folder / str(step) / "meta" / "data.json"
+    meta = json.loads(file.read_text())
+    del meta["data"]
+    meta["parts"] = sorted([*meta["parts"], "data"])
+    file.write_text(json.dumps(meta))
+    (folder / str(step) / "data").mkdir()
+    for i, position in enumerate(positions):
+        name = f"process_{i}-of-{len(positions)}.json"
+        (folder / str(step) / "data" / name).write_text(json.dumps(position))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_position_of_an_older_checkpoint_is_read(two, tmp_path, processes):
     folder = shutil.copytree(two, tmp_path / "run")
-    one = folder / "2" / "data" / "process_0-of-1.json"
-    one.write_text('{"other": 1}')
+    older(folder, 2, [{"next_index": 5}] * processes)
+    position, expected = data(), data()
+    for _ in range(5):
+        next(expected)
     with Checkpoints(folder, 9) as run:
+        assert run.restore(abstract(make_state(dim=128)), position)[0] == 2
+        np.testing.assert_array_equal(next(position), next(expected))
+        assert load_model(folder, jax.eval_shape(lambda: Model(dim=128))) is not None
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "empty"])
+def test_a_damaged_older_position_is_reported(two, tmp_path, how, caplog):
+    folder = shutil.copytree(two, tmp_path / "run")
+    older(folder, 2, [{"next_index": 5}])
+    harm(folder / "2", "data/process*", how)
+    with Checkpoints(folder, 9) as run:
+        assert run.restore(abstract(make_state(dim=128)), data())[0] == 1
+    assert "2 is damaged: data" in caplog.text
+
+
+def test_positions_that_do_not_fit_are_refused(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "run")
+    restore = lambda run: run.restore(abstract(make_state(dim=128)), data(), step=2)
+    with Checkpoints(folder, 9) as run:
+        older(folder, 2, [{"other": 1}])
         with pytest.raises(ValueError, match="the data iterator does not fit"):
-            run.restore(abstract(make_state(dim=128)), data())
-        one.rename(one.with_name("process_0-of-2.json"))
-        with pytest.raises(
-            ValueError, match="resume with as many processes as saved them"
-        ):
+            restore(run)
+        shutil.rmtree(folder / "2" / "data")
+        shutil.copy(two / "2/meta/data.json", folder / "2/meta/data.json")
+        older(folder, 2, [{"next_index": 5}, {"next_index": 6}])
+        with pytest.raises(ValueError, match="other positions of the data in each"):
+            restore(run)
+    with Checkpoints(tmp_path / "other", 9) as run:
+        run.save(3, make_state(dim=128), None, META)
+        with pytest.raises(ValueError, match="3 holds no position of the data"):
             run.restore(abstract(make_state(dim=128)), data())
 
 

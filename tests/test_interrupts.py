@@ -219,6 +219,7 @@ def words_of(folder):
         "prompts": ["generate", run, "--prompts-file", prompts, "--out", "o.jsonl"],
         "eval": ["eval", run, "--data", folder / "long.txt", "--stride", 8],
         "tokenizer": ["tokenizer", "builtin", "--vocab-size", 512, "--out", "t.json"],
+        "tokenize": ["tokenize", folder / "recipe.py", "--data.source", "builtin"],
         "inspect": ["inspect", run],
         "from-hf": ["convert", "from-hf", folder / "hub", "out"],
         "to-hf": ["convert", "to-hf", run, "out", "--shard-size", "20kB"],

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ladder_jax.config import ConfigError
 from ladder_jax.data import sources
+from ladder_jax.data.formats import Part
 
 
 def read(source, text_field="text"):
@@ -24,7 +25,7 @@ def read(source, text_field="text"):
     return [
         text
         for path in sources.files(source, tally)
-        for text in sources.read(source, path, text_field, tally)
+        for text in sources.read(source, Part(path), text_field, tally)
     ], tally
 
 
@@ -156,7 +157,7 @@ if True:
         )
         / "made.py"
     )
-    assert list(sources.read("builtin", module, "text", sources.Tally())) == [
+    assert list(sources.read("builtin", Part(module), "text", sources.Tally())) == [
         """About the module.
 
 class Outer(Base)
@@ -178,7 +179,7 @@ def test_builtin_has_the_library_and_not_its_tests():
     assert not any(path.parts[-2] in ("test", "tests") for path in files)
     topics = next(path for path in files if path.name == "topics.py")
     tally = sources.Tally()
-    texts = list(sources.read("builtin", topics, "text", tally))
+    texts = list(sources.read("builtin", Part(topics), "text", tally))
     assert (
         len(texts) > 50
         and any('The "assert" statement' in text for text in texts)

@@ -254,7 +254,7 @@ def write(source: Source, notation: str, out: Path) -> None:
         config=to_dict(config), parts=["model"], converted_from=origin, tensor=1
     )
     # What training stored beside the parameters is of the old model.
-    for name in ("corpus", "documents", "anneal"):
+    for name in ("corpus", "documents", "anneal", "data"):
         meta.pop(name, None)
     with folder.new_folder(out) as part:
         step = part / "checkpoints" / "0"

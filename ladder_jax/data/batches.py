@@ -12,8 +12,9 @@ Conversations are not cut, see `packing`.
 
 A row is a function of its number: the order of the documents in an epoch is a seeded
 permutation, and so is the order of rows. So the state of an iterator is the number of
-batches it has returned. To restore it takes no time, and memory does not grow with
-steps.
+batches it has returned, which is the same in every process: a run goes on with the same
+rows in the same order on any number of processes. To restore it takes no time, and
+memory does not grow with steps.
 
 Dims: B batch of this process, T length of a row, D documents.
 """
@@ -27,6 +28,8 @@ from ladder_jax.config import ConfigError, require
 from ladder_jax.data.corpus import Corpus, Side
 from ladder_jax.data.packing import WholeRows, add_piece, empty_row
 
+# The order of an epoch stores the number of targets before each so-many-th document.
+_BLOCK = 64
 # Grain shuffles the rows of an epoch by 32-bit numbers.
 _MAX_ROWS = 2**32
 
@@ -56,35 +59,60 @@ class Rows(grain.MapDataset):
         return self._rows
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (the documents of an epoch in order, where the targets of each stop).
+        """Returns (the documents of an epoch in order, where the targets of some stop).
 
-        A stop is the number of targets of a document and of all documents before it.
+        The second array has the number of targets before each _BLOCK-th document: those
+        of all would take twice the memory of the order.
         """
         count = len(self._side.starts_D)
         raw_D = np.random.PCG64([self._seed, epoch]).random_raw(count)
         order_D = np.argsort(raw_D, kind="stable")
-        return order_D, np.cumsum(self._side.targets_D[order_D])
+        del raw_D
+        if count <= 2**32:
+            order_D = order_D.astype(np.uint32)
+        sizes = [np.zeros(1, np.int64)]
+        many = _BLOCK << 16
+        for start in range(0, count, many):
+            targets = self._targets(order_D, start, many)
+            sizes.append(np.add.reduceat(targets, range(0, len(targets), _BLOCK)))
+        return order_D, np.cumsum(np.concatenate(sizes))[:-1]
+
+    def _targets(self, order_D: np.ndarray, start: int, count: int) -> np.ndarray:
+        """Returns the targets of each of `count` documents, from the start-th on."""
+        return self._side.targets_D[order_D[start : start + count]].astype(np.int64)
+
+    def _find(
+        self, order_D: np.ndarray, befores: np.ndarray, target: int
+    ) -> tuple[int, int]:
+        """Returns (which document in order has a target, how many are before it)."""
+        block = int(np.searchsorted(befores, target, side="right")) - 1
+        stops = befores[block] + np.cumsum(
+            self._targets(order_D, block * _BLOCK, _BLOCK)
+        )
+        i = int(np.searchsorted(stops, target, side="right"))
+        before = befores[block] if i == 0 else stops[i - 1]
+        return block * _BLOCK + i, int(before)
 
     def __getitem__(self, index: int | slice) -> Batch | grain.MapDataset:
         if isinstance(index, slice):
             return self.slice(index)
         epoch, row = divmod(index, self._rows)
         row_start = row * self._length  # in targets of the epoch
-        order_D, stops_D = self._order(epoch)
+        order_D, befores = self._order(epoch)
         side, length = self._side, self._length
         row_T = empty_row(length, side.pad)
         column = 0
-        i = np.searchsorted(stops_D, row_start, side="right")
+        i, before = self._find(order_D, befores, row_start)
         while column < length and i < len(order_D):
             document = order_D[i]
-            targets = side.targets_D[document]
-            document_start = stops_D[i] - targets  # in targets of the epoch
+            targets = int(side.targets_D[document])
             # How many targets of the document are in earlier rows.
-            begin = row_start + column - document_start
+            begin = row_start + column - before
             size = min(targets - begin, length - column)
-            start = side.starts_D[document] + begin
+            start = int(side.starts_D[document]) + begin
             add_piece(row_T, column, side, start, size)
             column += size
+            before += targets
             i += 1
         return row_T
 
@@ -121,8 +149,9 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over batches of training rows.
 
-    It is an iterator of Grain. Orbax v1 can save and restore it through its get_state
-    and set_state. Each batch is a dict of arrays [B, T]:
+    It is an iterator of Grain. Its get_state is {"next_index": batches returned}, equal
+    in all processes; set_state restores it in any number of them. Each batch is a dict
+    of arrays [B, T]:
 
     - tokens, targets: int32 ids; targets_BT[b, t] follows tokens_BT[b, t] in the same
       document.

@@ -14,14 +14,13 @@ import bisect
 import datetime
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ladder_jax.config import ConfigError, Data, short_repr
 from ladder_jax.data import chat_rows, sources
 from ladder_jax.data.chat_rows import Message, Unusable
 from ladder_jax.data.chat_template import ChatTemplate, Refused
-from ladder_jax.data.formats import Tally
+from ladder_jax.data.formats import Part, Tally
 from ladder_jax.data.tokenizer import Rendered, Tokenizer
 
 TrainOn = Literal["assistant", "all", "last"]
@@ -253,13 +252,13 @@ class Conversation(NamedTuple):
     encoded: Encoded
 
 
-def read_messages(files: Iterable[Path], tally: Tally) -> Iterator[list[Message]]:
-    """Yields the messages of each conversation of a source.
+def read_messages(parts: Iterable[Part], tally: Tally) -> Iterator[list[Message]]:
+    """Yields the messages of each conversation in parts of the files of a source.
 
     tally: counts the rows and files that are left out.
     """
-    for path in files:
-        for row in sources.read_rows(path, chat_rows.FIELDS, tally):
+    for part in parts:
+        for row in sources.read_rows(part, chat_rows.FIELDS, tally):
             try:
                 yield chat_rows.to_messages(row, tally)
             except Unusable as error:
@@ -267,13 +266,13 @@ def read_messages(files: Iterable[Path], tally: Tally) -> Iterator[list[Message]
 
 
 def read(
-    data_config: Data, files: Iterable[Path], tokenizer: Tokenizer, tally: Tally
+    data_config: Data, parts: Iterable[Part], tokenizer: Tokenizer, tally: Tally
 ) -> Iterator[Conversation]:
     """Yields the conversations of a source, encoded; each has a target that counts.
 
     Args:
       data_config: `train_on` says which ids count.
-      files: the files of `data.source`.
+      parts: of the files of `data.source`.
       tokenizer: encodes them.
       tally: counts the rows and files that are left out.
 
@@ -294,7 +293,7 @@ def read(
         batch.clear()
         found.clear()
 
-    for messages in read_messages(files, tally):
+    for messages in read_messages(parts, tally):
         try:
             found.append(encoder.find_answers(messages, data_config.train_on))
         except Unusable as error:

@@ -13,15 +13,16 @@ Dims: D documents.
 
 import dataclasses
 import functools
-import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ladder_jax.config import ConfigError, Data
-from ladder_jax.data import chat, sources, token_cache
+from ladder_jax.data import chat, sources, token_cache, token_shard
+from ladder_jax.data.formats import Part
+from ladder_jax.data.token_cache import Joined
 from ladder_jax.data.tokenizer import Tokenizer
 
 
@@ -30,7 +31,7 @@ class Side:
     """The training or held-out documents of a corpus.
 
     Attributes:
-      ids: token ids of the whole corpus, each document as bos, text, eos.
+      ids: token ids of the whole corpus, each document as bos, text, eos; on disk.
       starts_D: where each document of this side begins in `ids`.
       targets_D: how many targets each document has: its text tokens and eos.
       bytes: the size in UTF-8 of the text of all targets that count.
@@ -39,12 +40,12 @@ class Side:
         count. Conversations are not cut where a row ends.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Joined
     starts_D: np.ndarray
     targets_D: np.ndarray
     bytes: int
     pad: int
-    counted: np.ndarray | None = None
+    counted: np.ndarray | Joined | None = None
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -179,19 +180,19 @@ def _hashed_texts(
     data_config: Data, files: list[Path], tally: sources.Tally
 ) -> Iterator[tuple[str, int]]:
     """Yields (text, hash) of each document."""
+    field = data_config.text_field
     for path in files:
-        texts = sources.read(data_config.source, path, data_config.text_field, tally)
-        for text in texts:
-            yield text, token_cache.document_hash(text.encode())
+        for text in sources.read(data_config.source, Part(path), field, tally):
+            yield text, token_shard.document_hash(text.encode())
 
 
 def _hashed_conversations(
     data_config: Data, files: list[Path], tally: sources.Tally
 ) -> Iterator[tuple[str, int]]:
     """Yields (text, hash) of each conversation."""
-    for messages in chat.read_messages(files, tally):
+    for messages in chat.read_messages(map(Part, files), tally):
         text = "\n".join(message["content"] for message in messages)
-        yield text, token_cache.conversation_hash(messages)
+        yield text, token_shard.conversation_hash(messages)
 
 
 def _threshold(held_out_fraction: float) -> int:
@@ -199,57 +200,78 @@ def _threshold(held_out_fraction: float) -> int:
     return int(held_out_fraction * 2**64)
 
 
-def prepare(data_config: Data, tokenizer: Tokenizer) -> Corpus:
+def prepare(
+    data_config: Data,
+    tokenizer: Tokenizer,
+    workers: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Corpus:
     """Returns the corpus of `data.source`; tokenises it if no cache has its ids yet.
 
     It leaves out files and rows that it cannot read; `Corpus.report` counts them. Bytes
     that are not UTF-8 become U+FFFD.
 
+    Args:
+      data_config, tokenizer, workers, say: see `token_cache.open_cache`.
+
     Raises:
       ConfigError: if the source is missing or has no usable document, if the tokenizer
         fails, if the cache cannot be written, if one side would be empty, or if the
         source has no chat and `data.train_on` is not its default.
+      RuntimeError: see `token_cache.open_cache`.
     """
-    cache = token_cache.open_cache(data_config, tokenizer)
+    cache = token_cache.open_cache(data_config, tokenizer, workers, say)
     if cache.counted is None and data_config.train_on != Data.train_on:
         raise ConfigError(
             f"data.train_on={data_config.train_on!r} is not accepted: "
             f"data.source={data_config.source!r} holds text, of which all tokens count "
             "(data.format='chat' reads its rows as chat)"
         )
-    hash_D = cache.documents_D["hash"]
-    held_out_D = hash_D < np.uint64(_threshold(data_config.held_out_fraction))
-    _check_split(data_config, hash_D, held_out_D)
-    train = _side(cache, ~held_out_D, tokenizer.pad)
-    held_out = _side(cache, held_out_D, tokenizer.pad)
+    train, held_out = _split(data_config, cache, tokenizer.pad)
     report = _report(data_config, cache, train, held_out)
-    # The rows do not tell what a chat template makes of them.
-    settings = "" if cache.counted is None else tokenizer.to_json()
-    digest = _digest(cache.documents_D, settings)
-    return Corpus(train, held_out, digest, report)
+    return Corpus(train, held_out, cache.digest, report)
 
 
-def _side(cache: token_cache.TokenCache, in_side_D: np.ndarray, pad: int) -> Side:
-    """Returns the documents for which `in_side_D` is True."""
-    stops_D = cache.documents_D["stop"].astype(np.int64)
-    starts_D = np.concatenate([[0], stops_D[:-1]])
-    targets_D = stops_D - starts_D - 1  # every id but bos
-    return Side(
-        ids=cache.ids,
-        starts_D=starts_D[in_side_D],
-        targets_D=targets_D[in_side_D],
-        bytes=int(cache.documents_D["bytes"][in_side_D].sum()),
-        pad=pad,
-        counted=cache.counted,
+def _split(
+    data_config: Data, cache: token_cache.TokenCache, pad: int
+) -> tuple[Side, Side]:
+    """Returns the training and the held-out side.
+
+    It reads one shard's index at a time: a document then takes 12 bytes of memory.
+    """
+    threshold = _threshold(data_config.held_out_fraction)
+    # Of each side: starts, targets and bytes, shard by shard.
+    parts: tuple[list[tuple[np.ndarray, np.ndarray, int]], ...] = ([], [])
+    lowest, highest, first = 2**64, -1, 0
+    for index_D in cache.indexes():
+        hash_D, stops_D = index_D["hash"], index_D["stop"].astype(np.int64)
+        lowest, highest = (
+            min(lowest, int(hash_D.min())),
+            max(highest, int(hash_D.max())),
+        )
+        starts_D = np.concatenate([[0], stops_D[:-1]])
+        targets_D = stops_D - starts_D - 1  # every id but bos
+        if targets_D.max() < 2**31:
+            targets_D = targets_D.astype(np.int32)
+        held_out_D = hash_D < np.uint64(threshold)
+        for side, in_side_D in zip(parts, (~held_out_D, held_out_D)):
+            size = int(index_D["bytes"][in_side_D].sum())
+            side.append((first + starts_D[in_side_D], targets_D[in_side_D], size))
+        first += int(stops_D[-1])
+    if not lowest < threshold <= highest:
+        raise _not_split(data_config, sum(cache.documents), lowest, highest)
+    train, held_out = (
+        Side(
+            cache.ids,
+            np.concatenate([starts_D for starts_D, _, _ in side]),
+            np.concatenate([targets_D for _, targets_D, _ in side]),
+            sum(size for _, _, size in side),
+            pad,
+            cache.counted,
+        )
+        for side in parts
     )
-
-
-def _digest(documents_D: np.ndarray, settings: str) -> str:
-    """Returns a hash of the sizes and hashes of all documents, and of `settings`."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    for field in ("bytes", "hash"):
-        digest.update(np.ascontiguousarray(documents_D[field]).data)
-    return digest.hexdigest()
+    return train, held_out
 
 
 def _report(
@@ -271,27 +293,27 @@ def _report(
             f"repaired: {cache.repaired:,} documents with bytes that are not UTF-8"
         )
     if cache.damage:
-        parts.append(
-            f"the token cache was damaged and has been replaced: {cache.damage}"
-        )
+        parts.append(f"the token cache was damaged and has been mended: {cache.damage}")
     return f"data.source={data_config.source!r}: {'; '.join(parts)}"
 
 
-def _check_split(data_config: Data, hash_D: np.ndarray, held_out_D: np.ndarray) -> None:
-    """Raises ConfigError if all documents are on one side."""
-    if held_out_D.any() and not held_out_D.all():
-        return
-    low, high = int(hash_D.min()) / 2**64, int(hash_D.max()) / 2**64
-    if low == high:
-        raise ConfigError(
-            f"data.source={data_config.source!r} has one document ({len(hash_D)} with "
+def _not_split(data_config: Data, count: int, lowest: int, highest: int) -> ConfigError:
+    """Returns the error where all `count` documents are on one side.
+
+    lowest, highest: the least and the largest of their hashes.
+    """
+    low, high = lowest / 2**64, highest / 2**64
+    if lowest == highest:
+        return ConfigError(
+            f"data.source={data_config.source!r} has one document ({count} with "
             "copies), and training and held-out text are split by document: it must "
             "have two or more, as files or rows"
         )
-    empty_side = "training" if held_out_D.all() else "evaluation"
-    raise ConfigError(
+    is_held_out = highest < _threshold(data_config.held_out_fraction)
+    empty_side = "training" if is_held_out else "evaluation"
+    return ConfigError(
         f"data.held_out_fraction={data_config.held_out_fraction} leaves none of the "
-        f"{len(hash_D)} documents for {empty_side}: for "
+        f"{count} documents for {empty_side}: for "
         f"data.source={data_config.source!r} it must be from "
         f"{math.ceil(low * 1e4) / 1e4} to {math.floor(high * 1e4) / 1e4}"
     )

@@ -59,6 +59,23 @@ _FIRST_LINES = 8
 _MAX_BROKEN_FRACTION = 0.01
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A share of the rows of a file: the rows of a whole file are those of its parts.
+
+    The parts of a file in order have its rows in order.
+    """
+
+    path: Path
+    index: int = 0
+    count: int = 1
+
+    def of(self, amount: int) -> range:
+        """Returns this part's share of the numbers below `amount`."""
+        start = amount * self.index // self.count
+        return range(start, amount * (self.index + 1) // self.count)
+
+
 @dataclasses.dataclass
 class Tally:
     """Counts of documents, rows and files that the readers left out or changed.
@@ -98,11 +115,44 @@ class NotText(Exception):
     """The content of a file is not text."""
 
 
-def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
+def most_parts(path: Path) -> int | None:
+    """Returns into how many parts a file can be divided; None: any number.
+
+    Only Parquet, and JSON Lines that are not compressed, have more than one.
+
+    Raises: as `read_file`.
+    """
+    if is_parquet(path):
+        pyarrow, parquet = import_parquet(path)
+        try:
+            with parquet.ParquetFile(path) as file:
+                return max(int(file.metadata.num_row_groups), 1)
+        except pyarrow.ArrowException as error:
+            raise OSError(str(error)) from None
+    with open(path, "rb") as file:
+        start = file.read(16)
+    is_plain = next(p for p in _OPENERS if re.match(p, start)) == b""
+    if not is_plain or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 1
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return 1
+    with open(path, "rb") as file:
+        is_json_lines = is_named_json_lines(path) or holds_json_lines(file)
+    return None if is_json_lines else 1
+
+
+def named_kind(path: Path) -> str:
+    """Returns the kind of file that a name says, "" if the content alone decides."""
+    if path.suffix.lower() in _PARQUET_SUFFIXES:
+        return "parquet"
+    return "json lines" if is_named_json_lines(path) else ""
+
+
+def read_file(part: Part, text_field: str, tally: Tally) -> Iterator[bytes | str]:
     """Yields the documents of one file, as str or as UTF-8 that may have errors.
 
     Args:
-      path: a regular file.
+      part: of a regular file.
       text_field: the field of JSON rows, or the Parquet column, that holds the text.
       tally: counts what is left out.
 
@@ -110,15 +160,16 @@ def read_file(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str
       ConfigError: if a package that the format needs is not installed.
       one of UNREADABLE: if the file is damaged.
     """
+    path = part.path
     if is_parquet(path):
-        yield from _read_parquet(path, text_field, tally)
+        yield from _read_parquet(part, text_field, tally)
         return
     try:
         with open_text(path, Tally()) as file:
             is_json_lines = is_named_json_lines(path) or holds_json_lines(file)
         with open_text(path, tally) as file:
             if is_json_lines:
-                yield from _read_json_lines(file, text_field, tally)
+                yield from _read_json_lines(file, text_field, tally, part)
             else:
                 yield _read_text(file, tally)
     except NotText:
@@ -245,9 +296,24 @@ def no_text_field(text_field: str) -> str:
     return f"rows without a text field {text_field!r}"
 
 
-def json_lines_rows(file: BinaryIO, tally: Tally) -> Iterator[Any]:
-    """Yields the JSON value of each line; counts lines that are not JSON."""
-    for _, line in read_lines(file):
+def _lines_of(file: BinaryIO, part: Part) -> Iterator[bytes]:
+    """Yields the lines that begin in a part of the bytes of a file."""
+    if part.count == 1:
+        yield from (line for _, line in read_lines(file))
+        return
+    span = part.of(file.seek(0, io.SEEK_END))
+    file.seek(max(span.start - 1, 0))
+    if span.start:  # the rest of a line that begins in the part before
+        file.readline()
+    position = file.tell()
+    while position < span.stop and (line := file.readline()):
+        position += len(line)
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def json_lines_rows(file: BinaryIO, tally: Tally, part: Part) -> Iterator[Any]:
+    """Yields the JSON value of each line of a part; counts lines that are not JSON."""
+    for line in _lines_of(file, part):
         tally.read += len(line)
         if not line.strip():
             continue
@@ -258,9 +324,9 @@ def json_lines_rows(file: BinaryIO, tally: Tally) -> Iterator[Any]:
 
 
 def _read_json_lines(
-    file: BinaryIO, text_field: str, tally: Tally
+    file: BinaryIO, text_field: str, tally: Tally, part: Part
 ) -> Iterator[bytes | str]:
-    for row in json_lines_rows(file, tally):
+    for row in json_lines_rows(file, tally, part):
         value = row.get(text_field) if isinstance(row, dict) else None
         if isinstance(value, str):
             yield value
@@ -296,13 +362,19 @@ def import_parquet(path: Path) -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes | str]:
+def row_groups(file: Any, part: Part) -> tuple[list[int], int]:
+    """Returns (the row groups of an open Parquet file in a part, their rows)."""
+    groups = list(part.of(file.metadata.num_row_groups))
+    return groups, sum(file.metadata.row_group(i).num_rows for i in groups)
+
+
+def _read_parquet(part: Part, text_field: str, tally: Tally) -> Iterator[bytes | str]:
     """Yields the cells of a Parquet column of any type of strings or bytes."""
-    pyarrow, parquet = import_parquet(path)
-    size = path.stat().st_size
+    pyarrow, parquet = import_parquet(part.path)
+    size = len(part.of(part.path.stat().st_size))
     try:
-        with parquet.ParquetFile(path) as file:
-            rows = file.metadata.num_rows
+        with parquet.ParquetFile(part.path) as file:
+            groups, rows = row_groups(file, part)
             columns = file.schema_arrow.get_all_field_indices(text_field)
             if len(columns) > 1:
                 kind = f"rows with {len(columns)} columns named {text_field!r}"
@@ -311,7 +383,7 @@ def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[bytes |
             if not columns or not _holds_text(file.schema_arrow.field(columns[0]).type):
                 tally.left_out[no_text_field(text_field)] += rows
                 return
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+            for batch in file.iter_batches(1024, groups, [text_field]):
                 tally.read += size * batch.num_rows // rows
                 # As bytes: Parquet does not check that strings are UTF-8.
                 cells = batch.column(0).cast(pyarrow.large_binary()).to_pylist()

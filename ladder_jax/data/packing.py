@@ -50,8 +50,8 @@ def add_piece(row: Row, column: int, side: Side, start: int, size: int) -> None:
     row["targets"][columns] = ids[1:]
     row["segments"][columns] = segment
     row["positions"][columns] = np.arange(size)
-    is_counted = 1 if side.counted is None else side.counted[start + 1 :][:size]
-    row["weights"][columns] = is_counted
+    counted = slice(start + 1, start + 1 + size)
+    row["weights"][columns] = 1 if side.counted is None else side.counted[counted]
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ladder_jax.data import formats
-from ladder_jax.data.formats import Tally
+from ladder_jax.data.formats import Part, Tally
 
 NO_ROWS = "files without rows"
 # The start of a JSON list of objects.
@@ -27,14 +27,15 @@ def first_rows(path: Path, fields: Sequence[str]) -> list[Any]:
 
     Args and raises: as in `read_rows`.
     """
-    return list(itertools.islice(read_rows(path, fields, Tally()), _FIRST_ROWS))
+    rows = read_rows(Part(path), fields, Tally())
+    return list(itertools.islice(rows, _FIRST_ROWS))
 
 
-def read_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
+def read_rows(part: Part, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
     """Yields the rows of one file: dicts, or other JSON values.
 
     Args:
-      path: a regular file.
+      part: of a regular file.
       fields: the only columns that are read of Parquet.
       tally: counts what is left out: lines that are not JSON, files without rows.
 
@@ -42,8 +43,9 @@ def read_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
       ConfigError: if a package that the format needs is not installed.
       one of formats.UNREADABLE: if the file is damaged.
     """
+    path = part.path
     if formats.is_parquet(path):
-        yield from _parquet_rows(path, fields, tally)
+        yield from _parquet_rows(part, fields, tally)
         return
     try:
         with formats.open_text(path, Tally()) as file:
@@ -51,7 +53,7 @@ def read_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
             is_json_lines = is_named or formats.holds_json_lines(file)
         with formats.open_text(path, tally) as file:
             if is_json_lines:
-                yield from formats.json_lines_rows(file, tally)
+                yield from formats.json_lines_rows(file, tally, part)
             else:
                 yield from _json_rows(file, tally)
     except formats.NotText:
@@ -74,19 +76,19 @@ def _json_rows(file: BinaryIO, tally: Tally) -> Iterator[Any]:
     yield from values
 
 
-def _parquet_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
+def _parquet_rows(part: Part, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
     """Yields the rows of Parquet, with the columns that are among `fields`."""
-    pyarrow, parquet = formats.import_parquet(path)
-    size = path.stat().st_size
+    pyarrow, parquet = formats.import_parquet(part.path)
+    size = len(part.of(part.path.stat().st_size))
     try:
-        with parquet.ParquetFile(path) as file:
-            rows = file.metadata.num_rows
+        with parquet.ParquetFile(part.path) as file:
+            groups, rows = formats.row_groups(file, part)
             names = file.schema_arrow.names
             columns = [name for name in fields if names.count(name) == 1]
             if not columns:
                 tally.left_out[NO_ROWS] += 1
                 return
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for batch in file.iter_batches(1024, groups, columns):
                 tally.read += size * batch.num_rows // rows
                 yield from _batch_rows(batch, tally)
     except pyarrow.ArrowException as error:

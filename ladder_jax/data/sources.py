@@ -17,7 +17,7 @@ from typing import Any
 
 from ladder_jax.config import ConfigError, Data
 from ladder_jax.data import chat_rows, formats, python_docs, rows
-from ladder_jax.data.formats import Tally
+from ladder_jax.data.formats import Part, Tally
 
 # A folder that has both markers is the train.out of a run, which wrote these outputs.
 _RUN_MARKERS = {"checkpoints", "metrics.jsonl"}
@@ -142,9 +142,9 @@ def _is_readable_kind(path: Path, tally: Tally) -> bool:
 
 
 @contextlib.contextmanager
-def _count_unreadable(path: Path, tally: Tally) -> Iterator[None]:
+def _count_unreadable(part: Part, tally: Tally) -> Iterator[None]:
     """Counts a damaged file, and its bytes as read, in whatever way it is read."""
-    size, read_before = size_and_time(path)[0], tally.read
+    size, read_before = len(part.of(size_and_time(part.path)[0])), tally.read
     try:
         yield
     except (*formats.UNREADABLE, SyntaxError):
@@ -152,12 +152,12 @@ def _count_unreadable(path: Path, tally: Tally) -> Iterator[None]:
     tally.read = max(tally.read, read_before + size)
 
 
-def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str]:
+def read(source: str, part: Part, text_field: str, tally: Tally) -> Iterator[str]:
     """Yields the documents of one of the `files` of a source.
 
     Args:
       source: the value of `data.source`.
-      path: one of its files.
+      part: of one of its files.
       text_field: the field of JSON rows, or the Parquet column, that holds the text.
       tally: counts what is left out and repaired.
 
@@ -165,24 +165,24 @@ def read(source: str, path: Path, text_field: str, tally: Tally) -> Iterator[str
       ConfigError: if a package that the file's format needs is not installed.
     """
     values: Iterator[bytes | str]
-    with _count_unreadable(path, tally):
+    with _count_unreadable(part, tally):
         if source == "builtin":
-            values = python_docs.read_file(path)
+            values = python_docs.read_file(part.path)
         else:
-            values = formats.read_file(path, text_field, tally)
+            values = formats.read_file(part, text_field, tally)
         for value in values:
             text = tally.clean(value)
             if text is not None:
                 yield text
 
 
-def read_rows(path: Path, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
+def read_rows(part: Part, fields: Sequence[str], tally: Tally) -> Iterator[Any]:
     """Yields the rows of one of the `files` of a source, see `rows.read_rows`.
 
     A damaged file is counted.
     """
-    with _count_unreadable(path, tally):
-        yield from rows.read_rows(path, fields, tally)
+    with _count_unreadable(part, tally):
+        yield from rows.read_rows(part, fields, tally)
 
 
 def holds_chat(data_config: Data, paths: Iterable[Path]) -> bool:
@@ -199,7 +199,7 @@ def holds_chat(data_config: Data, paths: Iterable[Path]) -> bool:
     if data_config.source == "builtin":
         return False
     for path in paths:
-        with _count_unreadable(path, Tally()):
+        with _count_unreadable(Part(path), Tally()):
             fields = (data_config.text_field, *chat_rows.FIELDS)
             first_rows = rows.first_rows(path, fields)
             if first_rows:

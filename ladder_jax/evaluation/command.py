@@ -11,6 +11,7 @@ from ladder_jax import checkpoint
 from ladder_jax.arguments import POSITIONAL
 from ladder_jax.config import Config, ConfigError, Data, Mesh, require
 from ladder_jax.data import corpus, sources
+from ladder_jax.data.formats import Part
 from ladder_jax.evaluation.perplexity import Estimate, encode, score, summarize
 from ladder_jax.loading import Loaded, load
 
@@ -206,7 +207,7 @@ def read_source(data_config: Data) -> Iterator[str]:
     source = data_config.source
     try:
         for path in sources.files(source, tally):
-            for text in sources.read(source, path, data_config.text_field, tally):
+            for text in sources.read(source, Part(path), data_config.text_field, tally):
                 is_empty = False
                 yield text
         if is_empty:
