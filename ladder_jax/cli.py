@@ -4,6 +4,8 @@ Exit statuses, for shells and schedulers:
   0    done
   1    failed: no memory, a full disk, loss that is not finite, ...; one line says why
   2    a mistake in the arguments, the recipe or the data; one line says which
+  75   a process of the run was lost, or a step did not end: the same command, perhaps
+       on other machines, with --resume continues the run
   128+N  stopped by signal N (130: Ctrl-C, 143: SIGTERM, 129: the terminal closed).
        `train` has saved then, unless its last line says that there was nothing to save;
        the same command with --resume continues it
@@ -23,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ladder_jax.arguments import BARE, FLAT, POSITIONAL, kinds_text, parse
+from ladder_jax.arguments import BARE, ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -35,6 +37,8 @@ from ladder_jax.config import (
     require,
 )
 from ladder_jax.hardware import distributed, malloc
+from ladder_jax.hardware.distributed import Hosts
+from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
 
 
@@ -49,16 +53,10 @@ class TrainArguments:
     start the run."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
-    distributed: bool = False
-    """Join a run of several processes. Start the same command on every machine. On a
-    TPU pod, under Slurm or MPI, each process learns its number; elsewhere give the next
-    three options."""
-    coordinator: str | None = None
-    """The address HOST:PORT of process 0, to which the others connect."""
-    processes: int | None = None
-    """The number of processes."""
-    process: int | None = None
-    """The number of this process, from 0."""
+    step_timeout: float = field(default=STEP_TIMEOUT, metadata=ENVIRONMENT)
+    """Seconds after which a step that does not end, with its evaluation and save, ends
+    the run with status 75. 0: never. The first step may take any time."""
+    hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
 
 
 @dataclass(frozen=True)
@@ -208,13 +206,15 @@ def train(words: list[str]) -> int:
     from ladder_jax import train_programs, training
 
     train_programs.run_long_steps_in_turn(arguments.config)
-    join(arguments)
-    require_devices()
-    import jax
+    with join(arguments.hosts, "ladder-jax train"):
+        require_devices()
+        import jax
 
-    summary = training.train(arguments.config, arguments.resume)
-    if jax.process_index() == 0:
-        print_safely(outcome(summary, words))
+        summary = training.train(
+            arguments.config, arguments.resume, arguments.step_timeout
+        )
+        if jax.process_index() == 0:
+            print_safely(outcome(summary, words))
     return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
 
 
@@ -447,8 +447,8 @@ USAGE = """usage: ladder-jax COMMAND ...
 Each command has options: see ladder-jax COMMAND --help.
 
 Exit status: 0 done; 1 failed; 2 a mistake in the arguments, the recipe or the data;
-128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` has saved then, and the
-same command with --resume continues the run."""
+75 a host was lost or hung: try again; 128 + N stopped by signal N (130 Ctrl-C, 143
+SIGTERM). `train` has saved then, and the same command with --resume continues it."""
 
 
 # ---------------------------------------------------------------- devices
@@ -475,16 +475,18 @@ def emulate(devices: int | None) -> None:
             print_safely(text, sys.stderr)
 
 
-def join(arguments: TrainArguments) -> None:
-    """Joins the other processes of the run where --distributed is given."""
-    names = ("coordinator", "processes", "process")
-    values = {name: getattr(arguments, name) for name in names}
-    if arguments.distributed:
-        distributed.join(**values)
-        return
-    for name, value in values.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value!r} is not accepted without --distributed")
+def join(hosts: Hosts, command: str) -> contextlib.AbstractContextManager[Any]:
+    """Joins the other processes of the run where --distributed is given.
+
+    Inside the `with` that it returns, they end together.
+    """
+    place = hosts.place()
+    if not hosts.distributed:
+        return contextlib.nullcontext()
+    distributed.join(**place, timeout=hosts.join_timeout)
+    from ladder_jax.hardware import group
+
+    return group.make(command, hosts.lost_after, hosts.wait_timeout)
 
 
 def require_devices() -> None:

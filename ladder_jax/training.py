@@ -18,12 +18,14 @@ import jax
 import numpy as np
 import optax
 
-from ladder_jax import model, sharding
+from ladder_jax import agreement, crossing, model, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips
+from ladder_jax.hardware import group as groups
+from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import StopSignal
 from ladder_jax.metrics import Metrics, plot
 from ladder_jax.objective import (
@@ -68,7 +70,9 @@ class Summary(TypedDict):
     sample: NotRequired[str]  # if train.sample_tokens > 0
 
 
-def train(config: Config, resume: bool = False) -> Summary:
+def train(
+    config: Config, resume: bool = False, step_timeout: float = STEP_TIMEOUT
+) -> Summary:
     """Trains until the last step, or until SIGTERM, Ctrl-C or SIGHUP, and then saves.
 
     Args:
@@ -89,14 +93,27 @@ def train(config: Config, resume: bool = False) -> Summary:
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     run_long_steps_in_turn(config)
     # The stack closes its contexts in the opposite order.
-    with contextlib.ExitStack() as stack:
+    with (
+        groups.of_this_run() as group,
+        contextlib.ExitStack() as stack,
+        groups.telling(group),
+    ):
         output = stack.enter_context(Output(jax.process_index() == 0))
+        stop = StopSignal(group)
 
         # ---- checks, data and folder
+        if group is not None:
+            stack.enter_context(stop)
+            agreement.start(group, config, resume)
         job = prepare(config, resume, output.say)
         options = job.config.train
         batches, held_out = make_batches(job)
-        stop = stack.enter_context(StopSignal(options.log_every))
+        if group is None:
+            stack.enter_context(stop)
+        else:
+            values = agreement.contents(job.config, job.meta)
+            group.together("the data", lambda: values, dict)
+        watchdog = stack.enter_context(groups.watchdog(group, step_timeout))
         checkpoints = open_checkpoints(job, stack)
 
         # ---- state, programs and reports
@@ -105,6 +122,8 @@ def train(config: Config, resume: bool = False) -> Summary:
             job, optimizer, checkpoints, batches, resume, output.say
         )
         output.say(describe(job.config, job.mesh, parameter_count(state.model)))
+        if hosts := crossing.describe(job.mesh):
+            output.say(hosts)
         inputs = StepInputs(job.config, job.mesh, job.parent, meta.get("anneal"))
         programs = make_programs(job, optimizer, inputs)
         reports = open_reports(job, output, first, stack)
@@ -128,6 +147,8 @@ def train(config: Config, resume: bool = False) -> Summary:
             if run.step == first + 1:  # this step took long because XLA compiled it
                 jax.block_until_ready(run.results)
                 reports.pace.restart(run.step)
+                stop.started()
+            watchdog.step(run.step)
             run.evaluate_save_or_report()
         if stopped and run.step > first:
             run.save_early()
@@ -274,6 +295,8 @@ def open_checkpoints(job: Job, stack: contextlib.ExitStack) -> Checkpoints:
     """
     is_leader = jax.process_index() == 0
     lease = stack.enter_context(Lease(job.out)) if is_leader else None
+    if lease is not None and (group := groups.current()) is not None:
+        group.at_end.append(lease.__exit__)
     keep = job.config.train.keep_checkpoints
     checkpoints = stack.enter_context(Checkpoints(job.out / "checkpoints", keep, lease))
     if checkpoints.steps() and not job.saved:
