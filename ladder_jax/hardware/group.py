@@ -40,7 +40,7 @@ from ladder_jax.hardware.watchdog import Watchdog
 RETRY = 75  # the exit status that asks a scheduler to try again (EX_TEMPFAIL)
 LOST_AFTER = 30.0  # seconds without a sign of life, after which a process is lost
 WAIT_TIMEOUT = 86400.0  # seconds to wait for others before the first step
-GRACE = 20.0  # seconds for the main thread of the process that failed to end
+GRACE = 10.0  # seconds for the main thread of the process that failed to end
 ACKNOWLEDGE = 10.0  # seconds that process 0 waits until the others have heard the end
 LONGEST = 2000  # characters of an error that others print
 
@@ -243,13 +243,13 @@ class Group(contextlib.AbstractContextManager["Group"]):
         """
         if isinstance(error, jax.errors.JaxRuntimeError) and not _is_memory(error):
             self._wait_for_reason()
-        if self.failure is not None and self.failure.process != self.number:
+        if self.failure is not None:
             time.sleep(GRACE)  # the thread that listens ends this process
         text = " ".join(str(error).split()) or type(error).__name__
         status = 2 if isinstance(error, ConfigError) else 1
         if isinstance(error, KeyboardInterrupt):
             status = 128 + signal.SIGINT
-        if self._over.is_set() or self.failure is not None:
+        if self._over.is_set() or self.status is not None:
             return
         self.status = status
         self._tell(Failure(self.number, self.who, text, status))
@@ -291,31 +291,33 @@ class Group(contextlib.AbstractContextManager["Group"]):
 
     def lose_coordinator(self) -> None:
         """Ends this process because process 0 does not run any more."""
-        if self.status is None:
-            reason = f"process 0 of {self.count} is lost: its connection was closed"
-            self._end_with(reason, RETRY)
-        if self.failure is not None:
-            self._end_with(self.failure.text, self.status)
-        os._exit(self.status)
-
-    def _end_with(self, text: str, status: int) -> NoReturn:
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{self.command}: {text}\n".encode())
-        self.leave(status)
+        if self.status is not None:  # it ends, or its main thread does
+            text = self.failure.text if self.failure else None
+            self._end_with(text, self.status, heard=True)
+        reason = f"process 0 of {self.count} is lost: its connection was closed"
+        self._end_with(reason, RETRY, heard=True)
 
     def leave(self, status: int) -> NoReturn:
         """Ends this process at once: an ordinary exit would wait for the others.
 
         Process 0, which runs the coordination service, waits a moment for the others.
         """
-        with self._leaving:
+        self._end_with(None, status)
+
+    def _end_with(self, text: str | None, status: int, heard: bool = False) -> NoReturn:
+        """Prints a line and ends this process. heard: the others need no word of it."""
+        with self._leaving:  # one thread comes here, and never leaves
             self.status = status
+            if text is not None:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{self.command}: {text}\n".encode())
             for act in self.at_end:
                 with contextlib.suppress(Exception):
                     act()
-            thread = threading.Thread(target=self._acknowledge, daemon=True)
-            thread.start()
-            thread.join(ACKNOWLEDGE)
+            if not heard:
+                thread = threading.Thread(target=self._acknowledge, daemon=True)
+                thread.start()
+                thread.join(2 * POLL if self.number else ACKNOWLEDGE)
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     stream.flush()
