@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def check_shared(group: Group, folder: epath.Path, field: str) -> None:
     Process 0 writes a file there, and the others must see it.
     """
     # A name that no host has looked up before.
-    file = folder / f".seen-by-all-{group.shared_token()}"
+    token = group.from_first("a name", lambda: uuid.uuid4().hex)
+    file = folder / f".seen-by-all-{token}"
     made: list[epath.Path] = []
 
     def write() -> None:

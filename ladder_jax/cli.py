@@ -108,6 +108,7 @@ class GenerateArguments:
     """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
+    hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
     decode: Decode = field(
         default_factory=lambda: Decode(slots=16, burst_ms=0), metadata=FLAT
     )
@@ -247,10 +248,20 @@ def generate(words: list[str]) -> int:
     arguments = parse(GenerateArguments, words, "generate")
     check_one_prompt(arguments)
     emulate(arguments.devices)
+    with join(arguments.hosts, "ladder-jax generate"):
+        return generate_together(arguments)
+
+
+def generate_together(arguments: GenerateArguments) -> int:
+    """`generate` once the processes have joined, if there are several."""
     require_devices()
+    import jax
+
     from ladder_jax.loading import load
 
     tensor = arguments.tensor
+    if tensor is None and jax.process_count() > 1:
+        tensor = jax.device_count()
     mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
     loaded = load(
         arguments.checkpoint,
@@ -280,6 +291,9 @@ def generate(words: list[str]) -> int:
 
 def check_one_prompt(arguments: GenerateArguments) -> None:
     """Raises ConfigError where options say more than one thing to generate from."""
+    if arguments.hosts.distributed:
+        value = arguments.prompts_file
+        require(value, "prompts-file", value, "a file with --distributed")
     if arguments.chat is None:
         require(
             not arguments.system, "system", arguments.system, "empty without --chat"
@@ -304,14 +318,19 @@ def generate_file(
         arguments.decode,
         loaded.tokenizer,
     )
-    print(engine.report(), file=sys.stderr)
+    import jax
+
+    leads = jax.process_index() == 0
+    if leads:
+        print(engine.report(), file=sys.stderr)
     count, before, failed = offline.run(
         engine, path, arguments.out, options, model=loaded.model
     )
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
     text += f", {failed} of them errors" if failed else ""
-    print(text, flush=True)
+    if leads:
+        print(text, flush=True)
     return 1 if failed else 0
 
 

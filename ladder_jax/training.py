@@ -295,10 +295,13 @@ def open_checkpoints(job: Job, stack: contextlib.ExitStack) -> Checkpoints:
     """
     is_leader = jax.process_index() == 0
     lease = stack.enter_context(Lease(job.out)) if is_leader else None
-    if lease is not None and (group := groups.current()) is not None:
-        group.at_end.append(lease.__exit__)
-    keep = job.config.train.keep_checkpoints
-    checkpoints = stack.enter_context(Checkpoints(job.out / "checkpoints", keep, lease))
+    keep, failed = job.config.train.keep_checkpoints, None
+    if (group := groups.current()) is not None:
+        failed = group.fail
+        if lease is not None:
+            group.at_end.append(lease.__exit__)
+    checkpoints = Checkpoints(job.out / "checkpoints", keep, lease, failed)
+    stack.enter_context(checkpoints)
     if checkpoints.steps() and not job.saved:
         raise ConfigError(
             f"another job wrote checkpoints to train.out={str(job.out)!r} while this "

@@ -20,7 +20,7 @@ def verdict(outcomes: Sequence[Mapping[str, Any]]) -> str:
         return problem
     who = f"process {number} of {len(outcomes)} ({outcomes[number]['who']})"
     others = len(problems) - 1
-    return f"{who}: {problem}" + (f" (and {others} more processes)" if others else "")
+    return f"{who}: {problem}" + (f" (and {others} more)" if others else "")
 
 
 def difference(given: Sequence[Mapping[str, str]]) -> str:
@@ -47,7 +47,7 @@ def difference(given: Sequence[Mapping[str, str]]) -> str:
     line = f"{name} is {' and '.join(parts)} of {len(given)}"
     if others:
         names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        line += f"; {names} differ too"
+        line += f"; {names} {'differ' if len(others) > 1 else 'differs'} too"
     return f"{line}: give all processes the same"
 
 

@@ -25,7 +25,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -209,12 +208,12 @@ class Group(contextlib.AbstractContextManager["Group"]):
         self.channel.wait(key, lambda: f"process 0: {what}", self._waiting())
         return work()
 
-    def shared_token(self) -> str:
-        """A new random text, the same in all processes that call it together."""
-        key = self._key("token")
+    def from_first(self, what: str, text: Callable[[], str]) -> str:
+        """The text of process 0, in all processes; `text` is called there alone."""
+        key = self._key(what)
         if self.number == 0:
-            self.channel.put(key, uuid.uuid4().hex.encode())
-        wait_for = lambda: "process 0"
+            self.channel.put(key, text().encode())
+        wait_for = lambda: f"process 0: {what}"
         return self.channel.wait(key, wait_for, self._waiting()).decode()
 
     def wait_for_all(self, what: str) -> None:
