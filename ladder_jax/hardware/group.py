@@ -39,7 +39,7 @@ from ladder_jax.hardware.watchdog import Watchdog
 RETRY = 75  # the exit status that asks a scheduler to try again (EX_TEMPFAIL)
 LOST_AFTER = 30.0  # seconds without a sign of life, after which a process is lost
 WAIT_TIMEOUT = 86400.0  # seconds to wait for others before the first step
-GRACE = 10.0  # seconds for the main thread of the process that failed to end
+GRACE = 5.0  # seconds for the main thread of the process that failed to end
 ACKNOWLEDGE = 10.0  # seconds that process 0 waits until the others have heard the end
 LONGEST = 2000  # characters of an error that others print
 
@@ -313,13 +313,13 @@ class Group(contextlib.AbstractContextManager["Group"]):
             for act in self.at_end:
                 with contextlib.suppress(Exception):
                     act()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
             if not heard:
                 thread = threading.Thread(target=self._acknowledge, daemon=True)
                 thread.start()
                 thread.join(2 * POLL if self.number else ACKNOWLEDGE)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    stream.flush()
             os._exit(status)
 
     def _acknowledge(self) -> None:
