@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import os
 import shutil
 import textwrap
 import types
@@ -31,6 +32,8 @@ POSITIONAL = {"positional": True}
 FLAT = {"flat": True}
 # Metadata of a field: its value if its option has none.
 BARE = "bare"
+# Metadata of a field: LADDER_JAX_NAME in the environment is its default.
+ENVIRONMENT = {"environment": True}
 REQUIRED = dataclasses.MISSING
 # Where the help of an option begins, in characters.
 HELP_COLUMN = 30
@@ -65,8 +68,8 @@ def parse(
     Prints the help text and raises SystemExit(0) where a word is -h or --help. Raises
     ConfigError, one line, on a mistake.
     """
-    options = list(_options(cls, default))
     try:
+        options = list(_options(cls, default))
         values = _read(options, words)
     except ConfigError as error:
         raise ConfigError(f"{error} (see ladder-jax {command} --help)") from None
@@ -87,6 +90,9 @@ def _options(
             value = field.default_factory()
         if default is not None:
             value = getattr(default, name)
+        variable = f"LADDER_JAX_{name.upper()}"
+        if field.metadata.get("environment") and os.environ.get(variable):
+            value = read_value(os.environ[variable], hints[name], variable)
         if dataclasses.is_dataclass(hints[name]):
             inner = "" if field.metadata == FLAT else f"{prefix}{name}."
             value = None if value is REQUIRED else value

@@ -70,13 +70,20 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       keep: how many of the newest checkpoints stay. An older one is removed once its
         successor is complete and its descriptions have been read back.
       lease: the lease on the run's folder, checked before each save; None: no check.
+      failed: is called at once with the error of a save in the background, in a thread
+        of Orbax's. `wait` raises it too, but where there are several processes Orbax
+        first waits for the others for minutes.
 
     Raises ConfigError where Orbax cannot work in a folder of that name, and OSError
     where the folder cannot be made.
     """
 
     def __init__(
-        self, folder: epath.PathLike, keep: int, lease: Lease | None = None
+        self,
+        folder: epath.PathLike,
+        keep: int,
+        lease: Lease | None = None,
+        failed: Callable[[OSError], object] | None = None,
     ) -> None:
         self.folder = _absolute(folder)
         require_plain_name(self.folder)
@@ -110,7 +117,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise _not_written(self.folder, error) from error
         # The steps that were here at the start, and those that this run saved.
         self._own_steps = set(self.steps())
-        self._log_filter.enter_context(without_progress())
+        self._failed = failed
+        told = None if failed is None else self._fail
+        self._log_filter.enter_context(without_progress(told))
 
     def save(
         self, step: int, state: dict[str, Any], data_iterator: Any, meta: Meta
@@ -217,6 +226,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._step, self._unverified = max(good_steps, default=None), None
             raise _not_written(self.folder / str(failed_step), error) from error
         self._remove_surplus()
+
+    def _fail(self, error: Exception) -> None:
+        """Passes the error of a save in the background on."""
+        if self._failed is not None:
+            self._failed(_not_written(self.folder / str(self._step), error))
 
     def _verify(self) -> None:
         """Reads the last save's descriptions back."""

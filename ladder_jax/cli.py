@@ -4,6 +4,8 @@ Exit statuses, for shells and schedulers:
   0    done
   1    failed: no memory, a full disk, loss that is not finite, ...; one line says why
   2    a mistake in the arguments, the recipe or the data; one line says which
+  75   a process of the run was lost, or a step did not end: the same command, perhaps
+       on other machines, with --resume continues the run
   128+N  stopped by signal N (130: Ctrl-C, 143: SIGTERM, 129: the terminal closed).
        `train` has saved then, unless its last line says that there was nothing to save;
        the same command with --resume continues it
@@ -23,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ladder_jax.arguments import BARE, FLAT, POSITIONAL, kinds_text, parse
+from ladder_jax.arguments import BARE, ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
@@ -35,6 +37,8 @@ from ladder_jax.config import (
     require,
 )
 from ladder_jax.hardware import distributed, malloc
+from ladder_jax.hardware.distributed import Hosts
+from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
 
 
@@ -49,16 +53,10 @@ class TrainArguments:
     start the run."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
-    distributed: bool = False
-    """Join a run of several processes. Start the same command on every machine. On a
-    TPU pod, under Slurm or MPI, each process learns its number; elsewhere give the next
-    three options."""
-    coordinator: str | None = None
-    """The address HOST:PORT of process 0, to which the others connect."""
-    processes: int | None = None
-    """The number of processes."""
-    process: int | None = None
-    """The number of this process, from 0."""
+    step_timeout: float = field(default=STEP_TIMEOUT, metadata=ENVIRONMENT)
+    """Seconds after which a step that does not end, with its evaluation and save, ends
+    the run with status 75. 0: never. The first step may take any time."""
+    hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class GenerateArguments:
     """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
     devices: int | None = None
     """Emulate this many devices on the CPU."""
+    hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
     decode: Decode = field(
         default_factory=lambda: Decode(slots=16, burst_ms=0), metadata=FLAT
     )
@@ -208,13 +207,15 @@ def train(words: list[str]) -> int:
     from ladder_jax import train_programs, training
 
     train_programs.run_long_steps_in_turn(arguments.config)
-    join(arguments)
-    require_devices()
-    import jax
+    with join(arguments.hosts, "ladder-jax train"):
+        require_devices()
+        import jax
 
-    summary = training.train(arguments.config, arguments.resume)
-    if jax.process_index() == 0:
-        print_safely(outcome(summary, words))
+        summary = training.train(
+            arguments.config, arguments.resume, arguments.step_timeout
+        )
+        if jax.process_index() == 0:
+            print_safely(outcome(summary, words))
     return 128 + signal.Signals[summary["stopped"]] if summary["stopped"] else 0
 
 
@@ -247,10 +248,20 @@ def generate(words: list[str]) -> int:
     arguments = parse(GenerateArguments, words, "generate")
     check_one_prompt(arguments)
     emulate(arguments.devices)
+    with join(arguments.hosts, "ladder-jax generate"):
+        return generate_together(arguments)
+
+
+def generate_together(arguments: GenerateArguments) -> int:
+    """`generate` once the processes have joined, if there are several."""
     require_devices()
+    import jax
+
     from ladder_jax.loading import load
 
     tensor = arguments.tensor
+    if tensor is None and jax.process_count() > 1:
+        tensor = jax.device_count()
     mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
     loaded = load(
         arguments.checkpoint,
@@ -280,6 +291,9 @@ def generate(words: list[str]) -> int:
 
 def check_one_prompt(arguments: GenerateArguments) -> None:
     """Raises ConfigError where options say more than one thing to generate from."""
+    if arguments.hosts.distributed:
+        value = arguments.prompts_file
+        require(value, "prompts-file", value, "a file with --distributed")
     if arguments.chat is None:
         require(
             not arguments.system, "system", arguments.system, "empty without --chat"
@@ -304,14 +318,19 @@ def generate_file(
         arguments.decode,
         loaded.tokenizer,
     )
-    print(engine.report(), file=sys.stderr)
+    import jax
+
+    leads = jax.process_index() == 0
+    if leads:
+        print(engine.report(), file=sys.stderr)
     count, before, failed = offline.run(
         engine, path, arguments.out, options, model=loaded.model
     )
     text = f"done: {count} outputs in {arguments.out}"
     text += f", {before} were there already" if before else ""
     text += f", {failed} of them errors" if failed else ""
-    print(text, flush=True)
+    if leads:
+        print(text, flush=True)
     return 1 if failed else 0
 
 
@@ -486,8 +505,8 @@ USAGE = """usage: ladder-jax COMMAND ...
 Each command has options: see ladder-jax COMMAND --help.
 
 Exit status: 0 done; 1 failed; 2 a mistake in the arguments, the recipe or the data;
-128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` has saved then, and the
-same command with --resume continues the run."""
+75 a host was lost or hung: try again; 128 + N stopped by signal N (130 Ctrl-C, 143
+SIGTERM). `train` has saved then, and the same command with --resume continues it."""
 
 
 # ---------------------------------------------------------------- devices
@@ -514,16 +533,18 @@ def emulate(devices: int | None) -> None:
             print_safely(text, sys.stderr)
 
 
-def join(arguments: TrainArguments) -> None:
-    """Joins the other processes of the run where --distributed is given."""
-    names = ("coordinator", "processes", "process")
-    values = {name: getattr(arguments, name) for name in names}
-    if arguments.distributed:
-        distributed.join(**values)
-        return
-    for name, value in values.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value!r} is not accepted without --distributed")
+def join(hosts: Hosts, command: str) -> contextlib.AbstractContextManager[Any]:
+    """Joins the other processes of the run where --distributed is given.
+
+    Inside the `with` that it returns, they end together.
+    """
+    place = hosts.place()
+    if not hosts.distributed:
+        return contextlib.nullcontext()
+    distributed.join(**place, timeout=hosts.join_timeout)
+    from ladder_jax.hardware import group
+
+    return group.make(command, hosts.lost_after, hosts.wait_timeout)
 
 
 def require_devices() -> None:

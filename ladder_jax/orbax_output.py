@@ -28,13 +28,24 @@ def _filtered(
             logger.removeFilter(filter_of_this_call)
 
 
-def without_progress() -> contextlib.AbstractContextManager[None]:
+def without_progress(
+    failed: Callable[[Exception], object] | None = None,
+) -> contextlib.AbstractContextManager[None]:
     """Drops Orbax's progress reports and its tracebacks of failures.
 
     The caller raises the failures itself.
+
+    failed: gets the error of a save in the background at once. Where there are several
+      processes, Orbax raises it only after it has waited for the others for minutes.
     """
 
     def passes(record: logging.LogRecord) -> bool:
+        is_save = "async_checkpointer" in record.pathname
+        if failed and is_save and record.levelno == logging.ERROR:
+            error = record.exc_info[1] if record.exc_info else None
+            if not isinstance(error, Exception):
+                error = OSError(record.getMessage())
+            failed(error)
         return "orbax" not in record.pathname or record.levelno == logging.WARNING
 
     return _filtered(["absl"], passes)

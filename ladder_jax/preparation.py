@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from ladder_jax import initial, schedule, sharding
 from ladder_jax.checkpoint import read_meta, require_plain_name, saved_steps
 from ladder_jax.config import Config, ConfigError, Data, Model, from_meta, to_dict
 from ladder_jax.data import corpus as corpora
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.hardware import group as groups
 from ladder_jax.metrics import require_tensorboard
 from ladder_jax.say import Say
 
@@ -170,10 +170,9 @@ def prepare_corpus(
     data_config: Data, tokenizer: tokenizers.Tokenizer
 ) -> corpora.Corpus:
     """The corpus. Process 0 tokenises it; then the others read its token cache."""
-    several = jax.process_count() > 1
-    if several and jax.process_index():
-        multihost_utils.sync_global_devices("corpus")
-    corpus = corpora.prepare(data_config, tokenizer)
-    if several and not jax.process_index():
-        multihost_utils.sync_global_devices("corpus")
-    return corpus
+    group = groups.current()
+    if group is None:
+        return corpora.prepare(data_config, tokenizer)
+    return group.first(
+        "the tokens of data.source", lambda: corpora.prepare(data_config, tokenizer)
+    )

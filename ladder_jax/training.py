@@ -16,12 +16,14 @@ import jax
 import numpy as np
 import optax
 
-from ladder_jax import identity, model, rollback, sharding
+from ladder_jax import agreement, crossing, identity, model, rollback, sharding
 from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips
+from ladder_jax.hardware import group as groups
+from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import StopSignal
 from ladder_jax.metrics import Metrics, plot
 from ladder_jax.objective import (
@@ -69,13 +71,17 @@ class Summary(TypedDict):
     sample: NotRequired[str]  # if train.sample_tokens > 0
 
 
-def train(config: Config, resume: bool = False) -> Summary:
+def train(
+    config: Config, resume: bool = False, step_timeout: float = STEP_TIMEOUT
+) -> Summary:
     """Trains until the last step, or until SIGTERM, Ctrl-C or SIGHUP, and then saves.
 
     Args:
       config: the run's.
       resume: whether to continue the run in train.out from its newest checkpoint, bit
         for bit as if it had not stopped. Without a checkpoint the run starts.
+      step_timeout: seconds after which a step that does not end ends the process, with
+        status 75. 0: never.
 
     On a CPU, where steps are long and this is the process's first use of JAX, all its
     programs then run in turn: a call returns when the program has ended. That keeps
@@ -91,14 +97,27 @@ def train(config: Config, resume: bool = False) -> Summary:
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     run_long_steps_in_turn(config)
     # The stack closes its contexts in the opposite order.
-    with contextlib.ExitStack() as stack:
+    with (
+        groups.of_this_run() as group,
+        contextlib.ExitStack() as stack,
+        groups.telling(group),
+    ):
         output = stack.enter_context(Output(jax.process_index() == 0))
+        stop = StopSignal(group)
 
         # ---- checks, data and folder
+        if group is not None:
+            stack.enter_context(stop)
+            agreement.start(group, config, resume)
         job = prepare(config, resume, output.say)
         options = job.config.train
         batches, held_out = make_batches(job)
-        stop = stack.enter_context(StopSignal(options.log_every))
+        if group is None:
+            stack.enter_context(stop)
+        else:
+            values = agreement.contents(job.config, job.meta)
+            group.together("the data", lambda: values, dict)
+        watchdog = stack.enter_context(groups.watchdog(group, step_timeout))
         checkpoints = open_checkpoints(job, stack)
 
         # ---- state, programs and reports
@@ -107,6 +126,8 @@ def train(config: Config, resume: bool = False) -> Summary:
             job, optimizer, checkpoints, batches, resume, output.say
         )
         output.say(describe(job.config, job.mesh, parameter_count(state.model)))
+        if hosts := crossing.describe(job.mesh):
+            output.say(hosts)
         inputs = StepInputs(job.config, job.mesh, job.parent, meta.get("anneal"))
         programs = make_programs(job, optimizer, inputs)
         speed = speed_of(job.config, job.mesh)
@@ -134,8 +155,9 @@ def train(config: Config, resume: bool = False) -> Summary:
             Profile(job.out / "profile", first + 2, options.profile_steps, output.say)
         )
         output.show_steps(first, options.steps)
-        stopped = None
-        while run.step < options.steps and not (stopped := stop.requested(run.step)):
+        stopped, taken = None, 0  # steps; a rollback lowers run.step alone
+        while run.step < options.steps and not (stopped := stop.requested(taken)):
+            taken += 1
             profile.before_step(run.step, run.state)
             try:
                 run.take_step()
@@ -144,6 +166,8 @@ def train(config: Config, resume: bool = False) -> Summary:
                 if run.step == first + 1:  # it took long because XLA compiled it
                     jax.block_until_ready(run.results)
                     reports.pace.restart(run.step)
+                    stop.started()
+                watchdog.step(run.step)
                 run.evaluate_save_or_report()
             except BadStep as bad:
                 run.go_back(bad)
@@ -326,8 +350,13 @@ def open_checkpoints(job: Job, stack: contextlib.ExitStack) -> Checkpoints:
     """
     is_leader = jax.process_index() == 0
     lease = stack.enter_context(Lease(job.out)) if is_leader else None
-    keep = job.config.train.keep_checkpoints
-    checkpoints = stack.enter_context(Checkpoints(job.out / "checkpoints", keep, lease))
+    keep, failed = job.config.train.keep_checkpoints, None
+    if (group := groups.current()) is not None:
+        failed = group.fail
+        if lease is not None:
+            group.at_end.append(lease.__exit__)
+    checkpoints = Checkpoints(job.out / "checkpoints", keep, lease, failed)
+    stack.enter_context(checkpoints)
     if checkpoints.steps() and not job.saved:
         raise ConfigError(
             f"another job wrote checkpoints to train.out={str(job.out)!r} while this "

@@ -316,7 +316,7 @@ def test_two_processes_are_one_run(tiny_folder, trained, tmp_path, mesh):
     first, second = together([path], stop)
     assert first[2] == second[2] == 143, (first, second)
     (step,) = re.findall(r"stopped by SIGTERM at step (\d+), saved", first[0])
-    assert int(step) % 5 == 0 and second[0] == ""
+    assert second[0] == ""
     first, second = together([path, "--resume"])
     assert first[2] == second[2] == 0, (first, second)
     assert f"resumed at step {step} of 20" in first[0] and "done: 20 steps" in first[0]

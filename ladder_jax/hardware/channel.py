@@ -4,6 +4,7 @@ JAX's coordination service, which process 0 runs, stores them under keys. So the
 wait for the devices' work, as a broadcast over the devices would.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -13,7 +14,10 @@ from typing import Any
 
 import jax
 
+from ladder_jax.hardware.roll_call import Waiting, names
+
 PREFIX = "ladder_jax"
+POLL = 1.0  # seconds of one wait for a message, in a longer wait
 BEAT = 1.0  # seconds between two signs of life
 LOST_AFTER = 15.0  # seconds without one, after which a process is lost
 # How many times as long while it starts: Python stands still while XLA is handed a
@@ -23,17 +27,27 @@ GRACE = 20.0  # seconds to end after a process was lost
 
 
 class Channel:
-    """Puts and gets messages. number: of this process. count: of the processes."""
+    """Puts and gets messages. number: of this process. count: of the processes.
 
-    def __init__(self) -> None:
+    name: separates the keys of channels that exist one after the other.
+    """
+
+    def __init__(self, name: str = "") -> None:
         from jax._src import distributed  # JAX has no public name for it
 
-        self._client: Any = distributed.global_state.client
-        self.number, self.count = jax.process_index(), jax.process_count()
+        state = distributed.global_state
+        self._client: Any = state.client
+        self.number, self.count = state.process_id, state.num_processes
+        self._prefix = f"{PREFIX}/{name}/" if name else f"{PREFIX}/"
 
     def put(self, key: str, value: bytes) -> None:
         """Stores a message; it replaces one that is there."""
-        self._client.key_value_set_bytes(f"{PREFIX}/{key}", value, True)
+        self._client.key_value_set_bytes(f"{self._prefix}{key}", value, True)
+
+    def put_first(self, key: str, value: bytes) -> None:
+        """Stores a message, unless one is there: the first one stays."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set_bytes(f"{self._prefix}{key}", value, False)
 
     def get(self, key: str, seconds: float) -> bytes | None:
         """Waits for a message; None: there was none in this time.
@@ -42,7 +56,7 @@ class Channel:
         """
         try:
             return self._client.blocking_key_value_get_bytes(
-                f"{PREFIX}/{key}", int(seconds * 1000)
+                f"{self._prefix}{key}", int(seconds * 1000)
             )
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
@@ -51,13 +65,36 @@ class Channel:
 
     def folder(self, key: str) -> dict[str, bytes]:
         """All messages whose keys begin with `key`/, by the rest of the key."""
-        prefix = f"{PREFIX}/{key}/"
+        prefix = f"{self._prefix}{key}/"
         found = self._client.key_value_dir_get_bytes(prefix)
         return {name.removeprefix(prefix): value for name, value in found}
 
     def delete(self, key: str) -> None:
         """Deletes a message, or all whose keys begin with `key`/."""
-        self._client.key_value_delete(f"{PREFIX}/{key}")
+        self._client.key_value_delete(f"{self._prefix}{key}")
+
+    def wait(self, key: str, what: Callable[[], str], waiting: Waiting) -> bytes:
+        """Waits for a message, and says every few seconds for `what`.
+
+        Raises TimeoutError, and RuntimeError as `get`.
+        """
+        while (found := self.get(key, POLL)) is None:
+            waiting.on(what())
+            if waiting.seconds >= waiting.timeout:
+                raise TimeoutError(
+                    f"waited {waiting.timeout:.0f} s for {what()}, without an answer"
+                )
+        return found
+
+    def gather(self, key: str, what: str, waiting: Waiting) -> list[bytes]:
+        """The message key/N of every process N, in their order. Waits as `wait`."""
+
+        def missing() -> str:
+            there = self.folder(key)
+            lacks = [n for n in range(self.count) if str(n) not in there]
+            return f"{names(lacks, self.count)}: {what}"
+
+        return [self.wait(f"{key}/{n}", missing, waiting) for n in range(self.count)]
 
     def exchange(self, key: str, value: str, seconds: float) -> list[str]:
         """Returns what every process gives, in their order. All must call it.
@@ -115,6 +152,12 @@ class Watch:
         """Ends the watch: the other processes may go now."""
         self._ended.set()
 
+    def silent(self) -> set[int]:
+        """The watched processes that have missed several beats."""
+        now = time.monotonic()
+        last = self._last.items()
+        return {number for number, (_, when) in last if now - when > 5 * BEAT}
+
     def least_step(self) -> int:
         """The step that all other processes have reached, as far as it is known."""
         others = self.channel.count - 1
@@ -146,7 +189,7 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        for key, value in self.channel.folder("alive").items():
+        for key, value in self._shown().items():
             number = int(key)
             if number not in self._last or value == self._last[number][0]:
                 continue
@@ -155,6 +198,13 @@ class Watch:
             self.steps[number], self._names[number] = int(step), name
             if stopping == "1":
                 self.on_stop()
+
+    def _shown(self) -> dict[str, bytes]:
+        """The last signs of life of those that this process watches."""
+        if self.channel.number == 0:
+            return self.channel.folder("alive")
+        found = self.channel.get("alive/0", BEAT)  # not those of all others
+        return {} if found is None else {"0": found}
 
     def _judge(self) -> None:
         """Waits until a process is lost, and says so."""
@@ -183,12 +233,12 @@ class Watch:
             exit_because(self.lost)
 
 
-def exit_because(reason: str) -> None:
-    """Prints a line and ends this process at once, with status 1.
+def exit_because(reason: str, status: int = 1) -> None:
+    """Prints a line and ends this process at once.
 
     An ordinary exit would wait for the processes that are lost.
     """
     try:
         os.write(2, f"ladder-jax: {reason}\n".encode())
     finally:
-        os._exit(1)
+        os._exit(status)

@@ -1,14 +1,66 @@
 """The start of a process: with emulated devices, or as one of a run's processes."""
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from ladder_jax.arguments import ENVIRONMENT
 from ladder_jax.config import ConfigError, require
-from ladder_jax.hardware import roll_call
+from ladder_jax.hardware import aborts, roll_call
 
 JOIN_TIMEOUT = 300.0  # seconds, for all processes to start
+# JAX's own limits, in seconds. The group's are shorter: see group.py.
+JAX_LOST_AFTER = 3600
+JAX_SHUTDOWN = 60
+
+
+def _option(default: Any) -> Any:
+    """A field that an environment variable sets, too."""
+    return field(default=default, metadata=ENVIRONMENT)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Several processes (each option also as LADDER_JAX_COORDINATOR and so on)"""
+
+    distributed: bool = _option(False)
+    """Join a run of several processes. Start the same command on every machine. On a
+    TPU pod, under Slurm, MPI or a Kubernetes Job, each process learns its number;
+    elsewhere give the next three options."""
+    coordinator: str | None = _option(None)
+    """The address HOST:PORT of process 0, to which the others connect."""
+    processes: int | None = _option(None)
+    """The number of processes."""
+    process: int | None = _option(None)
+    """The number of this process, from 0."""
+    join_timeout: float = _option(JOIN_TIMEOUT)
+    """Seconds to wait until all processes have started."""
+    wait_timeout: float = _option(86400.0)
+    """Seconds that the processes wait for each other afterwards, such as for the
+    tokens of the corpus."""
+    lost_after: float = _option(30.0)
+    """Seconds after which a process that does not answer is lost, and all end with
+    status 75. Before the first step, four times as many."""
+
+    def place(self) -> dict[str, Any]:
+        """coordinator, processes and process, for `join`. Raises ConfigError where one
+        is given without --distributed, or a limit is not positive."""
+        names = ("coordinator", "processes", "process")
+        values = {name: getattr(self, name) for name in names}
+        if not self.distributed:
+            for name, value in values.items():
+                if value is not None:
+                    raise ConfigError(
+                        f"{name}={value!r} is not accepted without --distributed"
+                    )
+        for name in ("join_timeout", "wait_timeout", "lost_after"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "greater than 0")
+        return values
 
 
 def emulate(devices: int | None) -> None:
@@ -67,10 +119,19 @@ def join(
 
     # JAX's own handler of SIGTERM would print warnings when the run ends.
     jax.config.update("jax_enable_preemption_service", False)
+    at: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if place is not None and place.process:
+        at = aborts.handled(roll_call.address(place.coordinator), _lose_coordinator)
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=int(timeout)
-        )
+        with at:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=int(timeout),
+                heartbeat_timeout_seconds=JAX_LOST_AFTER,
+                shutdown_timeout_seconds=JAX_SHUTDOWN,
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error)
         if not present:
@@ -78,7 +139,21 @@ def join(
                 "no cluster tells this process its place: give --coordinator HOST:PORT "
                 "--processes N --process I"
             )
+            if "KUBERNETES_SERVICE_HOST" in os.environ and not _has_kubernetes():
+                reason += ", or pip install 'ladder_jax[k8s]'"
         raise ConfigError(f"--distributed: {reason}") from error
+
+
+def _lose_coordinator() -> None:
+    from ladder_jax.hardware import channel, group
+
+    if (present := group.current()) is not None:
+        present.lose_coordinator()
+    channel.exit_because("process 0 is lost: its connection was closed", group.RETRY)
+
+
+def _has_kubernetes() -> bool:
+    return importlib.util.find_spec("kubernetes") is not None
 
 
 class Place(NamedTuple):

@@ -19,6 +19,9 @@ Output: a JSON object a line, in the order in which requests finish:
 If the output file exists, a run adds the rows that the file lacks. It refuses a file
 that holds anything but outputs of the same model for the same prompts and options, and
 a file that another process writes.
+
+Several processes with one model (`ladder-jax generate --distributed`) all take the same
+steps; process 0 alone reads and writes the output file.
 """
 
 import contextlib
@@ -41,6 +44,7 @@ from ladder_jax import sampling
 from ladder_jax.config import ConfigError
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
+from ladder_jax.hardware import group as groups
 from ladder_jax.model import Transformer
 from ladder_jax.run_folder import Lease
 from ladder_jax.serve.engine import Engine
@@ -276,9 +280,44 @@ def run(
     is not accepted. A row that is not accepted becomes an error record.
     """
     out = Path(out)
-    rows = read_rows(prompts, defaults, "" if model is None else digest_of(model))
-    with Lease(out.parent, "out", output=out):
-        return _add_missing(engine, rows, out, prepare_out(out, prompts, rows), show)
+    with groups.of_this_run() as group:
+        rows = read_rows(prompts, defaults, "" if model is None else digest_of(model))
+        if group is None:
+            with Lease(out.parent, "out", output=out):
+                indices = prepare_out(out, prompts, rows)
+                return _add_missing(engine, rows, out, indices, show)
+        with contextlib.ExitStack() as stack, groups.telling(group):
+            digests = " ".join(row.digest for row in rows)
+            values = dict(prompts=_sha256(digests.encode()).hex()[:12])
+            group.together("prompts", lambda: values, dict)
+            indices = _indices_for_all(group, stack, out, prompts, rows)
+            # All compute all rows, since each has a part of the model; one writes.
+            leads = group.number == 0
+            target = out if leads else Path(os.devnull)
+            return _add_missing(engine, rows, target, indices, show and leads)
+
+
+def _indices_for_all(
+    group: groups.Group,
+    stack: contextlib.ExitStack,
+    out: Path,
+    prompts: str | Path,
+    rows: list[Row],
+) -> set[int]:
+    """The rows that the output file has, as process 0 sees it, in all processes.
+
+    Process 0 also takes the lease on the file, until `stack` ends.
+    """
+    found: list[int] = []
+
+    def prepare() -> None:
+        if group.number == 0:
+            lease = stack.enter_context(Lease(out.parent, "out", output=out))
+            group.at_end.append(lease.__exit__)
+            found.extend(prepare_out(out, prompts, rows))
+
+    group.together("out", prepare)
+    return set(json.loads(group.from_first("rows", lambda: json.dumps(found))))
 
 
 def _add_missing(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import jax
 
 from ladder_jax import checkpoint, loading, sharding
-from ladder_jax.arguments import FLAT, POSITIONAL
+from ladder_jax.arguments import ENVIRONMENT, FLAT, POSITIONAL
 from ladder_jax.config import Config, ConfigError, Decode, Mesh, from_meta, to_bytes
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.tokenizer import Tokenizer, from_json
@@ -58,19 +58,19 @@ class Arguments:
     compile_cache: str | None = None
     """The folder for compiled programs, which make the next start fast; none: no such
     folder. None: ladder_jax/compiled in $XDG_CACHE_HOME, or in ~/.cache."""
-    distributed: bool = False
+    distributed: bool = field(default=False, metadata=ENVIRONMENT)
     """Serve with the devices of several processes. Start the same command on every
     machine; process 0 answers HTTP requests. On a TPU pod, under Slurm or MPI, each
     process learns its number; elsewhere give the next three options."""
-    coordinator: str | None = None
+    coordinator: str | None = field(default=None, metadata=ENVIRONMENT)
     """The address HOST:PORT of process 0, to which the others connect."""
-    processes: int | None = None
+    processes: int | None = field(default=None, metadata=ENVIRONMENT)
     """The number of processes."""
-    process: int | None = None
+    process: int | None = field(default=None, metadata=ENVIRONMENT)
     """The number of this process, from 0."""
-    join_timeout: float = JOIN_TIMEOUT
+    join_timeout: float = field(default=JOIN_TIMEOUT, metadata=ENVIRONMENT)
     """Seconds to wait until all processes have started."""
-    lost_after: float = channel.LOST_AFTER
+    lost_after: float = field(default=channel.LOST_AFTER, metadata=ENVIRONMENT)
     """Seconds after which a process that does not answer is lost, and the server
     ends."""
     decode: Decode = field(
