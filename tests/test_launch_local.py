@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 from helpers import COMMAND, ROOT, code_environment
 
 LOCAL, AGAIN = ROOT / "launch" / "local.sh", ROOT / "launch" / "again.sh"
@@ -128,9 +129,7 @@ def test_the_processes_of_several_machines_have_numbers_of_one_run(start):
         for node in range(2)
     ]
     text = "".join(child.communicate(timeout=120)[0] for child in children)
-    numbers = re.findall(
-        r"here:1 --processes 6 --process (\d) (\d)", text
-    )
+    numbers = re.findall(r"here:1 --processes 6 --process (\d) (\d)", text)
     assert sorted(numbers) == [(str(i), str(i % 3)) for i in range(6)]
 
 
@@ -212,13 +211,20 @@ def processes(*last: str, of: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_was_killed_goes_on_to_its_end(tmp_path):
+def test_a_run_whose_process_was_killed_goes_on_to_its_end(tiny_folder, tmp_path):
     """Two processes train; one is killed; again.sh starts both, and they resume."""
-    options = "--devices 1 --train.steps 60 --train.save-every 10 --resume".split()
-    options += ["--train.out", str(tmp_path / "run"), "--train.sample-tokens", "0"]
-    options += ["--mesh.data", "2", "--mesh.tensor", "1", "--mesh.fsdp", "1"]
-    options += ["--data.token-cache", str(tmp_path / "cache")]
-    words = [AGAIN, LOCAL, "2", "--", *COMMAND, "train", "configs/demo.py", *options]
+    recipe = tiny.recipe(
+        tiny_folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=300,
+        train_save_every=20,
+        train_sample_tokens=0,
+        mesh_data=1,
+        mesh_fsdp=1,
+        mesh_tensor=2,
+    )
+    options = ["--train.out", tmp_path / "run", "--devices", "1", "--resume"]
+    words = [AGAIN, LOCAL, "2", "--", *COMMAND, "train", recipe, *options]
     child = subprocess.Popen(
         [*map(str, words)],
         stdout=subprocess.PIPE,
@@ -237,4 +243,4 @@ def test_a_run_whose_process_was_killed_goes_on_to_its_end(tmp_path):
     text = child.communicate(timeout=500)[0]
     assert child.returncode == 0, text
     assert "again.sh: status 137: again" in text and "[0] resumed at step" in text
-    assert (checkpoints / "60").exists()
+    assert (checkpoints / "300").exists()
