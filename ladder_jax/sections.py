@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ladder_jax import schedule
+from ladder_jax.addresses import is_address
 from ladder_jax.checks import ConfigError, Section, require, short_repr, to_bytes
+
+# What a run's own folders may be.
+FOLDER = "a folder (of a bucket, mount it)"
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ class Data(Section):
         )
         for name in ("source", "text_field", "tokenizer", "token_cache"):
             self.need(name, getattr(self, name) != "", "non-empty")
+        self.need("token_cache", not is_address(self.token_cache), FOLDER)
 
 
 @dataclass(frozen=True)
@@ -320,8 +325,8 @@ class Train(Section):
         self.need("seed", 0 <= self.seed < 2**32, "from 0 to 2 ** 32 - 1")
         self.need(
             "out",
-            self.out != "" and "://" not in self.out,
-            "a folder (of a bucket, mount it)",
+            self.out != "" and not is_address(self.out),
+            FOLDER,
         )
         self.need(
             "grad_accum_steps",

@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ladder_jax import sampling
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
@@ -275,7 +276,8 @@ def run(
     Raises ConfigError, before anything is generated or written, if a file or a default
     is not accepted. A row that is not accepted becomes an error record.
     """
-    out = Path(out)
+    out = local_path(out, "out")
+    prompts = local_path(prompts, "prompts-file")
     rows = read_rows(prompts, defaults, "" if model is None else digest_of(model))
     with Lease(out.parent, "out", output=out):
         return _add_missing(engine, rows, out, prepare_out(out, prompts, rows), show)
