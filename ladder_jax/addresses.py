@@ -26,6 +26,6 @@ def local_path(value: str | os.PathLike[str], field: str) -> Path:
     if is_address(text):
         raise ConfigError(
             f"{field}={text!r} is not accepted: it must be a path of a file system. "
-            "Mount the bucket (gcsfuse, mount-s3), or copy the folder to it afterwards"
+            "Mount the bucket, or copy to it afterwards: see docs/storage.md"
         )
     return Path(re.sub(r"^file://(localhost)?(?=/)", "", text)).expanduser()

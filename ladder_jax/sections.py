@@ -200,7 +200,8 @@ class Data(Section):
     """Where text comes from and how it becomes tokens."""
 
     section = "data"
-    # "builtin" (Python's own documentation), or a folder, file or glob.
+    # "builtin" (Python's own documentation), or a folder, file or glob; also of a
+    # bucket, as s3://bucket/folder or gs://bucket/folder.
     source: str = "builtin"
     # What the source holds: text, or rows of chat (messages, conversations, prompt and
     # completion, instruction and output). auto: chat, if its first rows are.
