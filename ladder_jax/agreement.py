@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import sharding
+from ladder_jax.addresses import is_address, local_path
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import Config, ConfigError, to_dict
 from ladder_jax.data import sources
@@ -85,8 +86,10 @@ def start(group: Group, config: Config, resume: bool) -> None:
     """
     group.together("settings", lambda: settings(config, resume), dict)
     group.together("data.source", lambda: source_files(config.data.source), dict)
-    check_shared(group, epath.Path(config.train.out).expanduser(), "train.out")
-    cache = epath.Path(config.data.token_cache).expanduser()
+    check_shared(
+        group, epath.Path(local_path(config.train.out, "train.out")), "train.out"
+    )
+    cache = epath.Path(local_path(config.data.token_cache, "data.token_cache"))
     try:
         check_shared(group, cache, "data.token_cache")
     except ConfigError as error:  # the run would be right, but slow to start
@@ -97,7 +100,10 @@ def start(group: Group, config: Config, resume: bool) -> None:
 
 
 def source_files(source: str) -> dict[str, str]:
-    """How many files and bytes this process sees in data.source."""
+    """How many files and bytes this process sees in data.source, if it is a path."""
+    if is_address(source):
+        return {}
+    source = str(local_path(source, "data.source"))
     files = sources.files(source, Tally())
     size = sum(sources.size_and_time(file)[0] for file in files)
     return {"data.source": f"{len(files)} files of {size:,} bytes"}
@@ -109,7 +115,7 @@ def contents(config: Config, meta: Mapping[str, object]) -> dict[str, str]:
     meta: that of the run's checkpoints.
     """
     text = json.dumps(meta["tokenizer"], sort_keys=True)
-    out = epath.Path(config.train.out).expanduser()
+    out = epath.Path(local_path(config.train.out, "train.out"))
     return {
         "data.tokenizer's contents": hashlib.sha256(text.encode()).hexdigest()[:12],
         "data.source's contents": str(meta["documents"]),

@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
+from ladder_jax import addresses, storage
 from ladder_jax.config import ConfigError, require
 from ladder_jax.orbax_output import silent, without_progress
 from ladder_jax.run_folder import Lease
@@ -407,13 +408,18 @@ def saved_steps(folder: epath.PathLike) -> list[int]:
 
 
 def _absolute(path: epath.PathLike) -> Path:
-    path = epath.Path(path).expanduser()
-    is_bucket = "://" in str(path)
-    return path if is_bucket else path.resolve()
+    if not addresses.is_address(path):
+        return Path(addresses.local_path(path, "path").resolve())
+    return epath.Path(path)
 
 
 def _find(path: epath.PathLike, step: int | None) -> list[Path]:
-    """Folders of the checkpoints that a reader's `path` may mean, newest first."""
+    """Folders of the checkpoints that a reader's `path` may mean, newest first.
+
+    One at the address of a store is copied to this machine first.
+    """
+    if addresses.is_address(path):
+        path = storage.fetch_checkpoint(str(path), step, log.warning)
     path = _absolute(path)
     if "\\" in str(path):
         raise ConfigError(f"{path} cannot be read: Orbax takes no path with \\")

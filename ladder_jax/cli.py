@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ladder_jax.addresses import local_path
 from ladder_jax.arguments import BARE, ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
 from ladder_jax.config import (
     Config,
@@ -340,7 +341,7 @@ def tokenizer(words: list[str]) -> int:
     from ladder_jax.data.corpus import documents
     from ladder_jax.data.tokenizer import train as train_tokenizer
 
-    size, out = arguments.vocab_size, arguments.out
+    size, out = arguments.vocab_size, str(local_path(arguments.out, "out"))
     require(size >= 260, "vocab_size", size, "260 or more")
     data_config = Data(source=arguments.source, text_field=arguments.text_field)
     bpe = train_tokenizer(documents(data_config), size)

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ladder_jax.addresses import local_path
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -13,8 +15,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     It is in the same folder and has the same suffix. If the body fails, it is removed,
     and `path` is as it was. What is no file is written to itself: /dev/stdout.
+
+    Raises ConfigError where `path` is the address of an object store.
     """
-    path = Path(path)
+    path = local_path(path, "file")
     if path.exists() and not path.is_file():
         yield path
         return

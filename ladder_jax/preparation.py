@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ladder_jax import initial, schedule, sharding
+from ladder_jax.addresses import local_path
 from ladder_jax.checkpoint import read_meta, require_plain_name, saved_steps
 from ladder_jax.config import Config, ConfigError, Data, Model, from_meta, to_dict
 from ladder_jax.data import corpus as corpora
@@ -36,7 +37,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     Raises ConfigError for the first mistake.
     """
     mesh = sharding.make_mesh(config.mesh)
-    out = Path(config.train.out).expanduser()
+    out = local_path(config.train.out, "train.out")
     saved = saved_steps(out / "checkpoints")
     config, tokenizer, origin = initial.resolve(config, out, bool(saved and resume))
     check_anneal(config)

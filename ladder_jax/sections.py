@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ladder_jax import schedule
+from ladder_jax.addresses import is_address
 from ladder_jax.checks import ConfigError, Section, require, short_repr, to_bytes
+
+# What a run's own folders may be.
+FOLDER = "a folder (of a bucket, mount it)"
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ class Data(Section):
     """Where text comes from and how it becomes tokens."""
 
     section = "data"
-    # "builtin" (Python's own documentation), or a folder, file or glob.
+    # "builtin" (Python's own documentation), or a folder, file or glob; also of a
+    # bucket, as s3://bucket/folder or gs://bucket/folder.
     source: str = "builtin"
     # What the source holds: text, or rows of chat (messages, conversations, prompt and
     # completion, instruction and output). auto: chat, if its first rows are.
@@ -219,13 +224,7 @@ class Data(Section):
         )
         for name in ("source", "text_field", "tokenizer", "token_cache"):
             self.need(name, getattr(self, name) != "", "non-empty")
-        is_address = "://" in self.token_cache
-        self.need(
-            "token_cache",
-            not is_address,
-            "a folder of a file system, as its files are memory-mapped (a disk that "
-            "all hosts share, or one of each host)",
-        )
+        self.need("token_cache", not is_address(self.token_cache), FOLDER)
 
 
 @dataclass(frozen=True)
@@ -349,8 +348,8 @@ class Train(Section):
         self.need("seed", 0 <= self.seed < 2**32, "from 0 to 2 ** 32 - 1")
         self.need(
             "out",
-            self.out != "" and "://" not in self.out,
-            "a folder (of a bucket, mount it)",
+            self.out != "" and not is_address(self.out),
+            FOLDER,
         )
         self.need(
             "grad_accum_steps",

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from ladder_jax import cli
 from ladder_jax.arguments import parse
+from ladder_jax.config import from_recipe
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.server import access, app, command
 
@@ -28,7 +30,8 @@ MANIFESTS = {
     for resource in yaml.safe_load_all(path.read_text())
 }
 # The fields of a LeaderWorkerSet that the manifests use, without pods: those of
-# leaderworkerset.x-k8s.io/v1. Its schema is not among Kubernetes' own.
+# leaderworkerset.x-k8s.io/v1. Its schema is not among Kubernetes' own, nor is that of
+# JobSet: jobset.x-k8s.io/v1alpha2.
 LEADER_WORKER_SET = {
     "rolloutStrategy": {
         "type": "RollingUpdate",
@@ -41,6 +44,12 @@ LEADER_WORKER_SET = {
         "workerTemplate": dict,
     },
 }
+JOB_SET = {
+    "failurePolicy": {"maxRestarts": int, "rules": list},
+    "replicatedJobs": list,
+}
+# The kinds that are not Kubernetes' own.
+CUSTOM = {"LeaderWorkerSet": LEADER_WORKER_SET, "JobSet": JOB_SET}
 # What LeaderWorkerSet puts into the environment of its pods.
 LEADER_WORKER_VARIABLES = {
     "LWS_LEADER_ADDRESS": "leader",
@@ -131,13 +140,20 @@ def pod_templates(resource: dict) -> list[dict]:
     if resource["kind"] == "LeaderWorkerSet":
         template = resource["spec"]["leaderWorkerTemplate"]
         return [template["leaderTemplate"], template["workerTemplate"]]
-    return []
+    return []  # those of a JobSet: its Jobs are validated as Jobs
 
 
 PODS = {
     f"{name}-{i}": template
     for name, resource in MANIFESTS.items()
     for i, template in enumerate(pod_templates(resource))
+}
+
+
+JOB_SETS = {
+    name: resource["spec"]
+    for name, resource in MANIFESTS.items()
+    if resource["kind"] == "JobSet"
 }
 
 
@@ -149,13 +165,18 @@ def validate(resource: dict) -> None:
 
 @pytest.mark.parametrize("resource", MANIFESTS.values(), ids=MANIFESTS)
 def test_kubernetes_accepts_the_manifest(resource):
-    if resource["kind"] != "LeaderWorkerSet":
+    if resource["kind"] not in CUSTOM:
         return validate(resource)
     for template in pod_templates(resource):
         template = dict(metadata={}, template=template)
         validate(dict(apiVersion="v1", kind="PodTemplate", **template))
-    known = dict(apiVersion=str, kind=str, metadata=dict, spec=LEADER_WORKER_SET)
+    known = dict(apiVersion=str, kind=str, metadata=dict, spec=CUSTOM[resource["kind"]])
     assert_known(resource, known)
+    if resource["kind"] == "JobSet":
+        for job in resource["spec"]["replicatedJobs"]:
+            assert_known(job, dict(name=str, replicas=int, template=dict))
+            about = dict(apiVersion="batch/v1", kind="Job", metadata={})
+            validate(about | job["template"])
 
 
 def assert_known(value: dict, known: dict) -> None:
@@ -243,6 +264,70 @@ def test_the_parts_of_a_manifest_select_each_other(name):
         workload["metadata"]["name"],
     )
     assert "replicas" not in workload["spec"]  # `kubectl apply` would undo its work
+
+
+# ---------------------------------------------------------------- training
+
+
+def in_repository(path: str) -> str:
+    """A path of the image as one of the repository: the Dockerfile copies it."""
+    relative = path.removeprefix("/opt/ladder_jax/")
+    assert relative != path and (ROOT / relative).exists(), path
+    folder, _, name = relative.rpartition("/")
+    assert re.search(rf"^COPY .*\b({folder}|{relative}) .*/", DOCKERFILE, re.M)
+    return str(ROOT / relative)
+
+
+@pytest.mark.parametrize("name", JOB_SETS)
+def test_a_job_set_trains_a_recipe(name):
+    (job,) = JOB_SETS[name]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"]
+    (container,) = spec["template"]["spec"]["containers"]
+    words = list(container["args"])
+    if "command" in container:  # local.sh: a process for each GPU
+        assert in_repository(*container["command"]) == str(LAUNCH / "local.sh")
+        count, dashes, program, *words = words
+        assert (dashes, program) == ("--", "ladder-jax")
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == count
+        variables = {v["name"]: v for v in container["env"]}
+        assert variables.keys() == {"NODES", "NODE", "COORDINATOR"}
+        assert variables["NODES"]["value"] == str(spec["completions"])
+        set_name = MANIFESTS[name]["metadata"]["name"]
+        first = f"{set_name}-{job['name']}-0-0.{set_name}"
+        port = container["ports"][0]["containerPort"]
+        assert variables["COORDINATOR"]["value"] == f"{first}:{port}"
+        words.append("--distributed")  # local.sh adds it
+    assert words[0] == "train"
+    recipe = in_repository(words[1])
+    default = cli.TrainArguments(from_recipe(recipe))
+    arguments = parse(cli.TrainArguments, words[2:], "train", default)
+    assert arguments.resume and arguments.distributed
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = spec["template"]["spec"]["volumes"]
+    assert mounts.keys() == {volume["name"] for volume in volumes}
+    assert container["workingDir"] in mounts.values()
+
+
+@pytest.mark.parametrize("name", JOB_SETS)
+def test_a_job_set_starts_again_unless_a_mistake_ended_it(name):
+    policy = JOB_SETS[name]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
+    (rule,) = policy["rules"]
+    assert rule["action"] == "FailJobSet"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (job,) = JOB_SETS[name]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["backoffLimit"] == 0
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert rule["action"] == "FailJob"
+    codes = rule["onExitCodes"]
+    assert codes["containerName"] == container["name"]
+    assert codes["operator"] == "In" and codes["values"] == [1, 2]
 
 
 # ---------------------------------------------------------------- metrics

@@ -19,6 +19,25 @@ GIVEN = [
     "--data.source",
     "data/*.parquet",
 ]
+# Prints its arguments, and ends with the status in <its name>.status.
+PROGRAM = """\
+#!/bin/sh
+printf '%s\\n' "$@"
+echo "XLA_FLAGS $XLA_FLAGS"
+exit "$(cat "$0.status" 2>/dev/null || echo 0)"
+"""
+# gcloud: runs a command on one worker, which is this machine; tells the states in the
+# file `states`, one a call; writes its other arguments to the file `calls`.
+GCLOUD = """\
+#!/bin/bash
+cd "$WORKER"
+case "$*" in
+*"uv venv"*) echo setup >>calls ;;
+*"tpu-vm ssh"*) bash -c "${@: -1}" ;;
+*"queued-resources describe"*) head -n 1 states; sed -i 1d states ;;
+*) echo "$@" >>calls ;;
+esac
+"""
 
 
 @pytest.fixture
@@ -27,9 +46,7 @@ def launch(tmp_path):
 
     def run(script, *arguments, programs, check=True, **variables):
         for name in programs:
-            (tmp_path / name).write_text(
-                '#!/bin/sh\nprintf \'%s\\n\' "$@"\necho "XLA_FLAGS $XLA_FLAGS"\n'
-            )
+            (tmp_path / name).write_text(PROGRAM)
             (tmp_path / name).chmod(0o755)
         return subprocess.run(
             ["bash", ROOT / "launch" / script, *arguments],
@@ -78,10 +95,64 @@ def test_bash_parses_every_script(script):
 
 def test_slurm_starts_the_command_with_its_arguments(launch):
     lines = launch(
-        "slurm.sh", *GIVEN, programs=["srun"], XLA_FLAGS="--xla_gpu_autotune_level=0"
+        "slurm.sh",
+        *GIVEN,
+        programs=["srun"],
+        XLA_FLAGS="--xla_gpu_autotune_level=0",
+        SLURM_CPUS_PER_TASK="7",
     ).stdout.splitlines()
     check(parsed(lines[:-1]))
+    assert {"--label", "--cpus-per-task=7", "--gpu-bind=none"} < set(lines)
+    assert not any("container" in line for line in lines)
     assert lines[-1] == "XLA_FLAGS --xla_gpu_autotune_level=0"  # the user's, unchanged
+
+
+def test_slurm_runs_the_command_in_a_container(launch):
+    lines = launch(
+        "slurm.sh",
+        *GIVEN,
+        programs=["srun"],
+        CONTAINER="registry#image:tag",
+        MOUNTS="/data:/data",
+    ).stdout.splitlines()
+    check(parsed(lines[:-1]))
+    assert lines[lines.index("train") - 1] == "ladder-jax"
+    assert "--container-image=registry#image:tag" in lines
+    assert f"--container-mounts={ROOT}:{ROOT},/data:/data" in lines
+    assert f"--container-workdir={ROOT}" in lines
+
+
+@pytest.mark.parametrize(
+    "status, restarts, requeued",
+    [
+        *[(0, 0, False), (1, 0, False), (2, 0, False), (75, 0, True)],
+        *[(130, 0, True), (137, 3, True), (143, 99, True), (75, 100, False)],
+    ],
+)
+def test_a_slurm_job_goes_back_to_the_queue(
+    launch, tmp_path, status, restarts, requeued
+):
+    (tmp_path / "srun.status").write_text(str(status))
+    done = launch(
+        "slurm.sh",
+        *GIVEN,
+        programs=["srun", "scontrol"],
+        check=False,
+        SLURM_JOB_ID="123",
+        SLURM_RESTART_COUNT=str(restarts),
+    )
+    assert done.returncode == status
+    assert ("requeue\n123\n" in done.stdout) == requeued
+    assert ("giving up" in done.stderr) == (restarts == 100)
+
+
+def test_a_slurm_job_that_is_cancelled_does_not_come_back(launch, tmp_path):
+    """scancel sends SIGTERM to this script, too."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nkill -TERM $PPID; exit 143\n")
+    (tmp_path / "srun").chmod(0o755)
+    options = dict(programs=["scontrol"], check=False, SLURM_JOB_ID="123")
+    done = launch("slurm.sh", *GIVEN, **options)
+    assert done.returncode == 143 and "requeue" not in done.stdout
 
 
 def test_the_program_sets_the_options_that_overlap_needs_on_gpus():
@@ -91,27 +162,77 @@ def test_the_program_sets_the_options_that_overlap_needs_on_gpus():
     assert options["xla_gpu_all_reduce_combine_threshold_bytes"] == 0
 
 
+SLICE = dict(TPU="name", ZONE="zone", SHARED="/mnt/shared")
+
+
 def test_tpu_pod_starts_the_command_on_every_host(launch):
-    slice = dict(TPU="name", ZONE="zone", SHARED="/mnt/shared")
     lines = launch(
-        "tpu_pod.sh", *GIVEN, programs=["gcloud"], **slice
+        "tpu_pod.sh", *GIVEN, programs=["gcloud"], **SLICE
     ).stdout.splitlines()
     words = shlex.split("\n".join(lines[lines.index("--command") + 1 :]))
     check(parsed(words[: words.index("</dev/null")]))
-    assert (
-        lines[lines.index("--worker") + 1] == "all"
-        and "name" in lines
-        and "zone" in lines
-    )
+    assert lines[lines.index("--worker") + 1] == "all"
+    assert "name" in lines and "zone" in lines
     for task, words in (
-        ("log", "tail -n 50 -f ladder_jax/train.log"),
+        ("log", "tail -n 50 -F ladder_jax/train.log"),
         ("stop", "pkill -TERM"),
         ("setup", "uv venv"),
     ):
-        assert (
-            words
-            in launch("tpu_pod.sh", task, programs=["gcloud", "git"], **slice).stdout
-        )
+        done = launch("tpu_pod.sh", task, programs=["gcloud", "git"], **SLICE)
+        assert words in done.stdout
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """A worker's home with a ladder-jax that notes its arguments and then ends."""
+    home = tmp_path / "home"
+    for path in (home / "ladder_jax/launch", home / "ladder_jax/.venv/bin"):
+        path.mkdir(parents=True)
+    (home / "ladder_jax/launch/again.sh").symlink_to(ROOT / "launch/again.sh")
+    program = home / "ladder_jax/.venv/bin/ladder-jax"
+    program.write_text('#!/bin/bash\necho "$@"; exit $(cat ../status)\n')
+    program.chmod(0o755)
+    (home / "status").write_text("0")
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    return home
+
+
+def test_tpu_pod_keeps_a_run_through_a_preemption(launch, worker):
+    states = ["SUSPENDED", "WAITING_FOR_RESOURCES", *["ACTIVE"] * 9]
+    (worker / "states").write_text("\n".join(states) + "\n")
+    options = SLICE | dict(WORKER=str(worker), PAUSE="1", TYPE="v6e-16", RUNTIME="r")
+    done = launch(
+        "tpu_pod.sh",
+        *("keep", *GIVEN),
+        programs=["git"],
+        OPTIONS="--spot --labels a=b",
+        **options | dict(SHARED=str(worker)),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the run ended with status 0" in done.stdout
+    calls = (worker / "calls").read_text().splitlines()
+    deleted, created, copied, last = calls
+    assert "queued-resources delete name" in deleted and "--force" in deleted
+    assert "queued-resources create name" in created and "v6e-16" in created
+    assert created.endswith("--spot --labels a=b")
+    assert "tpu-vm scp" in copied and last == "setup"
+    log = (worker / "ladder_jax/train.log").read_text()
+    assert log == (
+        "train configs/scratch_1b.py --train.out runs/two words --data.source "
+        "data/*.parquet --distributed --resume\n"
+    )
+
+
+def test_tpu_pod_keep_ends_with_the_status_of_the_run(launch, worker):
+    (worker / "status").write_text("2")
+    (worker / "states").write_text("ACTIVE\n" * 9)
+    options = SLICE | dict(WORKER=str(worker), PAUSE="1")
+    done = launch("tpu_pod.sh", *("keep", *GIVEN), programs=[], check=False, **options)
+    assert done.returncode == 2
+    assert "the run ended with status 2" in done.stdout
+    assert not (worker / "calls").exists()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +243,7 @@ def test_tpu_pod_starts_the_command_on_every_host(launch):
             "tpu_pod.sh",
             [],
             dict(TPU="name", ZONE="zone", SHARED="/mnt"),
-            "setup, log, stop or a recipe",
+            "create, setup, log, stop, keep or a recipe",
         ),
         (
             "tpu_pod.sh",

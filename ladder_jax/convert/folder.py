@@ -7,15 +7,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError
 from ladder_jax.run_folder import FILE, Lease
 
 
 def absolute(out: str | Path) -> Path:
     """The absolute path of a folder to write."""
-    if "://" in str(out):
-        raise ConfigError(f"out={str(out)!r} is not accepted: it must be a folder here")
-    return Path(out).expanduser().absolute()
+    return local_path(out, "out").absolute()
 
 
 def require_new(out: Path) -> None:

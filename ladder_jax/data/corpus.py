@@ -22,6 +22,7 @@ import numpy as np
 from ladder_jax.config import ConfigError, Data
 from ladder_jax.data import chat, sources, token_cache, token_shard
 from ladder_jax.data.formats import Part
+from ladder_jax.data.remote import with_local_source
 from ladder_jax.data.token_cache import Joined
 from ladder_jax.data.tokenizer import Tokenizer
 
@@ -161,6 +162,7 @@ def documents(data_config: Data, held_out: bool = False) -> Iterator[str]:
     Raises:
       ConfigError: if there is no such document.
     """
+    data_config = with_local_source(data_config)
     tally = sources.Tally()
     is_empty = True
     threshold = _threshold(data_config.held_out_fraction)
@@ -220,6 +222,7 @@ def prepare(
         source has no chat and `data.train_on` is not its default.
       RuntimeError: see `token_cache.open_cache`.
     """
+    data_config = with_local_source(data_config)
     cache = token_cache.open_cache(data_config, tokenizer, workers, say)
     if cache.counted is None and data_config.train_on != Data.train_on:
         raise ConfigError(

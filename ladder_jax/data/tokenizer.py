@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ladder_jax import files
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError, require
 from ladder_jax.data.surrogates import without_surrogates
 from ladder_jax.data.token_stream import Stream
@@ -155,7 +156,7 @@ class Tokenizer:
         Raises:
           ValueError: if it cannot be written.
         """
-        path = Path(path).expanduser()
+        path = local_path(path, "out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(path, self.tokenizer_json())
@@ -486,7 +487,7 @@ def load(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     origin = f"data.tokenizer={spec!r}"
-    path = Path(spec).expanduser()
+    path = local_path(spec, "data.tokenizer")
     if path.is_dir() and not (path / "tokenizer.json").exists():
         tokenizer = _from_checkpoint(path)
         if tokenizer:

@@ -41,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ladder_jax import sampling
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
@@ -279,7 +280,8 @@ def run(
     Raises ConfigError, before anything is generated or written, if a file or a default
     is not accepted. A row that is not accepted becomes an error record.
     """
-    out = Path(out)
+    out = local_path(out, "out")
+    prompts = local_path(prompts, "prompts-file")
     with groups.of_this_run() as group:
         rows = read_rows(prompts, defaults, "" if model is None else digest_of(model))
         if group is None:
