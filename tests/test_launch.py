@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ladder_jax import cli
 from ladder_jax.config import from_recipe
@@ -262,3 +263,35 @@ def test_a_script_says_what_is_missing(launch, script, arguments, variables, mes
         and message in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
+
+
+def test_sky_starts_the_command_on_every_machine(tmp_path):
+    """The commands of `run`, with the variables that SkyPilot sets."""
+    task = yaml.safe_load((ROOT / "launch" / "sky.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["envs"]["RECIPE"] == "configs/scratch_1b.py"
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/local.sh").write_text(
+        '#!/bin/sh\necho "$NODES $NODE $COORDINATOR"; printf "%s\\n" "$@"\n'
+    )
+    (tmp_path / "launch/local.sh").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", task["run"].replace("/shared", str(tmp_path / "shared"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            "PATH": os.environ["PATH"],
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": "1",
+            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+            "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+            **task["envs"],
+        },
+        check=True,
+    )
+    place, count, dashes, _, *words = done.stdout.splitlines()
+    assert place == "2 1 10.0.0.1:8476" and (count, dashes) == ("8", "--")
+    arguments = parsed([*words, "--distributed"])
+    assert arguments.resume and arguments.distributed
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"data", "runs"}
