@@ -433,7 +433,7 @@ def inspect(words: list[str]) -> int:
 
 def report(words: list[str]) -> int:
     """`ladder-jax report RUN ...`"""
-    from ladder_jax.report import command
+    from ladder_jax.report import command  # it does not import JAX
 
     arguments = parse(command.Arguments, words, "report")
     if not arguments.plan:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from ladder_jax import progress, training
+from ladder_jax import progress, train_programs, training
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -43,6 +43,49 @@ def test_no_step_is_reported_faster_than_it_is(tiny_folder, tmp_path, monkeypatc
         assert len(reported) >= 5
         steps, seconds = map(sum, zip(*((n, n * each) for n, each in reported)))
         assert seconds >= 0.05 * steps, reported
+
+
+def test_steps_with_an_evaluation_and_a_save_are_not_faster_than_they_are(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """The row before the evaluation, and the one after it, at steps of 50 ms or more.
+
+    Each such row is measured from the end of the last evaluation or save, where the
+    host waits, so that no other row can make its time too short.
+    """
+    make_step, make_evaluation = training.make_step, training.make_evaluation
+
+    def slow(make, seconds):
+        def made(*arguments):
+            program = make(*arguments)
+
+            def call(*inputs):
+                time.sleep(seconds)
+                return jax.block_until_ready(program(*inputs))
+
+            return call
+
+        return made
+
+    monkeypatch.setattr(training, "make_step", slow(make_step, 0.05))
+    monkeypatch.setattr(training, "make_evaluation", slow(make_evaluation, 0.2))
+    cfg = tiny.make(
+        tiny_folder,
+        train_out=str(tmp_path / "run"),
+        train_steps=9,
+        train_log_every=1000,
+        train_eval_every=2,
+        train_save_every=3,
+    )
+    training.train(cfg)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9]
+    for row in rows:
+        seconds = 8 * 32 / row["tokens_per_s"]
+        assert seconds >= 0.05
+        flops = train_programs.flops_per_step(cfg)
+        assert row["mfu"] == pytest.approx(flops / seconds / (8 * 1e12))
 
 
 def test_pace_counts_steps_between_the_times_of_their_ends(monkeypatch):

@@ -4,14 +4,16 @@ import contextlib
 import itertools
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from helpers import code_environment, free_address, run_together
 from train_runs import ALWAYS, arrays, copy, documented, written
 
-from ladder_jax import config, rollback, train_programs, training
+from ladder_jax import config, identity, rollback, train_programs, training
 from ladder_jax.checkpoint import Checkpoints, saved_steps
 from ladder_jax.data import batches as data
 from ladder_jax.optimizer import make_optimizer
@@ -203,3 +205,46 @@ def test_a_step_that_was_left_out_may_not_hide_bad_parameters():
         measured = training.Measured(4, results | dict(bad_in_a_row=np.int32(in_a_row)))
         with pytest.raises(rollback.BadStep, match="step 4 is not finite"):
             rollback.check(measured, options)
+
+
+BAD_ROWS = """
+import json, sys
+from ladder_jax import cli
+from ladder_jax.data import batches
+
+bad, tokens = json.loads(sys.argv.pop(1))
+read = batches.Rows.__getitem__
+
+def spoiled(self, index):
+    row = read(self, index)
+    if self._side.tokens == tokens and index in bad:
+        row["weights"][:] = float("nan")
+    return row
+
+batches.Rows.__getitem__ = spoiled
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_the_same(survivor, tiny_folder, tmp_path, job, rows_of):
+    """Each bad row is read by one of them alone; both skip, go back and end."""
+    recipe = tiny.recipe(
+        tiny_folder, train_out=str(tmp_path / "run"), train_skip_steps=2
+    )
+    bad = [rows_of[number][place] for number, place in ((2, 0), (8, 7), (9, 0))]
+    command = [sys.executable, "-c", BAD_ROWS]
+    command += [json.dumps([bad, job.corpus.train.tokens]), "train", recipe]
+    command += ["--devices", "4", "--distributed", "--coordinator", free_address()]
+    command += ["--processes", "2", "--process"]
+    ended = run_together(
+        [[*command, number] for number in range(2)], code_environment(fast=False)
+    )
+    assert [status for *_, status in ended] == [0, 0], ended
+    assert "back to the checkpoint of step 9" in ended[0][0]
+    ours, theirs = read(tmp_path / "run"), read(survivor)
+    assert [set(row) for row in ours] == [set(row) for row in theirs]
+    for one, other in zip(ours, theirs):
+        assert one == pytest.approx(other, rel=1e-4)
+    [start] = identity.read(tmp_path / "run")
+    assert start["processes"] == 2 == len(start["hosts"])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ladder_jax import files, identity
+from ladder_jax import files
 from ladder_jax.arguments import POSITIONAL
 from ladder_jax.config import ConfigError
 
@@ -27,6 +27,7 @@ def run(arguments: Arguments) -> str:
 
     Raises ConfigError where a folder is no run's, or its rows cannot be read.
     """
+    from ladder_jax import identity
     from ladder_jax.report import page, prediction, runs, table
 
     names = runs.names(arguments.runs)

@@ -68,6 +68,12 @@ def _plan(run: Run, target: str) -> float:
     return float(planning.plan_of(request).report["totals"]["step_us"]) / 1e6
 
 
+def milliseconds(seconds: float) -> str:
+    """0.0123 -> 12.3 ms, 0.00001 -> 0.01 ms."""
+    number = seconds * 1000
+    return f"{number:,.1f} ms" if number >= 10 else f"{number:.3g} ms"
+
+
 def text(found: Prediction) -> str:
     """The prediction as a sentence."""
     parts = []
@@ -77,5 +83,5 @@ def text(found: Prediction) -> str:
         (found.planned, "the planner predicts {}"),
     ):
         if seconds is not None:
-            parts.append(form.format(f"{seconds * 1000:,.1f} ms"))
+            parts.append(form.format(milliseconds(seconds)))
     return "; ".join([*parts, *found.why])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 
 from ladder_jax.config import to_dict
+from ladder_jax.report.prediction import milliseconds
 from ladder_jax.report.runs import Run, events, hours
 
 MISSING = "-"
@@ -52,7 +53,7 @@ def _result(run: Run) -> list[str]:
         show(per_step and run.steps * per_step, "{:,}"),
         show(elapsed[-1] if elapsed else None, "{:.2f}"),
         show(run.median("tokens_per_s"), "{:,.0f}"),
-        show(seconds and seconds * 1000, "{:,.1f} ms"),
+        milliseconds(seconds) if seconds else MISSING,
         show(run.median("mfu"), "{:.1%}"),
         show(run.last("skipped_steps"), "{:.0f}"),
         str(kinds.count("rollback")),
