@@ -219,7 +219,10 @@ def words_of(folder):
         "prompts": ["generate", run, "--prompts-file", prompts, "--out", "o.jsonl"],
         "eval": ["eval", run, "--data", folder / "long.txt", "--stride", 8],
         "tokenizer": ["tokenizer", "builtin", "--vocab-size", 512, "--out", "t.json"],
-        "tokenize": ["tokenize", folder / "recipe.py", "--data.source", "builtin"],
+        "tokenize": [
+            *("tokenize", folder / "recipe.py", "--data.source", "builtin"),
+            *("--data.token-cache", "cache"),
+        ],
         "inspect": ["inspect", run],
         "from-hf": ["convert", "from-hf", folder / "hub", "out"],
         "to-hf": ["convert", "to-hf", run, "out", "--shard-size", "20kB"],
@@ -237,7 +240,9 @@ def words_of(folder):
 
 NAMES = tuple(words_of(helpers.ROOT))
 # What the files may hold that a run leaves, whole or interrupted.
-KEPT = re.compile(r"\.out\.part/(model-.*\.safetensors|export\.json)|run/.*|o\.jsonl")
+KEPT = re.compile(
+    r"\.out\.part/(model-.*\.safetensors|export\.json)|run/.*|o\.jsonl|cache/tokens-.*"
+)
 # What prometheus_client prints if its import is interrupted.
 GENERATED = r"Error in generated code:\n(?: *(?:def|return) .*\n|\s*\n)*"
 

@@ -1,12 +1,20 @@
 """The command `tokenize`: a corpus before its run; lists and removes caches."""
 
+import re
 import shutil
 
 import pytest
 import tiny
 
 from ladder_jax import cli
-from ladder_jax.data import corpus, token_cache, tokenizer
+from ladder_jax.data import (
+    corpus,
+    file_digests,
+    token_cache,
+    token_progress,
+    token_units,
+    tokenizer,
+)
 
 
 @pytest.fixture
@@ -80,6 +88,42 @@ def test_a_cache_of_an_older_version_is_mentioned(tmp_path, capfd):
         assert (
             err.count("are of an older version, and not used: ladder-jax") == expected
         )
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(token_progress, "LINE_S", 0)
+    lines = []
+    with token_progress.Progress("tokenise", 8_000_000, lines.append) as progress:
+        progress.elsewhere(2_000_000)
+        progress.update(3, 1_000_000, 500)
+        progress.finish(3, 2_000_000)
+        progress.update(4, 2_000_000, 700)
+    shown = [re.sub(r"[\d.]+ MB/s here, .* left", "...", line) for line in lines]
+    assert shown == [
+        "tokenise: 2.0 of 8.0 MB, 0 documents here, ...",
+        "tokenise: 3.0 of 8.0 MB, 500 documents here, ...",
+        "tokenise: 4.0 of 8.0 MB, 500 documents here, ...",
+        "tokenise: 6.0 of 8.0 MB, 1,200 documents here, ...",
+    ]
+
+
+def test_the_benchmark_has_a_row_for_each_tokenizer_and_number_of_workers(
+    monkeypatch, capfd
+):
+    monkeypatch.setattr(file_digests, "FRESH_S", 0.0)
+    monkeypatch.setattr(token_units, "SMALLEST", 100_000)
+    texts = [f"document {i} has some words\n" * 9 for i in range(200)]
+    monkeypatch.setattr(corpus, "documents", lambda data: texts)
+    assert cli.run("bench tokenize --megabytes 1 --vocab-size 300".split()) == 0
+    _, title, *rows = capfd.readouterr().out.splitlines()
+    assert title.split()[:5] == ["tokenizer", "workers", "MB/s", "a", "core"]
+    assert [row.split()[:2] for row in rows] == [
+        ["bytes", "1"],
+        ["bytes", "2"],
+        ["BPE", "1"],
+        ["BPE", "2"],
+    ]
+    assert all(float(word) > 0 for row in rows for word in row.split()[2:5])
 
 
 @pytest.mark.parametrize(
