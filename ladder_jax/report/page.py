@@ -48,8 +48,7 @@ COPY = """
 for (const button of document.querySelectorAll("button")) button.onclick = () => {
   const text = document.getElementById(button.dataset.of);
   getSelection().selectAllChildren(text);
-  if (navigator.clipboard) navigator.clipboard.writeText(text.textContent);
-  else document.execCommand("copy");
+  document.execCommand("copy");
   button.textContent = "copied";
 };
 """
