@@ -196,7 +196,7 @@ def _tables(
             *parts,
             "<details><summary>As Markdown</summary>",
             '<p><button data-of="markdown">copy</button></p>',
-            f'<pre id="markdown">{html.escape(markdown)}</pre></details>',
+            f'<pre id="markdown" tabindex="0">{html.escape(markdown)}</pre></details>',
         ]
     )
 
