@@ -238,6 +238,9 @@ def outcome(summary: Mapping[str, Any], words: list[str]) -> str:
     parts = [f"{step} steps"]
     if "held_out_bits_per_byte" in summary:
         parts.append(f"held-out {summary['held_out_bits_per_byte']:.3f} bits per byte")
+    for name, text in (("skipped_steps", "steps left out"), ("rollbacks", "rollbacks")):
+        if summary.get(name):
+            parts.append(f"{summary[name]} {text}")
     parts.append(f"checkpoints in {out}/checkpoints")
     if summary["plot"]:
         parts.append(f"loss curve {summary['plot']}")

@@ -9,7 +9,10 @@ import types
 import xml.etree.ElementTree as ET
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from helpers import ROOT, write_rows
+from page_server import executable
+from playwright.sync_api import sync_playwright
 
 from ladder_jax import cli, training
 from ladder_jax.config import Config, Model, Train, to_dict
@@ -256,3 +259,33 @@ def test_help_and_several_positionals(capsys):
 def test_a_bar_in_a_name_does_not_end_a_cell():
     shown = table.Table(["a"], [["x|y\nz"]]).markdown()
     assert shown.splitlines()[-1] == "| x\\|y z |"
+
+
+@pytest.mark.skipif(executable() is None, reason="there is no Chromium")
+@pytest.mark.parametrize("width, mode", [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(tmp_path, width, mode):
+    """It loads nothing, reports no error, fits a phone, and Axe finds no mistake."""
+    pages = (write(tmp_path / "a"), write(tmp_path / "b"))
+    run(Arguments(pages, str(tmp_path / "page.html")))
+    problems, requests = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable(), args=["--no-sandbox"]
+        )
+        page = browser.new_page(
+            viewport=dict(width=width, height=800), color_scheme=mode
+        )
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator("summary").click()
+        page.locator("button").click()
+        assert page.locator("button").inner_text() == "copied"
+        selected = page.evaluate("getSelection().toString()")
+        found = Axe().run(page)
+        browser.close()
+    assert "| run | loss |" in selected
+    assert problems == [] and len(requests) == 1
+    assert found.violations_count == 0, found.generate_report()

@@ -18,6 +18,7 @@ from ladder_jax.checkpoint import Checkpoints, saved_steps
 from ladder_jax.data import batches as data
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.say import say
+from ladder_jax.step_inputs import StepInputs
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -205,6 +206,19 @@ def test_a_step_that_was_left_out_may_not_hide_bad_parameters():
         measured = training.Measured(4, results | dict(bad_in_a_row=np.int32(in_a_row)))
         with pytest.raises(rollback.BadStep, match="step 4 is not finite"):
             rollback.check(measured, options)
+
+
+def test_the_annealed_delay_goes_back_too(tiny_folder, job):
+    cfg = tiny.make(tiny_folder, distill_anneal_steps=4)
+    inputs = StepInputs(cfg, job.mesh, None, None)
+    inputs.after_step()
+    saved = json.loads(json.dumps(inputs.state()))
+    expected = inputs.for_step(1)
+    for _ in range(4):
+        inputs.after_step()
+    assert not inputs.annealing and inputs.for_step(1) == ()
+    inputs.restore(saved["anneal"])
+    assert inputs.annealing and inputs.for_step(1) == expected
 
 
 BAD_ROWS = """

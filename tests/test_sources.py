@@ -463,6 +463,7 @@ def write_outputs(folder):
         "checkpoints/10/_CHECKPOINT_METADATA",
         "checkpoints/10/model/d/part",
         "metrics.jsonl",
+        "run.json",
         "loss.png",
         "tensorboard/events.out",
         "profile/plugins/trace.json",
@@ -495,7 +496,7 @@ def test_a_checkpoint_without_its_run_does_not_become_text(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     files = sources.files(str(tmp_path), sources.Tally())
     folders = {path.relative_to(tmp_path).parts[0] for path in files}
-    assert folders == {"loss.png", "tensorboard", "profile"}
+    assert folders == {"run.json", "loss.png", "tensorboard", "profile"}
 
 
 def test_the_user_s_folders_of_these_names_are_read(tmp_path):

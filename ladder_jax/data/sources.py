@@ -21,7 +21,7 @@ from ladder_jax.data.formats import Part, Tally
 
 # A folder that has both markers is the train.out of a run, which wrote these outputs.
 _RUN_MARKERS = {"checkpoints", "metrics.jsonl"}
-_RUN_OUTPUTS = _RUN_MARKERS | {"loss.png", "tensorboard", "profile"}
+_RUN_OUTPUTS = _RUN_MARKERS | {"run.json", "loss.png", "tensorboard", "profile"}
 # Orbax writes this file into each checkpoint.
 _CHECKPOINT_MARKER = "_CHECKPOINT_METADATA"
 # The names of the folders that `token_cache` writes, complete or not.

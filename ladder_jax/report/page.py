@@ -48,8 +48,7 @@ COPY = """
 for (const button of document.querySelectorAll("button")) button.onclick = () => {
   const text = document.getElementById(button.dataset.of);
   getSelection().selectAllChildren(text);
-  if (navigator.clipboard) navigator.clipboard.writeText(text.textContent);
-  else document.execCommand("copy");
+  document.execCommand("copy");
   button.textContent = "copied";
 };
 """
@@ -197,7 +196,7 @@ def _tables(
             *parts,
             "<details><summary>As Markdown</summary>",
             '<p><button data-of="markdown">copy</button></p>',
-            f'<pre id="markdown">{html.escape(markdown)}</pre></details>',
+            f'<pre id="markdown" tabindex="0">{html.escape(markdown)}</pre></details>',
         ]
     )
 
