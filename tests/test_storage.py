@@ -1,14 +1,15 @@
 """Object stores: what is read from one, what is refused, and stores that fail."""
 
 import json
-import logging
 import socket
 import threading
 from pathlib import Path
 
 import chex
+import fake_s3
 import numpy as np
 import pytest
+import s3fs
 import tiny
 from helpers import write_rows
 
@@ -84,27 +85,20 @@ def test_no_output_becomes_a_folder_named_gs(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a store
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
-    """(address, server) of an s3 on this machine."""
-    moto_server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    own = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    own.start()
-    yield "http://{}:{}".format(*own.get_host_and_port())
-    own.stop()
+    with fake_s3.FakeS3() as own:
+        yield own
 
 
 @pytest.fixture
 def s3(server, monkeypatch, tmp_path):
-    """A filesystem with an empty bucket, `bucket`, which the libraries find, too."""
-    return connect(server, monkeypatch, tmp_path)
+    """A store that the libraries find, without objects."""
+    connect(server.endpoint, monkeypatch, tmp_path)
+    return server
 
 
-def connect(endpoint, monkeypatch, tmp_path, make=True):
-    import s3fs
-
+def connect(endpoint, monkeypatch, tmp_path):
     for name, value in dict(
         AWS_ACCESS_KEY_ID="key",
         AWS_SECRET_ACCESS_KEY="secret",
@@ -117,12 +111,14 @@ def connect(endpoint, monkeypatch, tmp_path, make=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.02))
     s3fs.S3FileSystem.clear_instance_cache()
-    own = s3fs.S3FileSystem()
-    if make:
-        if own.exists("bucket"):
-            own.rm("bucket", recursive=True)
-        own.mkdir("bucket")
-    return own
+
+
+def put(folder, s3, name):
+    """Puts the files of a folder into a store, below bucket/NAME."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            key = f"bucket/{name}/{path.relative_to(folder)}"
+            s3.objects[key] = path.read_bytes()
 
 
 TEXTS = [f"Document {i} says {'word ' * (i % 7)}." for i in range(40)]
@@ -135,7 +131,7 @@ def source(s3, tmp_path):
     (folder / "deep").mkdir(parents=True)
     write_rows(folder / "a.jsonl", [dict(text=text) for text in TEXTS[:20]])
     write_rows(folder / "deep" / "b.jsonl", [dict(text=text) for text in TEXTS[20:]])
-    s3.put(str(folder), "bucket/text", recursive=True)
+    put(folder, s3, "text")
     return folder
 
 
@@ -172,8 +168,8 @@ def test_only_what_changed_is_copied_again(source, s3, tmp_path, capsys):
     assert texts() == before and "copying" not in capsys.readouterr().out
     # Of the same size, and with a name that was there before.
     changed = (source / "a.jsonl").read_text().replace("Document", "document")
-    s3.pipe("bucket/text/a.jsonl", changed.encode())
-    s3.rm("bucket/text/deep/b.jsonl")
+    s3.objects["bucket/text/a.jsonl"] = changed.encode()
+    del s3.objects["bucket/text/deep/b.jsonl"]
     after = texts()
     assert "copying 1 files" in capsys.readouterr().out
     assert after and {text.split()[0] for text in after} == {"document"}
@@ -195,7 +191,7 @@ def test_a_copy_that_the_disk_has_no_space_for(source, tmp_path, monkeypatch):
 
 def test_a_checkpoint_at_an_address_is_the_same_model(s3, tmp_path):
     tiny.write_run(tmp_path / "run")
-    s3.put(str(tmp_path / "run"), "bucket/runs/one", recursive=True)
+    put(tmp_path / "run", s3, "runs/one")
     expected = ladder_jax.load(tmp_path / "run")
     loaded = ladder_jax.load("s3://bucket/runs/one")
     chex.assert_trees_all_equal(loaded.model, expected.model)
@@ -258,13 +254,11 @@ class Proxy(threading.Thread):
 def test_a_store_that_fails_for_a_while_is_tried_again(
     source, server, tmp_path, monkeypatch, capsys, paused
 ):
-    import s3fs
-
     # As tries of s3fs itself are within one of ours.
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
-    proxy = Proxy(server, refused=3, paused=paused)
-    connect(proxy.endpoint, monkeypatch, tmp_path, make=False)
+    proxy = Proxy(server.endpoint, refused=3, paused=paused)
+    connect(proxy.endpoint, monkeypatch, tmp_path)
     monkeypatch.setattr(storage, "PAUSES_S", (0.01,) * 50)
     texts = list(corpus.documents(data("s3://bucket/text", tmp_path)))
     assert texts == list(corpus.documents(data(source, tmp_path)))
@@ -275,7 +269,7 @@ def test_a_store_that_fails_for_a_while_is_tried_again(
 def test_a_store_that_goes_on_failing_ends_in_one_line(source, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    connect(endpoint, monkeypatch, tmp_path, make=False)
+    connect(endpoint, monkeypatch, tmp_path)
     with pytest.raises(OSError, match=r"cannot be read: .* \(3 tries\)") as caught:
         corpus.prepare(data("s3://bucket/text", tmp_path), ByteTokenizer())
     assert str(caught.value).startswith("data.source='s3://bucket/text'")
@@ -284,8 +278,6 @@ def test_a_store_that_goes_on_failing_ends_in_one_line(source, tmp_path, monkeyp
 
 def test_a_copy_that_breaks_off_goes_on(source, s3, tmp_path, monkeypatch):
     """What was complete is not copied again, and no file is half there."""
-    import s3fs
-
     get_file, failing = s3fs.S3FileSystem._get_file, True
 
     async def flaky(self, path, local, **options):
