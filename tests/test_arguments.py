@@ -159,3 +159,17 @@ def test_help_has_every_option_its_default_and_its_text(capsys):
         "--lr-schedule {cosine,wsd,constant}",
     ):
         assert part in text, part
+
+
+def test_an_environment_variable_is_the_default_of_an_option(monkeypatch):
+    from ladder_jax.hardware.distributed import Hosts
+
+    monkeypatch.setenv("LADDER_JAX_PROCESSES", "4")
+    monkeypatch.setenv("LADDER_JAX_DISTRIBUTED", "true")
+    monkeypatch.setenv("LADDER_JAX_COORDINATOR", "")  # as if it was not set
+    found = arguments.parse(Hosts, ["--process", "3"], "train")
+    assert found == Hosts(distributed=True, processes=4, process=3)
+    assert arguments.parse(Hosts, ["--processes", "2"], "train").processes == 2
+    monkeypatch.setenv("LADDER_JAX_LOST_AFTER", "soon")
+    with pytest.raises(ConfigError, match="LADDER_JAX_LOST_AFTER='soon' is not acc"):
+        arguments.parse(Hosts, [], "train")

@@ -5,6 +5,7 @@ import re
 import signal
 
 import helpers
+import pytest
 import tiny
 from workers import Workers, who
 
@@ -100,3 +101,30 @@ def test_generation_on_two_hosts_writes_each_row_once(tmp_path):
         prompt = prompts[row["index"]]["prompt"]
         expected = helpers.tokens_alone(prompt, max_tokens=5, vocabulary=TEXT.size)
         assert row["tokens"] == expected
+
+
+LATE = (
+    AFTER_STEP
+    + """
+from ladder_jax.data import corpus
+prepare = corpus.prepare
+
+def slow(*arguments):
+    N == 0 and time.sleep(35)
+    return prepare(*arguments)
+
+def happen(step):
+    N == 1 and step == 1 and time.sleep(35)
+
+corpus.prepare = slow
+"""
+)
+
+
+@pytest.mark.slow
+def test_processes_may_be_late_by_more_than_gloos_30_seconds(tmp_path):
+    recipe = write_recipe(tmp_path, train_steps=3)
+    with Workers(tmp_path / "1", LATE, arguments=["train", recipe]) as workers:
+        assert workers.statuses(300) == [0, 0], workers.text(0) + workers.text(1)
+        line = "waiting for process 0: the tokens of data.source (30 s; gives up after "
+        assert line in workers.text(1)
