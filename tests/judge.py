@@ -65,11 +65,10 @@ def judge(text: str) -> list[Sent]:
     def started_by(name: str) -> str | None:
         """The start that an end belongs to: an operand, or an operand's operand."""
         queue = [name]
-        while queue:
-            name = queue.pop(0)
+        for name in queue:
             if name in open_:
                 return name
-            queue += operands.get(name, [])
+            queue += [each for each in operands.get(name, []) if each not in queue]
         return None
 
     def walk(computation: str) -> None:

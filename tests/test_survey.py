@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from helpers import ROOT
 
-from ladder_jax.planner import calibrate, records, survey
+from ladder_jax.planner import calibrate, hints, records, survey
 from ladder_jax.planner.records import Record
 
 DOCS = ROOT / "docs/overlap"
@@ -156,3 +156,16 @@ def test_the_version_of_the_code_ignores_docstrings(tmp_path):
     assert version("def f(x):\n    return x + 2\n") != first
     for pattern in survey.HASHED_FILES:
         assert list(survey.PACKAGE.glob(pattern)), f"{pattern} names no file"
+
+
+@pytest.mark.parametrize("which", ["none", "forward", "carried", "all"])
+def test_hints_can_be_taken_away_and_come_back(which):
+    """What they buy is planned with the compilers alone: the names must exist."""
+    from ladder_jax.residual import overlap, stream
+
+    before = overlap.AsyncReduction.progress, stream.backward_reduction
+    with hints.only(which):
+        during = overlap.AsyncReduction.progress, stream.backward_reduction
+        assert (during[0] is before[0]) == (which != "none")
+        assert (during[1] is before[1]) == (which in ("carried", "all"))
+    assert (overlap.AsyncReduction.progress, stream.backward_reduction) == before
