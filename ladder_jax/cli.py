@@ -4,6 +4,7 @@ Exit statuses, for shells and schedulers:
   0    done
   1    failed: no memory, a full disk, loss that is not finite, ...; one line says why
   2    a mistake in the arguments, the recipe or the data; one line says which
+  3    `plan`: the program does not fit the memory of its devices
   75   a process of the run was lost, or a step did not end: the same command, perhaps
        on other machines, with --resume continues the run
   128+N  stopped by signal N (130: Ctrl-C, 143: SIGTERM, 129: the terminal closed).
@@ -23,7 +24,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ladder_jax.addresses import local_path
 from ladder_jax.arguments import BARE, ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
@@ -41,6 +42,7 @@ from ladder_jax.hardware import distributed, malloc
 from ladder_jax.hardware.distributed import Hosts
 from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
+from ladder_jax.planner.arguments import PlanArguments
 
 
 @dataclass(frozen=True)
@@ -127,53 +129,6 @@ class TokenizerArguments:
     """The file to write."""
     text_field: str = "text"
     """The field of JSONL rows and Parquet columns that holds the text."""
-
-
-@dataclass(frozen=True)
-class PlanArguments:
-    """Compiles a recipe's program for chips that this machine does not have, and shows
-    its predicted time and which communication overlaps with compute."""
-
-    recipe: str = field(metadata=POSITIONAL)
-    """A Python file that defines a `config`."""
-    target: str
-    """TPU slice, such as v5e:2x4, v6e:2x4, v5p:2x2x2 or tpu7x:2x2x1; or nodes x GPUs of
-    a node, such as h100:1x8."""
-    workload: Literal["decode", "prefill", "train"] = "decode"
-    """The program: one decode step, one prefill, or one training step."""
-    batch: int = 1
-    """Requests or sequences, over all devices."""
-    context: int | None = None
-    """Tokens of the cache (decode), of a prompt (prefill) or of a sequence (train).
-    None: 2048, or the model's max_length if that is less."""
-    lengths: str | None = None
-    """Plan a decode step over requests of mixed lengths, with rows and with pages: a
-    TOML file such as configs/workloads/sharegpt.toml, or JSONL with the tokens of a
-    live request in each line."""
-    schedule: str | None = None
-    """The residual schedule. None: the recipe's."""
-    reduction: str = "auto"
-    """The algorithm that sums partials: see --mesh.reduction of ladder-jax train."""
-    tensor: int | None = None
-    """Devices that share a block's work. None: the recipe's mesh.tensor."""
-    kv_layout: Literal["auto", "pages", "rows"] = "auto"
-    """Of decode's cache: rows of `context` tokens, or pages. auto: as in an engine."""
-    tokens: int | None = None
-    """Tokens that decode's requests have together. None: batch x context."""
-    drafts: int = 0
-    """Plan a decode step that computes so many drafted tokens of each request, too
-    (speculation), beside the step without them."""
-    accepted: float | None = None
-    """Tokens that a pass with drafts gives a request on average. None: all."""
-    compare: bool = False
-    """Compare the schedules standard, parallel, ladder, hybrid, desync and dtp, and a
-    model that does not communicate."""
-    plot: str | None = None
-    """Write the timeline to this PNG file."""
-    hlo: str | None = None
-    """Write the text of XLA's scheduled program to this file."""
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True)
@@ -380,18 +335,21 @@ def plan(words: list[str]) -> int:
     with aot.silence():
         from ladder_jax.planner import command
 
-        text = command.run(from_recipe(arguments.recipe), arguments)
-    if text:
-        print(text, flush=True)
-    return 0
+        outcome = command.run(from_recipe(arguments.recipe), arguments)
+    print(outcome.text, flush=True)
+    return 0 if outcome.fits else NO_MEMORY
 
+
+# The exit status of a plan that does not fit its devices' memory.
+NO_MEMORY = 3
 
 BENCH = "ladder_jax.bench"
 
 
 def bench(words: list[str]) -> int:
-    """`ladder-jax bench train|decode|serve|peers|conversion|quality|tokenize ...`"""
-    names = ("train", "decode", "serve", "peers", "conversion", "quality", "tokenize")
+    """`ladder-jax bench WHAT ...`: one of these."""
+    names = ("train", "decode", "serve", "peers", "conversion", "quality")
+    names += ("tokenize", "device")
     if words[:1] in (["-h"], ["--help"]):
         jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
         print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
@@ -509,8 +467,9 @@ USAGE = """usage: ladder-jax COMMAND ...
 Each command has options: see ladder-jax COMMAND --help.
 
 Exit status: 0 done; 1 failed; 2 a mistake in the arguments, the recipe or the data;
-75 a host was lost or hung: try again; 128 + N stopped by signal N (130 Ctrl-C, 143
-SIGTERM). `train` has saved then, and the same command with --resume continues it."""
+3 `plan`: the program does not fit the memory of its devices; 75 a host was lost or
+hung: try again; 128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` has
+saved then, and the same command with --resume continues it."""
 
 
 # ---------------------------------------------------------------- devices

@@ -139,3 +139,37 @@ def wrong(command):
         return err[len(start) : -1]
 
     return call
+
+
+@pytest.fixture
+def plan_on_cpu(monkeypatch, capsys):
+    """plan_on_cpu(*arguments): what `ladder-jax plan` prints for a slice of v5e.
+
+    XLA:CPU stands in for XLA's TPU compiler, which is not installed everywhere. So
+    nothing is asynchronous; times are those of the TPU's links.
+    """
+    import jax
+
+    from ladder_jax import cli
+    from ladder_jax.hardware import aot
+    from ladder_jax.hardware.chips import CHIPS
+    from ladder_jax.hardware.cost import Network
+    from ladder_jax.residual import choose
+
+    coordinates = [(x, y, 0) for y in range(4) for x in range(2)]
+
+    def network_of(devices, all_reduce=None, chip=None):
+        return Network(chip or CHIPS["v5e"], coordinates)
+
+    monkeypatch.setattr(choose, "network_of", network_of)
+    monkeypatch.setattr(aot.Target, "devices", lambda self: jax.devices())
+    monkeypatch.setattr(aot.Target, "options", lambda self, workload: {})
+
+    def plan(*arguments, status=0):
+        target = ["--target", "v5e:2x4", "--tensor", "4", "--batch", "8"]
+        assert cli.plan(["configs/demo.py", *target, *arguments]) == status
+        return capsys.readouterr().out
+
+    choose.auto_reduction.cache_clear()
+    yield plan
+    choose.auto_reduction.cache_clear()

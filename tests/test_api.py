@@ -58,7 +58,7 @@ print(sorted(name for name in done if name.startswith("held_out")))
     "plan": """
 from ladder_jax.config import from_recipe
 try:
-    ladder_jax.plan(from_recipe("recipe.py"), "h200:1x8")
+    ladder_jax.plan(from_recipe("recipe.py"), "l4:1x8")
 except ladder_jax.ConfigError as error:
     print(error)
 """,
@@ -71,9 +71,9 @@ PRINTED = {
     "Config": "3\n",
     "ConfigError": "True\n",
     "train": "2 2 True False\n['held_out_bits_per_byte', 'held_out_loss']\n",
-    "plan": "target='h200:1x8' is not accepted: it must be a TPU slice (v5e:2x4, "
-    "v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, v5e:16x16, ...) or GPUs as h100:NODESxGPUS "
-    "(h100:1x8)\n",
+    "plan": "target='l4:1x8' is not accepted: it must be a TPU slice (v5e:2x4, "
+    "v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, v5e:16x16, ...) or GPUs as NODESxGPUS of h100, "
+    "h200, b200 or gb200 (h100:1x8, h100:2x8)\n",
 }
 
 

@@ -245,7 +245,7 @@ def test_commands_and_help(command, wrong, monkeypatch, recipe):
         "missing argument: CHECKPOINT (A run's folder, its checkpoints folder"
     )
     assert wrong("plan", "recipe.py").startswith("missing argument: --target (TPU")
-    kinds = "train, decode, serve, peers, conversion, quality, tokenize"
+    kinds = "train, decode, serve, peers, conversion, quality, tokenize, device"
     assert wrong("bench") == f"missing argument: one of {kinds}"
     assert wrong("bench", "trane") == (
         f"unknown benchmark 'trane'; choose from {kinds} (perhaps train)"

@@ -11,6 +11,7 @@ import subprocess
 import jax
 import pytest
 from helpers import COMMAND
+from judge import judge
 
 from ladder_jax import sharding
 from ladder_jax.config import (
@@ -61,7 +62,22 @@ def planned(
     compiled = plan.build(
         plan.Request("small", config, aot.parse(target), workload, batch, context)
     )
-    return report.make_report(compiled, report.make_timeline(compiled))
+    result = report.make_report(compiled, report.make_timeline(compiled))
+    assert_the_judge_agrees(compiled.text, result)
+    return result
+
+
+def assert_the_judge_agrees(text, result):
+    """The second reader finds the same collectives, and the same empty windows."""
+    judged, rows = judge(text), result["collectives"]
+    assert [one.name for one in judged] == [row["name"] for row in rows]
+    for one, row in zip(judged, rows):
+        assert one.kind == row["kind"]
+        assert one.synchronous is not row["asynchronous"], one
+        if one.hidden:
+            assert row["window_compute_us"] > 0, (one, row)
+        else:
+            assert row["hidden_us"] == pytest.approx(0, abs=1e-6), (one, row)
 
 
 def of_layers(result):
@@ -106,6 +122,22 @@ def test_tpu_multiplies_a_lone_row_as_fast_as_two():
     assert compute(batch=4, context=2048, kv_heads=16) < 1.1 * compute(
         batch=4, context=2048
     )
+
+
+@needs_gpu
+def test_gpu_multiplies_a_lone_row_about_as_fast_as_two():
+    """The terms of several products that read it do not go through memory."""
+    compute = lambda batch: planned(
+        "h100:1x8", "ladder", "psum", batch=batch, dim=4096, ffn_dim=14336
+    )["totals"]["compute_us"]
+    assert compute(1) < 1.25 * compute(2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("target", ["h200:1x8", "b200:1x8", "gb200:1x8"])
+def test_other_gpus_run_a_ladders_reductions_behind_its_blocks(target):
+    result = planned(target, "ladder", "psum")
+    assert len(of_layers(result)) == 7 and hides(result), result["totals"]
 
 
 @needs_tpu

@@ -1,6 +1,7 @@
 """Platforms, chips and the process's memory, on devices that are only descriptions."""
 
 import ctypes
+import json
 import os
 import platform as machine
 import subprocess
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 
 from ladder_jax import attention, config
-from ladder_jax.hardware import aot, chips, malloc, xla_options
+from ladder_jax.hardware import (
+    aot,
+    chip_sources,
+    chips,
+    cost,
+    malloc,
+    networks,
+    xla_options,
+)
 
 # (platform, device_kind, the client's platform_version), as JAX's plugins give them.
 DEVICES = {
@@ -93,10 +102,99 @@ def test_a_row_of_the_table_is_known_by_its_own_names_and_complete(name, chip):
         assert not chip.target_sides, "the planner needs the cost model"
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x2", "h200:1x8", "h100-pcie:1x8", "h100:8"])
+@pytest.mark.parametrize("name", ["v4:2x2x2", "l4:1x8", "h100-pcie:1x8", "h100:8"])
 def test_chips_without_a_compiler_are_no_targets(name):
     with pytest.raises(config.ConfigError, match=f"target='{name}' is not accepted"):
         aot.parse(name)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("mi300x:1x8", "XLA compiles for AMD's GPUs only where ROCm is installed"),
+        ("h100:1x16", "NVLink connects at most 8 GPUs of a h100; .* such as h100:2x8"),
+        ("gb200:1x80", "NVLink connects at most 72 GPUs of a gb200"),
+    ],
+)
+def test_machines_that_do_not_exist_or_cannot_be_planned_say_why(name, message):
+    with pytest.raises(config.ConfigError, match=message):
+        aot.parse(name)
+
+
+def test_every_number_of_the_model_has_a_source():
+    """Fields that are 0, "" or () have no number."""
+    labels = {label: 0 for label in chip_sources.LABELS}
+    for kind, chip in chips.CHIPS.items():
+        if not chip.modelled:
+            continue
+        sources = chip_sources.sources_of(kind)
+        not_costs = {"device_kinds", "target_sides", "torus_min_side", "in_order"}
+        default = chips.Chip(("",), 0.0)
+        for field in set(chips.Chip._fields) - not_costs:
+            if getattr(chip, field) != getattr(default, field):
+                assert sources[field].label in labels, (kind, field)
+                labels[sources[field].label] += 1
+    assert not labels.pop("measured") and all(labels.values())
+
+
+# ---------------------------------------------------------------- networks
+
+
+def test_another_network_changes_the_costs_and_says_where_they_come_from(tmp_path):
+    target = aot.parse("h100:1x8")
+    assert networks.with_network(target, "nvlink") is target
+    seconds = lambda one, size: (
+        cost.Network(one.chip, [0] * 8)
+        .collective("all-reduce", [list(range(8))], size)
+        .seconds
+    )
+    slow = networks.with_network(target, "no-nvlink")
+    assert seconds(slow, 16384) == pytest.approx(62e-6, rel=0.02)  # published, batch 1
+    assert slow.sources["link_bandwidth"].label == "modelled"
+    assert slow.sources["peak_flops"] == target.sources["peak_flops"]
+    pcie = networks.with_network(target, "pcie")
+    assert seconds(pcie, 2**24) > 3 * seconds(slow, 2**24)
+    symmetric = networks.with_network(target, "symmetric")
+    for size in (2**14, 2**20, 2**22):
+        assert seconds(symmetric, size) < 0.75 * seconds(target, size)
+    path = tmp_path / "measured.json"
+    rows = [dict(bytes=2**20, us=40.0), dict(bytes=2**10, us=20.0)]
+    path.write_text(json.dumps(rows))
+    measured = networks.with_network(target, str(path))
+    assert seconds(measured, 1) == seconds(measured, 2**10) == pytest.approx(20e-6)
+    assert seconds(measured, (2**20 + 2**10) / 2) == pytest.approx(30e-6)
+    assert seconds(measured, 2**20) == pytest.approx(40e-6)
+    assert seconds(measured, 2**21 - 2**10) == pytest.approx(60e-6)
+    assert measured.sources["all_reduce_points"].label == "measured"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[", "cannot be read"),
+        ("{}", "must be a list"),
+        ("[]", "must be a list"),
+        ("[3]", "has the row 3"),
+        ('[{"bytes": 0, "us": 1}]', "has the row"),
+        ('[{"bytes": 1, "us": "1"}]', "has the row"),
+        ('[{"bytes": 1, "us": NaN}]', "has the row"),
+    ],
+)
+def test_a_mistake_in_a_file_of_all_reduces_is_one_line(tmp_path, text, message):
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=message):
+        networks.with_network(aot.parse("h100:1x8"), str(path))
+
+
+def test_other_networks_are_of_gpus():
+    for target, name, message in (
+        ("v5e:2x4", "pcie", "a TPU's network is that of its slice"),
+        ("h100:1x8", "infiniband", "must be one of nvlink, no-nvlink, pcie, symmetric"),
+        ("h100:1x8", "missing.json", "cannot be read"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            networks.with_network(aot.parse(target), name)
 
 
 # ---------------------------------------------------------------- malloc

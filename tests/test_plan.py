@@ -6,19 +6,15 @@ import json
 import re
 
 import helpers
-import jax
 import numpy as np
 import pytest
 
 from ladder_jax import cli
 from ladder_jax.config import Config, ConfigError, Mesh, Model
 from ladder_jax.hardware import aot
-from ladder_jax.hardware.chips import CHIPS
-from ladder_jax.hardware.cost import Network
 from ladder_jax.planner import command, compare, lengths, planning, tables
 from ladder_jax.planner.plan import Request
 from ladder_jax.planner.timeline import Timeline
-from ladder_jax.residual import choose
 
 LENGTHS = "configs/workloads/sharegpt.toml"
 WRONG = [
@@ -133,10 +129,31 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
             target="v5e:2x4",
             collectives=[collective, collective | dict(asynchronous=False, merged=1)],
             totals=dict(step_us=1234.5, exposed_us=3.0),
-            memory=dict(weights_bytes=4e9, capacity_bytes=16e9, fits=False),
+            memory=dict(
+                weights_bytes=12e9,
+                kv_bytes=4e9,
+                temporary_bytes=1e9,
+                capacity_bytes=16e9,
+                fits=False,
+            ),
+            use=dict(
+                tokens_per_s=12345.6,
+                tokens_per_s_device=1543.2,
+                mfu=0.0123,
+                largest_batch=12,
+                price=2.5,
+                cost_per_million=0.456,
+            ),
+            sources=dict(
+                peak_flops=dict(label="published", text=""),
+                hop_latency_s=dict(label="modelled", text=""),
+                hbm_bytes=dict(label="published", text=""),
+            ),
         )
     )
-    head, titles, merged, single, totals, memory = text.splitlines()
+    head, titles, merged, single, totals, sizes, speed, fits, sources = (
+        text.splitlines()
+    )
     assert head == (
         "decode of 80 layers, ladder, psum, batch 16, context 2048, on v5e:2x4"
     )
@@ -147,34 +164,19 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
     assert merged.endswith("3.3  forward layer1 mlp, 2 merged")
     assert single.split()[5] == "no" and single.endswith("layer1 mlp")
     assert totals == "step 1,234.5, exposed 3.0 (us a step)"
-    assert memory == "weights 4.00, capacity 16.00 (GB a device): does not fit"
-
-
-@pytest.fixture
-def plan_on_cpu(monkeypatch, capsys):
-    """plan_on_cpu(*arguments): what `ladder-jax plan` prints for a slice of v5e.
-
-    XLA:CPU stands in for XLA's TPU compiler, which is not installed everywhere. So
-    nothing is asynchronous; times are those of the TPU's links.
-    """
-    coordinates = [(x, y, 0) for y in range(4) for x in range(2)]
-
-    def network_of(devices, all_reduce=None):
-        return Network(CHIPS["v5e"], coordinates)
-
-    monkeypatch.setattr(choose, "network_of", network_of)
-    monkeypatch.setattr(aot.Target, "devices", lambda self: jax.devices())
-    monkeypatch.setattr(aot.Target, "options", lambda self, workload: {})
-
-    def plan(*arguments):
-        target = ["--target", "v5e:2x4", "--tensor", "4", "--batch", "8"]
-        status = cli.plan(["configs/demo.py", *target, *arguments])
-        assert status == 0
-        return capsys.readouterr().out
-
-    choose.auto_reduction.cache_clear()
-    yield plan
-    choose.auto_reduction.cache_clear()
+    assert sizes == (
+        "weights 12.00, kv 4.00, temporary 1.00, capacity 16.00 (GB a device)"
+    )
+    assert speed == (
+        "12,346 tokens/s, 1,543 a device, MFU 1.2% (modelled); 0.46 a million tokens "
+        "at 2.5 an hour of a device"
+    )
+    assert fits == (
+        "does not fit: 17.0 of 16 GB a device; the largest batch that fits is 12"
+    )
+    assert sources == (
+        "the chip's numbers: published: peak_flops, hbm_bytes; modelled: hop_latency_s"
+    )
 
 
 def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
@@ -184,7 +186,9 @@ def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
 
     program, picture = tmp_path / "program.txt", tmp_path / "lanes.png"
     text = plan_on_cpu("--hlo", str(program), "--plot", str(picture))
-    head, titles, *collectives, totals, cache, memory = text.splitlines()
+    head, titles, *collectives, totals, cache, memory, _, fits, sources = (
+        text.splitlines()
+    )
     assert head == (
         "decode of 6 layers, ladder, recursive-doubling, batch 8, context 512, on "
         "v5e:2x4"
@@ -200,7 +204,9 @@ def test_the_command_plans_a_decode_step(plan_on_cpu, tmp_path):
         ("collective-permute", "tensor")
     }
     assert re.fullmatch(r"step \d.*, exposed \d.* \(us a step\)", totals)
-    assert memory.endswith("capacity 16.00 (GB a device): fits")
+    assert memory.endswith("capacity 16.00 (GB a device)")
+    assert fits.startswith("fits: 0.0 of 16 GB a device")
+    assert sources.startswith("the chip's numbers: published: peak_flops")
     assert program.read_text().startswith("HloModule")
     assert image.imread(picture).ndim == 3
 
@@ -370,7 +376,7 @@ def test_fastest_lossless_is_another_all_reduce_on_gpu_and_another_reduction_on_
     assert gpu[name].request == gpu["standard, psum"].request
     assert tpu[name].all_reduce is None
     assert tpu[name].request.config.mesh.reduction == "auto"
-    assert list(gpu) == list(tpu)
+    assert [one for one in gpu if one != "standard, symmetric buffers"] == list(tpu)
     assert gpu["hybrid:last4"].request.config.model.residual == "hybrid:last4"
     assert gpu["no communication"].request.config.model.residual == "upper-bound"
 

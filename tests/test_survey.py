@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from helpers import ROOT
 
-from ladder_jax.planner import calibrate, records, survey
+from ladder_jax.planner import calibrate, hints, records, survey
 from ladder_jax.planner.records import Record
 
 DOCS = ROOT / "docs/overlap"
@@ -130,9 +130,12 @@ def test_the_survey_goes_on_where_it_was_stopped(surveyed):
 def test_the_survey_compares_schedules_with_a_row_for_each(surveyed, tmp_path):
     planned = surveyed("compare")
     rows = records.read(tmp_path)
-    assert len(planned) == len(rows) == 4 * 8
+    assert len(planned) == len(rows) == 3 * 9 + 8
     fast = [row for row in rows if row.all_reduce_us]
-    assert [(row.target, row.all_reduce_us) for row in fast] == [("h100:1x8", 7.8)] * 3
+    assert [(row.target, row.all_reduce_us) for row in fast] == [
+        ("h100:1x8", 7.8),
+        ("h100:1x8", 10.0),
+    ] * 3
     assert (tmp_path / "schedules.md").read_text("utf-8").count("\n## ") == 4
 
 
@@ -153,3 +156,16 @@ def test_the_version_of_the_code_ignores_docstrings(tmp_path):
     assert version("def f(x):\n    return x + 2\n") != first
     for pattern in survey.HASHED_FILES:
         assert list(survey.PACKAGE.glob(pattern)), f"{pattern} names no file"
+
+
+@pytest.mark.parametrize("which", ["none", "forward", "carried", "all"])
+def test_hints_can_be_taken_away_and_come_back(which):
+    """What they buy is planned with the compilers alone: the names must exist."""
+    from ladder_jax.residual import overlap, stream
+
+    before = overlap.AsyncReduction.progress, stream.backward_reduction
+    with hints.only(which):
+        during = overlap.AsyncReduction.progress, stream.backward_reduction
+        assert (during[0] is before[0]) == (which != "none")
+        assert (during[1] is before[1]) == (which in ("carried", "all"))
+    assert (overlap.AsyncReduction.progress, stream.backward_reduction) == before

@@ -282,6 +282,42 @@ ENTRY %loop (x: bf16[4,8]) -> bf16[4,8] {
     assert [c.count for c in clock.collectives] == [5, 5]
 
 
+# ---------------------------------------------------------------- interference
+
+
+@pytest.mark.parametrize(
+    "seconds, beside, slowed",
+    [
+        (3.0, 0.0, 0.0),  # nothing is sent
+        (3.0, 2.0, 1.0),  # 2 s beside a transfer cost 1 s more
+        (3.0, 6.0, 3.0),  # the whole instruction is slowed: it takes 6 s
+        (3.0, 100.0, 3.0),
+    ],
+)
+def test_a_transfer_slows_what_is_computed_beside_it(seconds, beside, slowed):
+    product = ops.Compute("a", "", 1.0, seconds, 0.0, ops.Interference(0.5))
+    assert product.slowed(beside) == slowed
+
+
+def test_a_transfer_costs_a_product_a_wave_once():
+    product = ops.Compute("a", "", 1.0, 3.0, 0.0, ops.Interference(0.5, 1.0))
+    assert [product.slowed(beside) for beside in (0, 1, 8, 99)] == [0, 1.5, 5, 5]
+
+
+def test_interference_is_a_part_of_the_step_and_of_the_picture():
+    """Attention of 4 s, MLP of 2 s beside a transfer of 5 s, with half of it lost."""
+    played = play_seconds(
+        stack_of(5), Transfer(0.0, 5.0), interference=lambda *_: ops.Interference(0.5)
+    )
+    # MLP takes 4 s, of which 2 are lost; then the device waits for 1 s.
+    assert (played.interference, played.exposed) == (5 * 2, 5 * 1)
+    assert played.compute == 5 * (4 + 2) + 1
+    assert played.step == played.compute + played.exposed + played.interference
+    shown = lanes.lanes_of(played)
+    assert shown.seconds == 2 * (4 + 4 + 1)
+    assert [bar.end - bar.start for bar in shown.compute] == [4, 4, 4, 4]
+
+
 # ---------------------------------------------------------------- pictures
 
 

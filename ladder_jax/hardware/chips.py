@@ -44,13 +44,25 @@ class Chip(NamedTuple):
     # XLA would change it.
     in_order: bool = False
 
-    # GPU alone
+    # GPU alone. A "node" is the GPUs that NVLink connects.
     internode_bandwidth: float = 0.0  # bytes/s, as link_bandwidth, between nodes
     internode_latency_s: float = 0.0  # added to the latency within a node
+    # NCCL has other protocols for long messages: (latency in seconds, bytes/s), or ().
+    long_all_reduce: tuple[float, ...] = ()
+    long_gather: tuple[float, ...] = ()  # all-gathers and reduce-scatters
+    long_internode: tuple[float, ...] = ()  # all-reduces between nodes
+    symmetric_bandwidth: float = 0.0  # of all-reduce kernels over symmetric memory
+    # Measured all-reduces within a node, (bytes, seconds), in place of the above.
+    all_reduce_points: tuple[tuple[float, float], ...] = ()
+    cores: int = 0  # streaming multiprocessors
+    domain: int = 0  # the most GPUs that NVLink connects
     kernel_launch_s: float = 0.0  # added to a kernel's time for its bytes or its FLOPs
     hbm_efficiency: float = 1.0  # share of hbm_bandwidth that kernels reach
-    # Seconds that one second of hidden communication adds to the kernels beside it.
+    product_efficiency: float = 1.0  # share of peak_flops that long products reach
+    # Seconds that one second of hidden communication adds to the kernels beside it:
+    # those that HBM bounds, and those that products bound.
     interference: float = 0.0
+    product_interference: float = 0.0
 
     @property
     def modelled(self) -> bool:
@@ -134,9 +146,39 @@ H100 = Chip(
     target_sides=2,
     internode_bandwidth=15e9,
     internode_latency_s=21e-6,
-    kernel_launch_s=1e-6,
+    long_all_reduce=(81e-6, 279e9),
+    long_gather=(30e-6, 378e9),
+    long_internode=(102e-6, 209e9),
+    symmetric_bandwidth=214e9,
+    cores=132,
+    domain=8,
+    kernel_launch_s=2.3e-6,
     hbm_efficiency=0.85,
-    interference=0.295,
+    product_efficiency=0.73,
+    interference=0.225,
+    product_interference=0.34,
+)
+H200 = H100._replace(device_kinds=("h200",), hbm_bandwidth=4800e9, hbm_bytes=141e9)
+B200 = H100._replace(
+    device_kinds=("b200",),
+    peak_flops=2250e12,
+    hbm_bandwidth=8000e9,
+    hbm_bytes=180e9,
+    link_bandwidth=166e9,
+    long_all_reduce=(39e-6, 435e9),
+    long_gather=(30e-6, 756e9),
+    symmetric_bandwidth=428e9,
+    cores=148,
+    hbm_efficiency=0.80,
+    product_efficiency=0.77,
+)
+GB200 = B200._replace(
+    device_kinds=("gb200",),
+    peak_flops=2500e12,
+    hbm_bytes=186e9,
+    domain=72,
+    cores=152,
+    hbm_efficiency=0.92,
 )
 
 # The first row that matches a device's `device_kind` is its chip: so the longer of two
@@ -157,10 +199,11 @@ CHIPS = {
     ),
     "h100": H100,
     "h800": Chip(("h800",), 989e12),
-    "h200": Chip(("h200",), 989e12),
+    "h200": H200,
     "h20": Chip(("h20",), 148e12),
-    "gb200": Chip(("gb200",), 2500e12),
-    "b200": Chip(("b200",), 2250e12),
+    "gb200": GB200,
+    "b200": B200,
+    "mi300x": Chip(("mi300x",), 1307e12),
     "l40s": Chip(("l40s",), 362e12),
     "l4": Chip(("l4",), 121e12),
     "a10g": Chip(("a10g",), 70e12),
@@ -180,6 +223,11 @@ def platform(where: Any) -> str:
     kind = getattr(device, "device_kind", "").lower()
     is_amd = "rocm" in version or any(word in kind for word in AMD_WORDS)
     return "rocm" if is_amd else "cuda"
+
+
+def is_amd(kind: str) -> bool:
+    """Whether a name of the table is that of an AMD GPU."""
+    return kind.startswith("mi") and kind in CHIPS
 
 
 def kind_of(device: Any) -> str | None:

@@ -29,14 +29,41 @@ class Transfer(NamedTuple):
         return self.latency_s + self.bandwidth_s
 
 
+class Line(NamedTuple):
+    """A latency, then a bandwidth."""
+
+    latency_s: float
+    bandwidth: float  # bytes/s
+
+    def seconds(self, size: float) -> float:
+        return self.latency_s + size / self.bandwidth
+
+
+def interpolate(points: Sequence[tuple[float, float]], size: float) -> float:
+    """The seconds of `size` bytes, from measured (bytes, seconds), sorted by bytes.
+
+    Between two points it is on their line. Shorter messages take as long as the
+    shortest measured one, longer ones go on along the last two points' line; a lone
+    point's bandwidth is that of longer messages.
+    """
+    if size <= points[0][0]:
+        return points[0][1]
+    if len(points) == 1:
+        return points[0][1] * size / points[0][0]
+    end = next((i for i, (most, _) in enumerate(points) if size <= most), -1)
+    (left, left_s), (right, right_s) = points[end - 1], points[end]
+    slope = max(right_s - left_s, 0.0) / (right - left)
+    return left_s + slope * (size - left)
+
+
 class Network:
     """How a target's devices are connected.
 
     Args:
       chip: the chip of every device; it must be `modelled`.
       places: for each logical device, its coordinates (TPU) or its node's number (GPU).
-      all_reduce: seconds of a short message's all-reduce within a GPU node, where a
-        library other than NCCL runs it.
+      all_reduce: seconds of a short message's all-reduce within a GPU node, where
+        kernels over symmetric memory run it (`Chip.symmetric_bandwidth`), not NCCL's.
     """
 
     def __init__(
@@ -118,26 +145,80 @@ class Network:
     # GPU: a switch in each node, a network between nodes; one collective at a time
 
     def _gpu(self, kind: str, groups: Groups, size: float) -> Transfer:
-        chip, is_permute = self.chip, kind == "collective-permute"
+        is_permute = kind == "collective-permute"
         devices: Sequence[int] = groups[0]
         if is_permute:
             devices = sorted({device for pair in groups for device in pair})
         nodes = [self.places[device] for device in devices]
-        crosses_nodes = len(set(nodes)) > 1
-        bandwidth = chip.internode_bandwidth if crosses_nodes else chip.link_bandwidth
-        transfer_s = size / bandwidth  # the time of an all-reduce
+        crosses_nodes, inside = len(set(nodes)) > 1, nodes.count(nodes[0])
         if is_permute:
-            latency_s = chip.collective_launch_s + chip.hop_latency_s
-            transfer_s /= 2  # an all-reduce sends about twice the message's bytes
-        elif kind == "all-reduce" and self.all_reduce and not crosses_nodes:
-            latency_s = self.all_reduce
+            seconds = self._exchange_s(crosses_nodes, size)
+        elif crosses_nodes:
+            # A gather or scatter goes around the ring once, an all-reduce twice.
+            seconds = RING.get(kind, 1) / 2 * self._far_all_reduce_s(inside, size)
+            seconds += (1 - RING.get(kind, 1) / 2) * self.chip.internode_latency_s
+        elif kind == "all-reduce":
+            seconds = self._all_reduce_s(inside, size)
         else:
-            hops = nodes.count(nodes[0]) - 1  # around the devices of one node
-            share = RING.get(kind, 1) / 2  # of an all-reduce's time
-            latency_s = share * (chip.collective_launch_s + hops * chip.hop_latency_s)
-            transfer_s = share * transfer_s
+            seconds = self._gather_s(inside, size)
+        return Transfer(0.0, seconds, frozenset(["network"]))
+
+    def _exchange_s(self, crosses_nodes: bool, size: float) -> float:
+        """Seconds of a collective-permute: half of an all-reduce's bytes."""
+        chip = self.chip
+        bandwidth = chip.internode_bandwidth if crosses_nodes else chip.link_bandwidth
+        latency_s = chip.collective_launch_s + chip.hop_latency_s
         latency_s += crosses_nodes * chip.internode_latency_s
-        return Transfer(0.0, latency_s + transfer_s, frozenset(["network"]))
+        return latency_s + size / bandwidth / 2
+
+    def _latency_s(self, devices: int) -> float:
+        """Seconds of the shortest all-reduce of so many GPUs of a node: around a ring,
+        of more than eight with a hop more for every doubling (a tree)."""
+        chip = self.chip
+        hops = devices - 1 if devices <= 8 else 7 + math.log2(devices / 8)
+        return chip.collective_launch_s + hops * chip.hop_latency_s
+
+    def _all_reduce_s(self, devices: int, size: float) -> float:
+        """Seconds of an all-reduce of so many GPUs of a node: NCCL takes the fastest of
+        its protocols."""
+        chip = self.chip
+        if chip.all_reduce_points:
+            return interpolate(chip.all_reduce_points, size)
+        ways = [Line(self._latency_s(devices), chip.link_bandwidth)]
+        if self.all_reduce:
+            ways = [Line(self.all_reduce, chip.symmetric_bandwidth)]
+        if chip.long_all_reduce:
+            ways.append(Line(*chip.long_all_reduce))
+        seconds = [line.seconds(size) for line in ways]
+        if chip.long_gather:
+            seconds.append(2 * self._long_gather_s(devices, size))
+        return min(seconds)
+
+    def _gather_s(self, devices: int, size: float) -> float:
+        """Seconds of an all-gather or a reduce-scatter in a node: half an all-reduce's
+        where messages are short."""
+        short = Line(self._latency_s(devices), self.chip.link_bandwidth)
+        seconds = [short.seconds(size) / 2]
+        if self.chip.long_gather:
+            seconds.append(self._long_gather_s(devices, size))
+        return min(seconds)
+
+    def _long_gather_s(self, devices: int, size: float) -> float:
+        """`_gather_s` of long messages: each of n GPUs sends (n - 1) / n of the bytes.
+
+        The published bandwidth is of 8 GPUs, 7 / 8 of which each of them sends.
+        """
+        latency_s, bandwidth = self.chip.long_gather
+        return latency_s + (devices - 1) / devices * size / (bandwidth * 7 / 8)
+
+    def _far_all_reduce_s(self, inside: int, size: float) -> float:
+        """Seconds of an all-reduce between nodes, `inside` GPUs in each."""
+        chip = self.chip
+        latency_s = chip.internode_latency_s + self._latency_s(inside)
+        seconds = [latency_s + size / chip.internode_bandwidth]
+        if chip.long_internode:
+            seconds.append(Line(*chip.long_internode).seconds(size))
+        return min(seconds)
 
 
 # The bytes and FLOPs of an instruction. `module` is a planner.hlo.Module, `instruction`
@@ -207,21 +288,49 @@ def _readers(users: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
     return readers
 
 
+class Product(NamedTuple):
+    """A matrix product, or several of one shape."""
+
+    flops: float
+    depth: int  # the length that is summed over
+
+
 def flops(module: Any, instruction: Any, body: Mapping[str, Any]) -> float:
     """Floating-point operations of the matrix products in an instruction."""
+    return sum(one.flops for one in products(module, instruction, body))
+
+
+def products(module: Any, instruction: Any, body: Mapping[str, Any]) -> list[Product]:
+    """The matrix products in an instruction."""
     if instruction.opcode == "dot":
         left = body[instruction.operands[0]].outputs[0].dims
-        contracted = math.prod(left[d] for d in instruction.dims)
-        return 2 * math.prod(instruction.outputs[0].dims) * contracted
+        depth = math.prod(left[d] for d in instruction.dims)
+        return [Product(2 * math.prod(instruction.outputs[0].dims) * depth, depth)]
     if instruction.opcode == "custom-call" and "cublas" in instruction.text:
         left, right = (body[name].outputs[0] for name in instruction.operands[:2])
         out = math.prod(instruction.outputs[0].dims)
         # [m, k] x [k, n] -> [m, n]: m k * k n = k^2 * m n
-        return 2 * math.sqrt(math.prod(left.dims) * math.prod(right.dims) * out)
-    if instruction.opcode not in ("fusion", "call"):
-        return 0
+        depth = math.sqrt(math.prod(left.dims) * math.prod(right.dims) / out)
+        return [Product(2 * depth * out, round(depth))]
     computation = instruction.named("calls")
-    if not computation:
-        return 0
+    if instruction.opcode not in ("fusion", "call") or not computation:
+        return []
     fused = module.computations[computation]
-    return sum(flops(module, inner, fused) for inner in fused.values())
+    return [one for inner in fused.values() for one in products(module, inner, fused)]
+
+
+TILE = 128  # rows and columns of the result that a GPU's core computes at a time
+
+
+def product_seconds(chip: Chip, product: Product) -> tuple[float, float]:
+    """(seconds of a product on a GPU, seconds of them in which cores are idle).
+
+    A GPU's cores compute tiles of the result in waves. On average half of the last wave
+    has no work. A product of fewer tiles than cores is split along its depth, so that
+    its idle time is at most half of its own.
+    """
+    rate = chip.product_efficiency * chip.peak_flops
+    busy_s = product.flops / rate
+    wave_s = 2 * TILE**2 * product.depth * chip.cores / rate
+    idle_s = min(wave_s, busy_s) / 2
+    return busy_s + idle_s, idle_s

@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from ladder_jax.hardware import networks
 from ladder_jax.planner import tables
 from ladder_jax.planner.plan import Compiled, Request, build
 from ladder_jax.planner.report import make_report, make_timeline
 from ladder_jax.planner.timeline import Timeline
 
 # Seconds of an all-reduce of 32 KiB among 8 H100 in serving engines: SGLang's kernel
-# takes 7.8 us, vLLM's 11.8 us (SGLang pull request 2904), NCCL 24 us.
+# takes 7.8 us, vLLM's 11.8 us (SGLang pull request 2904), NCCL 24 us; NCCL's own over
+# symmetric buffers 10 us (hardware/networks.py).
 FASTEST_ALL_REDUCE = 7.8e-6
 
 
@@ -35,13 +37,17 @@ def variants(request: Request) -> list[Variant]:
 
     "Fastest lossless" is the standard schedule with the fastest all-reduce that exists:
     on TPU the fastest of this project's reductions, on GPU the fastest kernel of other
-    engines.
+    engines. "Symmetric buffers" is psum by NCCL over symmetric memory: XLA's
+    option xla_gpu_experimental_enable_nccl_symmetric_buffers.
     """
     hybrid = f"hybrid:last{request.config.model.layers // 2}"
     reduction = request.config.mesh.reduction
     on_gpu = request.target.platform != "tpu"
+    psum = with_schedule(request, "standard", "psum")
+    symmetric = Variant("standard, symmetric buffers", psum, networks.SYMMETRIC_S)
     return [
-        Variant("standard, psum", with_schedule(request, "standard", "psum")),
+        Variant("standard, psum", psum),
+        *([symmetric] if on_gpu else []),
         Variant(
             "standard, fastest lossless",
             with_schedule(request, "standard", "psum" if on_gpu else "auto"),

@@ -39,7 +39,7 @@ def only(hints: str) -> Iterator[None]:
         hints, and backward reductions that pass from block to block and that XLA may
         end anywhere; or "all".
     """
-    from ladder_jax.residual import layers, overlap, stream
+    from ladder_jax.residual import blocks, overlap, stream
 
     with contextlib.ExitStack() as stack:
 
@@ -49,7 +49,7 @@ def only(hints: str) -> Iterator[None]:
         if hints == "none":
             replace(overlap.AsyncReduction, "progress", lambda self, product: product)
         if hints in ("none", "forward"):
-            for module in (layers, stream):
+            for module in (blocks, stream):
                 replace(module, "backward_reduction", lambda *args: None)
         if hints == "carried":
             replace(overlap.BackwardReduction, "progress", lambda self, x: x)

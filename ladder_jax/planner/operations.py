@@ -8,6 +8,7 @@ simulates such a list.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ladder_jax.hardware.cost import Transfer, traffic
 from ladder_jax.planner import hlo
@@ -37,6 +38,16 @@ class Operation:
     count: float  # executions in a full step that this one stands for
 
 
+class Interference(NamedTuple):
+    """By how much an asynchronous collective slows an instruction that runs beside it.
+
+    The collective takes cores and HBM bandwidth.
+    """
+
+    share: float = 0.0  # seconds added for each second that both run
+    seconds: float = 0.0  # added once
+
+
 @dataclass(frozen=True)
 class Compute(Operation):
     """The device computes for `seconds`. HBM is idle for `spare_hbm` seconds of
@@ -44,6 +55,17 @@ class Compute(Operation):
 
     seconds: float
     spare_hbm: float
+    interference: Interference = Interference()
+
+    def slowed(self, beside: float) -> float:
+        """Seconds that collectives add which run for `beside` more seconds."""
+        if beside <= 0:
+            return 0.0
+        share, seconds = self.interference.share, self.seconds
+        seconds += self.interference.seconds
+        # If they run longer than the instruction, they slow all of it.
+        both = min(beside, seconds / (1 - share))
+        return self.interference.seconds + share * both
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,7 @@ class Costs:
       seconds: (instruction, its computation) -> how long it computes.
       hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
       collective: (kind, groups, bytes) -> how long a collective takes.
+      interference: (instruction, its computation) -> how collectives slow it.
       count: a scope -> how many executions an instruction in it stands for. It is
         called in the order of issue.
       trips: a while instruction -> how often its body runs.
@@ -97,6 +120,9 @@ class Costs:
     collective: Callable[[str, hlo.Groups, int], Transfer]
     count: Callable[[str], float] = lambda scope: 1.0
     trips: Callable[[Instruction], float] = lambda loop: loop.trips or 1
+    interference: Callable[[Instruction, Body], Interference] = (
+        lambda instruction, body: Interference()
+    )
 
 
 def operations(module: Module, costs: Costs) -> list[Operation]:
@@ -152,7 +178,8 @@ class _Lister:
             yield self._start(instruction, inner, count)
         elif opcode not in FREE and (duration := self.costs.seconds(instruction, body)):
             moved = self.costs.hbm_seconds(traffic(self.module, instruction, body))
-            yield Compute(*place, duration, max(duration - moved, 0.0))
+            spare, slowed = max(duration - moved, 0.0), self.costs.interference
+            yield Compute(*place, duration, spare, slowed(instruction, body))
 
     def _start(
         self,

@@ -1,14 +1,16 @@
 """`ladder_jax.plan`: what a program would do on chips that are not here."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 
+from ladder_jax import sharding
 from ladder_jax.config import Config, ConfigError, Mesh, require
 from ladder_jax.hardware import aot
-from ladder_jax.planner import drafts, lanes, lengths, tables
+from ladder_jax.planner import drafts, lanes, lengths, tables, use
 from ladder_jax.planner.plan import Request, build, kernel_of, make_mesh_for
 from ladder_jax.planner.report import make_report, make_timeline
 from ladder_jax.planner.timeline import Timeline
@@ -139,6 +141,14 @@ def plan(
             f"target={target!r} cannot be compiled for in this process, because JAX "
             "has started on other devices: set JAX_PLATFORMS=cpu before it starts"
         ) from None
+
+
+def check_fit(requests: Sequence[Request]) -> None:
+    """Raises ConfigError for the first request whose model does not fit its mesh."""
+    for request in requests:
+        devices = request.target.devices()
+        mesh = make_mesh_for(request.config.mesh, devices, request.workload)
+        sharding.check_fits(request.config.model, mesh, request.batch)
 
 
 def plan_of(request: Request) -> Plan:
@@ -301,8 +311,7 @@ def plan_text(report: dict[str, Any]) -> str:
         f"{name.removesuffix('_us')} {value:,.1f}"
         for name, value in report["totals"].items()
     )
-    memory = dict(report["memory"])
-    fits = "fits" if memory.pop("fits") else "does not fit"
+    memory = {name: size for name, size in report["memory"].items() if name != "fits"}
     sizes = ", ".join(
         f"{name.removesuffix('_bytes')} {value / 1e9:.2f}"
         for name, value in memory.items()
@@ -315,7 +324,9 @@ def plan_text(report: dict[str, Any]) -> str:
             tables.text_table(COLLECTIVE_COLUMNS, report["collectives"]),
             f"{totals} (us a step)",
             *_cache_lines(report.get("cache")),
-            f"{sizes} (GB a device): {fits}",
+            f"{sizes} (GB a device)",
+            *use.lines(report),
+            *use.source_lines(report["sources"]),
             *([lengths.text(report["lengths"])] if "lengths" in report else []),
             *([drafts.text(report["drafts"])] if "drafts" in report else []),
         ]

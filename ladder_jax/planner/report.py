@@ -9,8 +9,8 @@ import numpy as np
 from ladder_jax import schedule
 from ladder_jax.config import Model
 from ladder_jax.hardware import cost
-from ladder_jax.planner import hlo, operations, timeline
-from ladder_jax.planner.plan import Compiled, pages_of
+from ladder_jax.planner import hlo, operations, timeline, use
+from ladder_jax.planner.plan import Compiled, Request, pages_of
 from ladder_jax.planner.scopes import Place, place_of
 from ladder_jax.planner.stack import LayerCounter
 from ladder_jax.planner.timeline import Collective, Timeline
@@ -29,19 +29,43 @@ def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeli
       all_reduce: see cost.Network.
     """
     module = hlo.parse(compiled.text)
-    stack, chip = compiled.stack, compiled.request.target.chip
-    network = choose.network_of(list(compiled.mesh.devices.flat), all_reduce)
+    target, stack = compiled.request.target, compiled.stack
+    chip = target.chip
+    network = choose.network_of(list(compiled.mesh.devices.flat), all_reduce, chip)
     assert network is not None, "every aot.Target has a chip of chips.CHIPS"
 
     def seconds(instruction: hlo.Instruction, body: hlo.Body) -> float:
         if instruction.opcode in operations.FREE:
             return 0.0
-        moved = cost.traffic(module, instruction, body) / chip.hbm_bandwidth
-        if chip.clock_hz:
-            cycles = instruction.cycles
-            return cycles / chip.clock_hz if cycles else moved
-        computed = cost.flops(module, instruction, body) / chip.peak_flops
-        return chip.kernel_launch_s + max(computed, moved / chip.hbm_efficiency)
+        if chip.clock_hz and instruction.cycles:
+            return instruction.cycles / chip.clock_hz
+        moved_s, computed_s, _ = bounds(instruction, body)
+        return chip.kernel_launch_s + max(moved_s, computed_s)
+
+    def bounds(
+        instruction: hlo.Instruction, body: hlo.Body
+    ) -> tuple[float, float, float]:
+        """(seconds of its bytes, of its products, of them with idle cores)."""
+        moved = cost.traffic(module, instruction, body)
+        moved_s = moved / (chip.hbm_efficiency * chip.hbm_bandwidth)
+        if chip.is_tpu:
+            return moved_s, 0.0, 0.0
+        times = [
+            cost.product_seconds(chip, one)
+            for one in cost.products(module, instruction, body)
+        ]
+        return moved_s, sum(s for s, _ in times), sum(idle for _, idle in times)
+
+    def interference(
+        instruction: hlo.Instruction, body: hlo.Body
+    ) -> operations.Interference:
+        if chip.is_tpu:
+            return operations.Interference()
+        moved_s, computed_s, idle_s = bounds(instruction, body)
+        if moved_s > computed_s:
+            return operations.Interference(chip.interference)
+        # A wave of tiles more, on average half of one.
+        return operations.Interference(chip.product_interference, idle_s)
 
     costs = operations.Costs(
         seconds,
@@ -49,6 +73,7 @@ def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeli
         network.collective,
         LayerCounter(stack),
         stack.trips_of,
+        interference,
     )
     return timeline.play(module, costs)
 
@@ -61,6 +86,7 @@ def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
     slows down the kernels that run beside it.
     """
     request = compiled.request
+    totals, memory = _totals(compiled, played), _memory(compiled)
     return dict(
         target=request.target.name,
         recipe=request.recipe,
@@ -74,8 +100,12 @@ def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
             _collective_row(collective, compiled.mesh)
             for collective in exchanges(played)
         ],
-        totals=_totals(compiled, played),
-        memory=_memory(compiled),
+        totals=totals,
+        memory=memory,
+        use=use.use_of(compiled, totals["step_us"] / US, step_flops(request), memory),
+        sources={
+            field: source._asdict() for field, source in request.target.sources.items()
+        },
         **({"cache": _cache(compiled)} if request.workload == "decode" else {}),
     )
 
@@ -122,16 +152,15 @@ def _collective_row(collective: Collective, mesh: jax.sharding.Mesh) -> dict[str
 def _totals(compiled: Compiled, played: Timeline) -> dict[str, float]:
     sent = sum(one.unoverlapped * one.count for one in exchanges(played))
     hidden = max(sent - played.exposed, 0.0)
-    slowed = compiled.request.target.chip.interference * hidden
     seconds = dict(
-        step=played.step + slowed,
+        step=played.step,
         compute=played.compute,
         communication=sent,
         hidden=hidden,
         exposed=played.exposed,
         unavoidable=unavoidable(compiled, played),
         prefetch=played.prefetch,
-        interference=slowed,
+        interference=played.interference,
         roofline=roofline(compiled),
     )
     return {f"{name}_us": value * US for name, value in seconds.items()}
@@ -225,14 +254,20 @@ def roofline(compiled: Compiled) -> float:
     """A lower bound on a step's seconds: the larger of the time for its FLOPs at the
     chip's peak, and the time for HBM to read the weights and the cache once."""
     request, chip = compiled.request, compiled.request.target.chip
-    training, decoding = request.workload == "train", request.workload == "decode"
-    flops = (3 if training else 1) * forward_flops(
-        request.config.model, request.workload, request.batch, request.context
-    )
+    decoding = request.workload == "decode"
     bytes_read = compiled.weights + (compiled.kv if decoding else 0)
     return max(
-        flops / compiled.mesh.size / chip.peak_flops, bytes_read / chip.hbm_bandwidth
+        step_flops(request) / compiled.mesh.size / chip.peak_flops,
+        bytes_read / chip.hbm_bandwidth,
     )
+
+
+def step_flops(request: Request) -> float:
+    """FLOPs of the matrix products in a step, over all devices."""
+    forward = forward_flops(
+        request.config.model, request.workload, request.batch, request.context
+    )
+    return 3 * forward if request.workload == "train" else forward
 
 
 def forward_flops(

@@ -20,8 +20,10 @@ so that such a wait may shorten a later wait for a prefetch.
 Hence `play` simulates the program twice: once as scheduled, and once with asynchronous
 collectives that take no time.
 
-    exposed   the time by which the second simulation is shorter, plus the whole time of
-              synchronous collectives
+    exposed   the time by which waits are shorter in the second simulation, plus the
+              whole time of synchronous collectives
+    interference   the time by which asynchronous collectives slow down the instructions
+              that run beside them: they take a GPU's cores and HBM bandwidth
     compute   the rest of the step: instructions, and waits for prefetched weights
 
 The program has few layers and stands for one with many, so that the operations of one
@@ -113,6 +115,7 @@ class Event(Period):
     operation: ops.Operation
     # Seconds of a wait for a collective that `attribute` counts as exposed.
     exposed: float = 0.0
+    interference: float = 0.0  # seconds that collectives add to an instruction
 
 
 @dataclass
@@ -133,9 +136,14 @@ class Timeline:
         return sum(event.exposed * event.operation.count for event in self.events)
 
     @property
+    def interference(self) -> float:
+        """The time by which communication slows down what runs beside it."""
+        return sum(event.interference * event.operation.count for event in self.events)
+
+    @property
     def compute(self) -> float:
         """Instructions and waits for prefetched weights."""
-        return self.step - self.exposed
+        return self.step - self.exposed - self.interference
 
     @property
     def prefetch(self) -> float:
@@ -198,6 +206,7 @@ class _Clock:
     asynchronous_is_free: bool = False  # asynchronous collectives take no time
     now: float = 0.0
     busy: float = 0.0  # `now` without the waits for collectives
+    sending_until: float = 0.0  # the end of the collectives that have started
     events: list[Event] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     links: dict[object, float] = field(default_factory=dict)  # when each is free
@@ -211,7 +220,9 @@ class _Clock:
         match operation:
             case ops.Compute():
                 self.drain(operation.spare_hbm)
-                self.spend("compute", operation, operation.seconds)
+                slowed = operation.slowed(self.sending_until - self.now)
+                self.spend("compute", operation, operation.seconds + slowed)
+                self.events[-1].interference = slowed
             case ops.StartPrefetch():
                 self.prefetches[operation.name] = operation.seconds
             case ops.EndPrefetch():
@@ -257,6 +268,7 @@ class _Clock:
         free = [self.links.get(link, 0.0) for link in transfer.links]
         start = max([self.now, *free])
         collective = Collective(start, start + transfer.seconds, operation)
+        self.sending_until = max(self.sending_until, collective.end)
         self.links |= dict.fromkeys(transfer.links, start + transfer.bandwidth_s)
         self.collectives.append(collective)
         self.started[operation.name] = collective, self.busy

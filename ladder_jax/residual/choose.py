@@ -271,16 +271,23 @@ def block_seconds(
 
 
 def network_of(
-    devices: Sequence[Any], all_reduce: float | None = None
+    devices: Sequence[Any],
+    all_reduce: float | None = None,
+    chip: chips.Chip | None = None,
 ) -> cost.Network | None:
     """The `cost.Network` of JAX devices, in a mesh's order.
 
-    None where the cost model does not know the chip. `all_reduce`: see cost.Network.
+    None where the cost model does not know the chip.
+
+    Args:
+      devices: all of one kind.
+      all_reduce: see cost.Network.
+      chip: with other costs than the row of chips.CHIPS. None: that row.
     """
     kind = chips.kind_of(devices[0])
-    if kind is None or not chips.CHIPS[kind].modelled:
+    chip = chip or (chips.CHIPS[kind] if kind is not None else None)
+    if chip is None or not chip.modelled:
         return None
-    chip = chips.CHIPS[kind]
     places = [tuple(d.coords) if chip.is_tpu else d.process_index for d in devices]
     return cost.Network(chip, places, all_reduce)
 
