@@ -53,9 +53,11 @@ class Target(NamedTuple):
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def options(self, workload: str | None) -> dict[str, Any]:
-        """XLA's options for programs here; see xla_options.options for `workload`."""
-        return xla_options.options_of(self.platform, self.kind, workload)
+    def options(
+        self, workload: str | None, merge_gathers: bool = False
+    ) -> dict[str, Any]:
+        """XLA's options for programs here; see xla_options for the arguments."""
+        return xla_options.options_of(self.platform, self.kind, workload, merge_gathers)
 
     def devices(self) -> list[Any]:
         """Its JAX devices: JAX can compile for them, but not run on them.

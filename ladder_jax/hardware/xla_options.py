@@ -4,7 +4,8 @@ from typing import Any
 
 from ladder_jax.hardware import chips
 
-# By platform ("gpu": both kinds), by chip, and by chip and workload. Later rows win.
+# By platform ("gpu": both kinds; "gpu gathers": see `merges_gathers`), by chip, and by
+# chip and workload. Later rows win.
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {
         # The pass removes optimization barriers. Without barriers, XLA moves values
@@ -62,6 +63,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         # this makes ladder 1% slower where XLA could fuse the concatenation.
         "xla_gpu_dot_merger_threshold_mb": 0,
     },
+    "gpu gathers": {
+        # XLA merges the gathers of a layer's parameters into one. 0 would keep 7.
+        "xla_gpu_all_gather_combine_threshold_bytes": 300_000_000,
+    },
 }
 
 
@@ -74,13 +79,25 @@ def options(mesh: Any, workload: str | None = None) -> dict[str, Any]:
         list; None for all other programs.
     """
     kind = chips.kind_of(mesh.devices.flat[0])
-    return options_of(chips.platform(mesh), kind, workload)
+    return options_of(chips.platform(mesh), kind, workload, merges_gathers(mesh))
+
+
+def merges_gathers(mesh: Any) -> bool:
+    """Whether XLA may merge all-gathers: all are of parameters, over the fsdp axis.
+
+    With a tensor axis some are reductions, each of which has its own block beside it.
+    """
+    return mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
 
 
 def options_of(
-    platform: str, kind: str | None, workload: str | None = None
+    platform: str,
+    kind: str | None,
+    workload: str | None = None,
+    merge_gathers: bool = False,
 ) -> dict[str, Any]:
     """XLA's options for a platform (`chips.platform`) and a chip's name in CHIPS."""
     family = "gpu" if platform in chips.GPUS else platform
-    rows = (family, kind or "", f"{kind} {workload}")
+    gathers = f"{family} gathers" if merge_gathers else ""
+    rows = (family, gathers, kind or "", f"{kind} {workload}")
     return {name: value for row in rows for name, value in OPTIONS.get(row, {}).items()}

@@ -26,7 +26,7 @@ from ladder_jax import (
     training,
 )
 from ladder_jax.config import Config, ConfigError
-from ladder_jax.hardware import aot, chips
+from ladder_jax.hardware import aot, chips, xla_options
 from ladder_jax.kv_cache import KV, bytes_per_token
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo
@@ -93,7 +93,9 @@ def build(request: Request) -> Compiled:
     short = make_program(request, mesh, stack)
     try:
         compiled = short.function.lower(*short.arguments).compile(
-            compiler_options=target.options(request.workload)
+            compiler_options=target.options(
+                request.workload, xla_options.merges_gathers(mesh)
+            )
         )
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
