@@ -180,7 +180,8 @@ class Mesh(Section):
     ] = "auto"
     # Training divides the residual stream's tokens over the tensor axis (sequence
     # parallelism). The stream, its sums and its norms take a shard's part of the memory
-    # and the time; XLA's reduce-scatter and all-gather take the reduction's place.
+    # and the time; XLA's reduce-scatter and all-gather take the reduction's place. GPUs
+    # run them beside compute; TPUs wait for most of them, so that a step is longer.
     sequence_parallel: bool = False
 
     def check(self) -> None:
