@@ -80,6 +80,8 @@ def test_gathers_are_merged_where_none_of_them_is_a_reduction():
     """Over the fsdp axis, without a tensor axis; on GPUs, as TPUs have no option."""
     expected = xla_options.OPTIONS["gpu"] | xla_options.OPTIONS["gpu gathers"]
     assert xla_options.options(fake_mesh("cuda", fsdp=8)) == expected
+    apart = xla_options.OPTIONS["gpu"] | xla_options.OPTIONS["gpu scatters"]
+    assert xla_options.options(fake_mesh("cuda", tensor=8)) == apart
     assert (
         xla_options.options(fake_mesh("cuda", fsdp=8, tensor=2))
         == xla_options.OPTIONS["gpu"]

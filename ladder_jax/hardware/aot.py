@@ -53,11 +53,9 @@ class Target(NamedTuple):
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def options(
-        self, workload: str | None, merge_gathers: bool = False
-    ) -> dict[str, Any]:
+    def options(self, workload: str | None, merging: str = "") -> dict[str, Any]:
         """XLA's options for programs here; see xla_options for the arguments."""
-        return xla_options.options_of(self.platform, self.kind, workload, merge_gathers)
+        return xla_options.options_of(self.platform, self.kind, workload, merging)
 
     def devices(self) -> list[Any]:
         """Its JAX devices: JAX can compile for them, but not run on them.

@@ -93,9 +93,7 @@ def build(request: Request) -> Compiled:
     short = make_program(request, mesh, stack)
     try:
         compiled = short.function.lower(*short.arguments).compile(
-            compiler_options=target.options(
-                request.workload, xla_options.merges_gathers(mesh)
-            )
+            compiler_options=target.options(request.workload, xla_options.merging(mesh))
         )
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
