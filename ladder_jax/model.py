@@ -30,6 +30,7 @@ from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
 from ladder_jax.residual.dtp import mean_of_streams
 from ladder_jax.residual.reductions import Policy
+from ladder_jax.residual.sequence import SequenceParallel
 from ladder_jax.rotary import rotary, rotate
 from ladder_jax.schedule import Block
 
@@ -271,6 +272,7 @@ def hidden(
     remat: str = "none",
     unroll: bool = False,
     freshness: Freshness | None = None,
+    sequence_parallel: bool = False,
 ) -> tuple[jax.Array, Any]:
     """The final residual stream, and the cache with these tokens written.
 
@@ -296,6 +298,8 @@ def hidden(
       freshness: None, or a scalar from 0 to 1 for an annealed delay: how much of the
         newest terms a delayed block reads (residual/annealing.py). With an array every
         block has its own: 1 makes it standard, 0 what its schedule says.
+      sequence_parallel: whether each tensor shard has the stream of its own tokens
+        alone (residual/sequence.py). It changes no result.
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
@@ -317,16 +321,21 @@ def hidden(
     layers: Any = (model.layers, cache)
     if isinstance(model.layers, list):
         layers = list(zip(model.layers, cache or [None] * len(model.layers)))
+    sequence = None
+    if sequence_parallel and sharding.axis_size(sharding.TENSOR) > 1:
+        norm = partial(rms_norm, eps=model_config.norm_eps)
+        sequence = SequenceParallel(_norm_scale, norm, tokens_BT.shape[1])
     x_BTD, outputs = residual.run(
         model_config.residual_schedule(),
         embed(model, dtype, tokens_BT),
         layers,
-        partial(compute_block, model_config, context),
+        partial(compute_block, model_config, context, is_normed=sequence is not None),
         reduction=reduction,
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
         freshness=freshness,
+        sequence=sequence,
     )
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
@@ -342,10 +351,12 @@ def compute_block(
     x_BTD: jax.Array,
     progress: Progress,
     read_BR: jax.Array | None,
+    is_normed: bool = False,
 ) -> tuple[jax.Array, Any]:
     """A block's partial [B, T or R, D], and its cache; see residual/layers.run.
 
     The layer's parameters are shards. This gathers those of the block's parts.
+    `is_normed`: whether `x_BTD` has gone through the block's norm.
     """
     layer, cache = layer_and_cache
     dtype = jnp.dtype(model_config.dtype)
@@ -354,8 +365,10 @@ def compute_block(
         name: sharding.gather_parameters(getattr(layer, name), dtype, name)
         for name in block.parts
     }
-    scale_D = parts[block.parts[0]].norm[...]
-    u_BTD = rms_norm(x_BTD, scale_D, model_config.norm_eps)
+    u_BTD = x_BTD
+    if not is_normed:
+        scale_D = parts[block.parts[0]].norm[...]
+        u_BTD = rms_norm(x_BTD, scale_D, model_config.norm_eps)
     partials_BTD, new_cache = [], None
     if "attention" in parts:
         attention = parts["attention"]
@@ -368,6 +381,12 @@ def compute_block(
         partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
         partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
     return sum(partials_BTD[1:], partials_BTD[0]), new_cache
+
+
+def _norm_scale(layer_and_cache: tuple[Layer, Any], block: Block) -> jax.Array:
+    """The scale [D] of a block's norm, or of a stack of layers [L, D]."""
+    layer, _ = layer_and_cache
+    return getattr(layer, block.parts[0]).norm[...]
 
 
 def _add_output_bias(

@@ -151,6 +151,7 @@ def model_options(
         # layer. Unrolled layers have no such stack, but take longer to compile. An
         # emulated mesh is for trials, where a short compilation matters more.
         unroll=platform == "cpu" and mesh.size == 1,
+        sequence_parallel=config.mesh.sequence_parallel,
     )
 
 

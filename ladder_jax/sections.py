@@ -182,6 +182,11 @@ class Mesh(Section):
         "direct",
         "ring",
     ] = "auto"
+    # Training divides the residual stream's tokens over the tensor axis (sequence
+    # parallelism). The stream, its sums and its norms take a shard's part of the memory
+    # and the time; XLA's reduce-scatter and all-gather take the reduction's place. GPUs
+    # run them beside compute; TPUs wait for most of them, so that a step is longer.
+    sequence_parallel: bool = False
 
     def check(self) -> None:
         axes = ("data", "fsdp", "tensor")
@@ -193,6 +198,12 @@ class Mesh(Section):
         rest = [name for name in axes if getattr(self, name) == -1]
         for name in rest[1:]:
             self.need(name, False, f"given, where mesh.{rest[0]} is -1")
+        self.need(
+            "reduction",
+            not self.sequence_parallel or self.reduction in ("auto", "psum"),
+            "auto or psum with mesh.sequence_parallel=True, which takes XLA's own "
+            "reduce-scatter and all-gather",
+        )
 
 
 @dataclass(frozen=True)
@@ -504,6 +515,8 @@ class Config(Section):
             self.distill.anneal_steps,
             f"at most train.steps={self.train.steps}",
         )
+        if self.mesh.sequence_parallel:
+            self._check_sequence_parallel()
         longest = self.model.max_length
         require(
             self.train.seq_len <= longest,
@@ -516,4 +529,20 @@ class Config(Section):
             "train.sample_tokens",
             self.train.sample_tokens,
             f"less than model.max_length={longest}",
+        )
+
+    def _check_sequence_parallel(self) -> None:
+        require(
+            not self.model.residual_schedule().local,
+            "model.residual",
+            self.model.residual,
+            "standard, ladder, hybrid, delays or parallel with "
+            "mesh.sequence_parallel=True: the others give each tensor shard a residual "
+            "stream of its own, which cannot be divided by tokens",
+        )
+        require(
+            not self.distill.anneal_steps,
+            "distill.anneal_steps",
+            self.distill.anneal_steps,
+            "0 with mesh.sequence_parallel=True",
         )

@@ -233,6 +233,50 @@ def test_gpu_runs_a_training_steps_all_reduces_behind_its_blocks_forward_and_bac
     )
 
 
+@needs_gpu
+def test_gpu_gathers_a_layers_parameters_at_once_and_behind_compute():
+    """All seven matrices of a layer, forward and backward, where there is no tensor axis."""
+    config = Config(
+        model=SMALL,
+        train=Train(remat="reductions"),
+        mesh=Mesh(data=1, fsdp=8, tensor=1),
+    )
+    request = plan.Request("small", config, aot.parse("h100:1x8"), "train", 8, 1024)
+    compiled = plan.build(request)
+    result = report.make_report(compiled, report.make_timeline(compiled))
+    rows = [
+        row
+        for row in result["collectives"]
+        if row["kind"] == "all-gather" and "layer" in row["block"]
+    ]
+    assert rows and all(row["merged"] == 7 for row in rows), rows
+    assert all(row["asynchronous"] for row in rows)
+    assert {row["block"].split()[0] for row in rows} == {"forward", "backward"}
+    for row in rows:
+        assert row["window_compute_us"] > 0, (
+            f"nothing is computed while {row['name']} ({row['block']}) runs"
+        )
+
+
+@needs_gpu
+def test_gpu_runs_a_stream_divided_by_tokens_behind_its_blocks():
+    """The scatters and gathers of training, forward and backward: none is synchronous."""
+    config = Config(
+        model=SMALL,
+        train=Train(remat="reductions"),
+        mesh=Mesh(data=1, tensor=8, sequence_parallel=True),
+    )
+    request = plan.Request("small", config, aot.parse("h100:1x8"), "train", 1, 2048)
+    compiled = plan.build(request)
+    rows = of_layers(report.make_report(compiled, report.make_timeline(compiled)))
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"reduce-scatter", "all-gather"}, kinds
+    for row in rows:
+        assert row["asynchronous"] and row["window_compute_us"] > 0, (
+            f"nothing is computed while {row['name']} ({row['block']}) runs"
+        )
+
+
 @needs_tpu
 @pytest.mark.parametrize(
     "target", ["v5e:2x4", "v6e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)]

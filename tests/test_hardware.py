@@ -72,14 +72,36 @@ def test_bfloat16_attention_takes_cudnn_on_nvidia_gpus_alone(name, kernel):
     assert attention.kernel_for(platform, config.Model(), 2048) == kernel
 
 
+def fake_mesh(name, fsdp=1, tensor=1):
+    """A mesh with one device of DEVICES, and these sizes."""
+    return SimpleNamespace(
+        devices=np.array([device(*DEVICES[name])]),
+        shape=dict(data=1, fsdp=fsdp, tensor=tensor),
+    )
+
+
 def test_both_kinds_of_gpu_get_the_options_of_gpus():
     for name in chips.GPUS:
-        mesh = SimpleNamespace(devices=np.array([device(*DEVICES[name])]))
-        assert xla_options.options(mesh) == xla_options.OPTIONS["gpu"]
+        assert xla_options.options(fake_mesh(name)) == xla_options.OPTIONS["gpu"]
+
+
+def test_gathers_are_merged_where_none_of_them_is_a_reduction():
+    """Over the fsdp axis, without a tensor axis; on GPUs, as TPUs have no option."""
+    expected = xla_options.OPTIONS["gpu"] | xla_options.OPTIONS["gpu gathers"]
+    assert xla_options.options(fake_mesh("cuda", fsdp=8)) == expected
+    apart = xla_options.OPTIONS["gpu"] | xla_options.OPTIONS["gpu scatters"]
+    assert xla_options.options(fake_mesh("cuda", tensor=8)) == apart
+    assert (
+        xla_options.options(fake_mesh("cuda", fsdp=8, tensor=2))
+        == xla_options.OPTIONS["gpu"]
+    )
+    assert xla_options.options(fake_mesh("tpu", fsdp=8)) == xla_options.options(
+        fake_mesh("tpu")
+    )
 
 
 def test_options_of_a_workload_come_on_top_of_those_of_the_chip_and_platform():
-    mesh = SimpleNamespace(devices=np.array([device(*DEVICES["tpu"])]))
+    mesh = fake_mesh("tpu")
     rows = ("tpu", "v5e", "v5e prefill")
     expected = {k: v for row in rows for k, v in xla_options.OPTIONS[row].items()}
     assert xla_options.options(mesh, "prefill") == expected

@@ -79,15 +79,22 @@ def one_device(tiny_folder, state, batches):
 
 
 @pytest.mark.parametrize(
-    "shape, accumulate",
-    [((2, 2, 2), 1), ((1, 1, 8), 1), ((2, 2, 2), 4), ((1, 1, 1), 2)],
+    "shape, accumulate, by_tokens",
+    [
+        ((2, 2, 2), 1, False),
+        ((1, 1, 8), 1, False),
+        ((2, 2, 2), 4, False),
+        ((1, 1, 1), 2, False),
+        ((2, 2, 2), 2, True),
+    ],
 )
 def test_a_step_is_the_same_on_every_mesh_and_in_parts(
-    tiny_folder, state, batches, one_device, shape, accumulate
+    tiny_folder, state, batches, one_device, shape, accumulate, by_tokens
 ):
     """Losses, norms and clipped updates; parts of different weights give one mean."""
+    fields = dict(train_grad_accum_steps=accumulate, mesh_sequence_parallel=by_tokens)
     results, parameters = steps_of(
-        clipped(tiny_folder, train_grad_accum_steps=accumulate), shape, state, batches
+        clipped(tiny_folder, **fields), shape, state, batches
     )
     for result, expected in zip(results, one_device[0]):
         assert expected["gradient_norm"] > 1 and result == pytest.approx(

@@ -89,9 +89,9 @@ class Target(NamedTuple):
         changes = dict(self.changes) | dict.fromkeys(new, source)
         return self._replace(changed=chip, changes=tuple(changes.items()))
 
-    def options(self, workload: str | None) -> dict[str, Any]:
-        """XLA's options for programs here; see xla_options.options for `workload`."""
-        return xla_options.options_of(self.platform, self.kind, workload)
+    def options(self, workload: str | None, merging: str = "") -> dict[str, Any]:
+        """XLA's options for programs here; see xla_options for the arguments."""
+        return xla_options.options_of(self.platform, self.kind, workload, merging)
 
     def devices(self) -> list[Any]:
         """Its JAX devices: JAX can compile for them, but not run on them.

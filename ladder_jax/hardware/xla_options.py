@@ -4,7 +4,8 @@ from typing import Any
 
 from ladder_jax.hardware import chips
 
-# By platform ("gpu": both kinds), by chip, and by chip and workload. Later rows win.
+# By platform ("gpu": both kinds; others of "gpu": see `merging`), by chip, and by
+# chip and workload. Later rows win.
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {
         # The pass removes optimization barriers. Without barriers, XLA moves values
@@ -66,6 +67,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         # batch 1 on 8 H100 computes for 4,134 us with it and for 2,458 without.
         "xla_disable_hlo_passes": "dot-strength-reduction",
     },
+    "gpu gathers": {
+        # XLA merges the gathers of a layer's parameters into one. 0 would keep 7.
+        "xla_gpu_all_gather_combine_threshold_bytes": 300_000_000,
+    },
+    "gpu scatters": {
+        # 0: XLA merges no scatters of a stream (residual/sequence.py).
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+    },
 }
 
 
@@ -78,13 +87,26 @@ def options(mesh: Any, workload: str | None = None) -> dict[str, Any]:
         list; None for all other programs.
     """
     kind = chips.kind_of(mesh.devices.flat[0])
-    return options_of(chips.platform(mesh), kind, workload)
+    return options_of(chips.platform(mesh), kind, workload, merging(mesh))
+
+
+def merging(mesh: Any) -> str:
+    """What XLA:GPU merges beside its defaults: "gathers" or not "scatters", or "".
+
+    Without a tensor axis all gathers are of parameters, over the fsdp axis; with one,
+    some are reductions, each of which has its own block beside it. Without an fsdp axis
+    all scatters are reductions; with one, some are of gradients.
+    """
+    has_fsdp, has_tensor = mesh.shape["fsdp"] > 1, mesh.shape["tensor"] > 1
+    if has_fsdp == has_tensor:
+        return ""
+    return "gathers" if has_fsdp else "scatters"
 
 
 def options_of(
-    platform: str, kind: str | None, workload: str | None = None
+    platform: str, kind: str | None, workload: str | None = None, merging: str = ""
 ) -> dict[str, Any]:
     """XLA's options for a platform (`chips.platform`) and a chip's name in CHIPS."""
     family = "gpu" if platform in chips.GPUS else platform
-    rows = (family, kind or "", f"{kind} {workload}")
+    rows = (family, f"{family} {merging}", kind or "", f"{kind} {workload}")
     return {name: value for row in rows for name, value in OPTIONS.get(row, {}).items()}

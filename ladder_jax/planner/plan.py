@@ -26,7 +26,7 @@ from ladder_jax import (
     training,
 )
 from ladder_jax.config import Config, ConfigError
-from ladder_jax.hardware import aot, chips
+from ladder_jax.hardware import aot, chips, xla_options
 from ladder_jax.kv_cache import KV, bytes_per_token
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.planner import hlo
@@ -93,7 +93,7 @@ def build(request: Request) -> Compiled:
     short = make_program(request, mesh, stack)
     try:
         compiled = short.function.lower(*short.arguments).compile(
-            compiler_options=target.options(request.workload)
+            compiler_options=target.options(request.workload, xla_options.merging(mesh))
         )
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -198,6 +198,7 @@ def make_program(
         request.context,
         reduction,
         reads_all=is_decode,
+        sequence_parallel=request.config.mesh.sequence_parallel and not is_decode,
     )
 
 
@@ -209,6 +210,7 @@ def forward_pass(
     context: int,
     reduction: Any,
     reads_all: bool,
+    sequence_parallel: bool = False,
 ) -> Program:
     """The logits after `tokens` new tokens in each of `batch` rows.
 
@@ -222,6 +224,7 @@ def forward_pass(
       context: positions of the cache.
       reduction: of `model.hidden`.
       reads_all: whether there are logits after each of them, or after the last.
+      sequence_parallel: of `model.hidden`.
     """
     parameters = unstacked_parameters(model_config)
     specs = sharding.parameter_specs(parameters)
@@ -242,6 +245,7 @@ def forward_pass(
             cache=cache,
             read_BR=read_BR,
             reduction=reduction,
+            sequence_parallel=sequence_parallel,
         )
         return model.logits(parameters, model_config, x_B1D), cache
 

@@ -13,9 +13,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from ladder_jax.residual.annealing import Freshness, run_annealed_block
-from ladder_jax.residual.blocks import Rows, run_block, run_desync_block, take
+from ladder_jax.residual.blocks import (
+    ComputeBlock,
+    Rows,
+    run_block,
+    run_desync_block,
+    take,
+)
 from ladder_jax.residual.dtp import run_dtp_block
 from ladder_jax.residual.reductions import Policy, copy_to_tensor_axis, reduce
+from ladder_jax.residual.sequence import (
+    SequenceParallel,
+    Shares,
+    check,
+    first_shares,
+    read_all,
+    run_sequence_block,
+)
 from ladder_jax.residual.stream import Stream
 from ladder_jax.schedule import Block, Schedule
 
@@ -33,6 +47,7 @@ def run(
     unroll: bool = False,
     read_BR: jax.Array | None = None,
     freshness: Freshness | None = None,
+    sequence: SequenceParallel | None = None,
 ) -> tuple[jax.Array, Any]:
     """The residual stream after a model's last block.
 
@@ -53,6 +68,8 @@ def run(
         A scan computes all its layers alike: only the last reduction is narrow then.
       freshness: None, or how much of the terms that its delay skips a block reads
         (annealing.py): one value, or an array with one for every block.
+      sequence: if given, each tensor shard has the stream of its own tokens
+        (sequence.py); `compute` then gets inputs that are normed.
 
     Returns:
       The stream after the last block [B, T or R, D], ready for column-parallel work
@@ -62,52 +79,68 @@ def run(
     """
 
     def run_layer(
-        stream: Stream,
+        stream: Any,
         layer: Any,
         blocks: Sequence[Block],
         next_delay: int,
         rows: Sequence[Rows],
-    ) -> tuple[Stream, tuple[Any, ...]]:
+    ) -> tuple[Any, tuple[Any, ...]]:
         outputs = []
         next_delays = [*(block.delay for block in blocks[1:]), next_delay]
-        shares: Any = [freshness] * len(blocks)
-        if by_block:
-            layer, shares = layer
-        for block, next_block_delay, block_rows, share in zip(
-            blocks, next_delays, rows, shares
+        extras: Any = [freshness] * len(blocks)
+        if has_extras:
+            layer, extras = layer
+        for block, next_block_delay, block_rows, extra in zip(
+            blocks, next_delays, rows, extras
         ):
             compute_block = partial(compute, layer, block)
             # Profiles and the planner tell blocks apart by this name.
             with jax.named_scope("+".join(block.parts)):
-                if schedule.local:
-                    run_local = run_dtp_block if schedule.mean else run_desync_block
-                    stream, output = run_local(
-                        stream, block, compute_block, reduction, block_rows
-                    )
-                elif annealed:
-                    stream, output = run_annealed_block(
-                        stream, block, share, compute_block, reduction, block_rows
-                    )
-                else:
-                    stream, output = run_block(
-                        stream,
-                        block,
-                        next_block_delay,
-                        compute_block,
-                        reduction,
-                        block_rows,
-                    )
+                stream, output = run_one(
+                    stream, block, next_block_delay, compute_block, block_rows, extra
+                )
             outputs.append(output)
         return stream, tuple(outputs)
 
-    with jax.named_scope("embedding"):
-        stream = _first_stream(schedule, embedded_BTD, reduction)
+    def run_one(
+        stream: Any,
+        block: Block,
+        next_delay: int,
+        compute: ComputeBlock,
+        rows: Rows,
+        extra: Any,
+    ) -> tuple[Any, Any]:
+        if schedule.local:
+            run_local = run_dtp_block if schedule.mean else run_desync_block
+            return run_local(stream, block, compute, reduction, rows)
+        if isinstance(stream, Shares):
+            assert sequence is not None
+            return run_sequence_block(
+                stream, block, next_delay, compute, sequence, *extra
+            )
+        if annealed:
+            return run_annealed_block(stream, block, extra, compute, reduction, rows)
+        return run_block(stream, block, next_delay, compute, reduction, rows)
+
     annealed = freshness is not None
-    by_block = freshness is not None and jnp.ndim(freshness) > 0
-    if freshness is not None and by_block:
-        share_LB = jnp.reshape(freshness, (len(schedule.layers), -1))
+    if sequence is not None:
+        check(schedule, embedded_BTD.shape, annealed)
+    with jax.named_scope("embedding"):
+        stream: Any = (
+            _first_stream(schedule, embedded_BTD, reduction)
+            if sequence is None
+            else first_shares(schedule, embedded_BTD)
+        )
+    extras_by_layer: Any = None  # what blocks take beside their parameters
+    if sequence is not None:
+        extras_by_layer = sequence.scales(layers, schedule.layers[0])
+    elif freshness is not None and jnp.ndim(freshness) > 0:
+        extras_by_layer = jnp.reshape(freshness, (len(schedule.layers), -1))
+    has_extras = extras_by_layer is not None
+    if has_extras:
         is_list = isinstance(layers, list)
-        layers = list(zip(layers, share_LB)) if is_list else (layers, share_LB)
+        pair = (layers, extras_by_layer)
+        layers = list(zip(*pair)) if is_list else pair
     if isinstance(layers, list):
         narrow = range(0) if read_BR is None else narrow_blocks(schedule, annealed)
         stream, outputs = _run_list(
@@ -115,10 +148,21 @@ def run(
         )
     else:
         stream, outputs = _run_scans(
-            schedule, stream, layers, run_layer, reduction, remat, unroll, annealed
+            schedule,
+            stream,
+            layers,
+            run_layer,
+            reduction,
+            remat,
+            unroll,
+            annealed,
+            sequence,
         )
-        stream = jax.tree.map(lambda x: take(x, read_BR), stream)
+        if sequence is None:
+            stream = jax.tree.map(lambda x: take(x, read_BR), stream)
     with jax.named_scope("last"):
+        if sequence is not None:
+            return take(read_all(stream, sequence), read_BR), outputs
         x_BTD = stream.read(reduction)
         if not schedule.local:
             x_BTD = copy_to_tensor_axis(x_BTD, reduction)
@@ -171,14 +215,15 @@ def _run_list(
 
 def _run_scans(
     schedule: Schedule,
-    stream: Stream,
+    stream: Any,
     layers: Any,
     run_layer: RunLayer,
     reduction: str | Policy,
     remat: Remat,
     unroll: bool,
     annealed: bool,
-) -> tuple[Stream, Any]:
+    sequence: SequenceParallel | None,
+) -> tuple[Any, Any]:
     """Runs each stretch of repeated layers in a `lax.scan`; outputs are stacked."""
     outputs_by_run = []
     for start, stop, period in repeats(schedule.layers):
@@ -193,7 +238,11 @@ def _run_scans(
             # In the scan the pattern's first layer follows its last layer.
             first_delay = next_delays[-1] = pattern[0][0].delay
             step = partial(_run_pattern, run_layer, remat, pattern, next_delays)
-            if not schedule.local:
+            if sequence is not None:
+                count, (_, extras) = carried_sums(pattern), groups
+                scale_D = extras[0][0][0, 0]  # of the first block
+                stream = stream.as_carry(count, first_delay, scale_D, sequence)
+            elif not schedule.local:
                 count = carried_sums(pattern)
                 # An annealed block sums its input's cotangent at once: no token.
                 overlapped = 0 if annealed else first_delay
@@ -202,8 +251,13 @@ def _run_scans(
                 stream, output = lax.scan(step, stream, groups, unroll=unroll)
             output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
             if first_delay != _delay_after(schedule, stop - 1):
-                # The next block has another delay than the token's reduction is for.
-                stream = stream._replace(token=None)
+                # The next block has another delay than the token's reduction is for,
+                # or than the input that is gathered.
+                stream = (
+                    stream._replace(token=None)
+                    if sequence is None
+                    else stream._replace(input=None)
+                )
         outputs_by_run.append(output)
     if len(outputs_by_run) == 1:
         return stream, outputs_by_run[0]

@@ -209,6 +209,26 @@ class Overlap(NamedTuple):
         return checkpoint_name(x, "product") if saved else x
 
 
+class OverlappedSum:
+    """A sum that XLA computes beside a block (sequence.py), and the compute after it.
+
+    What depends on the sum starts after the second of the block's products, so that XLA
+    computes two products beside the messages, and the last one beside the next. JAX
+    differentiates through it.
+    """
+
+    def __init__(self, total: jax.Array) -> None:
+        self.total = total
+        self._products_done = 0
+
+    def progress(self, x: Any, saved: bool = True) -> Any:
+        """Marks the point between two products of the block: see Overlap.progress."""
+        self._products_done += 1
+        if self._products_done == PRODUCTS - 1:
+            self.total, _ = lax.optimization_barrier((self.total, x))
+        return checkpoint_name(x, "product") if saved else x
+
+
 def _with_backward(
     forward: Callable[..., Any], backward: Callable[..., Any], *args: Any
 ) -> Any:

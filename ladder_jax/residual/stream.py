@@ -44,14 +44,14 @@ class Stream(NamedTuple):
           pending reduction; None if there is none, or if the block reads its sum.
         """
         if self.partial is None:
-            readable, unread = _split_newest(self.sums, delay)
-            return _add(self.total, *readable), unread, None
+            readable, unread = split_newest(self.sums, delay)
+            return add(self.total, *readable), unread, None
         pending = AsyncReduction(self.partial, reduction)
         if delay == 0:
-            return _add(self.total, *self.sums, pending.wait()), (), None
+            return add(self.total, *self.sums, pending.wait()), (), None
         # The pending reduction is one of the `delay` terms that the block skips.
-        readable, unread = _split_newest(self.sums, delay - 1)
-        return _add(self.total, *readable), unread, pending
+        readable, unread = split_newest(self.sums, delay - 1)
+        return add(self.total, *readable), unread, pending
 
     def as_carry(self, count: int, delay: int, reduction: str | Policy) -> "Stream":
         """The same stream in the one structure that all iterations of a scan carry.
@@ -64,8 +64,8 @@ class Stream(NamedTuple):
           delay: the delay of the next block.
           reduction: a name in REDUCTIONS, or a Policy.
         """
-        older, sums = _split_newest(self.sums, count)
-        total = _add(self.total, *older)
+        older, sums = split_newest(self.sums, count)
+        total = add(self.total, *older)
         like: Any = self.partial if total is None else total  # one of them is set
         zeros = jnp.zeros_like(like)
         total = zeros if total is None else total
@@ -94,11 +94,11 @@ def backward_reduction(
     """
     if not delay or sharding.axis_size(sharding.TENSOR) == 1:
         return None
-    readable, _ = _split_newest(newer, delay - 1)
+    readable, _ = split_newest(newer, delay - 1)
     return BackwardReduction((total, *readable), reduction)
 
 
-def _split_newest(
+def split_newest(
     terms: tuple[jax.Array, ...], count: int
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Splits off the newest `count` terms, or all if there are fewer."""
@@ -106,7 +106,7 @@ def _split_newest(
     return terms[:split], terms[split:]
 
 
-def _add(total: jax.Array | None, *sums: jax.Array) -> Any:
+def add(total: jax.Array | None, *sums: jax.Array) -> Any:
     """The sum of the arguments; None, which stands for zero, if there are none."""
     for value in sums:
         total = value if total is None else total + value
