@@ -28,9 +28,9 @@ class SlowDevice:
 
     def get(self, arrays):
         results = device_get(arrays)
-        is_chunk = type(results) is tuple and len(results) == 3
-        if is_chunk and results[1] is not None:
-            busy = (results[1].flag != decode_state.IDLE).any(axis=1)
+        is_chunk = type(results) is tuple and len(results) == 2
+        if is_chunk and results[0] is not None:
+            busy = (results[0].flag != decode_state.IDLE).any(axis=1)
             fixed = self.engine.programs.spec.fixed_trip_count
             self.now += self.seconds * (len(busy) if fixed else int(busy.sum()))
         return results
@@ -148,3 +148,78 @@ def test_prefill_is_not_in_the_estimate():
         run(engine, make_requests(12))
     assert engine.counters.prefill_calls > 5
     assert engine.stepper.pace.seconds(3) == pytest.approx(0.001)
+
+
+# ---------------------------------------------------------------- arrivals
+
+
+def test_first_tokens_do_not_wait_for_the_chunk_after_the_prompts():
+    engine = make_engine(slots=2)
+    fetch = calls.Calls.fetch
+    waits = []  # for each chunk: how many tokens the request has before it is read
+
+    def watched(self):
+        waits.append(len(request.tokens))
+        return fetch(self)
+
+    with mock.patch.object(calls.Calls, "fetch", watched):
+        request = engine.submit([1], max_tokens=9)
+        while engine.step():
+            pass
+    assert waits[0] == 1 and len(request.tokens) == 9
+
+
+def waiting_engine(act, **options):
+    """An engine, and the times that it waited for arrivals; `act` runs in each wait."""
+    engine = make_engine(**options)
+    waits = []
+
+    def wait(self):
+        waits.append([request.finish for request in engine.requests])
+        act(engine)
+
+    engine.requests = []
+    patch = mock.patch.object(calls.Calls, "wait_until_nearly_done", wait)
+    return engine, waits, patch
+
+
+def test_a_request_that_arrives_in_the_wait_is_in_the_next_chunk():
+    requests = [([i, 5], dict(max_tokens=30, seed=i)) for i in range(3)]
+    started = []  # the chunks that were started when a request came and when it began
+
+    def arrive(engine):
+        if len(engine.requests) < len(requests):
+            prompt, options = requests[len(engine.requests)]
+            engine.requests.append(engine.submit(prompt, **options))
+            started.append(engine.counters.chunks)
+
+    engine, waits, patch = waiting_engine(arrive, slots=4)
+    with patch:
+        arrive(engine)
+        while engine.step(wait=True):
+            pass
+    assert len(waits) > 3
+    for request, (prompt, options) in zip(engine.requests, requests):
+        assert list(request.tokens) == tokens_alone(prompt, **options)
+    # A request came while one chunk was on the device, and no other was queued there.
+    assert started == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", ["full", "queued", "not asked", "one call a time"])
+def test_there_is_no_wait_if_an_arrival_could_not_start(change):
+    options = dict(slots=2, staging=1) if change == "queued" else dict(slots=2)
+    if change == "one call a time":
+        options |= dict(pipelined=False)
+    engine, waits, patch = waiting_engine(lambda engine: None, **options)
+    count = {"full": 2, "queued": 3}.get(change, 1)
+    lengths = [8, 8, 8] if change != "full" else [8, 8]
+    engine.requests += [
+        engine.submit([i], max_tokens=lengths[i], ignore_eos=True) for i in range(count)
+    ]
+    with patch:
+        while engine.step(wait=change != "not asked"):
+            live = sum(not request.finish for request in engine.requests)
+            if change in ("full", "queued") and live >= 2:
+                assert not waits
+    if change in ("not asked", "one call a time"):
+        assert not waits

@@ -88,3 +88,18 @@ def test_what_fits_is_always_possible(burst_ms, chunks):
         pace.add(*chunk)
     assert sorted(pace.fitting) == [1, 2, 4, 8]
     assert all(1 <= steps <= 16 for steps in pace.fitting.values())
+
+
+def test_the_next_chunk_starts_before_the_estimated_end():
+    pace = make_pace()
+    assert pace.nearly_done(4, 10, 7.0) == 7.0  # no estimate
+    pace.add(4, 10, 0.1, True)
+    # Ten iterations take 0.1 s, less a tenth, and half of it for a host never measured.
+    assert pace.nearly_done(4, 10, 7.0) == pytest.approx(7.0 + 0.09 - 0.05)
+    for _ in range(3):
+        pace.add_host(0.002)
+    assert pace.nearly_done(4, 10, 7.0) == pytest.approx(7.0 + 0.09 - 0.004)
+    assert pace.nearly_done(4, 20, 7.0) == pytest.approx(7.0 + 0.18 - 0.004)
+    for _ in range(3):
+        pace.add_host(0.2)  # a slow host never waits
+    assert pace.nearly_done(4, 10, 7.0) == 7.0

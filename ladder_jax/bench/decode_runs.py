@@ -1,6 +1,7 @@
 """Runs the policies of `ladder-jax bench decode` on requests that arrive over time."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections import deque
@@ -51,6 +52,9 @@ def serve(
     scheduler = getattr(engine, "scheduler", None)
     if isinstance(scheduler, StaticBatches):
         scheduler.expected = len(arrivals)
+    step = engine.step
+    if isinstance(engine, Engine):  # as its thread does, when requests come over time
+        step = functools.partial(engine.step, wait=True)
     start, future_arrivals = time.perf_counter(), deque(arrivals)
     requests: list[Request] = []
     unfinished: list[Request] = []
@@ -70,7 +74,7 @@ def serve(
                 request.submitted = start + arrival.seconds
             requests.append(request)
             unfinished.append(request)
-        if not engine.step() and future_arrivals:
+        if not step() and future_arrivals:
             until_next = future_arrivals[0].seconds - (time.perf_counter() - start)
             time.sleep(max(0.0, min(until_next, 0.01)))
         unfinished = [request for request in unfinished if not request.finish]

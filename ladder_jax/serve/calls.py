@@ -1,7 +1,8 @@
 """Starts calls of the device for the admitted requests, and reads their results.
 
-The host starts a call and goes on. It reads the results later, all those of a chunk and
-of the prefill calls before it together, so that it waits for the device once a chunk.
+The host starts a call and goes on. It reads the results later: first those of the
+prefill calls before a chunk, so that first tokens do not wait for the chunk, and then
+those of the chunk.
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ from ladder_jax.serve.scheduler import Phase, Step
 from ladder_jax.serve.submission import TICKETS
 from ladder_jax.serve.tracker import Chunk, Record, Tracker
 
+POLL_S = 1e-3  # how often a wait asks whether a chunk has ended before its time
+
 
 @dataclasses.dataclass
 class PrefillCall:
@@ -53,7 +56,7 @@ class UnreadChunk(Chunk):
     width: int
     length: int  # tokens that each row has memory for
     pages: int  # the most that requests and stored prefixes have; 0: not traced
-    prefills: list[PrefillCall]
+    prefills: list[PrefillCall]  # that have not been delivered
     events: decode_state.Events | None  # [K, W], or [K (1 + D), W]
     waiting: jax.Array | None  # [R], request numbers in staging after it
     started: float  # seconds of the clock
@@ -249,27 +252,41 @@ class Calls:
             self.counters.chunks += 1
         return True
 
+    def fetch_prefills(self) -> Any:
+        """Waits for the prefill calls before the oldest unread chunk.
+
+        Returns their results for `deliver_prefills`. An interrupt during the wait loses
+        nothing.
+        """
+        calls = [(call.events, call.scores) for call in self.unread[0].prefills]
+        if not calls:
+            return []
+        jax.block_until_ready(calls[-1])
+        self._device_free = self.pace.clock()  # the time of the iterations starts here
+        return jax.device_get(calls)
+
+    def deliver_prefills(self, results: Any) -> None:
+        """Delivers these results to the requests: first tokens, and scores."""
+        chunk = self.unread[0]
+        self.counters.syncs += bool(results)
+        for events, scores in results:
+            self._deliver_prefill(chunk.prefills.pop(0), events, scores)
+
     def fetch(self) -> Any:
         """Waits for the oldest unread chunk; returns its results for `deliver`.
 
-        An interrupt during the wait loses nothing.
+        Its prefill calls must have been delivered. An interrupt during the wait loses
+        nothing.
         """
         chunk = self.unread[0]
-        prefills = [(call.events, call.scores) for call in chunk.prefills]
-        if prefills:
-            # The time of the iterations starts here.
-            jax.block_until_ready(prefills[-1])
-            self._device_free = self.pace.clock()
         self._waited = not has_ended(chunk.waiting)
-        return jax.device_get((prefills, chunk.events, chunk.waiting))
+        return jax.device_get((chunk.events, chunk.waiting))
 
     def deliver(self, results: Any) -> None:
         """Delivers the results of the oldest unread chunk to the requests."""
-        chunk, (prefills, events, waiting) = self.unread[0], results
+        chunk, (events, waiting) = self.unread[0], results
         seconds = self._end_of_wait(chunk)
         self.counters.syncs += 1
-        for call, (call_events, scores) in zip(chunk.prefills, prefills):
-            self._deliver_prefill(call, call_events, scores)
         if chunk.steps:
             iterations = self._count_iterations(chunk, events)
             if seconds is not None:
@@ -283,6 +300,20 @@ class Calls:
             self.counters.preempted += len(preempted)
             self.tracker.leave_staging(chunk, waiting.tolist())
         self.unread.popleft()
+
+    def wait_until_nearly_done(self) -> None:
+        """Waits until the oldest unread chunk will end soon, as far as Pace knows.
+
+        Its prefill calls must have been delivered.
+        """
+        chunk = self.unread[0]
+        start = max(chunk.started, self._device_free)
+        until = self.pace.nearly_done(chunk.width, chunk.steps, start)
+        while not has_ended(chunk.waiting):
+            left = until - self.pace.clock()
+            if left <= 0:
+                return
+            time.sleep(min(left, POLL_S))
 
     def _end_of_wait(self, chunk: UnreadChunk) -> float | None:
         """Returns the seconds that a chunk took which the host has just waited for.

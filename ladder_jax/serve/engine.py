@@ -305,7 +305,7 @@ class Engine:
             while not self._closing and self.failed is None:
                 # An error that no request could report: the stepper counts it.
                 with contextlib.suppress(Exception):
-                    if self.step():
+                    if self.step(wait=True):
                         continue
                 self._wake.wait(0.05)
                 self._wake.clear()
@@ -322,8 +322,12 @@ class Engine:
 
     # ------------------------------------------------------------ a step
 
-    def step(self) -> bool:
+    def step(self, wait: bool = False) -> bool:
         """Takes one step; returns whether there was anything to do.
+
+        wait: whether to return only when the device has nearly ended its chunk, if a
+        request that arrives meanwhile could start then. For a loop that takes the steps
+        while requests come from elsewhere.
 
         If the device raises an exception, the requests that it works on fail, and the
         engine continues with an empty state and the queued requests; see `failed` for
@@ -333,7 +337,9 @@ class Engine:
         """
         with self._stepping:
             several = self._on_several_hosts()
-            return self.stepper.step({} if several else self.stepper.pace.fitting)
+            if several:
+                return self.stepper.step({})
+            return self.stepper.step(self.stepper.pace.fitting, wait)
 
     def _on_several_hosts(self) -> bool:
         return len({device.process_index for device in self.mesh.devices.flat}) > 1

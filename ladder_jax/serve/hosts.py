@@ -134,9 +134,10 @@ class LeadingEngine(Engine):
                 self._cancelled.append(request)
         self._wake.set()
 
-    def step(self) -> bool:
+    def step(self, wait: bool = False) -> bool:
         """Takes one step with all processes; returns whether there was anything to do.
 
+        wait: has no effect, since the other processes do not know how long.
         An exception ends the engine, see `failed`, and those of the other processes.
         """
         with self._stepping:

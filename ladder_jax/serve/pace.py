@@ -1,4 +1,5 @@
-"""Measures the time of a decode iteration, and says how many fit in decode.burst_ms.
+"""Measures the time of a decode iteration: how many fit in decode.burst_ms, and when a
+chunk will end.
 
 The scheduler reads no clock. The engine gives it `Pace.fitting`, numbers of iterations.
 """
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 # far too slow or too fast.
 SAMPLES = 5
 SHORTEST = 1e-9  # seconds of an iteration, so that none takes 0
+# A chunk may end this share of its time earlier than the estimate.
+EARLIER = 0.1
 
 
 class Pace:
@@ -40,6 +43,7 @@ class Pace:
         self.widths, self.clock = widths, clock
         self.fitting: Mapping[int, int] = dict.fromkeys(widths, 1) if burst_ms else {}
         self._samples: dict[int, deque[float]] = {}
+        self._host: deque[float] = deque(maxlen=SAMPLES)
 
     def add(self, width: int, iterations: int, seconds: float, waited: bool) -> None:
         """Notes the time of a chunk of so many iterations, without its prefill calls.
@@ -57,6 +61,22 @@ class Pace:
             seconds = min(seconds, self.burst_ms * 1e-3) / 2
         samples.append(max(seconds / iterations, SHORTEST))
         self.fitting = {width: self._fitting(width) for width in self.widths}
+
+    def add_host(self, seconds: float) -> None:
+        """Notes the host's time from the end of a wait to the start of a chunk."""
+        self._host.append(seconds)
+
+    def nearly_done(self, width: int, iterations: int, start: float) -> float:
+        """Returns when the host must start the next chunk, before this one ends.
+
+        start: when the device began a chunk of so many iterations, in seconds of the
+        clock. Without an estimate of its time, the result is `start`.
+        """
+        if not self._samples:
+            return start
+        chunk = iterations * self.seconds(width)
+        host = statistics.median(self._host) if self._host else chunk / 4
+        return start + max(chunk * (1 - EARLIER) - 2 * host, 0.0)
 
     def seconds(self, width: int) -> float:
         """Returns the estimated time of an iteration; there must have been a chunk."""

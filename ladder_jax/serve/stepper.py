@@ -75,6 +75,7 @@ class Stepper:
         # Gets the error that ends the engine; returns the one to report.
         self.explain: Callable[[BaseException], BaseException] = lambda error: error
         self._errors = 0  # since the last chunk that succeeded
+        self._waited_until: float | None = None  # of the step before, if it waited
         self.failed: BaseException | None = None
         # Whether a step is changing this object and the device's state: if an interrupt
         # ends the step, they may disagree.
@@ -94,8 +95,11 @@ class Stepper:
 
     # ------------------------------------------------------------ a step
 
-    def step(self, fitting: Mapping[int, int]) -> bool:
+    def step(self, fitting: Mapping[int, int], wait: bool = False) -> bool:
         """Takes one step; returns whether there was anything to do.
+
+        wait: whether to wait for arrivals at its end. Other threads may then submit
+        requests that the next step starts.
 
         fitting: {width: iterations that fit in decode.burst_ms}, as in Pace. A width
         that it lacks has no limit.
@@ -121,6 +125,8 @@ class Stepper:
             self._changing = True
             self._fitting = fitting
             had_work = self._step()
+            if wait:
+                self._wait_for_arrivals()
             self._changing = False
             return had_work
         except Exception as error:  # after any exception the state may be lost
@@ -144,17 +150,46 @@ class Stepper:
         for record in admitted:
             self.calls.copy_prefix(record)
         has_started = self.calls.start_chunk(self._prefill())
+        if self._waited_until is not None:
+            self.pace.add_host(self.pace.clock() - self._waited_until)
+            self._waited_until = None
         has_prefilling = bool(self.tracker.in_phase(Phase.PREFILLING))
         # The new chunk stays unread while the device runs it.
         stay_unread = 1 if has_started and self.pipelined else 0
         has_unread = len(self.calls.unread) > stay_unread
         while len(self.calls.unread) > stay_unread:
+            self._read_prefills()
             self._changing = False  # an interrupt during the wait loses nothing
             results = self.calls.fetch()
             self._changing = True
             self.calls.deliver(results)
             self._errors = 0
         return has_started or has_prefilling or has_unread
+
+    def _read_prefills(self) -> None:
+        """Delivers the results of the prefill calls before the oldest unread chunk."""
+        self._changing = False
+        results = self.calls.fetch_prefills()
+        self._changing = True
+        self.calls.deliver_prefills(results)
+
+    def _wait_for_arrivals(self) -> None:
+        """Waits until the device has nearly ended the chunk that it works on.
+
+        The next chunk starts then, no earlier: a request that arrives meanwhile need
+        not wait for one more chunk. There is no wait if such a request could not start,
+        since others wait or fill the slots.
+        """
+        live, unread = self.tracker.live(), self.calls.unread
+        is_full = len(live) >= self.capacity.slots or len(self.queue) > 0
+        if not (self.pipelined and unread) or is_full or self._cancelled:
+            return
+        if self.tracker.in_phase(Phase.PREFILLING):
+            return
+        self._read_prefills()
+        self._changing = False
+        self.calls.wait_until_nearly_done()
+        self._waited_until = self.pace.clock()
 
     def _finish_cancelled(self) -> None:
         """Makes the next chunk remove the cancelled requests from the device."""
