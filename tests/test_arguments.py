@@ -167,9 +167,9 @@ def test_an_environment_variable_is_the_default_of_an_option(monkeypatch):
     monkeypatch.setenv("LADDER_JAX_PROCESSES", "4")
     monkeypatch.setenv("LADDER_JAX_DISTRIBUTED", "true")
     monkeypatch.setenv("LADDER_JAX_COORDINATOR", "")  # as if it was not set
-    found = arguments.parse(Hosts, ["--process", "3"], "train")
+    found = parse(Hosts, ["--process", "3"], "train")
     assert found == Hosts(distributed=True, processes=4, process=3)
-    assert arguments.parse(Hosts, ["--processes", "2"], "train").processes == 2
+    assert parse(Hosts, ["--processes", "2"], "train").processes == 2
     monkeypatch.setenv("LADDER_JAX_LOST_AFTER", "soon")
     with pytest.raises(ConfigError, match="LADDER_JAX_LOST_AFTER='soon' is not acc"):
-        arguments.parse(Hosts, [], "train")
+        parse(Hosts, [], "train")
