@@ -240,6 +240,8 @@ class Group(contextlib.AbstractContextManager["Group"]):
         Call it before anything that waits for the others, such as the end of a save. An
         error that may follow from the end of another process waits for its reason.
         """
+        if self.status is not None or self._over.is_set():  # it was told already
+            return
         if isinstance(error, jax.errors.JaxRuntimeError) and not _is_memory(error):
             self._wait_for_reason()
         if self.failure is not None:
@@ -248,8 +250,6 @@ class Group(contextlib.AbstractContextManager["Group"]):
         status = 2 if isinstance(error, ConfigError) else 1
         if isinstance(error, KeyboardInterrupt):
             status = 128 + signal.SIGINT
-        if self._over.is_set() or self.status is not None:
-            return
         self.status = status
         self._tell(Failure(self.number, self.who, text, status))
 
