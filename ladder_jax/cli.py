@@ -348,8 +348,7 @@ BENCH = "ladder_jax.bench"
 
 def bench(words: list[str]) -> int:
     """`ladder-jax bench WHAT ...`: one of these."""
-    names = ("train", "decode", "serve", "peers", "conversion", "quality")
-    names += ("tokenize", "device")
+    names = "train decode serve peers conversion quality tokenize device".split()
     if words[:1] in (["-h"], ["--help"]):
         jobs = {name: importlib.import_module(f"{BENCH}.{name}") for name in names}
         print(kinds_text("bench", {name: job.Arguments for name, job in jobs.items()}))
