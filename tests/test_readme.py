@@ -9,7 +9,7 @@ import pytest
 import tiny
 from helpers import ROOT
 
-from ladder_jax import cli
+from ladder_jax import cli, tokenizing
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
 from ladder_jax.evaluation import command as evaluation
@@ -51,6 +51,9 @@ def test_every_command_parses_as_the_program_parses_it(words, monkeypatch):
         default = cli.TrainArguments(from_recipe(arguments[0]))
         parsed = cli.parse(KINDS[command], arguments[1:], command, default)
         assert parsed.config.train.out.startswith("runs/")
+    elif command == "tokenize":
+        default = tokenizing.Arguments(from_recipe(arguments[0]))
+        assert cli.parse(tokenizing.Arguments, arguments[1:], command, default)
     elif command == "bench":
         job = importlib.import_module(f"ladder_jax.bench.{arguments[0]}")
         assert cli.parse(job.Arguments, arguments[1:], command)
