@@ -6,7 +6,6 @@ wrong model without an error: each process computes its own part of one program.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -14,7 +13,6 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,12 +21,13 @@ from etils import epath
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import sharding
+from ladder_jax import identity, sharding
 from ladder_jax.addresses import is_address, local_path
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import Config, ConfigError, to_dict
 from ladder_jax.data import sources
 from ladder_jax.data.formats import Tally
+from ladder_jax.hardware.distributed import version
 from ladder_jax.hardware.group import Group
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -49,8 +48,8 @@ def settings(config: Config, resume: bool) -> dict[str, str]:
     }
     values["--resume"] = repr(resume)
     values["Python"] = platform.python_version()
-    values |= {name: _version(name) for name in PACKAGES}
-    values["the code of ladder_jax"] = code_digest()
+    values |= {name: version(name) or "not installed" for name in PACKAGES}
+    values["the code of ladder_jax"] = identity.source_digest()[:12]
     for name in VARIABLES:
         words = os.environ.get(name, "").split()
         kept = [word for word in words if not word.startswith(OWN_WORDS)]
@@ -59,23 +58,6 @@ def settings(config: Config, resume: bool) -> dict[str, str]:
     kinds = sorted({device.device_kind for device in devices})
     values["the devices"] = f"{len(devices)} x {', '.join(kinds)}"
     return values
-
-
-def code_digest() -> str:
-    """A hash of the package's Python files."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def start(group: Group, config: Config, resume: bool) -> None:
@@ -103,7 +85,8 @@ def source_files(source: str) -> dict[str, str]:
     """How many files and bytes this process sees in data.source, if it is a path."""
     if is_address(source):
         return {}
-    source = str(local_path(source, "data.source"))
+    if "://" in source:  # file://
+        source = str(local_path(source, "data.source"))
     files = sources.files(source, Tally())
     size = sum(sources.size_and_time(file)[0] for file in files)
     return {"data.source": f"{len(files)} files of {size:,} bytes"}

@@ -7,7 +7,6 @@ user names and passwords of addresses.
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 from ladder_jax import files
 from ladder_jax.config import Config, to_dict
 from ladder_jax.hardware import chips
+from ladder_jax.hardware.distributed import version
 
 FILE = "run.json"
 PACKAGES = ("ladder_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -90,14 +90,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def version(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def without_credentials(text: str) -> str:
     """`text` without the user name and password of addresses: s3://me:secret@host."""
     return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
@@ -152,9 +144,6 @@ def code() -> dict[str, str | None]:
     Python files.
     """
     package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     found: dict[str, str | None] = dict(commit=None, changes=None)
     # The package may also be installed somewhere inside another checkout.
     if _git(package, "ls-files", "--", "*.py"):
@@ -164,7 +153,17 @@ def code() -> dict[str, str | None]:
         if status:
             difference = _git(package, "diff", "HEAD", "--binary", "--no-ext-diff")
             found["changes"] = hashlib.sha256(status + (difference or b"")).hexdigest()
-    return found | dict(source=digest.hexdigest())
+    return found | dict(source=source_digest())
+
+
+def source_digest() -> str:
+    """A hash of the package's Python files."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(package)} {size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(folder: Path, *words: str) -> bytes | None:

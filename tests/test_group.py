@@ -15,7 +15,7 @@ from ladder_jax.interrupts import StopSignal
 
 AGREE = """
 import unittest.mock
-from ladder_jax import agreement, config, interrupts
+from ladder_jax import agreement, config, identity, interrupts
 sys.path.insert(0, os.environ["TESTS"])
 import tiny
 
@@ -34,7 +34,7 @@ with group, interrupts.StopSignal(group) as stop:
     start(optimizer_learning_rate=3e-4 if number else 3e-3)
     start(train_seed=number // 2, train_log_every=1 + number // 2)
     start(resume=number == 1)
-    with unittest.mock.patch.object(agreement, "code_digest", lambda: f"v{number}"):
+    with unittest.mock.patch.object(identity, "source_digest", lambda: f"v{number}"):
         start()
     os.environ["XLA_FLAGS"] = f"--xla_dump_to=/{number} --xla_a={number == 0}"
     start()

@@ -182,11 +182,12 @@ def _detect(timeout: float) -> Place | None:
 def versions() -> list[str]:
     """The packages whose versions must be the same in all processes of a run."""
     packages = ("ladder_jax", "jax", "jaxlib")
-    return [f"{name} {_version(name)}" for name in packages]
+    return [f"{name} {version(name) or 'not installed'}" for name in packages]
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
