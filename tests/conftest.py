@@ -163,7 +163,7 @@ def plan_on_cpu(monkeypatch, capsys):
 
     monkeypatch.setattr(choose, "network_of", network_of)
     monkeypatch.setattr(aot.Target, "devices", lambda self: jax.devices())
-    monkeypatch.setattr(aot.Target, "options", lambda self, workload: {})
+    monkeypatch.setattr(aot.Target, "options", lambda self, workload, merging: {})
 
     def plan(*arguments, status=0):
         target = ["--target", "v5e:2x4", "--tensor", "4", "--batch", "8"]

@@ -303,7 +303,7 @@ def test_a_job_set_trains_a_recipe(name):
     recipe = in_repository(words[1])
     default = cli.TrainArguments(from_recipe(recipe))
     arguments = parse(cli.TrainArguments, words[2:], "train", default)
-    assert arguments.resume and arguments.distributed
+    assert arguments.resume and arguments.hosts.distributed
     assert container["securityContext"]["readOnlyRootFilesystem"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = spec["template"]["spec"]["volumes"]

@@ -74,7 +74,7 @@ def parsed(arguments):
 
 
 def check(arguments):
-    assert arguments.distributed and arguments.resume
+    assert arguments.hosts.distributed and arguments.resume
     assert (arguments.config.train.out, arguments.config.data.source) == (
         "runs/two words",
         "data/*.parquet",
@@ -293,5 +293,5 @@ def test_sky_starts_the_command_on_every_machine(tmp_path):
     place, count, dashes, _, *words = done.stdout.splitlines()
     assert place == "2 1 10.0.0.1:8476" and (count, dashes) == ("8", "--")
     arguments = parsed([*words, "--distributed"])
-    assert arguments.resume and arguments.distributed
+    assert arguments.resume and arguments.hosts.distributed
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"data", "runs"}

@@ -307,7 +307,7 @@ def test_a_damaged_shard_is_written_again_alone(source, alone, tmp_path):
 
 def test_an_address_is_no_folder_for_a_cache():
     for address in ("gs://bucket/cache", "s3://bucket"):
-        message = "data.token_cache='.*' is not accepted: it must be a folder of a file"
+        message = "data.token_cache='.*' is not accepted: it must be a folder"
         with pytest.raises(ConfigError, match=message) as error:
             Data(token_cache=address)
         assert "\n" not in str(error.value)

@@ -279,6 +279,8 @@ class Calls:
         nothing.
         """
         chunk = self.unread[0]
+        if not chunk.steps:
+            return None, None
         self._waited = not has_ended(chunk.waiting)
         return jax.device_get((chunk.events, chunk.waiting))
 
@@ -286,8 +288,8 @@ class Calls:
         """Delivers the results of the oldest unread chunk to the requests."""
         chunk, (events, waiting) = self.unread[0], results
         seconds = self._end_of_wait(chunk)
-        self.counters.syncs += 1
         if chunk.steps:
+            self.counters.syncs += 1
             iterations = self._count_iterations(chunk, events)
             if seconds is not None:
                 self.pace.add(chunk.width, iterations, seconds, self._waited)
