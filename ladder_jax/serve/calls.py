@@ -306,9 +306,11 @@ class Calls:
     def wait_until_nearly_done(self) -> None:
         """Waits until the oldest unread chunk will end soon, as far as Pace knows.
 
-        Its prefill calls must have been delivered.
+        Its prefill calls must have been delivered. Any thread may call it.
         """
-        chunk = self.unread[0]
+        if not (unread := list(self.unread)):
+            return
+        chunk = unread[0]
         start = max(chunk.started, self._device_free)
         until = self.pace.nearly_done(chunk.width, chunk.steps, start)
         while not has_ended(chunk.waiting):

@@ -339,7 +339,10 @@ class Engine:
             several = self._on_several_hosts()
             if several:
                 return self.stepper.step({})
-            return self.stepper.step(self.stepper.pace.fitting, wait)
+            had_work = self.stepper.step(self.stepper.pace.fitting, wait)
+        if wait:
+            self.stepper.wait_for_arrivals()
+        return had_work
 
     def _on_several_hosts(self) -> bool:
         return len({device.process_index for device in self.mesh.devices.flat}) > 1

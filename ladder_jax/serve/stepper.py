@@ -75,6 +75,7 @@ class Stepper:
         # Gets the error that ends the engine; returns the one to report.
         self.explain: Callable[[BaseException], BaseException] = lambda error: error
         self._errors = 0  # since the last chunk that succeeded
+        self._waits = False  # whether wait_for_arrivals waits
         self._waited_until: float | None = None  # of the step before, if it waited
         self.failed: BaseException | None = None
         # Whether a step is changing this object and the device's state: if an interrupt
@@ -98,8 +99,7 @@ class Stepper:
     def step(self, fitting: Mapping[int, int], wait: bool = False) -> bool:
         """Takes one step; returns whether there was anything to do.
 
-        wait: whether to wait for arrivals at its end. Other threads may then submit
-        requests that the next step starts.
+        wait: whether `wait_for_arrivals` follows.
 
         fitting: {width: iterations that fit in decode.burst_ms}, as in Pace. A width
         that it lacks has no limit.
@@ -126,7 +126,7 @@ class Stepper:
             self._fitting = fitting
             had_work = self._step()
             if wait:
-                self._wait_for_arrivals()
+                self._prepare_wait()
             self._changing = False
             return had_work
         except Exception as error:  # after any exception the state may be lost
@@ -173,23 +173,27 @@ class Stepper:
         self._changing = True
         self.calls.deliver_prefills(results)
 
-    def _wait_for_arrivals(self) -> None:
-        """Waits until the device has nearly ended the chunk that it works on.
-
-        The next chunk starts then, no earlier: a request that arrives meanwhile need
-        not wait for one more chunk. There is no wait if such a request could not start,
-        since others wait or fill the slots.
-        """
+    def _prepare_wait(self) -> None:
+        """Decides whether `wait_for_arrivals` waits; delivers first tokens before it."""
         live, unread = self.tracker.live(), self.calls.unread
         is_full = len(live) >= self.capacity.slots or len(self.queue) > 0
         if not (self.pipelined and unread) or is_full or self._cancelled:
             return
-        if self.tracker.in_phase(Phase.PREFILLING):
-            return
-        self._read_prefills()
-        self._changing = False
-        self.calls.wait_until_nearly_done()
-        self._waited_until = self.pace.clock()
+        if not self.tracker.in_phase(Phase.PREFILLING):
+            self._read_prefills()
+            self._waits = True
+
+    def wait_for_arrivals(self) -> None:
+        """Waits after a step(wait=True) until the device has nearly ended its chunk.
+
+        The next chunk starts then, no earlier: a request that arrives meanwhile need
+        not wait for one more chunk. There is no wait if such a request could not start,
+        since others wait or fill the slots. Other methods may be called meanwhile.
+        """
+        if self._waits:
+            self._waits = False
+            self.calls.wait_until_nearly_done()
+            self._waited_until = self.pace.clock()
 
     def _finish_cancelled(self) -> None:
         """Makes the next chunk remove the cancelled requests from the device."""
