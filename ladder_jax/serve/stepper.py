@@ -174,7 +174,7 @@ class Stepper:
         self.calls.deliver_prefills(results)
 
     def _prepare_wait(self) -> None:
-        """Decides whether `wait_for_arrivals` waits, and delivers first tokens first."""
+        """Decides whether `wait_for_arrivals` waits. Delivers first tokens."""
         live, unread = self.tracker.live(), self.calls.unread
         is_full = len(live) >= self.capacity.slots or len(self.queue) > 0
         if not (self.pipelined and unread) or is_full or self._cancelled:
