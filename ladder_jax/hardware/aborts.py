@@ -11,10 +11,13 @@ import ctypes
 import functools
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 CONNECT_SECONDS = 2.0
+# A process that was killed closes its connections before the port that it listens on.
+CLOSING_SECONDS = 3.0
 # C's handlers must live as long as the process.
 _handlers: list[Any] = []
 
@@ -44,8 +47,11 @@ def handled(address: tuple[str, int], on_lost: Callable[[], object]) -> Iterator
             setattr(_jax, name, make)
 
     def aborted(_: int) -> None:
-        if not _listens(address):
-            on_lost()
+        end = time.monotonic() + CLOSING_SECONDS
+        while time.monotonic() < end:
+            if not _listens(address):
+                on_lost()
+            time.sleep(0.1)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     _handlers.append(handler)
