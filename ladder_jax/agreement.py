@@ -61,8 +61,8 @@ def settings(config: Config, resume: bool) -> dict[str, str]:
 
 
 def start(group: Group, config: Config, resume: bool) -> None:
-    """Returns where all processes may start: same settings and files, shared folders, a
-    network.
+    """Returns once all processes have the same settings and files, share the folders of
+    the run, and have computed a sum together.
 
     Raises ConfigError, the same line in all processes.
     """
