@@ -5,6 +5,7 @@ Each time is of a loop inside one jitted call, so that the host's dispatch does 
 count; it is the median of several calls.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -130,9 +131,12 @@ def run(args: Arguments) -> dict[str, Any]:
         all_reduce_devices=jax.device_count(),
         all_reduce=_all_reduces(sizes.messages, clock),
     )
-    measured["decode"] = list(_decode_steps(sizes, args))
-    measured["seconds"] = round(time.perf_counter() - started, 1)
-    files.write_text(args.out, json.dumps(measured, indent=1) + "\n")
+    measured["decode"] = []
+    # Written after every row, so that a stopped run leaves what it measured.
+    for row in itertools.chain([None], _decode_steps(sizes, args)):
+        measured["decode"] += [row] if row else []
+        measured["seconds"] = round(time.perf_counter() - started, 1)
+        files.write_text(args.out, json.dumps(measured, indent=1) + "\n")
     print(_text(measured), flush=True)
     return measured
 
