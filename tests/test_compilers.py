@@ -194,6 +194,33 @@ def hides(result):
 
 
 @needs_gpu
+@pytest.mark.parametrize("batch, hides", [(480, True), (520, False)])
+def test_gpu_overlaps_nothing_where_arguments_take_four_fifths_of_its_memory(
+    batch, hides
+):
+    """A plan of few layers shows it, as XLA sees the memory that the others take."""
+    whole = from_recipe("configs/llama3_8b.py")
+    config = dataclasses.replace(
+        whole,
+        model=dataclasses.replace(whole.model, residual="ladder"),
+        mesh=Mesh(data=1, tensor=8, reduction="psum"),
+    )
+    target = aot.parse("h100:1x8")
+    request = plan.Request(
+        "8b", config, target, "decode", batch, 8192, kv_layout="rows", most=3
+    )
+    with aot.silence():
+        compiled = plan.build(request)
+    made = report.make_report(compiled, report.make_timeline(compiled))
+    totals = made["totals"]
+    arguments = compiled.weights + compiled.kv
+    assert (arguments < target.argument_limit) == hides == made["memory"]["overlaps"]
+    assert made["memory"]["fits"]
+    share = totals["hidden_us"] / totals["communication_us"]
+    assert share > 0.95 if hides else share < 0.01
+
+
+@needs_gpu
 @pytest.mark.parametrize("reduction", ["psum", "one-shot"])
 def test_gpu_runs_a_ladders_reductions_behind_its_blocks(reduction):
     result = planned("h100:1x8", "ladder", reduction)
@@ -352,6 +379,7 @@ def test_the_command_prints_one_json_object_and_no_noise():
         "temporary_bytes",
         "capacity_bytes",
         "fits",
+        "overlaps",
     } == set(result["memory"])
     again = subprocess.run(
         [

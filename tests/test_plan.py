@@ -12,7 +12,7 @@ import pytest
 from ladder_jax import cli
 from ladder_jax.config import Config, ConfigError, Mesh, Model
 from ladder_jax.hardware import aot
-from ladder_jax.planner import command, compare, lengths, planning, tables
+from ladder_jax.planner import command, compare, lengths, planning, tables, use
 from ladder_jax.planner.plan import Request
 from ladder_jax.planner.timeline import Timeline
 
@@ -135,6 +135,7 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
                 temporary_bytes=1e9,
                 capacity_bytes=16e9,
                 fits=False,
+                overlaps=False,
             ),
             use=dict(
                 tokens_per_s=12345.6,
@@ -151,9 +152,10 @@ def test_the_plan_is_a_line_a_collective_then_totals_then_memory():
             ),
         )
     )
-    head, titles, merged, single, totals, sizes, speed, fits, sources = (
+    head, titles, merged, single, totals, sizes, speed, fits, alone, sources = (
         text.splitlines()
     )
+    assert alone == use.NO_OVERLAP
     assert head == (
         "decode of 80 layers, ladder, psum, batch 16, context 2048, on v5e:2x4"
     )
@@ -396,6 +398,7 @@ def planned(title: str, step: float) -> compare.VariantPlan:
         temporary_bytes=5e8,
         capacity_bytes=16e9,
         fits=True,
+        overlaps=True,
     )
     report = dict(
         workload="decode",

@@ -49,6 +49,10 @@ class Gpu(NamedTuple):
     clock: float  # GHz
 
 
+# XLA:GPU plans with this share of a GPU's memory, less a program's arguments. Where
+# nothing is left, it runs every collective without computation beside it.
+PLANNED_MEMORY = 0.8
+
 # From NVIDIA's data sheets, and for H100 from the driver. CUDA names a GB200's GPU so.
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 84929347584, 52428800, 1.98),
@@ -93,8 +97,18 @@ class Target(NamedTuple):
         """XLA's options for programs here; see xla_options for the arguments."""
         return xla_options.options_of(self.platform, self.kind, workload, merging)
 
-    def devices(self) -> list[Any]:
+    @property
+    def argument_limit(self) -> float | None:
+        """Bytes of arguments on a GPU from which XLA overlaps nothing; TPU: None."""
+        if self.platform != "cuda":
+            return None
+        return PLANNED_MEMORY * GPUS[self.kind].memory
+
+    def devices(self, taken: int = 0) -> list[Any]:
         """Its JAX devices: JAX can compile for them, but not run on them.
+
+        taken: bytes of a GPU that arguments take which a program does not have, such as
+          layers that it leaves out.
 
         Raises ConfigError where the compiler is not installed (the [plan] extra) or
         does not know the machine.
@@ -107,7 +121,7 @@ class Target(NamedTuple):
             arguments = dict(
                 platform="cuda",
                 topology_name=self.kind,
-                target_config=_gpu_config(self.kind, self.chip),
+                target_config=_gpu_config(self.kind, self.chip, taken),
                 topology="1x" + "x".join(map(str, self.shape)),
             )
         try:
@@ -119,9 +133,11 @@ class Target(NamedTuple):
             ) from None
 
 
-def _gpu_config(kind: str, chip: Chip) -> str:
-    """The GpuTargetConfigProto of a GPU, as text."""
+def _gpu_config(kind: str, chip: Chip, taken: int) -> str:
+    """The GpuTargetConfigProto, as text, of a GPU of whose memory XLA sees so much less
+    that its arguments leave as much as if they took `taken` bytes more."""
     gpu = GPUS[kind]
+    gpu = gpu._replace(memory=max(gpu.memory - round(taken / PLANNED_MEMORY), 1))
     bandwidth = round(chip.hbm_bandwidth)
     return GPU_CONFIG.format(cores=chip.cores, bandwidth=bandwidth, **gpu._asdict())
 

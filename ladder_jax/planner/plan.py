@@ -78,6 +78,8 @@ class Compiled(NamedTuple):
     weights: float  # parameters and, in training, the optimizer's state
     kv: float  # the cache
     temporary: float  # everything else, while the program runs
+    # Whether XLA overlaps collectives at all; a GPU may lack the memory (aot.py).
+    overlaps: bool = True
 
 
 def build(request: Request) -> Compiled:
@@ -90,7 +92,14 @@ def build(request: Request) -> Compiled:
     sharding.check_fits(model_config, mesh, request.batch)
     request = request._replace(kv_layout=layout_of(request, mesh))
     stack = short_stack(request)
-    short = make_program(request, mesh, stack)
+    whole, short = make_program(request, mesh), make_program(request, mesh, stack)
+    size, limit = bytes_per_device(whole.arguments), target.argument_limit
+    overlaps = limit is None or size < limit
+    if limit is not None and size <= target.chip.hbm_bytes:
+        # XLA gets the memory that the whole model's arguments leave.
+        devices = target.devices(size - bytes_per_device(short.arguments))
+        mesh = make_mesh_for(request.config.mesh, devices, request.workload)
+        short = make_program(request, mesh, stack)
     try:
         compiled = short.function.lower(*short.arguments).compile(
             compiler_options=target.options(request.workload, xla_options.merging(mesh))
@@ -101,7 +110,7 @@ def build(request: Request) -> Compiled:
         if message is None:
             raise
         raise ConfigError(message) from None
-    weights, *others = make_program(request, mesh).arguments
+    weights, *others = whole.arguments
     growth = growth_with_depth(hlo.parse(text), stack, short.arguments)
     return Compiled(
         request,
@@ -111,6 +120,7 @@ def build(request: Request) -> Compiled:
         bytes_per_device(weights),
         0 if request.workload == "train" else bytes_per_device(others[-1]),
         compiled.memory_analysis().temp_size_in_bytes + growth,
+        overlaps,
     )
 
 

@@ -311,10 +311,10 @@ def plan_text(report: dict[str, Any]) -> str:
         f"{name.removesuffix('_us')} {value:,.1f}"
         for name, value in report["totals"].items()
     )
-    memory = {name: size for name, size in report["memory"].items() if name != "fits"}
     sizes = ", ".join(
         f"{name.removesuffix('_bytes')} {value / 1e9:.2f}"
-        for name, value in memory.items()
+        for name, value in report["memory"].items()
+        if name.endswith("_bytes")
     )
     return "\n".join(
         [

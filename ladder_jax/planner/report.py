@@ -175,6 +175,7 @@ def _memory(compiled: Compiled) -> dict[str, Any]:
         temporary_bytes=int(compiled.temporary),
         capacity_bytes=int(capacity),
         fits=needed <= capacity,
+        overlaps=compiled.overlaps,
     )
 
 

@@ -62,6 +62,13 @@ def cost_of_million(use: dict[str, Any], price: float) -> float:
     return price * use["devices"] / 3600 / use["tokens_per_s"] * MILLION
 
 
+NO_OVERLAP = (
+    "XLA:GPU runs every reduction without computation beside it here: parameters and "
+    "cache take more than 80% of the memory that the driver reports; a smaller batch "
+    "or context, or more devices, leave room"
+)
+
+
 def lines(report: dict[str, Any]) -> list[str]:
     """The plan's use as text: its speed, its cost, whether it fits."""
     use, memory = report["use"], report["memory"]
@@ -80,7 +87,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             "an hour of a device"
         )
     end = f"{verdict}: {sizes}; the largest batch that fits is {use['largest_batch']:,}"
-    return [speed, end]
+    return [speed, end, *([] if memory["overlaps"] else [NO_OVERLAP])]
 
 
 def source_lines(sources: dict[str, dict[str, str]]) -> list[str]:
