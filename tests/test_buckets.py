@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladder_jax.serve.buckets import between, bucket_sizes, round_up
+from ladder_jax.serve.buckets import between, bucket_sizes, round_up, with_halves
 
 LIMITS = st.tuples(st.integers(1, 5000), st.integers(1, 5000)).map(sorted)
 
@@ -31,6 +31,19 @@ def test_a_rounded_size_holds_what_is_needed_and_is_less_than_twice_it(limits, d
     size = round_up(sizes, needed)
     assert size in sizes and size >= needed
     assert size < 2 * needed or size == least
+
+
+@pytest.mark.parametrize(
+    "sizes, least, result",
+    [
+        ([4, 8, 16, 32], 8, [4, 8, 12, 16, 24, 32]),
+        ([1, 2, 4, 6], 8, [1, 2, 4, 6]),
+        ([8, 9], 8, [8, 9]),
+        ([8, 13], 1, [8, 10, 13]),
+    ],
+)
+def test_halves_are_between_neighbours_from_the_least_one_on(sizes, least, result):
+    assert with_halves(sizes, least) == result
 
 
 def test_more_than_the_largest_size_is_rounded_to_the_largest():

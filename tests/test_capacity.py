@@ -8,7 +8,9 @@ from ladder_jax.config import ConfigError, Decode, to_bytes
 from ladder_jax.serve.capacity import Capacity
 
 
-def plan(length=512, fixed_trip_count=False, **options):
+def plan(
+    length=512, fixed_trip_count=False, page_size=0, compute_bound=False, **options
+):
     return Capacity(
         Decode(**options),
         length,
@@ -16,6 +18,8 @@ def plan(length=512, fixed_trip_count=False, **options):
         arrays=4,
         prefix_bytes=1000,
         fixed_trip_count=fixed_trip_count,
+        page_size=page_size,
+        compute_bound=compute_bound,
     )
 
 
@@ -54,6 +58,16 @@ def test_shapes_come_in_few_sizes():
     assert plan(steps_per_call=10, fixed_trip_count=True).chunk_sizes == [3, 10]
     fixed = plan(slots=6, fit_shapes=False)
     assert fixed.widths == [6] and fixed.lengths == [512]
+
+
+def test_a_cpu_with_pages_has_more_widths():
+    options = dict(slots=40, page_size=32)
+    assert plan(**options).widths == [1, 2, 4, 8, 16, 32, 40]
+    on_cpu = plan(**options, compute_bound=True)
+    assert on_cpu.widths == [1, 2, 4, 8, 12, 16, 24, 32, 36, 40]
+    assert on_cpu.lengths == [512]
+    rows = plan(slots=40, compute_bound=True)  # each width is compiled for all lengths
+    assert rows.widths == [1, 2, 4, 8, 16, 32, 40]
 
 
 def test_moves_change_one_size_at_a_time():

@@ -205,6 +205,25 @@ def test_a_request_that_arrives_in_the_wait_is_in_the_next_chunk():
     assert started == [0, 1, 2]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_chunks_are_short_while_slots_are_free(waits):
+    """An iteration hides the host's work. Four would fit in burst_ms."""
+    engine = make_engine(trace=True, slots=2, burst_ms=50)
+    device = SlowDevice(engine, 0.010)
+    engine.stepper.pace.add_host = lambda seconds: None  # of the test's clock
+    engine.stepper.pace._host.append(0.001)
+    request = engine.submit([1], max_tokens=40)
+    with (
+        mock.patch.object(jax, "device_get", side_effect=device.get),
+        mock.patch.object(calls.Calls, "wait_until_nearly_done"),
+    ):
+        while engine.step(wait=waits):
+            pass
+    lengths = [len(chunk) for _, chunk, *_ in engine.history]
+    assert set(lengths[-8:-3]) == ({1} if waits else {4}), lengths
+    assert list(request.tokens) == tokens_alone([1], max_tokens=40)
+
+
 @pytest.mark.parametrize("change", ["full", "queued", "not asked", "one call a time"])
 def test_there_is_no_wait_if_an_arrival_could_not_start(change):
     options = dict(slots=2, staging=1) if change == "queued" else dict(slots=2)

@@ -54,6 +54,26 @@ def test_recent_chunks_count():
     assert pace.fitting[4] == 2
 
 
+@pytest.mark.parametrize(
+    "seconds, host, hiding",
+    [(0.02, 0.002, 1), (0.01, 0.002, 2), (0.001, 0.001, 8), (0.0001, 0.001, 16)],
+)
+def test_hiding_the_hosts_work_takes_so_many(seconds, host, hiding):
+    pace = make_pace()
+    assert pace.hiding(4) is None
+    pace.add(4, 5, 5 * seconds, True)
+    assert pace.hiding(4) is None  # the host's time is not known
+    pace.add_host(host)
+    assert pace.hiding(4) == hiding
+
+
+def test_without_burst_ms_nothing_is_hidden():
+    pace = make_pace(burst_ms=0)
+    pace.add(4, 5, 0.1, True)
+    pace.add_host(0.001)
+    assert pace.hiding(4) is None
+
+
 @pytest.mark.parametrize("seconds, fitting", [(9.0, 4), (0.04, 5), (0.01, 16)])
 def test_at_least_twice_as_many_fit_if_the_host_did_not_wait(seconds, fitting):
     pace = make_pace()

@@ -234,6 +234,32 @@ TABLE = [
         dict(chunk_steps=3),
     ),
     (
+        "slots are free: no more iterations than hide the host's work",
+        load(decoding=(DECODES,) * 2, fitting_steps=6, hiding_steps=2),
+        dict(chunk_steps=2),
+    ),
+    (
+        "the host needs longer than burst_ms: what fits counts",
+        load(decoding=(DECODES,) * 2, fitting_steps=6, hiding_steps=9),
+        dict(chunk_steps=6),
+    ),
+    (
+        "no slot is free: an arrival would wait anyway",
+        load(decoding=(DECODES,) * 4, fitting_steps=6, hiding_steps=2),
+        dict(chunk_steps=6),
+    ),
+    (
+        "requests that wait fill the slots",
+        load(decoding=(DECODES,) * 2, queued=2, fitting_steps=6, hiding_steps=1),
+        dict(chunk_steps=3),
+    ),
+    (
+        "slots are free, and a loop that cannot end early has a compiled size",
+        load(decoding=(DECODES,) * 2, fitting_steps=99, hiding_steps=2),
+        dict(chunk_steps=4),
+        dict(fixed_trip_count=True),
+    ),
+    (
         "a loop that cannot end early gets the largest compiled size that fits",
         load(decoding=(DECODES,) * 4, fitting_steps=15),
         dict(chunk_steps=4),
@@ -283,6 +309,7 @@ LOADS = st.builds(
     length=st.sampled_from(LIMITS.lengths),
     smaller_steps=st.integers(0, 5),
     fitting_steps=st.none() | st.integers(0, 20),
+    hiding_steps=st.none() | st.integers(1, 16),
 )
 
 

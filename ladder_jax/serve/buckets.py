@@ -15,6 +15,19 @@ def bucket_sizes(least: int, most: int) -> list[int]:
     return [*sizes, most]
 
 
+def with_halves(sizes: Sequence[int], least: int) -> list[int]:
+    """Returns the sizes, and the middle between each two neighbours from `least` on.
+
+    with_halves([4, 8, 16, 32], 8) is [4, 8, 12, 16, 24, 32].
+    """
+    middles = [
+        (size + following) // 2
+        for size, following in zip(sizes, sizes[1:])
+        if size >= least and following - size > 1
+    ]
+    return sorted([*sizes, *middles])
+
+
 def round_up(sizes: Sequence[int], needed: int) -> int:
     """Returns the smallest of `sizes` that is at least `needed`, else the largest."""
     return next((size for size in sizes if size >= needed), sizes[-1])

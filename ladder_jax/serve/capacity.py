@@ -4,12 +4,14 @@ import bisect
 
 from ladder_jax.config import ConfigError, Decode, to_bytes
 from ladder_jax.serve import packing
-from ladder_jax.serve.buckets import between, bucket_sizes
+from ladder_jax.serve.buckets import between, bucket_sizes, with_halves
 
 # A chunk that always runs all its iterations is compiled for two numbers of iterations:
 # steps_per_call, and steps_per_call / SHORT_CHUNK_FACTOR.
 SHORT_CHUNK_FACTOR = 4
 SHORTEST_LENGTH = 64  # the shortest compiled length of a row, in tokens
+# With `compute_bound`, widths from this one on have another one between each two.
+LEAST_HALVED = 8
 SHORTEST_PIECE = 16  # the smallest compiled width of a prefill call, in tokens
 
 
@@ -24,6 +26,9 @@ class Capacity:
       prefix_bytes: memory for shared prefixes on one device.
       fixed_trip_count: whether a chunk always runs all iterations it is compiled for.
       page_size: tokens of a page; 0: each row has memory for `length` tokens.
+      compute_bound: whether a step over more slots takes longer on these devices even
+        where few requests are in them. With pages there are then more widths; with rows
+        each would be compiled for all lengths.
 
     page_count: the pages of all requests and of stored prefixes; 0 without pages.
     slots, staging_size: the most requests in the slots and in staging.
@@ -45,6 +50,7 @@ class Capacity:
         prefix_bytes: int,
         fixed_trip_count: bool,
         page_size: int = 0,
+        compute_bound: bool = False,
     ) -> None:
         self.page_size = page_size
         self.options, self.length = options, length
@@ -61,6 +67,8 @@ class Capacity:
         self.widths, self.lengths = [self.slots], [length]
         if options.fit_shapes:
             self.widths = bucket_sizes(1, self.slots)
+            if page_size and compute_bound:
+                self.widths = with_halves(self.widths, LEAST_HALVED)
             if not page_size:  # attention reads the pages that requests have
                 self.lengths = bucket_sizes(min(SHORTEST_LENGTH, length), length)
         self.chunk_sizes = [steps]

@@ -73,6 +73,7 @@ def design(
         arrays=2 * model_config.layers if options.unroll_layers else 2,
         prefix_bytes=to_bytes(options.prefix_memory, "decode.prefix_memory"),
         fixed_trip_count=spec.fixed_trip_count,
+        compute_bound=platform == "cpu",
     )
     options = dataclasses.replace(options, slots=capacity.slots)
     return Design(model_config, mesh, options, length, vocabulary, spec, capacity)

@@ -1,7 +1,8 @@
-"""Measures the time of a decode iteration: how many fit in decode.burst_ms, and when a
-chunk will end.
+"""Measures the time of a decode iteration: how many fit in decode.burst_ms, how many
+hide the host's work, and when a chunk will end.
 
-The scheduler reads no clock. The engine gives it `Pace.fitting`, numbers of iterations.
+The scheduler reads no clock. The engine gives it `Pace.fitting` and `Pace.hiding`,
+numbers of iterations.
 """
 
 import math
@@ -16,6 +17,8 @@ SAMPLES = 5
 SHORTEST = 1e-9  # seconds of an iteration, so that none takes 0
 # A chunk may end this share of its time earlier than the estimate.
 EARLIER = 0.1
+# A chunk that takes so many times as long as the host's work for it hides that work.
+HIDES = 8
 
 
 class Pace:
@@ -65,6 +68,17 @@ class Pace:
     def add_host(self, seconds: float) -> None:
         """Notes the host's time from the end of a wait to the start of a chunk."""
         self._host.append(seconds)
+
+    def hiding(self, width: int) -> int | None:
+        """Returns the fewest iterations that hide the host's work, 1 or more.
+
+        None: the times are not known yet, or decode.burst_ms is 0, which asks for
+        throughput alone.
+        """
+        if not (self.burst_ms and self._samples and self._host):
+            return None
+        needed = HIDES * statistics.median(self._host) / self.seconds(width)
+        return int(min(max(math.ceil(needed), 1), self.steps_per_call))
 
     def nearly_done(self, width: int, iterations: int, start: float) -> float:
         """Returns when the host must start the next chunk, before this one ends.

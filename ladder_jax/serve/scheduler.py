@@ -77,6 +77,8 @@ class Load:
     length: int = 1  # tokens of its rows
     # How many iterations of this width fit in decode.burst_ms; None: no limit.
     fitting_steps: int | None = None
+    # How many iterations hide the host's work for a chunk; None: not known.
+    hiding_steps: int | None = None
     # For how many steps of the engine in a row a smaller shape would have sufficed.
     smaller_steps: int = 0
 
@@ -198,7 +200,8 @@ def next_chunk_steps(load: Load, limits: Limits) -> int:
     They are at most the tokens that the longest request has left, and at most those
     that `most_steps` returns. If the next prefill call can fill empty slots, the chunk
     is shorter, so that this call starts soon: it has the share of `most_steps` that
-    full slots have of full and fillable slots.
+    full slots have of full and fillable slots. If a request that arrives now could get
+    a slot, the chunk has at most the `hiding_steps`, so that it need not wait long.
     """
     left = tokens_left(load)
     if not (left or load.cancelled):
@@ -211,6 +214,9 @@ def next_chunk_steps(load: Load, limits: Limits) -> int:
     queued = load.queued - len(load.candidates)
     fillable = min(nearly_prefilled + queued, max(limits.slots - full, 0))
     share = most_steps(load, limits) * full // max(full + fillable, 1)
+    has_room = len(load.on_device) + load.queued < limits.slots
+    if has_room and load.hiding_steps is not None:
+        share = min(share, load.hiding_steps)
     steps = max(min(share, left), 1)
     return round_up(limits.chunk_sizes, steps) if limits.fixed_trip_count else steps
 

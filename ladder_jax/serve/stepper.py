@@ -68,6 +68,7 @@ class Stepper:
         self.counters = Counters()
         self.pace = Pace(options.burst_ms, options.steps_per_call, capacity.widths)
         self._fitting: Mapping[int, int] = {}  # of the present step
+        self._expects_arrivals = False
         self.history: list[TracedChunk] = []
         # Requests that clients have cancelled since the last step.
         self._cancelled: deque[Request] = deque()
@@ -99,7 +100,8 @@ class Stepper:
     def step(self, fitting: Mapping[int, int], wait: bool = False) -> bool:
         """Takes one step; returns whether there was anything to do.
 
-        wait: whether `wait_for_arrivals` follows.
+        wait: whether `wait_for_arrivals` follows. Chunks are then short while slots are
+        free, see scheduler.next_chunk_steps.
 
         fitting: {width: iterations that fit in decode.burst_ms}, as in Pace. A width
         that it lacks has no limit.
@@ -123,7 +125,7 @@ class Stepper:
             return True
         try:
             self._changing = True
-            self._fitting = fitting
+            self._fitting, self._expects_arrivals = fitting, wait
             had_work = self._step()
             if wait:
                 self._prepare_wait()
@@ -213,7 +215,7 @@ class Stepper:
 
     def _plan(self, candidates: list[Request], prefill_spent: int = 0) -> Step:
         """Asks the scheduler what to do next."""
-        tracker, unread = self.tracker, self.calls.unread
+        tracker, unread, width = self.tracker, self.calls.unread, self.programs.width
         load = Load(
             queued=len(self.queue),
             candidates=tuple(map(work_of, candidates)),
@@ -223,9 +225,10 @@ class Stepper:
             cancelled=tracker.cancelled_count(),
             unread_chunks=sum(chunk.steps > 0 for chunk in unread),
             prefill_spent=prefill_spent,
-            width=self.programs.width,
+            width=width,
             length=self.programs.length,
-            fitting_steps=self._fitting.get(self.programs.width),
+            fitting_steps=self._fitting.get(width),
+            hiding_steps=self.pace.hiding(width) if self._expects_arrivals else None,
             smaller_steps=self._smaller_steps,
         )
         return self.scheduler(load, self.limits)
