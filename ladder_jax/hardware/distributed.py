@@ -44,7 +44,8 @@ class Hosts:
     tokens of the corpus."""
     lost_after: float = _option(30.0)
     """Seconds after which a process that does not answer is lost, and all end with
-    status 75. Before the first step, four times as many."""
+    status 75. Before the first step, one and a half times as many. One that was killed
+    is noticed at once."""
 
     def place(self) -> dict[str, Any]:
         """coordinator, processes and process, for `join`. Raises ConfigError where one
@@ -100,8 +101,8 @@ def join(
       say: writes one line.
 
     Raises ConfigError where only one or two of the three are given, or where they are
-    None and there is no such cluster; TimeoutError, one line, that names the processes
-    that did not start.
+    None and there is no such cluster; Missing, one line, that names the processes that
+    did not start.
     """
     options = dict(coordinator=coordinator, processes=processes, process=process)
     present = [name for name, value in options.items() if value is not None]
