@@ -73,7 +73,9 @@ ROWS = {
     "hardware": ["hardware"],
     "ground": [
         "sharding",
+        "saving",
         "checkpoint",
+        "checkpoint_arrays",
         "orbax_output",
         "stored_arrays",
         "addresses",

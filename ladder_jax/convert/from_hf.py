@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax import model as models
 from ladder_jax import sharding
-from ladder_jax.checkpoint import Checkpoints, require_plain_name
+from ladder_jax.checkpoint import require_plain_name
 from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
@@ -33,6 +33,7 @@ from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
+from ladder_jax.saving import Checkpoints
 from ladder_jax.say import Say
 
 TOKENIZER = "tokenizer"  # the folder of the tokenizer's files, in the run's folder
