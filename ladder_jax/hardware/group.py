@@ -224,6 +224,12 @@ class Group(contextlib.AbstractContextManager["Group"]):
         wait_for = lambda: f"process 0: {what}"
         return self.channel.wait(key, wait_for, self._waiting()).decode()
 
+    def on_this_host(self) -> int:
+        """How many of the processes run on this one's host. All must call it."""
+        key, host = self._key("hosts"), socket.gethostname().encode()
+        self.channel.put(f"{key}/{self.number}", host)
+        return self.channel.gather(key, "hosts", self._waiting()).count(host)
+
     def wait_for_all(self, what: str) -> None:
         """Returns once all processes have called it."""
         self._wait_for_all(self._key(what), what)
