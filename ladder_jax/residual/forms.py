@@ -10,7 +10,7 @@ layers.py runs layers without a word of the form: a new one is a class here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,16 @@ from ladder_jax.schedule import Block, Schedule
 Pattern = Sequence[Sequence[Block]]  # the blocks of repeated layers
 
 
+class Call(NamedTuple):
+    """One block to run: its place in the schedule, and its computation."""
+
+    block: Block
+    next_delay: int  # of the block after it
+    compute: ComputeBlock
+    rows: Rows  # the positions that it computes
+    extra: Any  # its entry of Form.extras
+
+
 class Form(Protocol):
     """What layers.py does with a stream, whatever its form."""
 
@@ -49,15 +59,7 @@ class Form(Protocol):
         None: nothing.
         """
 
-    def block(
-        self,
-        stream: Any,
-        block: Block,
-        next_delay: int,
-        compute: ComputeBlock,
-        rows: Rows,
-        extra: Any,
-    ) -> tuple[Any, Any]:
+    def block(self, stream: Any, call: Call) -> tuple[Any, Any]:
         """The stream after a block, and compute's output: see blocks.run_block."""
 
     def as_carry(self, stream: Any, pattern: Pattern, extras: Any) -> Any:
@@ -98,16 +100,9 @@ class Shared:
         """None."""
         return None
 
-    def block(
-        self,
-        stream: Stream,
-        block: Block,
-        next_delay: int,
-        compute: ComputeBlock,
-        rows: Rows,
-        extra: Any,
-    ) -> tuple[Stream, Any]:
+    def block(self, stream: Stream, call: Call) -> tuple[Stream, Any]:
         """See blocks.run_block."""
+        block, next_delay, compute, rows, _ = call
         return run_block(stream, block, next_delay, compute, self.reduction, rows)
 
     def as_carry(self, stream: Stream, pattern: Pattern, extras: Any) -> Stream:
@@ -146,17 +141,11 @@ class Annealed(Shared):
             return None
         return jnp.reshape(self.freshness, (len(self.schedule.layers), -1))
 
-    def block(
-        self,
-        stream: Stream,
-        block: Block,
-        next_delay: int,
-        compute: ComputeBlock,
-        rows: Rows,
-        extra: Any,
-    ) -> tuple[Stream, Any]:
+    def block(self, stream: Stream, call: Call) -> tuple[Stream, Any]:
         """See annealing.run_annealed_block."""
-        freshness = self.freshness if extra is None else extra
+        block, _, compute, rows, freshness = call
+        if freshness is None:
+            freshness = self.freshness
         return run_annealed_block(
             stream, block, freshness, compute, self.reduction, rows
         )
@@ -175,18 +164,10 @@ class Own(Shared):
         total_BTD = reduce(embedded_BTD, self.reduction)
         return Stream(copy_to_tensor_axis(total_BTD, self.reduction))
 
-    def block(
-        self,
-        stream: Stream,
-        block: Block,
-        next_delay: int,
-        compute: ComputeBlock,
-        rows: Rows,
-        extra: Any,
-    ) -> tuple[Stream, Any]:
+    def block(self, stream: Stream, call: Call) -> tuple[Stream, Any]:
         """See blocks.run_desync_block and dtp.run_dtp_block."""
         run = run_dtp_block if self.schedule.mean else run_desync_block
-        return run(stream, block, compute, self.reduction, rows)
+        return run(stream, call.block, call.compute, self.reduction, call.rows)
 
     def as_carry(self, stream: Stream, pattern: Pattern, extras: Any) -> Stream:
         """It has one structure already."""
@@ -219,18 +200,11 @@ class Divided:
         """The scales of a block's norm and of the next one's."""
         return self.sequence.scales(layers, self.schedule.layers[0])
 
-    def block(
-        self,
-        stream: Shares,
-        block: Block,
-        next_delay: int,
-        compute: ComputeBlock,
-        rows: Rows,
-        extra: Any,
-    ) -> tuple[Shares, Any]:
+    def block(self, stream: Shares, call: Call) -> tuple[Shares, Any]:
         """See sequence.run_sequence_block; it computes all positions."""
+        block, next_delay, compute, _, scales = call
         return by_tokens.run_sequence_block(
-            stream, block, next_delay, compute, self.sequence, *extra
+            stream, block, next_delay, compute, self.sequence, *scales
         )
 
     def as_carry(self, stream: Shares, pattern: Pattern, extras: Any) -> Shares:

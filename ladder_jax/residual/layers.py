@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ladder_jax.residual.blocks import Rows
-from ladder_jax.residual.forms import Form
+from ladder_jax.residual.forms import Call, Form
 from ladder_jax.schedule import Block, Schedule
 
 Remat = Callable[..., Any] | None  # a policy of jax.checkpoint; None: no remat
@@ -98,11 +98,10 @@ def _run_layer(
         blocks, next_delays, rows, extras
     ):
         compute_block = partial(compute, layer, block)
+        call = Call(block, next_block_delay, compute_block, block_rows, extra)
         # Profiles and the planner tell blocks apart by this name.
         with jax.named_scope("+".join(block.parts)):
-            stream, output = form.block(
-                stream, block, next_block_delay, compute_block, block_rows, extra
-            )
+            stream, output = form.block(stream, call)
         outputs.append(output)
     return stream, tuple(outputs)
 
