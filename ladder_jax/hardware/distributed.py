@@ -16,6 +16,12 @@ JOIN_TIMEOUT = 300.0  # seconds, for all processes to start
 # JAX's own limits, in seconds. The group's are shorter: see group.py.
 JAX_LOST_AFTER = 3600
 JAX_SHUTDOWN = 60
+# Threads of XLA:CPU for each emulated device. A collective keeps a thread until the
+# other devices come, and a device may be in several, of programs that were called one
+# after the other: with a thread for each core or device, XLA's default, all of them may
+# wait for a device that has none left.
+THREADS = 4
+THREAD_VARIABLES = ("PJRT_NPROC", "NPROC")  # XLA reads the first that is set
 
 
 def _option(default: Any) -> Any:
@@ -76,6 +82,8 @@ def emulate(devices: int | None) -> None:
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if devices > 1 and not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ[THREAD_VARIABLES[0]] = str(THREADS * devices)
     if "jax" in sys.modules:  # it has read the variable already
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
