@@ -130,7 +130,7 @@ class Chaos:
             GRACE="8",
             RESTARTS="1000000",
             LADDER_JAX_LOST_AFTER="8",
-            LADDER_JAX_JOIN_TIMEOUT="60",
+            LADDER_JAX_JOIN_TIMEOUT="30",
             LADDER_JAX_STEP_TIMEOUT="90",
             AWS_ENDPOINT_URL=self.store.endpoint,
             AWS_ACCESS_KEY_ID="key",

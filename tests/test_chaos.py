@@ -33,7 +33,7 @@ def suffer(folder, count, seed, processes):
 
 
 def test_some_faults(tmp_path):
-    suffer(tmp_path, 6, 0, 2)
+    suffer(tmp_path, 5, 0, 2)
 
 
 @pytest.mark.slow
