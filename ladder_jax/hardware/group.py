@@ -260,6 +260,8 @@ class Group(contextlib.AbstractContextManager["Group"]):
             self._wait_for_reason()
         if self.failure is not None:
             time.sleep(GRACE)  # the thread that listens ends this process
+        if self.number and 0 in self._gone:
+            self.lose_coordinator()
         text = " ".join(str(error).split()) or type(error).__name__
         status = 2 if isinstance(error, ConfigError) else 1
         if isinstance(error, Missing):
@@ -320,9 +322,10 @@ class Group(contextlib.AbstractContextManager["Group"]):
 
     def lose_coordinator(self) -> None:
         """Ends this process because process 0 does not run any more."""
-        if self.status is not None:  # it ends, or its main thread does
-            text = self.failure.text if self.failure else None
-            self._end_with(text, self.status, heard=True)
+        if (failure := self.failure) is not None:  # it ends, or its main thread does
+            self._end_with(failure.text, failure.status, heard=True)
+        # An error of this process that none has heard of may follow from the loss, such
+        # as that of a save, which waits for the others through process 0.
         reason = f"process 0 of {self.count} is lost: its connection was closed"
         self._end_with(reason, RETRY, heard=True)
 
