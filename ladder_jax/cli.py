@@ -5,8 +5,8 @@ Exit statuses, for shells and schedulers:
   1    failed: no memory, a full disk, loss that is not finite, ...; one line says why
   2    a mistake in the arguments, the recipe or the data; one line says which
   3    `plan`: the program does not fit the memory of its devices
-  75   a process of the run was lost, or a step did not end: the same command, perhaps
-       on other machines, with --resume continues the run
+  75   a process of the run was lost or did not start, or a step did not end: the same
+       command, perhaps on other machines, with --resume continues the run
   128+N  stopped by signal N (130: Ctrl-C, 143: SIGTERM, 129: the terminal closed).
        `train` has saved then, unless its last line says that there was nothing to save;
        the same command with --resume continues it
@@ -39,6 +39,7 @@ from ladder_jax.config import (
 from ladder_jax.devices import emulate, join, require_devices
 from ladder_jax.hardware import malloc
 from ladder_jax.hardware.distributed import Hosts
+from ladder_jax.hardware.roll_call import Missing
 from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
 from ladder_jax.planner.arguments import PlanArguments
@@ -396,9 +397,12 @@ def run(words: list[str]) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         print_safely(f"{name}: {text}", sys.stderr)
+        if isinstance(error, Missing):
+            return RETRY
         return 2 if isinstance(error, ConfigError) else 1
 
 
+RETRY = 75  # as in hardware/group.py, which imports JAX
 # The errors whose message is a line for the user.
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError)
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 
 from ladder_jax import initial, schedule, sharding
-from ladder_jax.addresses import local_path
+from ladder_jax.addresses import is_address, local_path
 from ladder_jax.checkpoint import read_meta, require_plain_name, saved_steps
 from ladder_jax.config import Config, ConfigError, Data, Model, from_meta, to_dict
 from ladder_jax.data import corpus as corpora
+from ladder_jax.data import token_cache
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.data.remote import with_local_source
 from ladder_jax.hardware import group as groups
 from ladder_jax.metrics import require_tensorboard
 from ladder_jax.say import Say
@@ -170,10 +172,15 @@ def check_resumed(
 def prepare_corpus(
     data_config: Data, tokenizer: tokenizers.Tokenizer
 ) -> corpora.Corpus:
-    """The corpus. Process 0 tokenises it; then the others read its token cache."""
+    """The corpus. All processes share the work, where there are no tokens yet."""
     group = groups.current()
     if group is None:
         return corpora.prepare(data_config, tokenizer)
-    return group.first(
-        "the tokens of data.source", lambda: corpora.prepare(data_config, tokenizer)
+    if is_address(data_config.source):
+        group.first("a copy of data.source", lambda: with_local_source(data_config))
+    workers = max(token_cache.cores() // group.on_this_host(), 1)
+    say = None if group.number == 0 else lambda _: None
+    return group.together(
+        "the tokens of data.source",
+        lambda: corpora.prepare(data_config, tokenizer, workers, say),
     )

@@ -74,7 +74,7 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
             "fill_missing_data_reads": False,
         }
         store = ts.open(spec, read=True, open=True, context=context).result()
-        chunk: Any = store.chunk_layout.read_chunk.shape
+        chunk: Any = store.chunk_layout.read_chunk.shape or ()  # a scalar
         arrays["/".join(keys)] = StoredArray("/".join(keys), store, tuple(chunk))
     return arrays
 

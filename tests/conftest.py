@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "32")  # as `distributed.emulate(8)` sets it
 # XLA compiles a program once for all tests of this process and for the processes that
 # they start. pytest-xdist's workers do not share it: a file that one of them has not
 # written to its end would be a warning of another.

@@ -5,6 +5,7 @@ Buckets need not be made. Signatures are not checked.
 
 import hashlib
 import threading
+import time
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -12,13 +13,17 @@ from xml.etree import ElementTree
 
 
 class FakeS3(ThreadingHTTPServer):
-    """Serves `objects`, {bucket/key: bytes}, inside a `with`."""
+    """Serves `objects`, {bucket/key: bytes}, inside a `with`.
+
+    trouble: "slow": answers come after a second; "refuses": connections are closed;
+      "fails": each answer is an error; "": none.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects = {}
+        self.objects, self.trouble = {}, ""
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -40,6 +45,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.name = unquote(address.path).strip("/")
         self.query = parse_qs(address.query, keep_blank_values=True)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.trouble == "refuses":
+            self.close_connection = True
+            return False
+        if self.server.trouble == "fails":
+            self.answer(503, b"<Error><Code>SlowDown</Code></Error>")
+            return False
+        if self.server.trouble == "slow":
+            time.sleep(1)
         return True
 
     def do_GET(self):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from helpers import code_environment, write_files
+from workers import Workers
 
 from ladder_jax.config import ConfigError, Data
 from ladder_jax.data import (
@@ -142,6 +143,39 @@ def test_hosts_share_the_work(source, alone, tmp_path):
     assert contents(tmp_path) == alone[1]
     shards = sum(name.endswith("ids.bin") for name in alone[1])
     assert sum(out.count("wrote") for out, _ in outputs) == shards
+
+
+TRAIN = """
+from ladder_jax.config import Data
+from ladder_jax.data import token_cache, token_shard, token_units, tokenizer
+from ladder_jax.preparation import prepare_corpus
+
+token_units.SMALLEST = int(os.environ["UNIT"])
+token_cache.cores = lambda: count  # each process tokenises without a worker
+data = Data(os.environ["SOURCE"], token_cache=str(folder), held_out_fraction=0.3)
+write, wrote = token_shard.write, 0
+
+def slow_write(*arguments):
+    global wrote
+    time.sleep(0.05)
+    write(*arguments)
+    wrote += 1
+
+token_shard.write = slow_write
+with group, groups.telling(group):
+    assert group.on_this_host() == count
+    print(prepare_corpus(data, tokenizer.ByteTokenizer()).digest, wrote)
+"""
+
+
+def test_the_processes_of_a_run_share_the_work(source, alone, tmp_path):
+    values = dict(SOURCE=str(source), UNIT=str(UNIT))
+    with Workers(tmp_path, TRAIN, 2, **values) as workers:
+        assert workers.statuses(100) == [0, 0], workers.text(0) + workers.text(1)
+        digests, wrote = zip(*(workers.text(n, "out").split() for n in range(2)))
+    assert set(digests) == {alone[0].digest}
+    shards = sum(name.endswith("ids.bin") for name in alone[1])
+    assert sum(map(int, wrote)) == shards and "0" not in wrote
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -103,6 +103,16 @@ def test_generation_on_two_hosts_writes_each_row_once(tmp_path):
         assert row["tokens"] == expected
 
 
+def test_a_run_that_does_not_come_together_may_be_started_again(tmp_path):
+    """Process 0 never starts."""
+    command = [*helpers.COMMAND, "train", write_recipe(tmp_path), "--distributed"]
+    command += ["--coordinator", helpers.free_address(), "--processes", 2]
+    command += ["--process", 1, "--join-timeout", 1]
+    [(_, text, status)] = helpers.run_together([command], helpers.code_environment())
+    assert status == 75
+    assert text.splitlines()[-1].endswith("did not start within 1 s")
+
+
 LATE = (
     AFTER_STEP
     + """

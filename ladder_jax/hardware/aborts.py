@@ -57,6 +57,25 @@ def handled(address: tuple[str, int], on_lost: Callable[[], object]) -> Iterator
     _handlers.append(handler)
     # Python's own handlers run in the main thread, which an abort does not wait for.
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    _handle_terminate(aborted)
+
+
+def _handle_terminate(act: Callable[[int], None]) -> None:
+    """Calls `act` before C++ prints lines about an exception that nobody catches."""
+    make = ctypes.CFUNCTYPE(None)
+    try:
+        set_terminate = ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"]
+    except (OSError, AttributeError):  # another C++ library: it prints its lines
+        return
+    set_terminate.restype, set_terminate.argtypes = make, [make]
+
+    def terminated() -> None:
+        act(0)
+        before()
+
+    handler = make(terminated)
+    before = set_terminate(handler)
+    _handlers.append(handler)
 
 
 def _listens(address: tuple[str, int]) -> bool:

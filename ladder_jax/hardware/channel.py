@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ladder_jax.hardware.roll_call import Waiting, names
+from ladder_jax.hardware.roll_call import Missing, Waiting, names
 
 PREFIX = "ladder_jax"
 POLL = 1.0  # seconds of one wait for a message, in a longer wait
@@ -22,7 +22,7 @@ BEAT = 1.0  # seconds between two signs of life
 LOST_AFTER = 15.0  # seconds without one, after which a process is lost
 # How many times as long while it starts: Python stands still while XLA is handed a
 # program.
-START_PATIENCE = 4
+START_PATIENCE = 4.0
 GRACE = 20.0  # seconds to end after a process was lost
 
 
@@ -76,12 +76,12 @@ class Channel:
     def wait(self, key: str, what: Callable[[], str], waiting: Waiting) -> bytes:
         """Waits for a message, and says every few seconds for `what`.
 
-        Raises TimeoutError, and RuntimeError as `get`.
+        Raises Missing when the time is over, and RuntimeError as `get`.
         """
         while (found := self.get(key, POLL)) is None:
             waiting.on(what())
             if waiting.seconds >= waiting.timeout:
-                raise TimeoutError(
+                raise Missing(
                     f"waited {waiting.timeout:.0f} s for {what()}, without an answer"
                 )
         return found
@@ -121,13 +121,21 @@ class Watch:
     Process 0 watches all others, and they watch process 0. A process also shows its
     `step`, and whether it was asked to stop.
 
+    lost_after: seconds without a sign of life, after which a process is lost;
+      `start_patience` times as many while `starting`.
     on_lost: is called once, with a line about the process that is lost. This process
       ends GRACE seconds later, with status 1, if it has not ended before.
     on_stop: is called in process 0 while another process has been asked to stop.
     """
 
-    def __init__(self, channel: Channel, lost_after: float = LOST_AFTER) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        lost_after: float = LOST_AFTER,
+        start_patience: float = START_PATIENCE,
+    ) -> None:
         self.channel, self.lost_after = channel, lost_after
+        self.start_patience = start_patience
         self.step = 0  # the number of this process's next step
         self.steps: dict[int, int] = {}  # of the others, as far as it is known
         self.stopping = False
@@ -213,7 +221,7 @@ class Watch:
         silent = dict.fromkeys(self._last, 0)
         heard = {number: when for number, (_, when) in self._last.items()}
         while not self._ended.wait(BEAT):
-            patience = START_PATIENCE if self.starting else 1
+            patience = self.start_patience if self.starting else 1
             for number, (_, when) in self._last.items():
                 silent[number] = 0 if when > heard[number] else silent[number] + 1
                 heard[number] = when

@@ -16,6 +16,12 @@ JOIN_TIMEOUT = 300.0  # seconds, for all processes to start
 # JAX's own limits, in seconds. The group's are shorter: see group.py.
 JAX_LOST_AFTER = 3600
 JAX_SHUTDOWN = 60
+# Threads of XLA:CPU for each emulated device. A collective keeps a thread until the
+# other devices come, and a device may be in several, of programs that were called one
+# after the other: with a thread for each core or device, XLA's default, all of them may
+# wait for a device that has none left.
+THREADS = 4
+THREAD_VARIABLES = ("PJRT_NPROC", "NPROC")  # XLA reads the first that is set
 
 
 def _option(default: Any) -> Any:
@@ -44,7 +50,8 @@ class Hosts:
     tokens of the corpus."""
     lost_after: float = _option(30.0)
     """Seconds after which a process that does not answer is lost, and all end with
-    status 75. Before the first step, four times as many."""
+    status 75. Before the first step, one and a half times as many. One that was killed
+    is noticed at once."""
 
     def place(self) -> dict[str, Any]:
         """coordinator, processes and process, for `join`. Raises ConfigError where one
@@ -75,6 +82,8 @@ def emulate(devices: int | None) -> None:
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if devices > 1 and not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ[THREAD_VARIABLES[0]] = str(THREADS * devices)
     if "jax" in sys.modules:  # it has read the variable already
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
@@ -100,8 +109,8 @@ def join(
       say: writes one line.
 
     Raises ConfigError where only one or two of the three are given, or where they are
-    None and there is no such cluster; TimeoutError, one line, that names the processes
-    that did not start.
+    None and there is no such cluster; Missing, one line, that names the processes that
+    did not start.
     """
     options = dict(coordinator=coordinator, processes=processes, process=process)
     present = [name for name, value in options.items() if value is not None]

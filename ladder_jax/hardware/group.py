@@ -7,7 +7,8 @@ process, and for a signal to stop. A third one watches who is still there.
     a mistake     all compare what they were given before anything starts: `together`
     waiting       for process 0, or for all, with a line every few seconds: `first`
     an exception  the others print its line and the host's name, and end: `fail`
-    a lost host   is noticed by its silence, or by a step that does not end: `give_up`
+    a lost host   is noticed by its connection (lifeline.py), by its silence, or by a
+                  step that does not end: `give_up`
     a signal      to one stops all after the same step: `request_stop`, `stopped_by`
 
 Exit statuses: that of the process that failed; RETRY where a process was lost or hung;
@@ -33,11 +34,15 @@ import jax
 from ladder_jax.config import ConfigError
 from ladder_jax.hardware.channel import POLL, Channel, Watch
 from ladder_jax.hardware.differences import verdict
-from ladder_jax.hardware.roll_call import Waiting
+from ladder_jax.hardware.lifeline import Lifeline
+from ladder_jax.hardware.roll_call import Missing, Waiting
 from ladder_jax.hardware.watchdog import Watchdog
 
 RETRY = 75  # the exit status that asks a scheduler to try again (EX_TEMPFAIL)
 LOST_AFTER = 30.0  # seconds without a sign of life, after which a process is lost
+# How many times as long before the first step: 45 s. A process that was killed, and a
+# host that is gone, are noticed by their connections at any time.
+START_PATIENCE = 1.5
 WAIT_TIMEOUT = 86400.0  # seconds to wait for others before the first step
 GRACE = 5.0  # seconds for the main thread of the process that failed to end
 ACKNOWLEDGE = 10.0  # seconds that process 0 waits until the others have heard the end
@@ -108,8 +113,8 @@ class Group(contextlib.AbstractContextManager["Group"]):
 
     Args:
       command: names the program in lines for the user.
-      lost_after: seconds without a sign of life, after which a process is lost. Four
-        times as many until `starting` is over.
+      lost_after: seconds without a sign of life, after which a process is lost;
+        START_PATIENCE times as many until `started`.
       wait_timeout: seconds that the processes wait for each other before the start.
       say: writes one line.
     """
@@ -129,13 +134,14 @@ class Group(contextlib.AbstractContextManager["Group"]):
         # Called before this process ends without an ordinary exit.
         self.at_end: list[Callable[[], object]] = []
         self.status: int | None = None  # of an end that has begun
+        self._gone: set[int] = set()  # processes whose connection was closed
         self._over = threading.Event()
         self._names: dict[str, int] = {}  # how often a name was used
         self._leaving, self._telling = threading.Lock(), threading.Lock()
         # ---- to stop together
         self.stop: signal.Signals | None = None  # once all know of it
         self._steps, self._paused = 0, False
-        self.watch = Watch(self.channel, lost_after)
+        self.watch = Watch(self.channel, lost_after, START_PATIENCE)
         self.watch.on_lost = self._lose
         news: dict[str, Callable[[bytes], None]]
         news = dict(failure=self._fail_too, stop=self._stop_too)
@@ -151,6 +157,7 @@ class Group(contextlib.AbstractContextManager["Group"]):
         _current = self
         for thread in self._threads:
             thread.start()
+        self.lifeline = Lifeline(self.channel, self.who, self._closed)
         atexit.register(self._at_exit)
         return self
 
@@ -162,6 +169,7 @@ class Group(contextlib.AbstractContextManager["Group"]):
         self._wait_for_all("end", "the end of their work")
         self.watch.end()
         self._over.set()
+        self.lifeline.end()
         for thread in self._threads:
             thread.join(5 * POLL)
         _current = None
@@ -216,6 +224,12 @@ class Group(contextlib.AbstractContextManager["Group"]):
         wait_for = lambda: f"process 0: {what}"
         return self.channel.wait(key, wait_for, self._waiting()).decode()
 
+    def on_this_host(self) -> int:
+        """How many of the processes run on this one's host. All must call it."""
+        key, host = self._key("hosts"), socket.gethostname().encode()
+        self.channel.put(f"{key}/{self.number}", host)
+        return self.channel.gather(key, "hosts", self._waiting()).count(host)
+
     def wait_for_all(self, what: str) -> None:
         """Returns once all processes have called it."""
         self._wait_for_all(self._key(what), what)
@@ -246,8 +260,12 @@ class Group(contextlib.AbstractContextManager["Group"]):
             self._wait_for_reason()
         if self.failure is not None:
             time.sleep(GRACE)  # the thread that listens ends this process
+        if self.number and 0 in self._gone:
+            self.lose_coordinator()
         text = " ".join(str(error).split()) or type(error).__name__
         status = 2 if isinstance(error, ConfigError) else 1
+        if isinstance(error, Missing):
+            status = RETRY
         if isinstance(error, KeyboardInterrupt):
             status = 128 + signal.SIGINT
         self.status = status
@@ -286,13 +304,28 @@ class Group(contextlib.AbstractContextManager["Group"]):
     def _lose(self, reason: str) -> None:
         if self.number == 0:
             self.give_up(reason)
-        self._end_with(reason, RETRY)
+        self._end_with(reason, RETRY, heard=True)
+
+    def _closed(self, number: int, who: str) -> None:
+        """The connection to a process was closed, and it did not say that it ends."""
+        self._gone.add(number)
+        try:  # it may have told all why
+            told = self.channel.get("failure", POLL) or self.channel.get("stop", POLL)
+        except RuntimeError:
+            told = None
+        if told is not None or self._over.is_set():
+            return
+        if number == 0:
+            self.lose_coordinator()
+        text = f"process {number} of {self.count} ({who}) is lost: its connection was"
+        self._lose(f"{text} closed")
 
     def lose_coordinator(self) -> None:
         """Ends this process because process 0 does not run any more."""
-        if self.status is not None:  # it ends, or its main thread does
-            text = self.failure.text if self.failure else None
-            self._end_with(text, self.status, heard=True)
+        if (failure := self.failure) is not None:  # it ends, or its main thread does
+            self._end_with(failure.text, failure.status, heard=True)
+        # An error of this process that none has heard of may follow from the loss, such
+        # as that of a save, which waits for the others through process 0.
         reason = f"process 0 of {self.count} is lost: its connection was closed"
         self._end_with(reason, RETRY, heard=True)
 
@@ -317,6 +350,7 @@ class Group(contextlib.AbstractContextManager["Group"]):
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     stream.flush()
             if not heard:
+                self.lifeline.end()
                 thread = threading.Thread(target=self._acknowledge, daemon=True)
                 thread.start()
                 thread.join(2 * POLL if self.number else ACKNOWLEDGE)
@@ -329,7 +363,7 @@ class Group(contextlib.AbstractContextManager["Group"]):
             silent = self.watch.silent()
             while self.number == 0:
                 ended = {int(number) for number in self.channel.folder("ended")}
-                if ended | silent >= set(range(self.count)):
+                if ended | silent | self._gone >= set(range(self.count)):
                     return
                 time.sleep(POLL / 10)
 

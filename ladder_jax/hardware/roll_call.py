@@ -6,7 +6,8 @@ process connects and says its number. Once all have, process 0 closes the port, 
 JAX's coordinator opens it.
 
 Each message is one line of JSON. Process to process 0: {"process", "processes",
-"versions"}. Process 0 to the others: {"missing": [...]}, {"error": text} or {"go": 1}.
+"versions"}. Process 0 to the others: {"missing": [...]}, {"error": text} (a mistake),
+{"late": text} (the time is over) or {"go": 1}.
 """
 
 import contextlib
@@ -25,6 +26,10 @@ FIRST = 2.0
 LONGEST_LINE = 4096  # bytes
 # Seconds for a process that has connected to say its number.
 PATIENCE = 2.0
+
+
+class Missing(RuntimeError):
+    """Other processes of the run did not come: another start may help (status 75)."""
 
 
 class Waiting:
@@ -50,9 +55,9 @@ class Waiting:
         return True
 
     def check(self, what: str) -> None:
-        """Raises TimeoutError when the time is over."""
+        """Raises Missing when the time is over."""
         if self.seconds >= self.timeout:
-            raise TimeoutError(f"{what} did not start within {self.timeout:.0f} s")
+            raise Missing(f"{what} did not start within {self.timeout:.0f} s")
 
 
 def wait(
@@ -72,7 +77,7 @@ def wait(
       say: writes one line.
       versions: of the software, the same in all processes.
     Raises ConfigError if the processes do not fit together, or if the port is not free;
-    TimeoutError that names the processes that are missing.
+    Missing, one line, that names the processes that did not start.
     """
     host, port = address(coordinator)
     require(0 <= process < processes, "process", process, f"from 0 to {processes - 1}")
@@ -129,8 +134,8 @@ def _lead(port: int, hello: dict[str, Any], waiting: Waiting) -> None:
                 _tell(present.values(), {"missing": missing})
             try:
                 waiting.check(what)
-            except TimeoutError as error:
-                _tell(present.values(), {"error": str(error)})
+            except Missing as error:
+                _tell(present.values(), {"late": str(error)})
                 raise
 
 
@@ -232,6 +237,8 @@ def _try_to_follow(
                     return True
                 if "error" in said:
                     raise ConfigError(said["error"])
+                if "late" in said:
+                    raise Missing(said["late"])
                 waiting.on(names(said["missing"], hello["processes"]))
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, ConfigError):
