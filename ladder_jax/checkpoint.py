@@ -102,7 +102,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         # If a background thread failed to make the folder, Orbax's other threads would
         # wait for the folder for minutes.
         context.asynchronous.create_directories_asynchronously = False
-        context.array.saving.scoped_storage_options_creator = _storage_options
+        context.array.saving.scoped_storage_options_creator = storage_options
         every_call = training.save_decision_policies.FixedIntervalPolicy(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 "restore one of them to go on from it, or choose another folder"
             )
         items: dict[str, Any] = {
-            name: unflatten_dict(_named(tree), sep="/") for name, tree in state.items()
+            name: unflatten_dict(named(tree), sep="/") for name, tree in state.items()
         }
         arrays = {name: _shapes(tree) for name, tree in state.items()}
         own = dict(format=FORMAT, ladder_jax=VERSION, parts=sorted(items))
@@ -277,7 +277,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.close()
 
 
-def _storage_options(keys: tuple[Any, ...], value: Any) -> Any:
+def storage_options(keys: tuple[Any, ...], value: Any) -> Any:
     """How Orbax stores an array: the matrices of each layer in chunks of their own.
 
     A reader of one layer (stored_arrays.py) then reads no others.
@@ -522,7 +522,7 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """A pytree's arrays by name: shape, dtype and sharding."""
     return {
         array: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x))
-        for array, x in _named(tree).items()
+        for array, x in named(tree).items()
     }
 
 
@@ -650,7 +650,7 @@ def _position(path: Path, meta: Meta) -> Any:
     return positions[0]
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named(tree: Any) -> dict[str, Any]:
     """Leaves of a pytree by their path, such as layers/attention/wq.
 
     The `.value` at the end of a Flax variable's path is left out.

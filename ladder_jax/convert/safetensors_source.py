@@ -9,7 +9,7 @@ import numpy as np
 
 from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.convert.safetensors_file import Place, read_header, read_tensor
-from ladder_jax.convert.source import TEXTS, TensorInfo
+from ladder_jax.convert.source import TEXTS, FileState, TensorInfo, state_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,6 +45,10 @@ class SafetensorsSource:
 
     def text(self, name: str) -> str | None:
         return read_text(self.folder / name)
+
+    def files(self) -> list[FileState]:
+        paths = {path for path, _ in self._located().values()}
+        return [state_of(path) for path in sorted(paths)]
 
     def _located(self) -> dict[str, tuple[Path, Place]]:
         if self._places is None:
