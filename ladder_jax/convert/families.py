@@ -240,14 +240,17 @@ FAMILIES = {
 # Families that are known and not supported, and why.
 _EXPERTS = "it has experts"
 _POST_NORMS = "it has norms after its blocks"
+# A norm over all heads of a layer would need a sum over tensor shards inside a block,
+# which nothing could hide.
+_WIDE_QK_NORM = f"{_POST_NORMS} and one norm over the queries of all heads"
 _LAYER_NORM = "it has LayerNorm, not RMSNorm"
 NOT_SUPPORTED = {
     "gemma2": f"{_POST_NORMS} and caps its logits",
     "gemma3": _POST_NORMS,
     "gemma3_text": _POST_NORMS,
     "olmo": "its LayerNorm has no weights",
-    "olmo2": _POST_NORMS,
-    "olmo3": _POST_NORMS,
+    "olmo2": _WIDE_QK_NORM,
+    "olmo3": _WIDE_QK_NORM,
     "glm": "it rotates a part of each head",
     "glm4": _POST_NORMS,
     "exaone4": _POST_NORMS,
@@ -269,6 +272,7 @@ NOT_SUPPORTED = {
     "gpt2": _LAYER_NORM,
     "gpt_neox": _LAYER_NORM,
     "falcon": _LAYER_NORM,
+    "olmoe": f"{_EXPERTS} and one norm over the queries of all heads",
     "qwen3_next": "it has linear attention",
     "mamba": "it is no transformer",
     "mllama": "it reads images",
