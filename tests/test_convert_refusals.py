@@ -33,6 +33,7 @@ ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_facto
 REFUSED = {
     "no model_type": (dict(model_type="absent"), "model_type"),
     "unknown": (dict(model_type="bert"), "model_type='bert'.*llama"),
+    "a billion layers": (dict(num_hidden_layers=10**9), "at most 10000"),
     "post-norms": (dict(model_type="glm4"), "norms after its blocks"),
     "a norm of all heads": (dict(model_type="olmo2"), "the queries of all heads"),
     "gemma3": (dict(model_type="gemma3_text"), "norms after its blocks"),

@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 Values = dict[str, Any]  # fields of config.Model
+MOST_LAYERS = 10_000  # more would take minutes to refuse by the names of their tensors
 
 
 class Family(NamedTuple):
@@ -301,6 +302,7 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
             "take the checkpoint without quantisation"
         )
     layers = fields.integer("num_hidden_layers")
+    fields.need("num_hidden_layers", layers <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     values = _shape(fields, family) | dict(layers=layers)
     values |= dict(
         rope_theta=(rope := read_rope(fields, family.rope_theta))[0],
