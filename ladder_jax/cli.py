@@ -27,22 +27,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ladder_jax.addresses import local_path
-from ladder_jax.arguments import BARE, ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
+from ladder_jax.arguments import ENVIRONMENT, FLAT, POSITIONAL, kinds_text, parse
 from ladder_jax.config import (
     Config,
     ConfigError,
     Data,
-    Decode,
-    Mesh,
     from_recipe,
     near_matches,
     require,
 )
-from ladder_jax.hardware import distributed, malloc
+from ladder_jax.devices import emulate, join, require_devices
+from ladder_jax.hardware import malloc
 from ladder_jax.hardware.distributed import Hosts
 from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
 from ladder_jax.planner.arguments import PlanArguments
+from ladder_jax.standard_streams import (
+    discard_unwritten,
+    open_standard_streams,
+    print_safely,
+)
 
 
 @dataclass(frozen=True)
@@ -60,61 +64,6 @@ class TrainArguments:
     """Seconds after which a step that does not end, with its evaluation and save, ends
     the run with status 75. 0: never. The first step may take any time."""
     hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
-
-
-@dataclass(frozen=True)
-class GenerateArguments:
-    """Prints a model's continuation of a prompt, token by token. With --prompts-file,
-    decodes many prompts together and writes the outputs to a file."""
-
-    checkpoint: str = field(metadata=POSITIONAL)
-    """A run's folder, its checkpoints folder, or the folder of one step."""
-    prompt: str = ""
-    """The text to continue. Empty: a new document, from the tokenizer's begin token, or
-    from its end token if it has no begin token."""
-    chat: str | None = field(default=None, metadata={BARE: ""})
-    """A question to answer, by the tokenizer's chat template. Without a text: the lines
-    of stdin are the turns of a conversation."""
-    system: str = ""
-    """The system message of --chat."""
-    prompts_file: str | None = None
-    """A JSONL file with one prompt, or messages, a line. A line may set options of its
-    own; the options of the command line are its defaults."""
-    out: str = "out.jsonl"
-    """The file for the outputs of --prompts-file. Outputs that it already holds are not
-    generated again."""
-    max_tokens: int | None = None
-    """The most tokens to generate. None: 200, or fewer if the model's max_length is
-    reached first."""
-    min_tokens: int = 0
-    """The fewest tokens to generate before the end token or a stop string can end the
-    output."""
-    temperature: float = 0.0
-    """Divides the logits before a token is drawn. 0: always the most probable token."""
-    top_k: int = 0
-    """Draw from this many most probable tokens. 0: from all tokens."""
-    top_p: float = 1.0
-    """Draw from the most probable tokens that together have this probability."""
-    seed: int = 0
-    """Seeds the random draws. With --prompts-file, each row gets a seed of its own from
-    this one."""
-    stop: tuple[str, ...] = ()
-    """Generation stops at the first of these strings, which the output leaves out."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Ids of tokens at which generation stops. By default, the tokenizer's
-    end token; with --chat, also the end of a turn."""
-    ignore_eos: bool = False
-    """Do not stop at the tokenizer's end token, nor at the end of a turn."""
-    step: int | None = None
-    """The step of the checkpoint. None: the newest."""
-    tensor: int | None = None
-    """Devices to shard the model over. None: 1; for desync and dtp, as in training."""
-    devices: int | None = None
-    """Emulate this many devices on the CPU."""
-    hosts: Hosts = field(default_factory=Hosts, metadata=FLAT)
-    decode: Decode = field(
-        default_factory=lambda: Decode(slots=16, burst_ms=0), metadata=FLAT
-    )
 
 
 @dataclass(frozen=True)
@@ -204,93 +153,14 @@ def outcome(summary: Mapping[str, Any], words: list[str]) -> str:
 
 def generate(words: list[str]) -> int:
     """`ladder-jax generate CHECKPOINT ...`"""
-    arguments = parse(GenerateArguments, words, "generate")
-    check_one_prompt(arguments)
+    from ladder_jax import generating
+
+    arguments = parse(generating.Arguments, words, "generate")
+    generating.check_one_prompt(arguments)
     emulate(arguments.devices)
     with join(arguments.hosts, "ladder-jax generate"):
-        return generate_together(arguments)
-
-
-def generate_together(arguments: GenerateArguments) -> int:
-    """`generate` once the processes have joined, if there are several."""
-    require_devices()
-    import jax
-
-    from ladder_jax.loading import load
-
-    tensor = arguments.tensor
-    if tensor is None and jax.process_count() > 1:
-        tensor = jax.device_count()
-    mesh_config = None if tensor is None else Mesh(data=1, tensor=tensor)
-    loaded = load(
-        arguments.checkpoint,
-        step=arguments.step,
-        mesh=mesh_config,
-        weights_dtype=arguments.decode.weights_dtype,
-    )
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    options = {name: getattr(arguments, name) for name in names}
-    options["stop_token_ids"] = arguments.stop_token_ids or None
-    # Outputs of --prompts-file that lack newer options can be continued.
-    newer = {name: getattr(arguments, name) for name in ("min_tokens", "ignore_eos")}
-    options |= {name: value for name, value in newer.items() if value}
-    if arguments.prompts_file is not None:
-        return generate_file(arguments.prompts_file, arguments, loaded, options)
-    if arguments.chat is not None:
-        from ladder_jax.chat import converse, typed_lines
-
-        questions = [arguments.chat] if arguments.chat else typed_lines()
-        converse(loaded, questions, options, system=arguments.system)
-        return 0
-    for text in loaded.generate(arguments.prompt, **options):
-        print(text, end="", flush=True)
-    print(flush=True)
-    return 0
-
-
-def check_one_prompt(arguments: GenerateArguments) -> None:
-    """Raises ConfigError where options say more than one thing to generate from."""
-    if arguments.hosts.distributed:
-        value = arguments.prompts_file
-        require(value, "prompts-file", value, "a file with --distributed")
-    if arguments.chat is None:
-        require(
-            not arguments.system, "system", arguments.system, "empty without --chat"
-        )
-        return
-    for name in ("prompt", "prompts_file"):
-        value = getattr(arguments, name)
-        require(not value, name.replace("_", "-"), value, "left out with --chat")
-
-
-def generate_file(
-    path: str, arguments: GenerateArguments, loaded: Any, options: dict[str, Any]
-) -> int:
-    """Decodes a file of prompts with the engine. Returns 1 if a row failed, or 0."""
-    from ladder_jax.serve import offline
-    from ladder_jax.serve.engine import Engine
-
-    engine = Engine(
-        loaded.model,
-        loaded.config.model,
-        loaded.mesh,
-        arguments.decode,
-        loaded.tokenizer,
-    )
-    import jax
-
-    leads = jax.process_index() == 0
-    if leads:
-        print(engine.report(), file=sys.stderr)
-    count, before, failed = offline.run(
-        engine, path, arguments.out, options, model=loaded.model
-    )
-    text = f"done: {count} outputs in {arguments.out}"
-    text += f", {before} were there already" if before else ""
-    text += f", {failed} of them errors" if failed else ""
-    if leads:
-        print(text, flush=True)
-    return 1 if failed else 0
+        require_devices()
+        return generating.run(arguments)
 
 
 def tokenizer(words: list[str]) -> int:
@@ -471,61 +341,6 @@ hung: try again; 128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM). `train` 
 saved then, and the same command with --resume continues it."""
 
 
-# ---------------------------------------------------------------- devices
-
-# The flag of XLA that --devices sets (hardware/distributed.py).
-DEVICE_COUNT = "--xla_force_host_platform_device_count"
-
-
-def emulate(devices: int | None) -> None:
-    """Emulates `devices` devices; None: does nothing. Prints which of the user's
-    environment variables it overrides."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    distributed.emulate(devices)
-    if devices is None:
-        return
-    if platforms not in ("", "cpu"):
-        text = f"--devices {devices} replaces JAX_PLATFORMS={platforms} by cpu"
-        print_safely(text, sys.stderr)
-    for flag in flags:
-        name, _, count = flag.partition("=")
-        if name == DEVICE_COUNT and count != str(devices):
-            text = f"--devices {devices} replaces {flag} in XLA_FLAGS"
-            print_safely(text, sys.stderr)
-
-
-def join(hosts: Hosts, command: str) -> contextlib.AbstractContextManager[Any]:
-    """Joins the other processes of the run where --distributed is given.
-
-    Inside the `with` that it returns, they end together.
-    """
-    place = hosts.place()
-    if not hosts.distributed:
-        return contextlib.nullcontext()
-    distributed.join(**place, timeout=hosts.join_timeout)
-    from ladder_jax.hardware import group
-
-    return group.make(command, hosts.lost_after, hosts.wait_timeout)
-
-
-def require_devices() -> None:
-    """Raises ConfigError where JAX has no device of the kind JAX_PLATFORMS names."""
-    import jax
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        platforms = os.environ.get("JAX_PLATFORMS")
-        if not platforms:
-            raise
-        reason = f": {' '.join(str(error).split())}" if str(error) else ""
-        raise ConfigError(
-            f"JAX_PLATFORMS={platforms!r} is not accepted: it must name devices that "
-            f"JAX finds on this machine, such as cpu{reason}"
-        ) from error
-
-
 # ---------------------------------------------------------------- the process
 
 
@@ -593,49 +408,3 @@ def unknown(kind: str, word: str, known: Any) -> str:
     near = near_matches(word, known)
     hint = f" (perhaps {' or '.join(near)})" if near else ""
     return f"unknown {kind} {word!r}; choose from {', '.join(known)}{hint}"
-
-
-def open_standard_streams() -> None:
-    """Opens the standard streams that the shell closed (`>&-`), as os.devnull.
-
-    Otherwise the first files that it opens would take their numbers, and what XLA
-    writes to number 2 would end up in a checkpoint.
-    """
-    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
-    for number, (name, mode) in enumerate(modes.items()):
-        if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            if descriptor != number:  # another file has taken it already
-                os.close(descriptor)
-                setattr(sys, name, open(os.devnull, mode))
-            else:
-                setattr(sys, name, open(descriptor, mode))
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character must not end a run.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def print_safely(text: str, stream: Any = None) -> None:
-    """Prints a line. A line that cannot be written does not change the exit status."""
-    try:
-        print(text, file=stream or sys.stdout, flush=True)
-    except (OSError, ValueError):
-        pass
-
-
-def discard_unwritten() -> None:
-    """Points output streams that cannot be written to os.devnull.
-
-    Otherwise Python would fail to flush them at exit, and exit with status 120.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            try:
-                os.dup2(nothing, stream.fileno())
-            except (OSError, ValueError):
-                pass
-            os.close(nothing)

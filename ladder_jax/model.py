@@ -28,7 +28,9 @@ from ladder_jax.matmul import einsum
 from ladder_jax.quantised import take_rows
 from ladder_jax.residual import layers as residual
 from ladder_jax.residual.annealing import Freshness, check_freshness
+from ladder_jax.residual.blocks import take
 from ladder_jax.residual.dtp import mean_of_streams
+from ladder_jax.residual.forms import form_of
 from ladder_jax.residual.reductions import Policy
 from ladder_jax.residual.sequence import SequenceParallel
 from ladder_jax.rotary import rotary, rotate
@@ -114,7 +116,7 @@ class Attention(nnx.Module):
         The partial lacks the output's bias, `bo`. With `read_BR` (only with a cache)
         it has only those positions.
         """
-        read_u_BTD = residual.take(u_BTD, read_BR)
+        read_u_BTD = take(u_BTD, read_BR)
         q_BTNH = _project(read_u_BTD, self.wq, self.bq)
         k_BTKH = _project(u_BTD, self.wk, self.bk)
         v_BTKH = _project(u_BTD, self.wv, self.bv)
@@ -123,7 +125,7 @@ class Attention(nnx.Module):
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         if context.rotation is not None:
-            cosine, sine = (residual.take(x, read_BR) for x in context.rotation)
+            cosine, sine = (take(x, read_BR) for x in context.rotation)
             q_BTNH = rotate(q_BTNH, (cosine, sine))
             k_BTKH = rotate(k_BTKH, context.rotation)
         if cache is None:
@@ -135,12 +137,12 @@ class Attention(nnx.Module):
         elif context.pages_read is None:
             assert isinstance(cache, kv_cache.KV)
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, context.positions_BT)
-            positions_BT = residual.take(context.positions_BT, read_BR)
+            positions_BT = take(context.positions_BT, read_BR)
             out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         else:
             reads, positions_BT = context.pages_read, context.positions_BT
             cache = pages.write(cache, k_BTKH, v_BTKH, positions_BT, reads.table_BM)
-            positions_BT = residual.take(positions_BT, read_BR)
+            positions_BT = take(positions_BT, read_BR)
             out_BTNH = pages.attend(q_BTNH, cache, reads, positions_BT, context.window)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
@@ -325,17 +327,16 @@ def hidden(
     if sequence_parallel and sharding.axis_size(sharding.TENSOR) > 1:
         norm = partial(rms_norm, eps=model_config.norm_eps)
         sequence = SequenceParallel(_norm_scale, norm, tokens_BT.shape[1])
+    residual_schedule = model_config.residual_schedule()
     x_BTD, outputs = residual.run(
-        model_config.residual_schedule(),
+        residual_schedule,
         embed(model, dtype, tokens_BT),
         layers,
         partial(compute_block, model_config, context, is_normed=sequence is not None),
-        reduction=reduction,
+        form_of(residual_schedule, reduction, freshness, sequence),
         remat=REMAT[remat],
         unroll=unroll,
         read_BR=read_BR,
-        freshness=freshness,
-        sequence=sequence,
     )
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
@@ -378,7 +379,7 @@ def compute_block(
         partials_BTD.append(_add_output_bias(partial_BTD, attention.bo, block))
     if "mlp" in parts:
         mlp = parts["mlp"]
-        partial_BTD = mlp(residual.take(u_BTD, read_BR), progress)
+        partial_BTD = mlp(take(u_BTD, read_BR), progress)
         partials_BTD.append(_add_output_bias(partial_BTD, mlp.down_bias, block))
     return sum(partials_BTD[1:], partials_BTD[0]), new_cache
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import optax
 
-from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Train
 from ladder_jax.preparation import Job
 from ladder_jax.progress import Measured
+from ladder_jax.saving import Checkpoints
 from ladder_jax.train_programs import State, abstract_state, watched
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from ladder_jax import agreement, crossing, identity, model, rollback, sharding
-from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
@@ -36,6 +35,7 @@ from ladder_jax.profiling import Profile
 from ladder_jax.progress import Measured, Output, Pace, Reports, Speed
 from ladder_jax.rollback import BadStep
 from ladder_jax.run_folder import Lease
+from ladder_jax.saving import Checkpoints
 from ladder_jax.say import Say
 from ladder_jax.step_inputs import StepInputs
 from ladder_jax.train_programs import (

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import config
-from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.saving import Checkpoints
 
 META = {
     "config": json.loads(json.dumps(config.to_dict(config.Config()))),

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, generate, model, sharding
-from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.hardware import chips, compile_cache, cost, xla_options
+from ladder_jax.saving import Checkpoints
 from ladder_jax.serve.engine import Engine
 
 ROOT = Path(__file__).parents[1]

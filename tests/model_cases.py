@@ -97,13 +97,14 @@ def on_mesh(model_config, mesh, **options):
 scanned = residual.run
 
 
-def run_unrolled(plan, embedded, layers, apply, **options):
+def run_unrolled(plan, embedded, layers, apply, form, **options):
     """`residual.run` with the stack of layers given as a list."""
     return scanned(
         plan,
         embedded,
         [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(len(plan.layers))],
         apply,
+        form,
         **options,
     )
 

@@ -23,8 +23,9 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from ladder_jax import checkpoint
-from ladder_jax.checkpoint import Checkpoints, load_model, read_meta
+from ladder_jax.checkpoint import load_model, read_meta
 from ladder_jax.config import ConfigError
+from ladder_jax.saving import Checkpoints
 
 
 def test_a_round_trip_is_bit_exact_and_data_continue_at_their_position(tmp_path, capfd):

@@ -13,8 +13,9 @@ import pytest
 from checkpoint_states import META, abstract, assert_same, data, make_state
 
 from ladder_jax import checkpoint
-from ladder_jax.checkpoint import Checkpoints, load_model
+from ladder_jax.checkpoint import load_model
 from ladder_jax.run_folder import Lease
+from ladder_jax.saving import Checkpoints
 
 
 def test_checkpoints_of_another_job_stop_the_run_and_stay(tmp_path):
@@ -43,7 +44,7 @@ import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.saving import Checkpoints
 from ladder_jax.run_folder import Lease
 
 state = {"model": {"w": jnp.zeros(4)}}
@@ -99,7 +100,7 @@ folder, seed = sys.argv[1], int(sys.argv[2])
 def train(ready):
     # Imported after the fork: the threads that they start would not survive it.
     import grain, jax, jax.numpy as jnp, numpy as np
-    from ladder_jax.checkpoint import Checkpoints
+    from ladder_jax.saving import Checkpoints
     jax.config.update("jax_platforms", "cpu")
     position = iter(grain.MapDataset.range(1 << 20).to_iter_dataset())
     zeros = lambda: {"model": {str(i): jnp.zeros((200, 500)) for i in range(8)}}
@@ -195,7 +196,7 @@ import sys
 import grain, jax, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
-from ladder_jax.checkpoint import Checkpoints
+from ladder_jax.saving import Checkpoints
 
 folder, address, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_platforms", "cpu")

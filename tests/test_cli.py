@@ -10,7 +10,7 @@ import tokenizers
 from helpers import COMMAND, code_environment
 from tokenizers import models
 
-from ladder_jax import cli
+from ladder_jax import cli, devices
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -332,13 +332,13 @@ def test_a_platform_that_is_not_here_is_one_line(recipe):
 def test_devices_says_which_variables_it_overrides(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=dump")
-    cli.emulate(8)
+    devices.emulate(8)
     assert capsys.readouterr().err == "--devices 8 replaces JAX_PLATFORMS=cuda by cpu\n"
     assert os.environ["XLA_FLAGS"].startswith("--xla_dump_to=dump --xla_force")
     assert os.environ["JAX_PLATFORMS"] == "cpu"
-    cli.emulate(4)
+    devices.emulate(4)
     assert capsys.readouterr().err == (
         "--devices 4 replaces --xla_force_host_platform_device_count=8 in XLA_FLAGS\n"
     )
-    cli.emulate(None)
+    devices.emulate(None)
     assert capsys.readouterr().err == ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ladder_jax import checkpoint, model, train_programs
+from ladder_jax import model, saving, train_programs
 from ladder_jax.bench import conversion, conversion_report, conversion_text
 from ladder_jax.config import ConfigError, to_dict
 from ladder_jax.data import tokenizer
@@ -192,7 +192,7 @@ def study(tmp_path, monkeypatch):
     own = tokenizer.ByteTokenizer().to_json()
     meta = dict(config=to_dict(shape), tensor=1, tokenizer=own)
     parameters = model.init(shape.model, jax.random.key(0))
-    with checkpoint.Checkpoints(tmp_path / "parent", keep=1) as checkpoints:
+    with saving.Checkpoints(tmp_path / "parent", keep=1) as checkpoints:
         checkpoints.save(0, dict(model=parameters), None, meta)
     return conversion.Arguments(
         parent=str(tmp_path / "parent"),

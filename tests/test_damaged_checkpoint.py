@@ -21,7 +21,8 @@ from checkpoint_states import (
     save_steps,
 )
 
-from ladder_jax.checkpoint import Checkpoints, load_model, read_meta
+from ladder_jax.checkpoint import load_model, read_meta
+from ladder_jax.saving import Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ladder_jax
-from ladder_jax import checkpoint, cli, config
+from ladder_jax import checkpoint, cli, config, saving
 from ladder_jax.convert import shards, to_hf
 from ladder_jax.data import tokenizer
 
@@ -24,7 +24,7 @@ META = dict(
 
 
 def save(folder, parameters, steps=(1,)):
-    with checkpoint.Checkpoints(folder, keep=9) as checkpoints:
+    with saving.Checkpoints(folder, keep=9) as checkpoints:
         for step in steps:
             checkpoints.save(step, dict(model=parameters), None, META)
     return folder
@@ -272,7 +272,7 @@ def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
     draw = lambda x: noise[: x.size].reshape(x.shape)
     parameters = jax.tree.map(draw, ladder_jax.model.abstract(shape))
     meta = META | dict(config=config.to_dict(config.Config(shape)))
-    with checkpoint.Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+    with saving.Checkpoints(tmp_path / "run", keep=1) as checkpoints:
         checkpoints.save(1, dict(model=parameters), None, meta)
     model = sum(x.nbytes for x in jax.tree.leaves(parameters))
     assert model > 200e6

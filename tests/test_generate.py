@@ -17,9 +17,9 @@ from helpers import make_mesh, random_parameters, small_model
 
 import ladder_jax
 from ladder_jax import config, generate, kv_cache, loading, sampling
-from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.config import ConfigError
 from ladder_jax.data import tokenizer
+from ladder_jax.saving import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from helpers import ROOT
 
-from ladder_jax import cli, tokenizing
+from ladder_jax import cli, generating, tokenizing
 from ladder_jax.config import from_recipe
 from ladder_jax.convert import command as convert
 from ladder_jax.evaluation import command as evaluation
@@ -31,7 +31,7 @@ COMMANDS = [
 ]
 KINDS = {
     "train": cli.TrainArguments,
-    "generate": cli.GenerateArguments,
+    "generate": generating.Arguments,
     "eval": evaluation.Arguments,
     "tokenizer": cli.TokenizerArguments,
     "plan": cli.PlanArguments,

@@ -14,9 +14,10 @@ from helpers import code_environment, free_address, run_together
 from train_runs import ALWAYS, arrays, copy, documented, written
 
 from ladder_jax import config, identity, rollback, train_programs, training
-from ladder_jax.checkpoint import Checkpoints, read_meta, saved_steps
+from ladder_jax.checkpoint import read_meta, saved_steps
 from ladder_jax.data import batches as data
 from ladder_jax.optimizer import make_optimizer
+from ladder_jax.saving import Checkpoints
 from ladder_jax.say import say
 from ladder_jax.step_inputs import StepInputs
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ladder_jax import sharding
-from ladder_jax.residual import blocks, stream
+from ladder_jax.residual import blocks, forms, stream
 from ladder_jax.residual import layers as residual
 from ladder_jax.schedule import (
     ATTENTION,
@@ -240,7 +240,7 @@ def run_toy(plan, unrolled):
     with (
         mock.patch.multiple(stream, AsyncReduction=Doubled, BackwardReduction=Silent),
         mock.patch.multiple(
-            residual,
+            forms,
             reduce=lambda x, _: 2 * x,
             copy_to_tensor_axis=triple,
         ),
@@ -250,7 +250,9 @@ def run_toy(plan, unrolled):
         mock.patch.object(sharding, "axis_size", lambda axis: 8),
     ):
         embedded = jnp.eye(BLOCKS + 1)[None, None, 0]
-        final, read = residual.run(plan, embedded, layers, compute, reduction="psum")
+        final, read = residual.run(
+            plan, embedded, layers, compute, forms.form_of(plan, "psum")
+        )
     if unrolled:
         read = [x for layer in read for x in layer]
     else:

@@ -13,7 +13,7 @@ from helpers import make_requests, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import checkpoint, config, decode_weights, model, sharding
+from ladder_jax import checkpoint, config, decode_weights, model, saving, sharding
 from ladder_jax.config import ConfigError, Decode
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import compilation, memory
@@ -389,7 +389,7 @@ def test_a_limit_below_a_chunk_is_raised_until_the_arrays_can_be_read(
 ):
     """One shard wrote whole arrays; four shards read a part of each."""
     written = model.init(helpers.ENGINE_MODEL, jax.random.key(0))
-    with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    with saving.Checkpoints(tmp_path, 1) as saved:
         saved.save(1, dict(model=written), None, {})
     monkeypatch.setattr(checkpoint, "READ_BYTES", 1)
     shapes = sharding.abstract(

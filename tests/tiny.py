@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ladder_jax import config
-from ladder_jax.checkpoint import Checkpoints
 from ladder_jax.data import tokenizer
+from ladder_jax.saving import Checkpoints
 
 SAME = (
     "step",

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ladder_jax import checkpoint, train_programs, training
+from ladder_jax import checkpoint, saving, train_programs, training
 from ladder_jax.anneal import Anneal
 from ladder_jax.arguments import parse
 from ladder_jax.bench import conversion_report as reports
@@ -178,7 +178,7 @@ class Saver:
         delay: dict[str, Any],
     ) -> None:
         # Another run's state, or an earlier one of this run, is of no use any more.
-        with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
+        with saving.Checkpoints(self.folder, 1) as checkpoints:
             if checkpoints.steps():
                 checkpoints.restore(self._abstract())
             meta = self.meta | dict(delay=delay)
@@ -196,7 +196,7 @@ class Saver:
         """(step, state, the delay's state); None: nothing saved. Moves `batches`."""
         if not checkpoint.saved_steps(self.folder):
             return None
-        with checkpoint.Checkpoints(self.folder, 1) as checkpoints:
+        with saving.Checkpoints(self.folder, 1) as checkpoints:
             step, arrays, meta = checkpoints.restore(self._abstract(), batches)
         say(f"goes on from step {step} in {self.folder}")
         return step, train_programs.State(**arrays), meta.get("delay")

@@ -229,7 +229,7 @@ def _traced_figures(engine: Engine, requests: Sequence[Request]) -> dict[str, An
     cache = Cache(
         token_bytes=capacity.token_bytes,
         page_size=capacity.page_size,
-        pairs=pages.PAIRS,
+        pairs=pages.FEW,
         staging_size=capacity.staging_size,
         prefix_bytes=engine.prefixes.used_bytes,
     )

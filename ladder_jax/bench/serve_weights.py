@@ -47,7 +47,7 @@ def write(model_config: Model, out: Path, hugging_face: Path) -> None:
 
     from ladder_jax import hugging_face as hf
     from ladder_jax import model
-    from ladder_jax.checkpoint import Checkpoints
+    from ladder_jax.saving import Checkpoints
 
     length = min(Train().seq_len, model_config.max_length)
     tokenizer = made_up_tokenizer(model_config.vocab_size)

@@ -19,9 +19,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import checkpoint, sharding
 from ladder_jax import model as models
+from ladder_jax import sharding
 from ladder_jax.checkpoint import require_plain_name
+from ladder_jax.checkpoint_arrays import named
 from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
@@ -260,7 +261,7 @@ def _checkpoint_names(model: Model) -> dict[str, str]:
     """The names of parameters in a checkpoint by those of sharding.PARAMETERS."""
     shapes = models.abstract(model)
     names = jax.tree.leaves(sharding.parameter_names(shapes))
-    return dict(zip(names, checkpoint.named(shapes)))
+    return dict(zip(names, named(shapes)))
 
 
 def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Path:

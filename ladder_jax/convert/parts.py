@@ -24,6 +24,7 @@ from ladder_jax import model as models
 from ladder_jax.config import Model
 from ladder_jax.convert import folder
 from ladder_jax.orbax_output import without_progress
+from ladder_jax.saving import Checkpoints, storage_options
 
 RECORD = "import.json"
 FOLDER = "unfinished"  # Orbax's; it is gone when the import is complete
@@ -98,7 +99,7 @@ class Parts:
             ocp.partial.finalize(unfinished.absolute())
         # A checkpoint with all but the parameters, whose folder then takes this place.
         placeholder = dict(model=dict(placeholder=jnp.zeros(1)))
-        with checkpoint.Checkpoints(part / "checkpoints", keep=1) as checkpoints:
+        with Checkpoints(part / "checkpoints", keep=1) as checkpoints:
             checkpoints.save(0, placeholder, None, meta)
         target = part / "checkpoints" / "0" / "model"
         shutil.rmtree(target)
@@ -116,7 +117,7 @@ class Parts:
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    context.array.saving.scoped_storage_options_creator = checkpoint.storage_options
+    context.array.saving.scoped_storage_options_creator = storage_options
     return context
 
 

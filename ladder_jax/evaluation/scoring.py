@@ -22,7 +22,7 @@ from ladder_jax.cross_entropy import cross_entropy
 from ladder_jax.hardware import chips, xla_options
 from ladder_jax.model import Transformer, hidden, logits
 from ladder_jax.residual import choose
-from ladder_jax.residual.layers import take
+from ladder_jax.residual.blocks import take
 from ladder_jax.serve.buckets import bucket_sizes, round_up
 
 # The shortest padded row, and the fewest targets that a program scores in a row.

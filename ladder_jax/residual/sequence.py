@@ -112,7 +112,7 @@ class Shares(NamedTuple):
         zeros; the input of a next block with a delay is gathered.
 
         Args:
-          count: see layers.carried_sums.
+          count: see forms.carried_sums.
           delay: the delay of the next block.
           scale_D: the scale of its norm.
           sequence: of the model.
@@ -132,20 +132,22 @@ class Shares(NamedTuple):
         return Shares(total, zeros + sums, partial, input_BTD)
 
 
-def check(schedule: Schedule, shape: tuple[int, ...], annealed: bool) -> None:
+def not_accepted(reason: str) -> ConfigError:
+    """The error that says why the stream cannot be divided by tokens."""
+    return ConfigError(f"sequence_parallel=True is not accepted {reason}")
+
+
+def check(schedule: Schedule, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where the stream [B, T, D] cannot be divided by tokens."""
-    cannot = "sequence_parallel=True is not accepted "
     if schedule.local:
-        raise ConfigError(
-            f"{cannot}with desync, dtp and upper-bound: each tensor shard has a "
-            "residual stream of its own; choose another model.residual, or False"
+        raise not_accepted(
+            "with desync, dtp and upper-bound: each tensor shard has a residual stream "
+            "of its own; choose another model.residual, or False"
         )
-    if annealed:
-        raise ConfigError(f"{cannot}with an annealed delay: choose False")
     shards = sharding.axis_size(sharding.TENSOR)
     if shape[0] * shape[1] % shards:
-        raise ConfigError(
-            f"{cannot}with {shape[0]} x {shape[1]} tokens on a data shard: "
+        raise not_accepted(
+            f"with {shape[0]} x {shape[1]} tokens on a data shard: "
             f"mesh.tensor={shards} must divide them; choose another batch or length, "
             "or False"
         )

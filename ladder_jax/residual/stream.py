@@ -60,7 +60,7 @@ class Stream(NamedTuple):
         total, and missing arrays become zeros.
 
         Args:
-          count: see `carried_sums`.
+          count: see forms.carried_sums.
           delay: the delay of the next block.
           reduction: a name in REDUCTIONS, or a Policy.
         """

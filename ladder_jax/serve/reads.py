@@ -23,9 +23,8 @@ def in_pages(
     Args:
       lengths: tokens of each live request.
       page_size: tokens of a page.
-      pairs: the (row, page) pairs that an iteration of attention's loop reads
-        (pages.PAIRS); the last iteration reads as many as the others. 1: without
-        padding.
+      pairs: the (row, page) pairs that an iteration of attention's last loop reads
+        (pages.FEW); its last iteration reads as many as the others. 1: without padding.
     """
     used = int(np.sum(-(-np.asarray(lengths, int) // page_size)))
     return -(-used // pairs) * pairs * page_size
