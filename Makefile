@@ -87,7 +87,8 @@ convert-demo: $(SMOLLM2)/checkpoint
 	@echo "---- its last 15 layers made ladder, without training:"
 	@$(RUN)/ladder-jax generate $(CONVERT)/start $(SAMPLE)
 	$(RUN)/ladder-jax train configs/smollm2_hybrid.py --train.out $(CONVERT)/run --train.init-from $(CONVERT)/start \
-		--distill.parent $(SMOLLM2)/checkpoint --train.steps 20 --train.seq-len 256 --train.eval-batches 2 --train.eval-every 10 --train.log-every 1
+		--distill.parent $(SMOLLM2)/checkpoint --train.steps 20 --train.seq-len 256 --train.eval-batches 2 \
+		--train.eval-every 10 --train.log-every 1
 	@echo "---- after 20 steps, 20,480 tokens:"
 	@$(RUN)/ladder-jax generate $(CONVERT)/run $(SAMPLE)
 
