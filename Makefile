@@ -76,7 +76,7 @@ test-tools:
 smollm2: $(SMOLLM2)/checkpoint
 	@$(RUN)/python -c "$$SMOLLM2_CHAT"
 
-# Before, after the conversion, and after 30 steps of distillation.
+# Before, after the conversion, and after 20 steps of distillation.
 CONVERT := runs/convert-demo
 SAMPLE := --prompt "The capital of France is" --max-tokens 30
 convert-demo: $(SMOLLM2)/checkpoint
@@ -87,8 +87,9 @@ convert-demo: $(SMOLLM2)/checkpoint
 	@echo "---- its last 15 layers made ladder, without training:"
 	@$(RUN)/ladder-jax generate $(CONVERT)/start $(SAMPLE)
 	$(RUN)/ladder-jax train configs/smollm2_hybrid.py --train.out $(CONVERT)/run --train.init-from $(CONVERT)/start \
-		--distill.parent $(SMOLLM2)/checkpoint --train.steps 30 --train.seq-len 256 --train.eval-every 10 --train.log-every 1
-	@echo "---- after 30 steps, 30,720 tokens:"
+		--distill.parent $(SMOLLM2)/checkpoint --train.steps 20 --train.seq-len 256 --train.eval-batches 2 \
+		--train.eval-every 10 --train.log-every 1
+	@echo "---- after 20 steps, 20,480 tokens:"
 	@$(RUN)/ladder-jax generate $(CONVERT)/run $(SAMPLE)
 
 $(SMOLLM2)/checkpoint: $(VENV)/test

@@ -20,7 +20,7 @@ import ladder_jax
 from ladder_jax import checkpoint, cli, config, inspection
 from ladder_jax import model as models
 from ladder_jax.config import ConfigError
-from ladder_jax.convert import from_hf, needs, shards
+from ladder_jax.convert import from_hf, layout, needs, shards
 from ladder_jax.convert.safetensors_file import read_header, read_tensor
 from ladder_jax.convert.safetensors_source import open_source
 
@@ -247,13 +247,15 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
         monkeypatch.setattr(from_hf, "available", lambda *_, there=there: there)
         assert run(*words) == 2
         assert re.search(f"needs.*{message}.*free", capsys.readouterr().err)
-    # The parameters fit, but not Orbax's copy of them.
-    model = from_hf.prepare(open_source(tmp_path / "model")).model
+    # The largest parameter fits, but not Orbax's copy of it.
+    job = from_hf.prepare(open_source(tmp_path / "model"))
+    groups = [tensor.parts for tensor in job.imported.tensors]
 
-    def just_the_parameters(_, mesh):
-        return needs.Available(None, needs.needs_of(model, "float32", mesh).device)
+    def a_byte_too_little(_, mesh):
+        need = needs.needs_of(job.model, "float32", mesh, groups)
+        return needs.Available(None, need.device - 1)
 
-    monkeypatch.setattr(from_hf, "available", just_the_parameters)
+    monkeypatch.setattr(from_hf, "available", a_byte_too_little)
     assert run(*words) == 2
     assert "of memory" in capsys.readouterr().err
     monkeypatch.undo()
@@ -273,9 +275,12 @@ def test_a_70b_model_is_planned_without_allocating_it():
     assert plan.disk == 2 * plan.parameters
     share = plan.disk / 8
     assert share < plan.device < 1.03 * share  # its shards, and one tensor more
-    # Saving: the shards a second time, of the host's memory where devices have theirs.
-    saving = needs.needs_of(model, "bfloat16", mesh, saves=True)
-    assert 2 * share < saving.device < 2.01 * share and not saving.host
+    # Importing: the largest parameter, three times while Orbax saves it. On a CPU all
+    # are the devices' memory.
+    groups = [tensor.parts for tensor in layout.tensors(model)]
+    saving = needs.needs_of(model, "bfloat16", mesh, groups)
+    assert saving.device == 3 * 2 * 80 * 8192 * 28672 // 8 and not saving.host
+    assert saving.disk == plan.disk
     elsewhere = plan._replace(host=plan.disk)
     assert "of the host's" in elsewhere.text()
     with pytest.raises(ConfigError, match="needs 141.1 GB of the host"):

@@ -33,7 +33,9 @@ ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_facto
 REFUSED = {
     "no model_type": (dict(model_type="absent"), "model_type"),
     "unknown": (dict(model_type="bert"), "model_type='bert'.*llama"),
-    "post-norms": (dict(model_type="olmo2"), "norms after its blocks"),
+    "a billion layers": (dict(num_hidden_layers=10**9), "at most 10000"),
+    "post-norms": (dict(model_type="glm4"), "norms after its blocks"),
+    "a norm of all heads": (dict(model_type="olmo2"), "the queries of all heads"),
     "gemma3": (dict(model_type="gemma3_text"), "norms after its blocks"),
     "experts": (dict(model_type="qwen3_moe"), "experts"),
     "layer norm": (dict(model_type="starcoder2"), "LayerNorm"),
@@ -235,7 +237,10 @@ DAMAGED = {
         "not the name of a file",
     ),
     "no tokenizer": (no_tokenizer, "no tokenizer.json"),
-    "tokenizer.model alone": (sentencepiece, "tokenizer.model alone"),
+    "a damaged tokenizer.model": (
+        sentencepiece,
+        "tokenizer.model is damaged: it is no file of SentencePiece",
+    ),
     "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json"),
     "tokens beyond the rows": (more_tokens, "288 ids.*272 rows"),
     "an end beyond the ids": (

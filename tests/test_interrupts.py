@@ -241,7 +241,8 @@ def words_of(folder):
 NAMES = tuple(words_of(helpers.ROOT))
 # What the files may hold that a run leaves, whole or interrupted.
 KEPT = re.compile(
-    r"\.out\.part/(model-.*\.safetensors|export\.json)|run/.*|o\.jsonl|cache/tokens-.*"
+    r"\.out\.part/(model-.*\.safetensors|(ex|im)port\.json|unfinished/.*)"
+    r"|run/.*|o\.jsonl|cache/tokens-.*"
 )
 # What prometheus_client prints if its import is interrupted.
 GENERATED = r"Error in generated code:\n(?: *(?:def|return) .*\n|\s*\n)*"

@@ -55,7 +55,11 @@ def trained(study, variant, seed):
     """A run without training: worse for every later schedule, better for a seed."""
     loss = 2.0 + 0.1 * study.variants.index(variant) - 0.01 * seed
     return dataclasses.replace(
-        study.row(variant, seed), held_out_loss=loss, parameters=9, device="test"
+        study.row(variant, seed),
+        held_out_loss=loss,
+        parameters=9,
+        device="test",
+        curve=quality_results.curve(loss + 1 / np.arange(1, 8)),
     )
 
 
@@ -108,7 +112,9 @@ def test_a_study_runs_each_seed_of_all_schedules_before_the_next_and_only_once(s
     assert page.count("## tiny") == 2 and "| ladder, 7 layers | 7 |" in page
     assert "| dtp:1 | 6 | 9 | 2 | 2.0950 ± 0.0071 | +0.1000 ± 0.0000 |" in page
     names = {path.name for path in study.out.iterdir()}
-    assert names == {"runs.csv", "results.md", "tiny_1.png", "tiny_2.png"}
+    plots = {f"tiny_{n}{kind}.png" for n in (1, 2) for kind in ("", "_curves")}
+    assert names == {"runs.csv", "results.md", *plots}
+    assert all(f"]({plot})" in page for plot in plots)
 
 
 def test_a_study_that_is_killed_keeps_its_finished_runs(study, monkeypatch):
@@ -147,11 +153,18 @@ def test_a_real_run_trains_a_model_of_virtual_shards(study, monkeypatch, tmp_pat
     one = quality.Study(arguments, print)
     variant = Variant("dtp:1", 2)
     first, again = one.train(variant, 0), one.train(variant, 0)
-    assert first.steps == 6 and first.tokens == 384
+    assert first.steps == 6 and first.tokens == 384 and len(first.losses) == 6
     assert first.held_out_loss == again.held_out_loss and np.isfinite(first.train_loss)
     one.arguments = dataclasses.replace(arguments, minutes=1e-9)
     with pytest.raises(quality.OutOfTime):
         one.train(variant, 1)
+
+
+def test_a_curve_is_the_means_of_equal_parts_of_a_run():
+    run = dataclasses.replace(RUN, curve=quality_results.curve(range(1000)))
+    assert len(run.losses) == 50
+    assert run.losses[0] == 9.5 and run.losses[-1] == 989.5
+    assert RUN.losses == [], "a row of before there were curves"
 
 
 def test_runs_read_back_as_written_and_a_damaged_file_is_one_line(tmp_path):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_jax.arguments import parse
-from ladder_jax.bench import quality_results
+from ladder_jax.bench import quality_plots, quality_results
 from ladder_jax.bench.quality_results import Run
 from ladder_jax.config import (
     Config,
@@ -306,18 +306,20 @@ class Study:
         seconds = time.monotonic() - begin
         self.longest[variant] = max(self.longest.get(variant, 0.0), seconds)
         held_out = float(total / weight)
+        losses = jax.device_get(losses)
         return dataclasses.replace(
             row,
             parameters=train_programs.parameter_count(state.model),
             steps=steps,
             epochs=round(row.tokens / self.corpus.train.tokens, 3),
-            train_loss=float(np.mean(jax.device_get(losses[-max(steps // 10, 1) :]))),
+            train_loss=float(np.mean(losses[-max(steps // 10, 1) :])),
             held_out_loss=held_out,
             bits_per_byte=float(self.corpus.held_out.bits_per_byte(held_out)),
             seconds=round(seconds, 1),
             device=self.device,
             jax=jax.__version__,
             date=datetime.date.today().isoformat(),
+            curve=quality_results.curve(losses),
         )
 
     def compile(self, config: Config, variant: Variant) -> Programs:
@@ -390,7 +392,7 @@ def run(arguments: Arguments) -> None:
             row = study.train(variant, seed)
             rows.append(row)
             quality_results.write(path, rows)
-            quality_results.write_pages(folder, rows)
+            quality_plots.write_pages(folder, rows)
             say(
                 f"{number}/{len(todo)} {row.schedule}, {row.layers} layers, "
                 f"seed {seed}: held-out loss {row.held_out_loss:.4f}, "

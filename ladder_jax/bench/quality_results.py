@@ -1,4 +1,4 @@
-"""The finished runs of the quality study: rows of a CSV file, a table and a plot."""
+"""The finished runs of the quality study: rows of a CSV file, and a page of tables."""
 
 import csv
 import dataclasses
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ladder_jax import files
 from ladder_jax.config import ConfigError
 from ladder_jax.planner import tables
 
 CSV, PAGE = "runs.csv", "results.md"
+POINTS = 50  # of a curve
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Run:
     device: str = ""
     jax: str = ""
     date: str = ""
+    curve: str = ""  # training losses: means of the run's POINTS parts, in order
+
+    @property
+    def losses(self) -> list[float]:
+        """The training losses along the run; empty of a run that has none."""
+        return [float(word) for word in self.curve.split()]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -72,6 +81,12 @@ def read(path: Path) -> list[Run]:
         raise ConfigError(
             f"{path} is not a file of the quality study: {error}"
         ) from None
+
+
+def curve(losses: Sequence[float]) -> str:
+    """The losses of all steps as the means of at most POINTS equal parts."""
+    parts = np.array_split(np.asarray(losses), min(POINTS, len(losses)))
+    return " ".join(f"{part.mean():.4f}" for part in parts)
 
 
 def write(path: Path, runs: Iterable[Run]) -> None:
@@ -170,12 +185,17 @@ def page(runs: Sequence[Run]) -> str:
     for number, group in enumerate(settings(runs), start=1):
         parts += [heading(group), tables.markdown_table(COLUMNS, compare(group))]
         parts.append(f"![Held-out losses]({plot_name(number, group)})")
+        if any(run.curve for run in group):
+            parts.append(f"![Training losses]({plot_name(number, group, CURVES)})")
     return "\n\n".join(parts) + "\n"
 
 
-def plot_name(number: int, group: Sequence[Run]) -> str:
+CURVES = "_curves"
+
+
+def plot_name(number: int, group: Sequence[Run], kind: str = "") -> str:
     """The plot's file of the setting with this number, from 1."""
-    return f"{group[0].size}_{number}.png"
+    return f"{group[0].size}_{number}{kind}.png"
 
 
 def heading(group: Sequence[Run]) -> str:
@@ -189,34 +209,3 @@ def heading(group: Sequence[Run]) -> str:
         f"peak learning rate {first.learning_rate:g}; {first.shards} tensor shards\n"
         f"for desync and dtp; on {devices}."
     )
-
-
-def draw(path: Path, group: Sequence[Run]) -> None:
-    """Draws a dot for every run and a bar for the mean, a row a schedule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = compare(group)
-    figure, ax = pyplot.subplots(
-        figsize=(8, 1.2 + 0.4 * len(rows)), constrained_layout=True
-    )
-    for height, row in enumerate(reversed(rows)):
-        losses = [run.held_out_loss for run in row.runs]
-        ax.plot(losses, [height] * len(losses), "o", alpha=0.6, color="tab:blue")
-        ax.plot([statistics.fmean(losses)], [height], "|", ms=18, color="black")
-    ax.set_yticks(range(len(rows)), [row.title for row in reversed(rows)])
-    ax.set_xlabel("held-out loss, nats a token: a dot a seed, a bar the mean")
-    ax.set_title(f"{group[0].size}, {group[0].tokens:,} tokens")
-    ax.grid(axis="x", alpha=0.3)
-    with files.replacing(path) as part:
-        figure.savefig(part, dpi=110)
-    pyplot.close(figure)
-
-
-def write_pages(folder: Path, runs: Sequence[Run]) -> None:
-    """Writes the page, and a plot of every setting."""
-    for number, group in enumerate(settings(runs), start=1):
-        draw(folder / plot_name(number, group), group)
-    files.write_text(folder / PAGE, page(runs))

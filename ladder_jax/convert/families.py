@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 Values = dict[str, Any]  # fields of config.Model
+MOST_LAYERS = 10_000  # more would take minutes to refuse by the names of their tensors
 
 
 class Family(NamedTuple):
@@ -240,14 +241,17 @@ FAMILIES = {
 # Families that are known and not supported, and why.
 _EXPERTS = "it has experts"
 _POST_NORMS = "it has norms after its blocks"
+# A norm over all heads of a layer would need a sum over tensor shards inside a block,
+# which nothing could hide.
+_WIDE_QK_NORM = f"{_POST_NORMS} and one norm over the queries of all heads"
 _LAYER_NORM = "it has LayerNorm, not RMSNorm"
 NOT_SUPPORTED = {
     "gemma2": f"{_POST_NORMS} and caps its logits",
     "gemma3": _POST_NORMS,
     "gemma3_text": _POST_NORMS,
     "olmo": "its LayerNorm has no weights",
-    "olmo2": _POST_NORMS,
-    "olmo3": _POST_NORMS,
+    "olmo2": _WIDE_QK_NORM,
+    "olmo3": _WIDE_QK_NORM,
     "glm": "it rotates a part of each head",
     "glm4": _POST_NORMS,
     "exaone4": _POST_NORMS,
@@ -269,6 +273,7 @@ NOT_SUPPORTED = {
     "gpt2": _LAYER_NORM,
     "gpt_neox": _LAYER_NORM,
     "falcon": _LAYER_NORM,
+    "olmoe": f"{_EXPERTS} and one norm over the queries of all heads",
     "qwen3_next": "it has linear attention",
     "mamba": "it is no transformer",
     "mllama": "it reads images",
@@ -297,6 +302,7 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
             "take the checkpoint without quantisation"
         )
     layers = fields.integer("num_hidden_layers")
+    fields.need("num_hidden_layers", layers <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     values = _shape(fields, family) | dict(layers=layers)
     values |= dict(
         rope_theta=(rope := read_rope(fields, family.rope_theta))[0],

@@ -22,18 +22,19 @@ from jax.sharding import PartitionSpec as P
 from ladder_jax import model as models
 from ladder_jax import sharding
 from ladder_jax.checkpoint import require_plain_name
+from ladder_jax.checkpoint_arrays import named
 from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
 from ladder_jax.convert.families import Imported, read_config
 from ladder_jax.convert.layout import Tensor
 from ladder_jax.convert.needs import available, needs_of
+from ladder_jax.convert.parts import Parts
 from ladder_jax.convert.source import TensorSource
 from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
 from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
-from ladder_jax.saving import Checkpoints
 from ladder_jax.say import Say
 
 TOKENIZER = "tokenizer"  # the folder of the tokenizer's files, in the run's folder
@@ -142,16 +143,25 @@ def place(job: Import, mesh: Mesh, dtype: str = "float32") -> models.Transformer
     The host holds one tensor of the checkpoint at a time; a device holds its shards,
     and its part of that tensor.
     """
-    model = job.model
-    shapes = models.abstract(model)
+    shapes = models.abstract(job.model)
+    placer = _placer(job, mesh, dtype)
+    placed: dict[str, jax.Array] = {}
+    for tensor in job.imported.tensors:
+        placed |= placer(tensor)
+    names = jax.tree.leaves(sharding.parameter_names(shapes))
+    leaves = [placed[name] for name in names]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _placer(
+    job: Import, mesh: Mesh, dtype: str
+) -> Callable[[Tensor], dict[str, jax.Array]]:
+    """The function that reads the parameters which a tensor holds onto a mesh."""
+    shapes = models.abstract(job.model)
     names = jax.tree.leaves(sharding.parameter_names(shapes))
     specs = dict(zip(names, jax.tree.leaves(sharding.parameter_specs(shapes))))
     numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    placed: dict[str, jax.Array] = {}
-    for tensor in job.imported.tensors:
-        placed |= _place(job, tensor, mesh, specs, numpy_dtype)
-    leaves = [placed[name] for name in names]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return lambda tensor: _place(job, tensor, mesh, specs, numpy_dtype)
 
 
 def _place(
@@ -211,24 +221,47 @@ def _put(
 def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Path:
     """Writes the run folder `out`: a checkpoint of step 0, and the tokenizer's files.
 
-    The folder appears when it is complete. Raises ConfigError where disk or memory do
-    not suffice, before anything is read or written.
+    Parameters are read and saved one after another: a device holds its part of one of
+    them. The folder appears when it is complete. An import that is cut off leaves the
+    parameters that are whole, and the same import goes on after them.
+
+    Raises ConfigError where disk or memory do not suffice, before anything is read or
+    written.
     """
     path = check(job, out, mesh, dtype, say)
-    with folder.new_folder(path) as part:
-        model = place(job, mesh, dtype)
-        config = config_of(job, path)
-        meta = dict(
-            config=to_dict(config),
-            tensor=mesh.shape[sharding.TENSOR],
-            tokenizer=job.tokenizer.to_json(),
-            source=job.source.name,
-        )
-        with Checkpoints(part / "checkpoints", keep=1) as checkpoints:
-            checkpoints.save(0, dict(model=model), None, meta)
+    config = config_of(job, path)
+    meta = dict(
+        config=to_dict(config),
+        tensor=mesh.shape[sharding.TENSOR],
+        tokenizer=job.tokenizer.to_json(),
+        source=job.source.name,
+    )
+    parts = Parts([meta, job.source.files(), dtype, dict(mesh.shape)], job.model)
+    names = _checkpoint_names(job.model)
+    placer = _placer(job, mesh, dtype)
+    with folder.new_folder(path, parts) as part:
+        if parts.saved:
+            say(f"{len(parts.saved)} of {len(names)} parameters are there already")
+        for tensor in job.imported.tensors:
+            if not {names[name] for name in tensor.parts} <= set(parts.saved):
+                try:
+                    arrays = placer(tensor)
+                except ConfigError:  # another source is needed
+                    parts.forget()
+                    raise
+                parts.save(part, {names[name]: x for name, x in arrays.items()})
+                del arrays
         (part / TOKENIZER).mkdir()
         write_tokenizer_files(job.tokenizer, part / TOKENIZER)
+        parts.end(part, meta)
     return path
+
+
+def _checkpoint_names(model: Model) -> dict[str, str]:
+    """The names of parameters in a checkpoint by those of sharding.PARAMETERS."""
+    shapes = models.abstract(model)
+    names = jax.tree.leaves(sharding.parameter_names(shapes))
+    return dict(zip(names, named(shapes)))
 
 
 def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Path:
@@ -240,7 +273,8 @@ def check(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) -> Pat
     require_plain_name(path, "out")
     folder.require_new(path)
     sharding.check_fits(job.model, mesh)
-    needs = needs_of(job.model, dtype, mesh, saves=True)
+    groups = [tensor.parts for tensor in job.imported.tensors]
+    needs = needs_of(job.model, dtype, mesh, groups)
     say(needs.text())
     needs.check(available(path, mesh))
     return path

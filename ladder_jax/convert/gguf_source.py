@@ -16,7 +16,7 @@ from ladder_jax.config import ConfigError
 from ladder_jax.convert import gguf_tokenizer
 from ladder_jax.convert.gguf_config import ROPE_FACTORS, read_config
 from ladder_jax.convert.gguf_file import GGUFFile
-from ladder_jax.convert.source import TensorInfo, TensorSource
+from ladder_jax.convert.source import FileState, TensorInfo, TensorSource, state_of
 
 # llama.cpp's names of tensors outside the layers, and Hugging Face's.
 OUTER = {
@@ -91,6 +91,9 @@ class GGUFSource:
           ConfigError: if the file's tokenizer is damaged or of a kind not supported.
         """
         return self._texts.get(name)
+
+    def files(self) -> list[FileState]:
+        return [state_of(Path(self.name))]
 
     @functools.cached_property
     def _texts(self) -> dict[str, str]:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ladder_jax.config import ConfigError, short_repr
+from ladder_jax.convert import sentencepiece_bpe
+from ladder_jax.convert.sentencepiece_bpe import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 log = logging.getLogger(__name__)
 
-# The types of tokens, by their numbers in tokenizer.ggml.token_type.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -64,14 +64,20 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
       ConfigError: one line, if the tokenizer is of a kind that cannot be made.
     """
     vocabulary = _Vocabulary(metadata, rows, name)
-    if vocabulary.kind == "gpt2":
-        tokenizer = _byte_level(vocabulary, metadata)
-    else:
+    make = {"gpt2": _byte_level, "llama": _sentencepiece}.get(vocabulary.kind)
+    if make is None:
         raise ConfigError(
             f"{name}: tokenizer.ggml.model={short_repr(vocabulary.kind)} is not "
-            "supported: it must be gpt2 (byte-level BPE); for SentencePiece "
-            "give the tokenizer.json of its Hugging Face folder"
+            "supported: it must be gpt2 (byte-level BPE) or llama (SentencePiece's); "
+            "for others give the tokenizer.json of its Hugging Face folder"
         )
+    tokenizer = make(vocabulary, metadata)
+    sentencepiece_bpe.surround(
+        tokenizer,
+        vocabulary.tokens,
+        vocabulary.special["bos"] if vocabulary.add_bos else None,
+        vocabulary.special["eos"] if vocabulary.add_eos else None,
+    )
     result = {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(vocabulary.settings, ensure_ascii=False),
@@ -116,12 +122,13 @@ class _Vocabulary:
                 )
             self.ids[token] = id
         self.types = dict(zip(tokens, types))
-        self.tokens = tokens
+        self.tokens, self.listed_types = tokens, types
         self.special = {
             kind: self._id(get(f"{key}_token_id"), key) for kind, key in KINDS.items()
         }
         self.pre = self._pre_tokenizer(get("pre"), metadata)
-        self.add_bos = bool(get("add_bos_token", self.pre in IGNORE_MERGES))
+        starts = self.pre in IGNORE_MERGES or self.kind == "llama"
+        self.add_bos = bool(get("add_bos_token", starts))
         self.add_eos = bool(get("add_eos_token", False))
         self._ends = [self._id(get(f"{key}_token_id"), key) for key in ("eot", "eom")]
 
@@ -218,6 +225,26 @@ def _byte_level(
     return tokenizer
 
 
+def _sentencepiece(
+    vocabulary: _Vocabulary, metadata: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    """Returns the library's tokenizer for a vocabulary of SentencePiece's BPE.
+
+    As in llama.cpp, a text after a special token gets a space in front, too.
+    """
+    name = vocabulary.name
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+        raise ConfigError(f"{name} has no score of every token: it is damaged")
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            raise ConfigError(f"{name}: tokenizer.ggml.{key} is not supported")
+    rows = zip(vocabulary.tokens, scores, vocabulary.listed_types)
+    pieces = [sentencepiece_bpe.Piece(*row) for row in rows]
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece_bpe.tokenizer_of(pieces, name, prefix=prefix)
+
+
 def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
     """Returns the pre-tokenizer of a value of SPLITS."""
     if split == "":
@@ -236,7 +263,7 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _add_special(tokenizer: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Adds the tokens that a text names whole, and those around every text."""
+    """Adds the tokens that a text names whole."""
     for type, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [
             tokenizers.AddedToken(token, normalized=False, special=special)
@@ -245,15 +272,3 @@ def _add_special(tokenizer: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> No
         ]
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
         add(added)
-    parts, ids = ["$A"], []
-    for kind, is_added in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)):
-        id = vocabulary.special[kind]
-        if not is_added or id is None:
-            continue
-        token = vocabulary.tokens[id]
-        parts = [token, *parts] if kind == "bos" else [*parts, token]
-        ids.append((token, id))
-    if ids:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=parts, special_tokens=ids
-        )

@@ -1,6 +1,7 @@
 """What a conversion needs, and what there is: memory of the devices, disk."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Needs(NamedTuple):
 
     parameters: int  # their number
     disk: int
-    device: int  # on each device: its shards, and one tensor
+    device: int  # on each device: its share of what is there at a time, one tensor
     devices: int
     dtype: str
     # Of the host's memory, where the devices have their own: what Orbax holds while it
@@ -65,26 +66,34 @@ class Available(NamedTuple):
     host: int | None = None  # of this host, where the devices have memory of their own
 
 
-def needs_of(model: Model, dtype: str, mesh: Mesh, saves: bool = False) -> Needs:
+def needs_of(
+    model: Model, dtype: str, mesh: Mesh, groups: Sequence[Sequence[str]] = ()
+) -> Needs:
     """What a model in `dtype` on a mesh takes.
 
-    saves: whether Orbax saves it as a checkpoint: while it writes, the host holds a
-    copy of all arrays.
+    groups: the parameters that are read and saved together, and then dropped, as in an
+      import. While Orbax writes them, the host holds copies. (): the model stays.
     """
     shapes = models.abstract(model)
     names = jax.tree.leaves(sharding.parameter_names(shapes))
-    total, shards, largest = 0, 0, 0
+    total, largest = 0, 0
+    shards: dict[str, int] = {}  # elements of a device's share of a parameter
     for name, leaf in zip(names, jax.tree.leaves(shapes)):
         axes = sharding.PARAMETERS[name].axes
         count = math.prod(leaf.shape)
-        shard = count // math.prod(mesh.shape[x] for x in axes.values() if x)
-        total, shards = total + count, shards + shard
+        shards[name] = count // math.prod(mesh.shape[x] for x in axes.values() if x)
+        total += count
         layers = leaf.shape[0] if leaf.ndim > len(axes) else 1
-        largest = max(largest, shard // layers)
+        largest = max(largest, shards[name] // layers)
     width = BYTES[dtype]
+    held = max(
+        (sum(shards[name] for name in group) for group in groups),
+        default=sum(shards.values()),
+    )
     is_cpu = mesh.devices.flat[0].platform == "cpu"
-    copy = shards if saves else 0
-    device = width * (shards + max(largest, copy if is_cpu else 0))
+    # A copy, and as much that malloc keeps of the one before (measured on a CPU).
+    copy = 2 * held if groups else 0
+    device = width * (held + max(largest, copy if is_cpu else 0))
     host = 0 if is_cpu else width * copy * len(local_devices(mesh))
     return Needs(total, width * total, device, mesh.size, dtype, host)
 

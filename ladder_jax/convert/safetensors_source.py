@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from ladder_jax.config import ConfigError, short_repr
+from ladder_jax.convert import sentencepiece_file
 from ladder_jax.convert.safetensors_file import Place, read_header, read_tensor
-from ladder_jax.convert.source import TEXTS, TensorInfo
+from ladder_jax.convert.source import TEXTS, FileState, TensorInfo, state_of
+from ladder_jax.data.tokenizer_files import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a download from the Hub takes: the weights, and the texts beside them.
-DOWNLOAD = ("config.json", INDEX, "*.safetensors", *TEXTS)
+DOWNLOAD = ("config.json", INDEX, "*.safetensors", *TEXTS, sentencepiece_file.FILE)
 
 
 class SafetensorsSource:
@@ -44,7 +46,16 @@ class SafetensorsSource:
         return read_tensor(path, place)
 
     def text(self, name: str) -> str | None:
-        return read_text(self.folder / name)
+        text = read_text(self.folder / name)
+        model = self.folder / sentencepiece_file.FILE
+        if text is None and name == "tokenizer.json" and model.is_file():
+            settings = read_object(self.text, "tokenizer_config.json")
+            return sentencepiece_file.tokenizer_json(model, settings)
+        return text
+
+    def files(self) -> list[FileState]:
+        paths = {path for path, _ in self._located().values()}
+        return [state_of(path) for path in sorted(paths)]
 
     def _located(self) -> dict[str, tuple[Path, Place]]:
         if self._places is None:

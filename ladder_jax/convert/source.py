@@ -5,9 +5,12 @@ llama.cpp's files. `from_hf.py` reads nothing else.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from ladder_jax.config import ConfigError
 
 # The texts beside the weights that the importer reads, by their names in a folder.
 TEXTS = (
@@ -24,6 +27,9 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype  # ml_dtypes.bfloat16 for BF16
+
+
+FileState = tuple[str, int, int]  # the path, its bytes, and nanoseconds of its change
 
 
 class TensorSource(Protocol):
@@ -53,3 +59,17 @@ class TensorSource(Protocol):
     def text(self, name: str) -> str | None:
         """Returns the content of a text of TEXTS, or None if there is no such text."""
         ...
+
+    def files(self) -> list[FileState]:
+        """Returns the files of weights as they are now: they tell whether an import
+        that was cut off read the same ones."""
+        ...
+
+
+def state_of(path: Path) -> FileState:
+    """The state of a file. Raises ConfigError where it is not there any more."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return str(path.absolute()), status.st_size, status.st_mtime_ns

@@ -386,7 +386,8 @@ def test_special_tokens_and_template(metadata):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model="llama"), "SentencePiece"),
+        (dict(model="llama"), "no score of every token"),
+        (dict(model="t5"), "SentencePiece"),
         (dict(model="bert"), "bert"),
         (dict(model=None), "no tokenizer.ggml.model"),
         (dict(pre="unheard-of"), "unheard-of"),
@@ -438,7 +439,7 @@ def test_another_tokenizer_in_place_of_one_that_is_not_supported(tmp_path, capsy
     path = tmp_path / "m.gguf"
 
     def change(writer):
-        writer.kv_data[0]["tokenizer.ggml.model"].value = "llama"
+        writer.kv_data[0]["tokenizer.ggml.model"].value = "t5"
 
     gguf_files.write(path, gguf_files.hf_model("llama"), change=change)
     words = ["convert", "from-gguf", str(path), str(tmp_path / "run")]
