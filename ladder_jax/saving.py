@@ -68,7 +68,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         # If a background thread failed to make the folder, Orbax's other threads would
         # wait for the folder for minutes.
         context.asynchronous.create_directories_asynchronously = False
-        context.array.saving.scopedstorage_options_creator = storage_options
+        context.array.saving.scoped_storage_options_creator = storage_options
         every_call = training.save_decision_policies.FixedIntervalPolicy(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

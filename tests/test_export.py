@@ -57,7 +57,7 @@ def test_it_equals_the_export_of_a_model_in_memory(
 ):
     """Bit for bit, however Orbax cut the arrays, and however many files there are."""
     if chunks == "whole":  # as older versions saved them
-        monkeypatch.setattr(checkpoint, "_storage_options", lambda *_: None)
+        monkeypatch.setattr(saving, "storage_options", lambda *_: None)
     parameters = helpers.random_parameters(MODEL, helpers.make_mesh(**axes))
     folder = save(tmp_path / "run", parameters)
     _, arrays = checkpoint.open_model(folder, parameters)
