@@ -39,7 +39,7 @@ from ladder_jax.config import (
 from ladder_jax.devices import emulate, join, require_devices
 from ladder_jax.hardware import malloc
 from ladder_jax.hardware.distributed import Hosts
-from ladder_jax.hardware.roll_call import Missing
+from ladder_jax.hardware.roll_call import RETRY, Missing
 from ladder_jax.hardware.watchdog import STEP_TIMEOUT
 from ladder_jax.interrupts import InsistentInterrupt
 from ladder_jax.planner.arguments import PlanArguments
@@ -402,7 +402,6 @@ def run(words: list[str]) -> int:
         return 2 if isinstance(error, ConfigError) else 1
 
 
-RETRY = 75  # as in hardware/group.py, which imports JAX
 # The errors whose message is a line for the user.
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.hardware import channel as channels
+from ladder_jax.hardware.roll_call import Missing
 from ladder_jax.serve import hosts
 from ladder_jax.serve.request import EngineFailed, QueueFull, RequestFailed
 from ladder_jax.serve.submission import check_request
@@ -397,7 +398,7 @@ def test_exchange_names_the_process_that_does_not_answer():
     memory = MemoryChannel(Store(2), 0)
     channel.number, channel.count = 0, 2
     channel.put, channel.get = memory.put, memory.get
-    with pytest.raises(TimeoutError, match="process 1 of 2 did not say its check wit"):
+    with pytest.raises(Missing, match="process 1 of 2 did not say its check wit"):
         channel.exchange("check", "a", 0.1)
     memory.put("check/1", b"b")
     assert channel.exchange("check", "a", 5) == ["a", "b"]

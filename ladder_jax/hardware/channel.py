@@ -99,7 +99,7 @@ class Channel:
     def exchange(self, key: str, value: str, seconds: float) -> list[str]:
         """Returns what every process gives, in their order. All must call it.
 
-        Raises TimeoutError that names the processes that did not.
+        Raises Missing that names the processes that did not.
         """
         self.put(f"{key}/{self.number}", value.encode())
         end = time.monotonic() + seconds
@@ -107,7 +107,7 @@ class Channel:
         for number in range(self.count):
             left = max(end - time.monotonic(), 0.001)
             if (found := self.get(f"{key}/{number}", left)) is None:
-                raise TimeoutError(
+                raise Missing(
                     f"process {number} of {self.count} did not say its {key} within "
                     f"{seconds:.0f} s"
                 )

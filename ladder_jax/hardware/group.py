@@ -35,10 +35,9 @@ from ladder_jax.config import ConfigError
 from ladder_jax.hardware.channel import POLL, Channel, Watch
 from ladder_jax.hardware.differences import verdict
 from ladder_jax.hardware.lifeline import Lifeline
-from ladder_jax.hardware.roll_call import Missing, Waiting
+from ladder_jax.hardware.roll_call import RETRY, Missing, Waiting
 from ladder_jax.hardware.watchdog import Watchdog
 
-RETRY = 75  # the exit status that asks a scheduler to try again (EX_TEMPFAIL)
 LOST_AFTER = 30.0  # seconds without a sign of life, after which a process is lost
 # How many times as long before the first step: 45 s. A process that was killed, and a
 # host that is gone, are noticed by their connections at any time.

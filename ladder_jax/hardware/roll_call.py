@@ -26,6 +26,7 @@ FIRST = 2.0
 LONGEST_LINE = 4096  # bytes
 # Seconds for a process that has connected to say its number.
 PATIENCE = 2.0
+RETRY = 75  # the exit status that asks a scheduler to try again (EX_TEMPFAIL)
 
 
 class Missing(RuntimeError):

@@ -94,8 +94,9 @@ def build(request: Request) -> Compiled:
     stack = short_stack(request)
     whole, short = make_program(request, mesh), make_program(request, mesh, stack)
     size, limit = bytes_per_device(whole.arguments), target.argument_limit
-    overlaps = limit is None or size < limit
-    if limit is not None and size <= target.chip.hbm_bytes:
+    has_memory = size <= target.chip.hbm_bytes  # else it is planned as if it fitted
+    overlaps = limit is None or size < limit or not has_memory
+    if limit is not None and has_memory:
         # XLA gets the memory that the whole model's arguments leave.
         devices = target.devices(size - bytes_per_device(short.arguments))
         mesh = make_mesh_for(request.config.mesh, devices, request.workload)

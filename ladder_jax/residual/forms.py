@@ -97,7 +97,7 @@ class Shared:
         return Stream(partial=embedded_BTD)
 
     def extras(self, layers: Any) -> Any:
-        """None."""
+        """Blocks take nothing beside their parameters."""
         return None
 
     def block(self, stream: Stream, call: Call) -> tuple[Stream, Any]:

@@ -175,7 +175,7 @@ def check(
     Args:
       report: gets how far it is.
       first: checks of the caller in the process that leads, such as the HTTP port.
-    Raises ConfigError for a mistake, ValueError for a damaged checkpoint, TimeoutError
+    Raises ConfigError for a mistake, ValueError for a damaged checkpoint, Missing
     that names the processes which did not start.
     """
     stages = Stages(report)
