@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from ladder_jax import addresses, storage
 from ladder_jax.checkpoint_arrays import differences, misfit, shapes
 from ladder_jax.config import ConfigError, require
+from ladder_jax.interrupts import check_interrupted
 from ladder_jax.orbax_output import silent
 from ladder_jax.stored_arrays import StoredArray, open_arrays
 
@@ -220,7 +221,7 @@ def newest(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T]:
     """(path, read(path)) of the first of `paths` that is not damaged."""
     for path in paths:
         try:
-            with silent(Damaged):
+            with silent(Damaged, KeyboardInterrupt):
                 return path, read(path)
         except Damaged as error:
             reason = f"checkpoint {path} is damaged: {error}"
@@ -246,9 +247,12 @@ def _reading(part: str) -> Iterator[None]:
 def _read_error(error: BaseException, part: str) -> BaseException:
     """The error to raise for `error`: `Damaged`, or `error`'s cause (out of memory).
 
+    Raises KeyboardInterrupt where Ctrl-C is the cause: the checkpoint is not damaged.
+
     `error` refers to Orbax's tasks, which `silent` must be able to collect. So no
     function that `Damaged` passes through may have a variable that refers to `error`.
     """
+    check_interrupted(error)
     error = _cause(error)
     machine_errors = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     if isinstance(error, machine_errors):
@@ -304,15 +308,26 @@ def check_arrays(
         if name not in meta["parts"]:
             raise ValueError(f"{path} holds no {name}, only {', '.join(meta['parts'])}")
         with _reading(name):
-            saved = ocp.metadata(path, checkpointable_name=name).metadata
-            if saved is None:  # Orbax logs the reason and returns None
-                raise ValueError("the description of the arrays cannot be read")
+            saved = _description(path, name)
         if problem := misfit(flatten_dict(saved, sep="/"), wanted, cast):
             raise ValueError(
                 f"{path} is a checkpoint of another model or optimizer: "
                 f"{name}/{problem}" + differences(meta.get("config"), config)
             )
     return meta
+
+
+def _description(path: Path, name: str) -> Any:
+    """What Orbax says of the arrays of a part. ValueError where it can say nothing.
+
+    Orbax logs the reason and returns None. An interrupt can be the reason, so it is
+    asked twice.
+    """
+    for _ in range(2):
+        saved = ocp.metadata(path, checkpointable_name=name).metadata
+        if saved is not None:
+            return saved
+    raise ValueError("the description of the arrays cannot be read")
 
 
 def load(
@@ -374,6 +389,7 @@ def _read_arrays(path: Path, nested: dict[str, Any], largest: int) -> dict[str, 
             with ocp.Context(memory_options=memory):
                 return ocp.load_checkpointables(path, nested)
         except Exception as error:
+            check_interrupted(error)
             # A shard here may need whole chunks of a run with fewer shards.
             if limit is None or "Requested more bytes" not in str(_cause(error)):
                 raise

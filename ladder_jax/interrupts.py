@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -115,6 +117,37 @@ class StopSignal(contextlib.AbstractContextManager):
 
 
 IMPORT_SECONDS = 5.0
+_ASYNCIO = logging.getLogger("asyncio")
+# The commands that are running now and raise at Ctrl-C.
+_insistent: list["InsistentInterrupt"] = []
+
+
+def check_interrupted(error: BaseException) -> None:
+    """Raises KeyboardInterrupt where Ctrl-C may be the cause of `error`.
+
+    Call it before another try, or before the work goes on without what failed: an
+    interrupt that reaches a library may come out as the library's own error, which
+    looks like a damaged file or a store that fails.
+    """
+    pressed = any(interrupt.pressed for interrupt in _insistent)
+    if pressed or any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):
+        raise KeyboardInterrupt from None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and those that it was raised from or while they were handled."""
+    chain: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and not any(one is other for other in chain):
+            chain.append(one)
+            left += [one.__cause__, one.__context__]
+    return chain
+
+
+def _drop(_: object) -> bool:
+    return False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -138,6 +171,10 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
     collection have returned. Libraries that are interrupted while they are imported
     print tracebacks of their own: it waits for an import, too, up to IMPORT_SECONDS.
 
+    Orbax leaves tasks behind where an interrupt ends its reads. Python and asyncio may
+    report them until the process ends: once Ctrl-C was pressed, their reports are
+    dropped, and stay dropped.
+
     It does nothing outside the main thread, and where Ctrl-C is ignored (`nohup`, jobs
     in the background).
 
@@ -158,15 +195,20 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
             self._previous_hook = sys.unraisablehook
             sys.unraisablehook = self._unraisable
             self._handle(signal.SIGINT, self._pressed)
+            _insistent.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self in _insistent:
+            _insistent.remove(self)
         if signal.SIGALRM in self._previous_handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous_handlers.items():
             if handler is not None:  # None: not set from Python, and unknown
                 signal.signal(number, handler)
-        if self._previous_hook is not None:
+        if self.pressed:
+            warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
+        elif self._previous_hook is not None:
             sys.unraisablehook = self._previous_hook
 
     def _handle(self, number: signal.Signals, handler: Callable[..., None]) -> None:
@@ -176,6 +218,7 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         if not self.pressed:  # others may use the timer until then
             self._handle(signal.SIGALRM, self._again)
             self._pressed_at = time.monotonic()
+            _ASYNCIO.addFilter(_drop)
         self.pressed = True
         self._raise(frame)
 
@@ -196,8 +239,8 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         raise Interrupted(self)
 
     def _unraisable(self, lost: Any) -> None:
-        """Says nothing about an interrupt that gets lost: it comes again."""
-        if not issubclass(lost.exc_type, Interrupted):
+        """Says nothing about an interrupt that gets lost, nor about what it broke."""
+        if not self.pressed:
             self._previous_hook(lost)
 
 

@@ -52,13 +52,13 @@ def without_progress(
 
 
 @contextlib.contextmanager
-def silent(failure: type[Exception]) -> Iterator[None]:
-    """Drops the many lines that Orbax prints about a damaged checkpoint.
+def silent(*failures: type[BaseException]) -> Iterator[None]:
+    """Drops the many lines that Orbax prints about a read that fails or is interrupted.
 
     Orbax does not await its failed tasks. Python prints their errors when it collects
     them (`sys.unraisablehook`), so this function collects them while the hook is off.
 
-    failure: what the body raises for a damaged checkpoint.
+    failures: what the body raises then.
     """
     hook, drop = sys.unraisablehook, lambda _: False
     with warnings.catch_warnings(), _filtered([None, "absl", "asyncio"], drop):
@@ -66,7 +66,7 @@ def silent(failure: type[Exception]) -> Iterator[None]:
         sys.unraisablehook = drop
         try:
             yield
-        except failure as error:
+        except failures as error:
             error.__context__ = None  # the context refers to the tasks
             gc.collect()
             raise

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ladder_jax import files
 from ladder_jax.config import ConfigError
+from ladder_jax.interrupts import check_interrupted
 from ladder_jax.say import Say
 
 # Seconds before each new try of a store that does not answer or fails.
@@ -193,6 +194,7 @@ def _try(action: Callable[[], T], what: str, say: Say) -> T:
             raise
         # Each store's package has errors of its own, which share no class.
         except Exception as error:
+            check_interrupted(error)
             reason = " ".join(str(error).split()) or type(error).__name__
             if pause is None:
                 raise OSError(

@@ -15,15 +15,17 @@ import helpers
 import pytest
 import tiny
 
-from ladder_jax import cli, interrupts
+from ladder_jax import checkpoint, cli, interrupts, storage
 
 
 @pytest.fixture(autouse=True)
 def handler():
     """Ctrl-C as in a terminal; the test's own timer and handlers are there again."""
     received = signal.signal(signal.SIGINT, signal.default_int_handler)
-    alarm = signal.getsignal(signal.SIGALRM)
+    alarm, hook = signal.getsignal(signal.SIGALRM), sys.unraisablehook
     yield
+    sys.unraisablehook = hook
+    interrupts._ASYNCIO.removeFilter(interrupts._drop)
     assert signal.getsignal(signal.SIGALRM) is alarm
     signal.signal(signal.SIGINT, received)
 
@@ -189,6 +191,39 @@ def test_a_command_with_handlers_of_its_own_keeps_them(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "inspect", serve)
     assert cli.run(["inspect"]) == 0
     assert seen[0] is before and seen[1] is not before
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_an_interrupt_is_no_reason_to_take_another_checkpoint(
+    tmp_path, monkeypatch, caplog, pressed
+):
+    """Libraries make another error of it, with or without the interrupt as a cause."""
+    error = OSError("the file cannot be read")
+    if not pressed:
+        error.__cause__ = interrupts.Interrupted(interrupts.InsistentInterrupt())
+
+    def read(path):
+        with checkpoint._reading("arrays"):
+            if pressed:
+                swallow()
+            raise error
+
+    with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
+        checkpoint.newest([tmp_path / "2", tmp_path / "1"], read)
+    assert not caplog.records
+
+
+def test_an_interrupt_is_no_reason_to_ask_a_store_again():
+    tries, said = [], []
+
+    def ask():
+        tries.append(1)
+        swallow()
+        raise OSError("the connection is lost")
+
+    with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
+        storage._try(ask, "s3://bucket", said.append)
+    assert len(tries) == 1 and not said
 
 
 # ---------------------------------------------------------------- real processes

@@ -46,6 +46,7 @@ from ladder_jax.config import ConfigError
 from ladder_jax.data.chat import ChatEncoder
 from ladder_jax.data.jsonl import read_jsonl
 from ladder_jax.hardware import group as groups
+from ladder_jax.interrupts import check_interrupted
 from ladder_jax.model import Transformer
 from ladder_jax.run_folder import Lease
 from ladder_jax.serve.engine import Engine
@@ -367,6 +368,7 @@ def _generate(
                 except EngineFailed:  # the next run generates the other rows
                     raise
                 except Exception as error:  # the other rows are still generated
+                    check_interrupted(error)
                     yield waiting.popleft(), _error_values(row, error)
                     continue
                 running.append((waiting.popleft(), request))
