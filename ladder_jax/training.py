@@ -23,7 +23,6 @@ from ladder_jax.generate import generate
 from ladder_jax.hardware import chips
 from ladder_jax.hardware import group as groups
 from ladder_jax.hardware.watchdog import STEP_TIMEOUT
-from ladder_jax.interrupts import StopSignal
 from ladder_jax.metrics import Metrics, plot
 from ladder_jax.objective import (
     BATCH_FIELDS,
@@ -38,6 +37,7 @@ from ladder_jax.run_folder import Lease
 from ladder_jax.saving import Checkpoints
 from ladder_jax.say import Say
 from ladder_jax.step_inputs import StepInputs
+from ladder_jax.stop_signal import StopSignal
 from ladder_jax.train_programs import (
     State,
     flops_per_token,

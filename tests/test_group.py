@@ -11,11 +11,11 @@ import tiny
 from workers import Workers, who
 
 from ladder_jax.hardware.differences import difference, verdict
-from ladder_jax.interrupts import StopSignal
+from ladder_jax.stop_signal import StopSignal
 
 AGREE = """
 import unittest.mock
-from ladder_jax import agreement, config, identity, interrupts
+from ladder_jax import agreement, config, identity, stop_signal
 sys.path.insert(0, os.environ["TESTS"])
 import tiny
 
@@ -30,7 +30,7 @@ def start(resume=False, **fields):
     except ConfigError as error:
         problems.append(str(error))
 
-with group, interrupts.StopSignal(group) as stop:
+with group, stop_signal.StopSignal(group) as stop:
     start(optimizer_learning_rate=3e-4 if number else 3e-3)
     start(train_seed=number // 2, train_log_every=1 + number // 2)
     start(resume=number == 1)
@@ -202,7 +202,7 @@ def test_a_process_that_stands_still_is_lost_and_ends_when_it_goes_on(tmp_path):
 
 
 STUCK = """
-from ladder_jax import interrupts
+from ladder_jax import stop_signal
 
 def a_collective():
     time.sleep(1000)
@@ -228,9 +228,9 @@ def test_a_step_that_does_not_end_shows_the_stacks_and_ends_all(tmp_path):
 
 
 EARLY = """
-from ladder_jax import interrupts
+from ladder_jax import stop_signal
 
-with group, groups.telling(group), interrupts.StopSignal(group):
+with group, groups.telling(group), stop_signal.StopSignal(group):
     group.wait_for_all("start")
     mark("started")
     group.first("the tokens", lambda: time.sleep(1000))
@@ -249,10 +249,10 @@ def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path):
 
 COMPILING = """
 import hashlib
-from ladder_jax import interrupts
+from ladder_jax import stop_signal
 
-interrupts.START_GRACE = 0.5
-with interrupts.StopSignal():
+stop_signal.START_GRACE = 0.5
+with stop_signal.StopSignal():
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # C code, as a compilation
 """
@@ -268,7 +268,7 @@ def test_a_signal_stops_one_process_that_compiles(tmp_path):
 
 
 def test_a_signal_that_the_main_thread_sees_lets_it_end_by_itself(monkeypatch):
-    monkeypatch.setattr("ladder_jax.interrupts.START_GRACE", 0.2)
+    monkeypatch.setattr("ladder_jax.stop_signal.START_GRACE", 0.2)
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
