@@ -14,7 +14,7 @@ import pytest
 from ladder_jax import config, generate, sharding, train_programs
 from ladder_jax.optimizer import make_optimizer
 from ladder_jax.serve.engine import Engine
-from tests import helpers
+from tests import helpers, page_attention
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="needs a GPU: JAX_PLATFORMS=cuda,cpu"
@@ -80,14 +80,21 @@ def test_training_steps_have_the_cpus_losses(residual, dtype, tolerance):
     np.testing.assert_allclose(on_gpu, on_cpu, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("residual", SCHEDULES)
-def test_the_engine_has_the_tokens_of_one_request_alone_and_of_the_cpu(residual):
+@pytest.mark.parametrize(
+    "residual, kv_layout",
+    [("ladder", "pages"), *((residual, "rows") for residual in SCHEDULES)],
+)
+def test_the_engine_has_the_tokens_of_one_request_alone_and_of_the_cpu(
+    residual, kv_layout
+):
     model_config = make_model(residual, "float32")
     random = np.random.default_rng(1)
     prompts = [
         random.integers(0, 512, n).tolist() for n in (1, 3, 17, 40, 5, 64, 2, 33)
     ]
-    options = config.Decode(slots=3, steps_per_call=4, max_length=128)
+    options = config.Decode(
+        slots=3, steps_per_call=4, max_length=128, kv_layout=kv_layout
+    )
     answers = {}
     with jax.default_matmul_precision("highest"):
         for platform in ("gpu", "cpu"):
@@ -125,3 +132,16 @@ def test_bfloat16_logits_are_near_the_cpus_in_float32():
     spread = logits["cpu"].std()
     assert np.abs(logits["gpu"] - logits["cpu"]).max() < 0.06 * spread
     assert jnp.isfinite(logits["gpu"]).all()
+
+
+@pytest.mark.parametrize(
+    "heads, groups, page_size, entries, H, dtype",
+    [
+        (8, 4, 16, 32, 128, "bfloat16"),  # a shard of 8B's, whole
+        (1, 8, 64, 32, 128, "bfloat16"),
+        (3, 3, 32, 20, 64, "bfloat16"),
+        (8, 1, 128, 6, 64, "int8"),
+    ],
+)
+def test_the_kernel_of_pages(heads, groups, page_size, entries, H, dtype):
+    page_attention.check("triton", heads, groups, 1, page_size, entries, H, dtype)
