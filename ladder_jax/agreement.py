@@ -21,7 +21,7 @@ from etils import epath
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ladder_jax import identity, sharding
+from ladder_jax import identity, mirror, sharding
 from ladder_jax.addresses import is_address, local_path
 from ladder_jax.checkpoint import saved_steps
 from ladder_jax.config import Config, ConfigError, to_dict
@@ -68,9 +68,8 @@ def start(group: Group, config: Config, resume: bool) -> None:
     """
     group.together("settings", lambda: settings(config, resume), dict)
     group.together("data.source", lambda: source_files(config.data.source), dict)
-    check_shared(
-        group, epath.Path(local_path(config.train.out, "train.out")), "train.out"
-    )
+    field = "train.work_dir" if is_address(config.train.out) else "train.out"
+    check_shared(group, epath.Path(mirror.work_folder(config.train)), field)
     cache = epath.Path(local_path(config.data.token_cache, "data.token_cache"))
     try:
         check_shared(group, cache, "data.token_cache")
@@ -98,7 +97,7 @@ def contents(config: Config, meta: Mapping[str, object]) -> dict[str, str]:
     meta: that of the run's checkpoints.
     """
     text = json.dumps(meta["tokenizer"], sort_keys=True)
-    out = epath.Path(local_path(config.train.out, "train.out"))
+    out = mirror.work_folder(config.train)
     return {
         "data.tokenizer's contents": hashlib.sha256(text.encode()).hexdigest()[:12],
         "data.source's contents": str(meta["documents"]),

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ladder_jax import initial, schedule, sharding
-from ladder_jax.addresses import is_address, local_path
+from ladder_jax import initial, mirror, schedule, sharding
+from ladder_jax.addresses import is_address
 from ladder_jax.checkpoint import read_meta, require_plain_name, saved_steps
 from ladder_jax.config import Config, ConfigError, Data, Model, from_meta, to_dict
 from ladder_jax.data import corpus as corpora
@@ -39,7 +39,7 @@ def prepare(config: Config, resume: bool, say: Say) -> Job:
     Raises ConfigError for the first mistake.
     """
     mesh = sharding.make_mesh(config.mesh)
-    out = local_path(config.train.out, "train.out")
+    out = mirror.work_folder(config.train)
     saved = saved_steps(out / "checkpoints")
     config, tokenizer, origin = initial.resolve(config, out, bool(saved and resume))
     check_anneal(config)

@@ -61,13 +61,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         self._place = self.file.parent
         if output is not None:
             self.file, self._place = Path(folder) / f".{output.name}.{FILE}", output
-        self._own: Holder = dict(
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            started=_started(os.getpid()),
-            token=uuid.uuid4().hex,
-        )
+        self._own = own_process()
         self._ended = threading.Event()
 
     def __enter__(self) -> "Lease":
@@ -95,7 +89,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             return  # the file system did not answer: that does not mean another job
         if holder.get("token") != self._own["token"]:
             raise OSError(
-                f"{self._place} is now written to by {_name(holder)}, which took "
+                f"{self._place} is now written to by {name(holder)}, which took "
                 "this job for dead: this job stops without another write"
             )
 
@@ -113,25 +107,25 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 holder, beat = _read(self.file)
             except FileNotFoundError:  # the other job has just ended
                 continue
-            runs = _runs(holder)
-            if runs is None and first_beat is None:
+            is_alive = runs(holder)
+            if is_alive is None and first_beat is None:
                 log.warning(
                     "%s is held by %s: waiting up to %.0f s for a heartbeat",
                     self.file,
-                    _name(holder),
+                    name(holder),
                     STALE_S,
                 )
                 first_beat = beat
             # The holder is on another machine: a new heartbeat shows that it runs.
-            if runs is None and first_beat is not None and beat > first_beat:
-                runs = True
-            if runs:
+            if is_alive is None and first_beat is not None and beat > first_beat:
+                is_alive = True
+            if is_alive:
                 raise ConfigError(
                     f"{self.field}={str(self._place)!r} is not accepted: "
-                    f"{_name(holder)} writes there. Choose another one or end that "
+                    f"{name(holder)} writes there. Choose another one or end that "
                     f"process; if it does not run any more, remove {self.file}"
                 )
-            if runs is False or self._now() - beat > STALE_S:
+            if is_alive is False or self._now() - beat > STALE_S:
                 self._remove(holder)
             else:
                 time.sleep(min(1.0, STALE_S / 10))
@@ -159,6 +153,17 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                     os.utime(self.file)
 
 
+def own_process() -> Holder:
+    """What a lease says about this process."""
+    return dict(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+        token=uuid.uuid4().hex,
+    )
+
+
 def _read(file: Path) -> tuple[Holder, float]:
     """(holder, time of its last heartbeat); the holder is {} if the file is empty."""
     with file.open() as stream:  # open() makes a network file system refresh the file
@@ -170,11 +175,12 @@ def _read(file: Path) -> tuple[Holder, float]:
     return holder if isinstance(holder, dict) else {}, beat
 
 
-def _name(holder: Holder) -> str:
+def name(holder: Holder) -> str:
+    """The process that holds a lease, for messages."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}"
 
 
-def _runs(holder: Holder) -> bool | None:
+def runs(holder: Holder) -> bool | None:
     """Whether the holder's process runs; None if it is on another machine."""
     if holder.get("machine") != _machine() or "pid" not in holder:
         return None

@@ -287,8 +287,12 @@ class Train(Section):
     """Length of the run, size of a step, and what the run reports and saves."""
 
     section = "train"
-    # The folder of metrics, checkpoints and plots.
+    # The folder of metrics, checkpoints and plots; or an address, s3://bucket/folder or
+    # gs://bucket/folder, to which a run copies them from train.work_dir.
     out: str = "runs/default"
+    # The folder of this machine with the work folders of runs whose train.out is an
+    # address; all hosts of a run share it. Empty: ~/.cache/ladder_jax/runs.
+    work_dir: str = ""
     # A checkpoint whose weights the run starts from, with a new optimizer: a run's
     # folder, its checkpoints folder or the folder of one step. If the section model has
     # its defaults, the model's shape and residual schedule are the checkpoint's too; so
@@ -357,11 +361,8 @@ class Train(Section):
             "None, unless train.skip_steps is greater than 0",
         )
         self.need("seed", 0 <= self.seed < 2**32, "from 0 to 2 ** 32 - 1")
-        self.need(
-            "out",
-            self.out != "" and not is_address(self.out),
-            FOLDER,
-        )
+        self.need("out", self.out != "", "a folder, or an address such as s3://b/run")
+        self.need("work_dir", not is_address(self.work_dir), FOLDER)
         self.need(
             "grad_accum_steps",
             self.global_batch % self.grad_accum_steps == 0,

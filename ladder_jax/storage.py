@@ -102,8 +102,11 @@ def fetch_checkpoint(address: str, step: int | None, say: Say) -> Path:
     return cache_folder() / key / chosen
 
 
-def _list(address: str, field: str, say: Say) -> Listing:
-    """The files at an address. Raises as `fetch_source` does."""
+def open_store(address: str, field: str) -> tuple[Any, str]:
+    """(the fsspec.AbstractFileSystem of an address, the address in its own form).
+
+    Raises ConfigError, which names `field`, where a package is missing.
+    """
     try:
         import fsspec
 
@@ -113,13 +116,19 @@ def _list(address: str, field: str, say: Say) -> Listing:
             f"{field}={address!r} is not accepted: {error}. s3:// and gs:// need "
             "pip install 'ladder_jax[storage]'"
         ) from None
+    return store, str(root).rstrip("/")
+
+
+def _list(address: str, field: str, say: Say) -> Listing:
+    """The files at an address. Raises as `fetch_source` does."""
+    store, root = open_store(address, field)
     look = store.glob if glob.has_magic(root) else store.find
 
     def found() -> dict[str, Mapping[str, Any]]:
         store.invalidate_cache()
         return dict(look(root, detail=True))
 
-    listed = _try(found, f"{field}={address!r}", say)
+    listed = tried(found, f"{field}={address!r}", say)
     paths = {p: about for p, about in listed.items() if about.get("type") == "file"}
     if not paths:
         raise ConfigError(f"{field}={address!r} is not accepted: there is no file")
@@ -135,7 +144,7 @@ def _copy(
 ) -> None:
     """Makes `target` a copy of the `wanted` files."""
     index = _read_index(target)
-    versions = {path: _version(about) for path, about in wanted.items()}
+    versions = {path: version(about) for path, about in wanted.items()}
     missing = [
         path
         for path, version in versions.items()
@@ -159,7 +168,7 @@ def _copy(
         place = target / path
         place.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(place) as part:
-            _try(lambda: listing.store.get_file(path, str(part)), address, say)
+            tried(lambda: listing.store.get_file(path, str(part)), address, say)
 
     try:
         with ThreadPoolExecutor(COPIES) as pool:
@@ -175,14 +184,16 @@ def _read_index(target: Path) -> dict[str, str]:
     return {}
 
 
-def _version(about: Mapping[str, Any]) -> str:
+def version(about: Mapping[str, Any]) -> str:
     """What changes when a file of a store changes."""
     known = (str(about[name]) for name in VERSIONS if about.get(name))
     return f"{about.get('size')} {next(known, '')}"
 
 
-def _try(action: Callable[[], T], what: str, say: Say) -> T:
+def tried(action: Callable[[], T], what: str, say: Say, verb: str = "read") -> T:
     """The result of `action`, which is tried again while the store fails.
+
+    what, verb: for messages: "data.source='s3://...' cannot be read".
 
     Raises FileNotFoundError and PermissionError at once, as another try would not help;
     OSError, one line that begins with `what`, after the last try.
@@ -190,7 +201,7 @@ def _try(action: Callable[[], T], what: str, say: Say) -> T:
     for pause in _pauses():
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
+        except (ConfigError, FileNotFoundError, PermissionError):
             raise
         # Each store's package has errors of its own, which share no class.
         except Exception as error:
@@ -198,9 +209,9 @@ def _try(action: Callable[[], T], what: str, say: Say) -> T:
             reason = " ".join(str(error).split()) or type(error).__name__
             if pause is None:
                 raise OSError(
-                    f"{what} cannot be read: {reason} ({1 + len(PAUSES_S)} tries)"
+                    f"{what} cannot be {verb}: {reason} ({1 + len(PAUSES_S)} tries)"
                 ) from error
-            say(f"{what} cannot be read: {reason}; trying again in {pause:.0f} s")
+            say(f"{what} cannot be {verb}: {reason}; trying again in {pause:.0f} s")
             time.sleep(pause)
     raise AssertionError("the last pause is None")
 

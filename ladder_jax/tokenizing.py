@@ -57,9 +57,10 @@ def _tokenizer(config: Config) -> tokenizers.Tokenizer:
     """The tokenizer that a run of `config` would have."""
     if not config.train.init_from:
         return tokenizers.load(config.data.tokenizer)
-    from ladder_jax import initial  # it imports JAX
+    from ladder_jax import initial, mirror  # they import JAX
 
-    return initial.resolve(config, Path(config.train.out), saved=False).tokenizer
+    out = mirror.work_folder(config.train)
+    return initial.resolve(config, out, saved=False).tokenizer
 
 
 def table(root: Path) -> str:

@@ -16,7 +16,16 @@ import jax
 import numpy as np
 import optax
 
-from ladder_jax import agreement, crossing, identity, model, rollback, sharding
+from ladder_jax import (
+    agreement,
+    crossing,
+    identity,
+    mirror,
+    model,
+    rollback,
+    sharding,
+)
+from ladder_jax.addresses import is_address
 from ladder_jax.config import Config, ConfigError, require
 from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
@@ -96,6 +105,14 @@ def train(
     """
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     run_long_steps_in_turn(config)
+    with mirror.of_run(config.train, jax.process_index() == 0) as copy:
+        return _train(config, resume, step_timeout, copy)
+
+
+def _train(
+    config: Config, resume: bool, step_timeout: float, copy: mirror.Mirror | None
+) -> Summary:
+    """`train`, in a folder of this machine, which `copy` copies to train.out."""
     # The stack closes its contexts in the opposite order.
     with (
         groups.of_this_run() as group,
@@ -103,14 +120,15 @@ def train(
         groups.telling(group),
     ):
         output = stack.enter_context(Output(jax.process_index() == 0))
-        stop = StopSignal(group)
+        stop, options = StopSignal(group), config.train
 
         # ---- checks, data and folder
         if group is not None:
             stack.enter_context(stop)
             agreement.start(group, config, resume)
+        if is_address(options.out):
+            start_copy(copy, group, resume, output.say)
         job = prepare(config, resume, output.say)
-        options = job.config.train
         batches, held_out = make_batches(job)
         if group is None:
             stack.enter_context(stop)
@@ -146,6 +164,7 @@ def train(
             checkpoints,
             reports,
             rollbacks,
+            copy,
         )
         if first == 0:
             run.measure_blend()
@@ -201,6 +220,7 @@ class Run:
     checkpoints: Checkpoints
     reports: Reports
     rollbacks: int = 0  # how often it went back to a checkpoint
+    copy: mirror.Mirror | None = None  # of its folder, in a store
     results: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     unread: Measured | None = None  # a step to report, which the device may still run
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -292,6 +312,8 @@ class Run:
         self._save()
 
     def _save(self) -> None:
+        if self.copy is not None:
+            self.copy.check()
         meta = self.job.meta | self.inputs.state()
         if self.rollbacks:
             meta |= dict(rollbacks=self.rollbacks)
@@ -324,6 +346,21 @@ class Run:
 
 
 # ---------------------------------------------------------------- stages of the job
+
+
+def start_copy(
+    copy: mirror.Mirror | None, group: groups.Group | None, resume: bool, say: Say
+) -> None:
+    """Process 0 copies what train.out, an address, has; the others wait for it."""
+
+    def begin() -> None:
+        if copy is not None:
+            copy.begin(resume, say)
+
+    if group is None:
+        begin()
+    else:
+        group.first("a copy of train.out", begin)
 
 
 def make_batches(job: Job) -> tuple[Any, Iterable[Batch]]:

@@ -79,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.objects[self.name] = self.body
         self.answer(200, b"", {"ETag": etag(self.body)})
 
+    def do_DELETE(self):
+        self.server.objects.pop(self.name, None)
+        self.answer(204, b"")
+
     def listing(self):
         """The answer to ListObjectsV2: keys, and the prefixes below a delimiter."""
         prefix = self.query.get("prefix", [""])[0]

@@ -18,6 +18,7 @@ ROWS = {
     "jobs": [
         "training",
         "rollback",
+        "mirror",
         "profiling",
         "identity",
         "train_programs",

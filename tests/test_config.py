@@ -178,7 +178,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
             for name in ("loss_chunk", "profile_steps", "sample_tokens")
         ),
         (dict(seed=-1), "seed=-1", "from 0 to 2 ** 32 - 1"),
-        (dict(out="gs://bucket/run"), "out='gs://bucket/run'", "a folder"),
+        (dict(work_dir="gs://bucket/run"), "work_dir='gs://bucket/run'", "a folder"),
         (dict(out=""), "out=''", "a folder"),
         (
             dict(global_batch=8, grad_accum_steps=3),

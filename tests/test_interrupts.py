@@ -222,7 +222,7 @@ def test_an_interrupt_is_no_reason_to_ask_a_store_again():
         raise OSError("the connection is lost")
 
     with pytest.raises(KeyboardInterrupt), interrupts.InsistentInterrupt():
-        storage._try(ask, "s3://bucket", said.append)
+        storage.tried(ask, "s3://bucket", said.append)
     assert len(tries) == 1 and not said
 
 

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import chex
+import fake_gcs
 import fake_s3
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def written(folder):
     return sorted(path.name for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("field", ["train.out", "data.token_cache", "data.tokenizer"])
+@pytest.mark.parametrize(
+    "field", ["train.work_dir", "data.token_cache", "data.tokenizer"]
+)
 @pytest.mark.parametrize("address", ["gs://bucket/folder", "s3://bucket/folder"])
 def test_a_run_writes_to_no_address(tiny_folder, tmp_path, monkeypatch, field, address):
     monkeypatch.chdir(tmp_path)
@@ -207,6 +210,25 @@ def test_a_checkpoint_at_an_address_is_the_same_model(s3, tmp_path):
         checkpoint.find("s3://bucket/runs/one", step=3)
     with pytest.raises(ConfigError, match="holds no checkpoint: the address of"):
         checkpoint.find("s3://bucket/runs/one/checkpoints/10/model")
+
+
+def test_a_source_and_a_checkpoint_at_gs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", [dict(text=text) for text in TEXTS])
+    tiny.write_run(tmp_path / "run")
+    with fake_gcs.connected(monkeypatch) as server:
+        for place, name in ((folder, "text"), (tmp_path / "run", "runs/one")):
+            for path in place.rglob("*"):
+                if path.is_file():
+                    key = f"bucket/{name}/{path.relative_to(place)}"
+                    server.write(key, path.read_bytes())
+        texts = list(corpus.documents(data("gs://bucket/text", tmp_path)))
+        assert texts == list(corpus.documents(data(folder, tmp_path)))
+        loaded = ladder_jax.load("gs://bucket/runs/one")
+    expected = ladder_jax.load(tmp_path / "run")
+    chex.assert_trees_all_equal(loaded.model, expected.model)
 
 
 # ---------------------------------------------------------------- stores that fail
