@@ -105,7 +105,11 @@ def make_mesh(
       mesh_config: the size of each axis; -1 stands for the devices that are left.
       devices: all of JAX's devices by default.
 
-    Raises ConfigError where the sizes do not make up the number of devices.
+    Where the devices are several TPU slices, the axis `data` goes across them: its sums
+    of gradients are all that uses the network between slices.
+
+    Raises ConfigError where the sizes do not make up the number of devices, or the axis
+    `data` does not divide by the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(mesh_config, axis) for axis in AXES}
@@ -126,12 +130,37 @@ def make_mesh(
             f"mesh {text} has {product} devices, but there are {len(devices)}: "
             "change a size, or set one to -1 for the rest"
         )
-    shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    slices = _slices(devices)
+    if sizes[DATA] % len(slices):
+        raise ConfigError(
+            f"mesh.data={sizes[DATA]} is not accepted on {len(slices)} TPU slices: it "
+            f"must be a multiple of {len(slices)}, as other axes would use the slow "
+            "network between slices in every layer"
+        )
+    sizes[DATA] //= len(slices)
+    order = np.concatenate([_order(slice_, sizes) for slice_ in slices])
+    return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each TPU slice. Others than TPUs are one slice."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if len({len(own) for own in slices.values()}) > 1:
+        counts = ", ".join(str(len(own)) for own in slices.values())
+        raise ConfigError(f"the TPU slices have {counts} devices: take equal ones")
+    return [slices[index] for index in sorted(slices)]
+
+
+def _order(devices: Sequence[jax.Device], sizes: dict[str, int]) -> np.ndarray:
+    """The devices of one slice as an array with a dimension for each axis."""
+    shape = tuple(sizes.values())
     is_tpu = devices[0].platform == "tpu"
     if is_tpu and sizes[FSDP] == 1 and sizes[TENSOR].bit_count() == 1:
-        order = np.array(_compact_groups(devices, sizes[TENSOR])).reshape(shape)
-        return Mesh(order, AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return np.array(_compact_groups(devices, sizes[TENSOR])).reshape(shape)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
 
 
 def _compact_groups(devices: Sequence[jax.Device], tensor: int) -> list[jax.Device]:
@@ -153,8 +182,8 @@ def _compact_groups(devices: Sequence[jax.Device], tensor: int) -> list[jax.Devi
     return groups
 
 
-def _z_order(device: jax.Device) -> tuple[int, int]:
-    """(slice, index on a Z-order curve through the slice) of a TPU device.
+def _z_order(device: jax.Device) -> int:
+    """The index of a TPU device on a Z-order curve through its slice.
 
     The curve's index interleaves the coordinates' bits, from the highest:
     ... z1 y1 x1 core1 z0 y0 x0 core0. So a host's chips, which are neighbours in x and
@@ -167,7 +196,7 @@ def _z_order(device: jax.Device) -> tuple[int, int]:
         for position, coordinate in enumerate((core, x, y, z)):
             coordinate_bit = coordinate >> bit & 1
             index |= coordinate_bit << (4 * bit + position)
-    return getattr(device, "slice_index", 0), index
+    return index
 
 
 def gray(index: Any) -> Any:

@@ -6,6 +6,7 @@ in .venv-plan, where the compilers are installed.
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 
 import jax
@@ -23,7 +24,7 @@ from ladder_jax.config import (
     Train,
     from_recipe,
 )
-from ladder_jax.hardware import aot
+from ladder_jax.hardware import aot, xla_options
 from ladder_jax.matmul import einsum
 from ladder_jax.planner import hlo, plan, report
 from ladder_jax.quantised import Quantised
@@ -560,3 +561,27 @@ def test_a_step_with_pages_is_faster_for_requests_of_many_lengths(target, loss):
     full, cache = totals("pages", None)
     assert cache["tokens_read"] == 64 * 4096
     assert mixed < 0.95 * rows and full < loss * rows
+
+
+@needs_tpu
+@pytest.mark.slow  # two minutes to compile
+def test_only_sums_over_the_data_axis_cross_slices():
+    """And they cross once a step: no layer waits for the network between slices."""
+    from jax.experimental import topologies
+
+    arguments = dict(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+    devices = topologies.get_topology_desc(**arguments).devices
+    config = Config(
+        model=dataclasses.replace(SMALL, dim=512, heads=4, kv_heads=4, ffn_dim=1024),
+        train=Train(global_batch=16, seq_len=512),
+        mesh=Mesh(data=2, fsdp=2, tensor=2),
+    )
+    mesh = sharding.make_mesh(config.mesh, devices)
+    program = plan.training_step(config, mesh)
+    options = xla_options.options_of("tpu", "v5e", "train")
+    lowered = program.function.lower(*program.arguments)
+    text = lowered.compile(compiler_options=options).as_text()
+    crossing = r" send\(.*_xla_megascale_reduce_operation=\"SUM\""
+    bodies = re.split(r"\n(?=ENTRY |%)", text)
+    sent = [body for body in bodies for _ in re.findall(crossing, body)]
+    assert len(sent) >= 8 and all(body.startswith("ENTRY") for body in sent)

@@ -2,6 +2,7 @@
 every parameter has one, and what does not divide is one line.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Chip:
     core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = "TPU v5"
+    slice_index: int = 0
 
 
 def slice_of(*sides, host=(2, 2, 1), cores=1):
@@ -96,6 +98,31 @@ def test_hosts_hold_whole_shares_of_a_batch(tensor, shares, monkeypatch):
         sum(index == share for index, _ in held) == 4 // shares
         for share in range(shares)
     )
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 4), (4, 1), (2, 2), (1, 1)])
+def test_of_several_slices_only_the_data_axis_crosses_them(fsdp, tensor):
+    """And in each slice the other axes are arranged as if it were alone."""
+    own = slice_of(2, 2, 1)
+    both = [dataclasses.replace(d, slice_index=i) for i in (1, 0) for d in own]
+    sizes = dict(fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(Mesh(data=-1, **sizes), both)
+    alone = sharding.make_mesh(Mesh(data=-1, **sizes), own).devices
+    assert mesh.shape["data"] == 8 // (fsdp * tensor)
+    for index, part in enumerate(np.split(mesh.devices, 2)):
+        assert {device.slice_index for device in part.flat} == {index}
+        assert [d.coords for d in part.flat] == [d.coords for d in alone.flat]
+
+
+def test_other_axes_are_refused_across_slices():
+    own = slice_of(2, 2, 1)
+    both = [dataclasses.replace(d, slice_index=i) for i in range(2) for d in own]
+    for mesh, devices, text in (
+        (Mesh(data=1, tensor=8), both, "mesh.data=1 is not accepted on 2 TPU slices"),
+        (Mesh(data=1, fsdp=-1), both, "mesh.data=1 is not accepted on 2 TPU slices"),
+        (Mesh(data=-1), both[:-1], "the TPU slices have 4, 3 devices: take equal"),
+    ):
+        assert text in one_line(sharding.make_mesh, mesh, devices)
 
 
 def test_elsewhere_the_mesh_is_jaxs():
