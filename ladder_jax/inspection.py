@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_jax import checkpoint, identity, kv_cache, sharding
+from ladder_jax.addresses import is_address, local_path
 from ladder_jax.config import Model, from_meta, to_dict
 from ladder_jax.convert.families import read_config
 from ladder_jax.convert.from_hf import tokenizer_of
@@ -48,7 +49,7 @@ def inspect(path: str | Path, step: int | None = None) -> Report:
     Raises ConfigError or ValueError, one line, where there is no checkpoint, or it is
     damaged or not supported.
     """
-    place = Path(path).expanduser()
+    place = Path(path) if is_address(path) else local_path(path, "path")
     if place.suffix == ".gguf" and place.is_file():
         from ladder_jax.convert.gguf_source import open_gguf
 

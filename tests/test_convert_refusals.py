@@ -239,7 +239,7 @@ DAMAGED = {
     "no tokenizer": (no_tokenizer, "no tokenizer.json"),
     "a damaged tokenizer.model": (
         sentencepiece,
-        "tokenizer.model is damaged: it is no file of SentencePiece",
+        "tokenizer.model is damaged, or no file of SentencePiece",
     ),
     "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json"),
     "tokens beyond the rows": (more_tokens, "288 ids.*272 rows"),

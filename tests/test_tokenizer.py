@@ -391,7 +391,7 @@ def test_no_eos(tmp_path, added, config, message):
 
 def test_what_is_no_tokenizer(tmp_path):
     with pytest.raises(
-        ValueError, match="data.tokenizer='nowhere.json' cannot be read"
+        ValueError, match="data.tokenizer='nowhere.json' does not exist"
     ):
         tokenizer.load("nowhere.json")
     for i, text in enumerate(["", "{}", "[]", "not json"]):

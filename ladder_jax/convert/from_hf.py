@@ -172,17 +172,21 @@ def _place(
     layers = model.layers if tensor.stacked else 1
     placed: dict[str, jax.Array] = {}
     for layer in range(layers):
-        array = job.source.read(tensor.name.format(layer))
+        foreign = tensor.name.format(layer)
+        array = job.source.read(foreign)
+        name = f"{job.source.name}: {foreign}"
         for part, view in layout.to_ours(array, tensor, model).items():
             spec = specs[part]
             if not tensor.stacked:
-                placed[part] = _put(view, tensor, NamedSharding(mesh, spec), dtype)
+                placed[part] = _put(
+                    view, tensor, name, NamedSharding(mesh, spec), dtype
+                )
                 continue
             stack_sharding = NamedSharding(mesh, spec)
             if layer == 0:
                 shape = (layers, *view.shape)
                 placed[part] = jnp.zeros(shape, dtype, device=stack_sharding)
-            one = _put(view, tensor, NamedSharding(mesh, P(*spec[1:])), dtype)
+            one = _put(view, tensor, name, NamedSharding(mesh, P(*spec[1:])), dtype)
             placed[part] = _writer(stack_sharding)(placed[part], one, layer)
         # Without this, the host would read ahead of the devices, and hold what it read.
         jax.block_until_ready(list(placed.values()))
@@ -200,9 +204,16 @@ def _writer(where: NamedSharding) -> Callable[..., jax.Array]:
 
 
 def _put(
-    view: np.ndarray, tensor: Tensor, where: NamedSharding, dtype: np.dtype
+    view: np.ndarray,
+    tensor: Tensor,
+    name: str,
+    where: NamedSharding,
+    dtype: np.dtype,
 ) -> jax.Array:
-    """A parameter on its devices; the host copies one shard at a time."""
+    """A parameter on its devices; the host copies one shard at a time.
+
+    name: of the tensor that it comes from, in messages.
+    """
 
     def shard(index: Any) -> np.ndarray:
         part = view[index]
@@ -210,9 +221,24 @@ def _put(
             part = part.astype(np.float32) * np.float32(tensor.scale)
             part += np.float32(tensor.offset)
         # A copy: on a CPU, JAX keeps NumPy's memory, and this is the mapped file.
-        return np.array(part, dtype, order="C")
+        with np.errstate(over="ignore"):
+            copy = np.array(part, dtype, order="C")
+        if not _is_finite(copy):
+            raise ConfigError(
+                f"{name} holds NaN, infinity, or a number that {dtype} cannot hold: "
+                "the model would compute nothing but NaN"
+            )
+        return copy
 
     return jax.make_array_from_callback(view.shape, where, shard)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; looked at some values at a time."""
+    flat = array.reshape(-1)
+    step = 1 << 20  # temporary memory: a byte each
+    parts = (flat[i : i + step] for i in range(0, flat.size, step))
+    return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 # ---------------------------------------------------------------- a run's folder
@@ -240,8 +266,8 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
     names = _checkpoint_names(job.model)
     placer = _placer(job, mesh, dtype)
     with folder.new_folder(path, parts) as part:
-        if parts.saved:
-            say(f"{len(parts.saved)} of {len(names)} parameters are there already")
+        if line := folder.kept_text(parts, len(parts.saved), len(names), "parameters"):
+            say(line)
         for tensor in job.imported.tensors:
             if not {names[name] for name in tensor.parts} <= set(parts.saved):
                 try:

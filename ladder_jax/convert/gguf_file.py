@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError
+from ladder_jax.data.foreign_files import is_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -57,6 +59,7 @@ class GGUFFile:
       path: the file; of several, the first.
 
     Attributes:
+      paths: the files.
       metadata: {key: number, text, bool or list of these}.
       tensors: {name: Tensor}.
 
@@ -69,10 +72,10 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._maps: list[mmap.mmap] = []
-        self._paths = [Path(path).expanduser()]
-        self._open(self._paths[0])
+        self.paths = [local_path(path, "source")]
+        self._open(self.paths[0])
         for other in self._other_parts():
-            self._paths.append(other)
+            self.paths.append(other)
             self._open(other)
         promised = self.metadata.get("split.tensors.count", len(self.tensors))
         if promised != len(self.tensors):
@@ -112,7 +115,7 @@ class GGUFFile:
         count = self.metadata.get("split.count", 1)
         if not isinstance(count, int) or count <= 1:
             return []
-        first = self._paths[0]
+        first = self.paths[0]
         match = PART.fullmatch(first.name)
         if not match or int(match[2]) != 1 or int(match[3]) != count:
             raise ConfigError(
@@ -135,6 +138,8 @@ def import_gguf() -> Any:
 
 def _map(path: Path) -> mmap.mmap:
     """Maps a file that starts as GGUF files do."""
+    if not is_file(path):
+        raise ConfigError(f"{path} does not exist")
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))

@@ -80,8 +80,10 @@ def write_hf(
 
     require_disk(total_bytes(infos.values()), folder.free_disk(path))
     with folder.new_folder(path, shards if weights.name else None) as part:
-        if shards.whole:
-            say(f"{len(shards.whole)} of {len(shards.shards)} files are there already")
+        if line := folder.kept_text(
+            shards, len(shards.whole), len(shards.shards), "files"
+        ):
+            say(line)
         shards.write(part, reader)
         write_tokenizer_files(tokenizer, part, for_others=True)
         if values["model_type"] == ladder_llama.MODEL_TYPE:
