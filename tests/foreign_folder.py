@@ -3,6 +3,7 @@
 import json
 
 import gguf
+import ml_dtypes
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -10,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 from ladder_jax.convert import layout
 from ladder_jax.convert.families import read_config
 from ladder_jax.convert.gguf_source import MODULES, OUTER
-from ladder_jax.convert.safetensors_file import write_file
+from ladder_jax.convert.safetensors_file import bytes_of, write_file
 from ladder_jax.convert.source import TensorInfo
 from ladder_jax.data.tokenizer import byte_alphabet
 
@@ -76,14 +77,32 @@ def write(folder, tokens=True, shards=1, dtype=np.float32, **fields):
     return values
 
 
-def write_gguf(path, values, change=None, **fields):
+def write_holes(folder, **fields):
+    """Writes a folder in bfloat16, whose weights are zeros that take no disk."""
+    config = CONFIG | fields
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    header, end = {}, 0
+    for name, info in infos_of(config, ml_dtypes.bfloat16).items():
+        start, end = end, end + bytes_of(info)
+        row = dict(dtype="BF16", shape=info.shape, data_offsets=[start, end])
+        header[name] = row
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_gguf(path, values, files=1, **fields):
     """Writes tensors of a llama (see `write`) as a GGUF file with its tokenizer.
 
-    change: called with the writer before the tensors are added.
+    files: how many, with the tensors divided evenly. Returns the path of the first.
     """
     config = CONFIG | fields
     heads = config["num_attention_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
+    most = -(-len(values) // files) if files > 1 else 0
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=most)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -99,8 +118,6 @@ def write_gguf(path, values, change=None, **fields):
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
-    if change:
-        change(writer)
     names = {theirs: ours for ours, theirs in (OUTER | MODULES).items()}
     for name, array in values.items():
         module = name.removesuffix(".weight")
@@ -117,6 +134,9 @@ def write_gguf(path, values, change=None, **fields):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return (
+        path if files == 1 else path.with_name(f"{path.stem}-00001-of-{files:05}.gguf")
+    )
 
 
 def write_tokenizer(folder, names=("<s>", "</s>", "<|im_end|>"), **settings):

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ladder_jax.addresses import local_path
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.data.foreign_files import is_file
 
 MAGIC = b"GGUF"
@@ -33,6 +33,7 @@ PLAIN = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 MOST_DIMENSIONS = 4
+LONGEST_NAME = 500  # of a key or tensor; longer ones are damage
 # The name of one file of several: llama.cpp writes NAME-00001-of-00003.gguf.
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -174,7 +175,7 @@ class _Header:
         self._require(key_count * 13 + tensor_count * 24)  # bytes, at the least
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
-            key = self._string()
+            key = self._plain_name()
             if key in metadata:
                 raise self._damaged(f"it has {key!r} twice")
             metadata[key] = self._value(self._scalar("I"))
@@ -187,7 +188,7 @@ class _Header:
 
     def _table_row(self) -> tuple[str, list[int], int, int]:
         """Returns a tensor's name, dimensions (fastest first), kind and offset."""
-        name, count = self._string(), self._scalar("I")
+        name, count = self._plain_name(), self._scalar("I")
         if not 1 <= count <= MOST_DIMENSIONS:
             raise self._damaged(f"tensor {name!r} has {count} dimensions")
         shape = [self._scalar("Q") for _ in range(count)]
@@ -259,6 +260,13 @@ class _Header:
         self._offset += size
         # The shortest decimal of a float32: 1e-5, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if code == "f" else value
+
+    def _plain_name(self) -> str:
+        """Returns the name of a key or tensor."""
+        name = self._string()
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise self._damaged(f"it has the name {short_repr(name)}")
+        return name
 
     def _string(self) -> str:
         size = self._scalar("Q")

@@ -30,6 +30,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The longest header that the `safetensors` package accepts.
 LONGEST_HEADER = 100_000_000
+LONGEST_NAME = 500  # of a tensor; longer ones are damage
 
 
 class Place(NamedTuple):
@@ -76,6 +77,8 @@ def read_header(path: Path) -> dict[str, Place]:
 
 def _row(name: str, row: Any) -> tuple[TensorInfo, int, int]:
     """(info, start, end) of a header's row, whose numbers must agree."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"it has a tensor of the name {short_repr(name)}")
     fields: dict[str, Any] = row if isinstance(row, dict) else {}
     keys = ("dtype", "shape", "data_offsets")
     kind, shape, place = [fields.get(key) for key in keys]

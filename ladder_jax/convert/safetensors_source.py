@@ -153,7 +153,8 @@ def _locate_sharded(folder: Path) -> dict[str, tuple[Path, Place]]:
         places = read_header(path)
         named = {name for name, where in weight_map.items() if where == file}
         if lost := sorted(named - places.keys()):
-            raise ConfigError(f"{index} is wrong: {file} does not hold {lost[0]}")
+            name = short_repr(lost[0], 200)
+            raise ConfigError(f"{index} is wrong: {file} does not hold {name}")
         if extra := sorted(places.keys() - named):
             raise ConfigError(
                 f"{index} is wrong: it does not name {extra[0]} of {file}"
