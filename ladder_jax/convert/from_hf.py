@@ -23,7 +23,7 @@ from ladder_jax import model as models
 from ladder_jax import sharding
 from ladder_jax.checkpoint import require_plain_name
 from ladder_jax.checkpoint_arrays import named
-from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
+from ladder_jax.config import Config, ConfigError, Model, Train, short_repr, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
 from ladder_jax.convert.families import Imported, read_config
@@ -107,7 +107,9 @@ def tokenizer_of(
     source: TensorSource, model: Model, spec: str | None
 ) -> tokenizers.Tokenizer:
     """The tokenizer of a checkpoint, or the user's. It must fit the vocabulary."""
+    name = f"the tokenizer of {source.name}"
     if spec is not None:
+        name = f"tokenizer={short_repr(spec)}"
         tokenizer = tokenizers.load(spec)
     else:
 
@@ -116,16 +118,15 @@ def tokenizer_of(
             return source.text(name) if name != "config.json" else _ids_of(source)
 
         try:
-            tokenizer = tokenizers.from_files(read, f"the tokenizer of {source.name}")
+            tokenizer = tokenizers.from_files(read, name)
         except ConfigError as error:
             raise ConfigError(
-                f"the tokenizer of {source.name} is not accepted: {error} (--tokenizer "
-                "names another)"
+                f"{name} is not accepted: {error} (--tokenizer names another)"
             ) from None
     if tokenizer.size > model.vocab_size:
         raise ConfigError(
-            f"the tokenizer of {source.name} has {tokenizer.size} ids, but the "
-            f"embedding has {model.vocab_size} rows: some of its tokens have none"
+            f"{name} has {tokenizer.size} ids, but the embedding of {source.name} has "
+            f"{model.vocab_size} rows: some of its tokens have none"
         )
     return tokenizer
 
