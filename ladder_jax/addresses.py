@@ -4,11 +4,12 @@ What a job writes must be on a file system, since a run appends to files, rename
 and holds a lease: `local_path` refuses an address. `storage` reads from one.
 """
 
+import errno
 import os
 import re
 from pathlib import Path
 
-from ladder_jax.checks import ConfigError
+from ladder_jax.checks import ConfigError, short_repr
 
 
 def is_address(value: object) -> bool:
@@ -20,7 +21,8 @@ def is_address(value: object) -> bool:
 def local_path(value: str | os.PathLike[str], field: str) -> Path:
     """The path that `value` names: with ~, or as file:///folder.
 
-    Raises ConfigError, which names `field`, where `value` is an address.
+    Raises ConfigError, which names `field`, where `value` is an address, or no file
+    system can have a file of this name.
     """
     text = os.fspath(value)
     if is_address(text):
@@ -28,4 +30,16 @@ def local_path(value: str | os.PathLike[str], field: str) -> Path:
             f"{field}={text!r} is not accepted: it must be a path of a file system. "
             "Mount the bucket, or copy to it afterwards: see docs/storage.md"
         )
-    return Path(re.sub(r"^file://(localhost)?(?=/)", "", text)).expanduser()
+    try:
+        path = Path(re.sub(r"^file://(localhost)?(?=/)", "", text)).expanduser()
+        os.lstat(path)
+    except (ValueError, RuntimeError) as error:  # a null byte; ~ of an unknown user
+        raise ConfigError(
+            f"{field}={short_repr(text)} is not accepted: {error}"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{field}={short_repr(text)} is not accepted: {error.strerror}"
+            ) from None
+    return path

@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -92,7 +93,8 @@ def fits(value: object, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        most = sys.float_info.max  # NaN and infinity are not accepted
+        return isinstance(value, (int, float)) and -most <= value <= most
     return isinstance(value, hint)
 
 

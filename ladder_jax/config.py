@@ -109,6 +109,7 @@ def from_meta(meta: Mapping[str, Any], where: object) -> Config:
     this version cannot read its configuration.
     """
     try:
+        require(isinstance(meta["config"], dict), "config", meta["config"], "an object")
         return from_dict(meta["config"])
     except ConfigError as error:
         writer = meta.get("ladder_jax", "of an unknown version")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_jax import checkpoint, identity, kv_cache, sharding
-from ladder_jax.config import Model, from_meta, to_dict
+from ladder_jax.addresses import is_address, local_path
+from ladder_jax.config import Model, from_meta, require, to_dict
 from ladder_jax.convert.families import read_config
 from ladder_jax.convert.from_hf import tokenizer_of
 from ladder_jax.convert.safetensors_source import open_source
@@ -48,15 +49,17 @@ def inspect(path: str | Path, step: int | None = None) -> Report:
     Raises ConfigError or ValueError, one line, where there is no checkpoint, or it is
     damaged or not supported.
     """
-    place = Path(path).expanduser()
-    if place.suffix == ".gguf" and place.is_file():
+    place = Path(path) if is_address(path) else local_path(path, "path")
+    is_hub_name = not place.exists() and str(path).count("/") == 1
+    is_gguf = place.suffix == ".gguf" and not place.is_dir()
+    if not is_gguf and not is_hub_name and not (place / "config.json").is_file():
+        return _inspect_run(str(path), step)
+    require(step is None, "step", step, "left out: only a run has steps")
+    if is_gguf:
         from ladder_jax.convert.gguf_source import open_gguf
 
         return _inspect_source(open_gguf(place), "GGUF")
-    is_hub_name = not place.exists() and str(path).count("/") == 1
-    if (place / "config.json").is_file() or is_hub_name:
-        return _inspect_source(open_source(path), "Hugging Face")
-    return _inspect_run(str(path), step)
+    return _inspect_source(open_source(path), "Hugging Face")
 
 
 def _inspect_run(path: str, step: int | None) -> Report:

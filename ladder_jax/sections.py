@@ -222,7 +222,8 @@ class Data(Section):
     # Which tokens of chat count in the loss: the assistant's, those of its last answer
     # alone, or all.
     train_on: Literal["assistant", "all", "last"] = "assistant"
-    # "bytes", or the path of a Hugging Face tokenizer.json, of its folder, or of a run.
+    # "bytes", or the path of a Hugging Face tokenizer.json, of SentencePiece's
+    # tokenizer.model, of a folder that has one, or of a run.
     tokenizer: str = "bytes"
     # The share of the documents that is reserved for evaluation.
     held_out_fraction: float = 0.02

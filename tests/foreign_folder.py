@@ -2,13 +2,16 @@
 
 import json
 
+import gguf
+import ml_dtypes
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from ladder_jax.convert import layout
 from ladder_jax.convert.families import read_config
-from ladder_jax.convert.safetensors_file import write_file
+from ladder_jax.convert.gguf_source import MODULES, OUTER
+from ladder_jax.convert.safetensors_file import bytes_of, write_file
 from ladder_jax.convert.source import TensorInfo
 from ladder_jax.data.tokenizer import byte_alphabet
 
@@ -72,6 +75,68 @@ def write(folder, tokens=True, shards=1, dtype=np.float32, **fields):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps(dict(metadata={}, weight_map=weight_map)))
     return values
+
+
+def write_holes(folder, **fields):
+    """Writes a folder in bfloat16, whose weights are zeros that take no disk."""
+    config = CONFIG | fields
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    header, end = {}, 0
+    for name, info in infos_of(config, ml_dtypes.bfloat16).items():
+        start, end = end, end + bytes_of(info)
+        row = dict(dtype="BF16", shape=info.shape, data_offsets=[start, end])
+        header[name] = row
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_gguf(path, values, files=1, **fields):
+    """Writes tensors of a llama (see `write`) as a GGUF file with its tokenizer.
+
+    files: how many, with the tensors divided evenly. Returns the path of the first.
+    """
+    config = CONFIG | fields
+    heads = config["num_attention_heads"]
+    most = -(-len(values) // files) if files > 1 else 0
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=most)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    words = [*byte_alphabet(), "<s>", "</s>", "<|im_end|>", "ab"]
+    writer.add_token_list(words)
+    writer.add_token_types([1] * 256 + [3] * 3 + [1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    names = {theirs: ours for ours, theirs in (OUTER | MODULES).items()}
+    for name, array in values.items():
+        module = name.removesuffix(".weight")
+        if module.startswith("model.layers."):
+            _, _, layer, module = module.split(".", 3)
+            ours = f"blk.{layer}.{names[module]}.weight"
+        else:
+            ours = names[name]
+        if module.endswith(("q_proj", "k_proj")):  # llama.cpp turns neighbours
+            rows = array.reshape(heads, 2, -1, array.shape[1])
+            array = rows.swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(ours, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return (
+        path if files == 1 else path.with_name(f"{path.stem}-00001-of-{files:05}.gguf")
+    )
 
 
 def write_tokenizer(folder, names=("<s>", "</s>", "<|im_end|>"), **settings):

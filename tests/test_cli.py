@@ -135,7 +135,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiler")
         ("--data.source blank.txt", "data.source='blank.txt' has no usable document"),
         (
             "--data.tokenizer none.json",
-            "data.tokenizer='none.json' cannot be read (No such file or directory)",
+            "data.tokenizer='none.json' does not exist",
         ),
         (
             "--data.tokenizer blank.txt",

@@ -22,7 +22,7 @@ from ladder_jax import model as models
 from ladder_jax.config import ConfigError
 from ladder_jax.convert import from_hf, layout, needs, shards
 from ladder_jax.convert.safetensors_file import read_header, read_tensor
-from ladder_jax.convert.safetensors_source import open_source
+from ladder_jax.convert.safetensors_source import SafetensorsSource, open_source
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
@@ -285,6 +285,30 @@ def test_a_70b_model_is_planned_without_allocating_it():
     assert "of the host's" in elsewhere.text()
     with pytest.raises(ConfigError, match="needs 141.1 GB of the host"):
         elsewhere.check(needs.Available(None, None, host=10**11))
+
+
+def test_a_folder_of_70b_is_planned_before_a_tensor_is_read(
+    tmp_path, capsys, monkeypatch
+):
+    """Its files of 141 GB are holes, which take no disk."""
+    sizes = dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672)
+    sizes |= dict(num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)
+    foreign.write_holes(tmp_path / "model", **sizes)
+    monkeypatch.delattr(SafetensorsSource, "read")
+    words = ["convert", "from-hf", tmp_path / "model", tmp_path / "out"]
+    words += ["--dtype", "bfloat16"]
+    there = needs.Available(10**9, None)
+    monkeypatch.setattr(from_hf, "available", lambda *_: there)
+    for more in ((), ("--dry-run",)):
+        assert run(*words, *more) == 2
+        said = capsys.readouterr()
+        assert "70,553,706,496 parameters in bfloat16: needs 141.1 GB of" in said.out
+        # It is bfloat16 already.
+        assert said.err.endswith("1.0 GB are free there: choose another folder\n")
+    monkeypatch.setattr(from_hf, "available", lambda *_: needs.Available(None, None))
+    assert run(*words, "--dry-run", "--tensor", "8") == 0
+    assert "14.1 GB of memory on each of 8 devices" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 MEMORY = """

@@ -12,7 +12,9 @@ import pytest
 import ladder_jax
 from ladder_jax import cli
 from ladder_jax.config import ConfigError
+from ladder_jax.convert.safetensors_file import read_header, read_tensor, write_file
 from ladder_jax.convert.safetensors_source import open_source
+from ladder_jax.convert.source import TensorInfo
 
 
 def run(*words):
@@ -198,6 +200,31 @@ def tied_config(folder, values):
     foreign.rewrite(folder, values | {"lm_head.weight": np.zeros((4, 4), np.float32)})
 
 
+def header_of(length):
+    def change(folder, values):
+        path = folder / "model.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+
+    return change
+
+
+def overlapping(folder, values):
+    """Two tensors of one shape in one place."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    gates = [name for name in header if "gate_proj" in name]
+    header[gates[1]]["data_offsets"] = header[gates[0]]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def longer(folder, values):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes() + bytes(16))
+
+
 def eight_bit(folder, values):
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -236,10 +263,29 @@ DAMAGED = {
         text("model.safetensors.index.json", '{"weight_map": {"x": "../x"}}'),
         "not the name of a file",
     ),
+    "index to the root": (
+        text("model.safetensors.index.json", '{"weight_map": {"x": "/etc/passwd"}}'),
+        "not the name of a file",
+    ),
+    "index to its folder": (
+        text("model.safetensors.index.json", '{"weight_map": {"x": ".."}}'),
+        "is a folder",
+    ),
+    "index to a long name": (
+        text(
+            "model.safetensors.index.json",
+            json.dumps(dict(weight_map=dict(x="a" * 5000))),
+        ),
+        "File name too long",
+    ),
+    "a header of many bytes": (header_of(2**63), "a header of 9223372036854775808"),
+    "a header after the file": (header_of(99_000_000), "a header of 99000000"),
+    "tensors that overlap": (overlapping, "starts at byte"),
+    "bytes after the tensors": (longer, "damaged.*are promised"),
     "no tokenizer": (no_tokenizer, "no tokenizer.json"),
     "a damaged tokenizer.model": (
         sentencepiece,
-        "tokenizer.model is damaged: it is no file of SentencePiece",
+        "tokenizer.model is damaged, or no file of SentencePiece",
     ),
     "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json"),
     "tokens beyond the rows": (more_tokens, "288 ids.*272 rows"),
@@ -272,6 +318,7 @@ def test_damaged_and_lying_folders_are_refused_and_leave_nothing(
         ),
         (lambda f: swap(f), "does not hold"),
         (lambda f: forget(f), "does not name"),
+        (lambda f: twice(f), "does not name lm_head.weight of part-0"),
     ],
 )
 def test_an_index_must_agree_with_its_files(tmp_path, change, message):
@@ -287,6 +334,18 @@ def swap(folder):
     os.replace(folder / "part-1.safetensors", folder / "swapped")
     os.replace(folder / "part-2.safetensors", folder / "part-1.safetensors")
     os.replace(folder / "swapped", folder / "part-2.safetensors")
+
+
+def twice(folder):
+    """A tensor in two files, of which the index names one."""
+    path = folder / "part-0.safetensors"
+    infos = {name: place.info for name, place in read_header(path).items()}
+    places = read_header(path)
+    arrays = {name: np.array(read_tensor(path, x)) for name, x in places.items()}
+    assert "lm_head.weight" not in infos
+    info = TensorInfo((272, 32), np.dtype(np.float32))
+    arrays["lm_head.weight"] = np.zeros(info.shape, info.dtype)
+    write_file(path, infos | {"lm_head.weight": info}, arrays.__getitem__)
 
 
 def forget(folder):

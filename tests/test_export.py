@@ -150,12 +150,16 @@ def test_an_export_goes_on_after_the_files_that_are_whole(
     [("--dtype", "bfloat16"), ("--step", "2"), ("--shard-size", "21kB")],
     ids=" ".join,
 )
-def test_another_export_starts_over(tmp_path, source, written, options):
+def test_another_export_starts_over(tmp_path, source, written, options, capsys):
     """Step 2 has the same arrays, but is another checkpoint."""
     out = tmp_path / "out"
     cut_off(source, out)
     written.clear()
+    capsys.readouterr()
     assert export(source, out, *OPTIONS, *options) == 0
+    reason = "its checkpoint or its options were others"
+    said = capsys.readouterr().out
+    assert f"starts over after one that was cut off: {reason}\n" in said
     assert len(written) >= 3 and written[0].startswith("model-00001")
     assert export(source, tmp_path / "new", *OPTIONS, *options) == 0
     assert contents(out) == contents(tmp_path / "new")

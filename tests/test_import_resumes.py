@@ -6,6 +6,7 @@ reads of the next run are counted.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import foreign_folder as foreign
@@ -18,12 +19,15 @@ import ladder_jax
 from ladder_jax import checkpoint, cli
 from ladder_jax.convert import needs, parts
 from ladder_jax.convert.from_hf import prepare
+from ladder_jax.convert.gguf_source import open_gguf
 from ladder_jax.convert.safetensors_source import SafetensorsSource, open_source
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 PARAMETERS = 12  # of foreign.CONFIG's model
 CUT = 5  # of them are whole when the import is cut off
+OTHER = "its source or its options were others"
+DAMAGED = "its files are damaged"
 
 
 class Stopped(BaseException):
@@ -126,39 +130,65 @@ def damage(change):
     return damaged
 
 
+def record(folder):
+    return folder / ".out.part" / parts.RECORD
+
+
 def other_record(**values):
     def changed(folder):
-        path = folder / ".out.part" / parts.RECORD
+        path = record(folder)
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return changed
 
 
 @pytest.mark.parametrize(
-    "change, options",
+    "change, options, reason",
     [
-        (other_weights, ()),
-        (lambda folder: None, ("--dtype", "bfloat16")),
-        (lambda folder: None, ("--residual", "ladder")),
-        (lambda folder: None, ("--fsdp", "2")),
-        (damage(Path.unlink), ()),
-        (damage(lambda path: path.write_bytes(b"half")), ()),
-        (other_record(ends=True), ()),
-        (other_record(sizes=3), ()),
-        (lambda folder: (folder / ".out.part" / parts.RECORD).write_text("{"), ()),
+        (other_weights, (), OTHER),
+        (lambda folder: None, ("--dtype", "bfloat16"), OTHER),
+        (lambda folder: None, ("--residual", "ladder"), OTHER),
+        (lambda folder: None, ("--fsdp", "2"), OTHER),
+        (damage(Path.unlink), (), DAMAGED),
+        (damage(lambda path: path.write_bytes(b"half")), (), DAMAGED),
+        (other_record(ends=True), (), "it had begun to make the checkpoint"),
+        (other_record(sizes=3), (), DAMAGED),
+        (lambda folder: record(folder).write_text("{"), (), DAMAGED),
+        (lambda folder: record(folder).unlink(), (), "no parameter was whole"),
     ],
 )
-def test_another_import_or_a_damaged_one_starts_over(
-    folder, reads, capsys, change, options
+def test_another_import_or_a_damaged_one_starts_over_and_says_so(
+    folder, reads, capsys, change, options, reason
 ):
     change(folder)
     assert run(folder, *options) == 0
-    assert "already" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"starts over after one that was cut off: {reason}\n" in said
+    assert "already" not in said
     ours, expected = list(reads), leaves(folder / "out")
     assert (ours, True) == (
         (both := whole(folder, reads, *options))[0],
         all(map(np.array_equal, expected, both[1])),
     )
+
+
+def test_an_import_that_is_not_cut_off_says_nothing_of_one_that_was(tmp_path, capsys):
+    foreign.write(tmp_path / "model")
+    assert run(tmp_path) == 0
+    assert not re.search("starts over|already", capsys.readouterr().out)
+
+
+def test_every_file_of_a_gguf_model_tells_imports_apart(tmp_path):
+    """The second one of several, too."""
+    values = foreign.values_of(foreign.infos_of(foreign.CONFIG))
+    path = foreign.write_gguf(tmp_path / "m.gguf", values, files=2)
+    source = open_gguf(path)
+    assert source.tensors.keys() == values.keys()
+    before = source.files()
+    assert len(before) == 2
+    os.utime(before[1][0], ns=(1, 1))
+    after = source.files()
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_an_import_is_cut_off_again_and_again(folder, monkeypatch):
@@ -167,8 +197,7 @@ def test_an_import_is_cut_off_again_and_again(folder, monkeypatch):
     monkeypatch.setattr(f"{__name__}.CUT", 1)
     for _ in range(PARAMETERS - 5 - 2):
         cut_off(folder, monkeypatch)
-        record = json.loads((folder / ".out.part" / parts.RECORD).read_text())
-        sizes.append(len(record["saved"]))
+        sizes.append(len(json.loads(record(folder).read_text())["saved"]))
     assert sizes == list(range(6, PARAMETERS - 1))
     assert run(folder) == 0
     assert checkpoint.saved_steps(folder / "out" / "checkpoints") == [0]

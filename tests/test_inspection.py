@@ -80,6 +80,12 @@ def test_what_cannot_be_inspected(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+def test_only_a_run_has_steps(tmp_path):
+    foreign.write(tmp_path / "it")
+    with pytest.raises(ConfigError, match="step=3 is not accepted"):
+        inspection.inspect(tmp_path / "it", step=3)
+
+
 def cut(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])

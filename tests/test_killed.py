@@ -52,14 +52,16 @@ def same(path, other):
 def sources(tmp_path_factory):
     """A folder of Hugging Face, and the run that it becomes."""
     folder = tmp_path_factory.mktemp("sources")
-    foreign.write(folder / "model", **SIZES)
+    values = foreign.write(folder / "model", **SIZES)
+    foreign.write_gguf(folder / "model.gguf", values, **SIZES)
     words = ["convert", "from-hf", str(folder / "model"), str(folder / "run")]
     assert cli.run(words) == 0
-    return dict(model=folder / "model", run=folder / "run")
+    return {name: folder / name for name in ("model", "model.gguf", "run")}
 
 
 COMMANDS = {
     "from-hf": ("model", ()),
+    "from-gguf": ("model.gguf", ()),
     "to-hf": ("run", ("--shard-size", "60kB")),
     "ladderize": ("run", ("--layers", "last:2")),
 }
@@ -91,9 +93,9 @@ def test_killed_at_some_moments(tmp_path, sources, kind):
     assert all(row["killed"] and not row["there"] for row in before_operations)
     whole, last = len(report["operations"]), before_operations[-1]["again"]
     # The run after it: to-hf goes on after the files that are whole; others start over,
-    # from-hf since it was about to make one checkpoint of its parameters.
+    # imports since they were about to make one checkpoint of their parameters.
     assert last < whole / 2 if kind == "to-hf" else last >= whole
-    if kind == "from-hf":  # four parameters or so were whole
+    if kind.startswith("from-"):  # four parameters or so were whole
         assert report["results"][4]["again"] < whole - 60
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -254,6 +255,27 @@ def test_sources_and_folders_that_do_not_fit(folder, tmp_path, capfd):
     (tmp_path / "full" / "file").write_text("")
     assert convert(folder / "run", tmp_path / "full", "--layers", "all") == 2
     assert "exists already" in capfd.readouterr().err
+    inside = folder / "run" / "checkpoints" / "3" / "new"
+    options = ["--layers", "all", "--step", "3"]
+    assert convert(folder / "run", inside, *options) == 2
+    assert "it is inside of the checkpoint" in capfd.readouterr().err
+    assert not inside.exists()
+
+
+@pytest.mark.parametrize("change", ["no parameters", "a tokenizer of no kind"])
+def test_a_damaged_checkpoint_is_not_made_another(folder, tmp_path, capfd, change):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "3"
+    if change == "no parameters":
+        shutil.rmtree(step / "model")
+    else:
+        meta = step / "meta" / "data.json"
+        values = json.loads(meta.read_text()) | dict(tokenizer="x")
+        meta.write_text(json.dumps(values))
+    options = ["--layers", "all", "--step", "3"]
+    assert convert(tmp_path / "run", tmp_path / "new", *options) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_step_that_is_named(folder, tmp_path):

@@ -15,8 +15,9 @@ import tokenizers
 
 import ladder_jax
 from ladder_jax.config import ConfigError
-from ladder_jax.convert import gguf_tokenizer, sentencepiece_file
-from ladder_jax.convert.sentencepiece_bpe import (
+from ladder_jax.convert import gguf_tokenizer
+from ladder_jax.data import sentencepiece_file
+from ladder_jax.data.sentencepiece_bpe import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -391,13 +392,96 @@ def test_no_eos(tmp_path, added, config, message):
 
 def test_what_is_no_tokenizer(tmp_path):
     with pytest.raises(
-        ValueError, match="data.tokenizer='nowhere.json' cannot be read"
+        ValueError, match="data.tokenizer='nowhere.json' does not exist"
     ):
         tokenizer.load("nowhere.json")
     for i, text in enumerate(["", "{}", "[]", "not json"]):
         (tmp_path / f"{i}.json").write_text(text)
         with pytest.raises(ValueError, match="data.tokenizer=.* is not accepted"):
             tokenizer.load(str(tmp_path / f"{i}.json"))
+
+
+# ------------------------------------------------------------------ SentencePiece
+
+
+def test_a_tokenizer_model_is_a_tokenizer(tmp_path):
+    """A folder that has it alone, and the file itself, whatever its name."""
+    data = Path(__file__).parent / "data" / "sentencepiece"
+    words, ids = json.loads((data / "ids.jsonl").read_text().splitlines()[0])
+    model = (data / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "mine.model").write_bytes(model)
+    for name in ("", "tokenizer.model", "mine.model"):
+        tok = tokenizer.load(str(tmp_path / name))
+        assert tok.prompt(words) == [1, *ids] and (tok.bos, tok.eos) == (1, 2)
+    settings = dict(add_bos_token=False, eos_token="</s>", chat_template="{{ 1 }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tok = tokenizer.load(str(tmp_path))
+    assert tok.prompt(words) == ids and tok.chat_template == "{{ 1 }}"
+    # tokenizer.json goes first; it must be one.
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no.*tokenizer.json that can be read"):
+        tokenizer.load(str(tmp_path))
+    assert tokenizer.load(str(tmp_path / "tokenizer.model")).prompt(words) == ids
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.model"])
+def test_what_is_no_tokenizer_model_says_what_to_do(tmp_path, name):
+    # Llama 3's is a list of tokens in base64, of tiktoken.
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(ConfigError, match="tiktoken's.*save a tokenizer.json") as error:
+        tokenizer.load(str(tmp_path / name))
+    assert str(error.value).startswith("data.tokenizer=")
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match="no tokenizer.json and no tokenizer.model"):
+        tokenizer.load(str(tmp_path))
+
+
+# ------------------------------------------------------------------ chat templates
+
+
+@pytest.mark.parametrize(
+    "setting, template",
+    [
+        (None, None),
+        ("one", "one"),
+        ([dict(name="default", template="one")], "one"),
+        (
+            [dict(name="tool_use", template="t"), dict(name="default", template="one")],
+            "one",
+        ),
+        ([], None),
+    ],
+)
+def test_the_template_of_one_or_several(tmp_path, setting, template):
+    folder = write(tmp_path, ["</s>"], chat_template=setting)
+    assert tokenizer.load(folder).chat_template == template
+    (tmp_path / "chat_template.jinja").write_text("a file")
+    assert tokenizer.load(folder).chat_template == "a file"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(chat_template=5), "chat_template=5 is not accepted: it must be text"),
+        (dict(chat_template={"default": "x"}), "must be text, or a list"),
+        (dict(chat_template=["x"]), "must be text, or a list"),
+        (dict(chat_template=[dict(name="default")]), "must be text, or a list"),
+        (dict(chat_template=[dict(name="default", template=5)]), "must be text, or a"),
+        (
+            dict(chat_template=[dict(name="tool_use", template="x")]),
+            r"\['tool_use'\], and none is named default",
+        ),
+        (dict(add_bos_token="yes"), "add_bos_token='yes' is not accepted"),
+        (dict(add_bos_token=1), "add_bos_token=1 is not accepted"),
+    ],
+)
+def test_settings_of_a_wrong_type(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        tokenizer.load(write(tmp_path, ["</s>"], **settings))
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------ unusual tokenizers

@@ -166,7 +166,7 @@ def test_without_a_begin_token_a_document_starts_at_the_eos(
 def test_mistakes_leave_nothing_behind(tiny_folder, tmp_path):
     for changed, message in [
         (dict(data_source=str(tmp_path / "none")), "does not exist"),
-        (dict(data_tokenizer=str(tmp_path / "none.json")), "cannot be read"),
+        (dict(data_tokenizer=str(tmp_path / "none.json")), "does not exist"),
         (dict(model_vocab_size=256), "smaller than the 259 tokens"),
         (dict(train_global_batch=6), "a batch of 6 sequences"),
         (dict(mesh_tensor=3), "has 12 devices, but there are 8"),

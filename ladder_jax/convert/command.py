@@ -39,7 +39,8 @@ class FromHf:
     """The dtype of the computation (model.dtype). None: float32 for float32 weights,
     else bfloat16."""
     tokenizer: str | None = None
-    """A tokenizer.json or its folder, in place of the checkpoint's own."""
+    """A tokenizer.json or tokenizer.model, or a folder with one, in place of the
+    checkpoint's own."""
     tensor: int = 1
     """Devices along the mesh's tensor axis while converting."""
     fsdp: int | None = None

@@ -5,6 +5,7 @@ refused by name, before anything of the weights is read. Defaults are those of
 transformers 5.24, each family's own.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def _llama_ladder(fields: Fields, layers: int) -> Values:
     stale = fields.values.get("ladder_layers")
     is_list = isinstance(stale, list)
     numbers: list[Any] = stale if isinstance(stale, list) else [stale]
-    ok = all(type(number) is int and number >= 0 for number in numbers)
+    ok = all(type(number) is int and 0 <= number <= MOST_LAYERS for number in numbers)
     fields.need("ladder_layers", ok and numbers, "a number or a list of layers")
     which = ",".join(map(str, numbers)) if is_list else f"last{stale}"
     return _biases(fields, layers) | dict(residual=f"hybrid:{which}")
@@ -134,7 +135,8 @@ def _ladder_llama(fields: Fields, layers: int) -> Values:
     window = fields.integer("sliding_window") if fields.has("sliding_window") else None
     windows = _windows(window, _sliding(fields, layers, range(layers)), layers)
     has_rope = fields.row("no_rope_layers", layers) or [1] * layers
-    fields.need("no_rope_layers", set(has_rope) <= {0, 1}, "a list of 0 and 1")
+    ok = all(value in (0, 1) for value in has_rope)
+    fields.need("no_rope_layers", ok, "a list of 0 and 1")
     without = [i for i, value in enumerate(has_rope) if not value]
     return windows | dict(
         qkv_bias=fields.flag("attention_bias", False),
@@ -304,9 +306,10 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> Import
     layers = fields.integer("num_hidden_layers")
     fields.need("num_hidden_layers", layers <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     values = _shape(fields, family) | dict(layers=layers)
+    theta, scaling = read_rope(fields, family.rope_theta)
     values |= dict(
-        rope_theta=(rope := read_rope(fields, family.rope_theta))[0],
-        rope_scaling=rope[1],
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=fields.number("rms_norm_eps", family.norm_eps),
         activation=_activation(fields, family),
         tie_embeddings=fields.flag("tie_word_embeddings", family.tied),
@@ -349,7 +352,9 @@ def _family(fields: Fields, kind: object) -> Family:
 def _init_std(fields: Fields) -> float:
     """Of a model that is trained already: kept where it is a number, else not used."""
     value = fields.values.get("initializer_range")
-    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.02
+    if isinstance(value, (int, float)) and 0 < value <= sys.float_info.max:
+        return float(value)
+    return 0.02
 
 
 def _shape(fields: Fields, family: Family) -> Values:

@@ -1,9 +1,12 @@
 """Typed reading of a foreign config.json: a wrong value becomes one line."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ladder_jax.config import ConfigError, require
+
+MOST = 2**31 - 1  # the largest int32, of which positions and ids are
 
 
 class Fields:
@@ -21,16 +24,16 @@ class Fields:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number greater than 0. Without a default the key is required."""
+        """A whole number from 1 to MOST. Without a default the key is required."""
         value = self._value(key, default)
-        ok = type(value) is int and value > 0
-        self.need(key, ok, "a whole number greater than 0", value)
+        ok = type(value) is int and 0 < value <= MOST
+        self.need(key, ok, f"a whole number from 1 to {MOST}", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number greater than 0. Without a default the key is required."""
         value = self._value(key, default)
-        ok = type(value) in (int, float) and 0 < value < float("inf")
+        ok = type(value) in (int, float) and 0 < value <= sys.float_info.max
         self.need(key, ok, "a number greater than 0", value)
         return float(value)
 

@@ -18,7 +18,7 @@ def absolute(out: str | Path) -> Path:
 
 
 def require_new(out: Path) -> None:
-    """Raises ConfigError where `out` exists and is no empty folder, or has no name."""
+    """Raises ConfigError where `out` exists and is no empty folder, or cannot be."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
@@ -26,6 +26,9 @@ def require_new(out: Path) -> None:
             f"out={str(out)!r} is not accepted: it exists already. Choose another "
             "folder, or remove it"
         )
+    parent = _there(out)
+    if not parent.is_dir():
+        raise ConfigError(f"out={str(out)!r} is not accepted: {parent} is no folder")
     if not out.name:
         raise ConfigError(f"out={str(out)!r} is not accepted: it must name a folder")
 
@@ -33,12 +36,16 @@ def require_new(out: Path) -> None:
 def free_disk(out: Path) -> int | None:
     """The bytes that `out` can take: those that are free, and those that a conversion
     which was cut off takes. None where the file system does not say."""
-    parent = next(path for path in (out, *out.parents) if path.exists())
     left = (path for path in _part(out).rglob("*") if path.is_file())
     with contextlib.suppress(OSError):
         taken = sum(path.stat().st_size for path in left)
-        return shutil.disk_usage(parent).free + taken
+        return shutil.disk_usage(_there(out)).free + taken
     return None
+
+
+def _there(out: Path) -> Path:
+    """The nearest of a path and its parents that exists."""
+    return next(path for path in (out, *out.parents) if path.exists())
 
 
 def _part(out: Path) -> Path:
@@ -47,7 +54,14 @@ def _part(out: Path) -> Path:
 
 
 class Kept(Protocol):
-    """What a conversion that was cut off leaves for the next one."""
+    """What a conversion that was cut off leaves for the next one.
+
+    Attributes:
+      lost: why `clean` found nothing to go on with in a folder that was not empty; ""
+        where it found something, or there was nothing.
+    """
+
+    lost: str
 
     def clean(self, part: Path) -> None:
         """Removes everything from a folder that the next conversion cannot use."""
@@ -56,6 +70,19 @@ class Kept(Protocol):
     def keep(self, part: Path) -> bool:
         """The same after a failure. Returns whether anything is left."""
         ...
+
+
+def kept_text(kept: Kept, whole: int, count: int, kind: str) -> str:
+    """A line about what a conversion goes on with, "" if it is the first one.
+
+    whole, count: how many of its parts are there, and how many there will be.
+    kind: their name, such as files.
+    """
+    if whole:
+        return f"{whole} of {count} {kind} are there already"
+    if kept.lost:
+        return f"starts over after one that was cut off: {kept.lost}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -88,10 +115,15 @@ def new_folder(out: Path, kept: Kept | None = None) -> Iterator[Path]:
         raise OSError(f"{out} cannot be written: {error.strerror}") from error
 
 
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, without the lease's own files."""
+    return [path for path in folder.iterdir() if not path.name.startswith(FILE)]
+
+
 def remove_all(folder: Path, but: Collection[str] = ()) -> None:
     """Removes everything in a folder but these names and the lease's own files."""
-    for path in folder.iterdir():
-        if path.name.startswith(FILE) or path.name in but:
+    for path in contents(folder):
+        if path.name in but:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -23,7 +23,7 @@ from ladder_jax import model as models
 from ladder_jax import sharding
 from ladder_jax.checkpoint import require_plain_name
 from ladder_jax.checkpoint_arrays import named
-from ladder_jax.config import Config, ConfigError, Model, Train, to_dict
+from ladder_jax.config import Config, ConfigError, Model, Train, short_repr, to_dict
 from ladder_jax.config import Data as DataConfig
 from ladder_jax.convert import folder, layout
 from ladder_jax.convert.families import Imported, read_config
@@ -107,7 +107,9 @@ def tokenizer_of(
     source: TensorSource, model: Model, spec: str | None
 ) -> tokenizers.Tokenizer:
     """The tokenizer of a checkpoint, or the user's. It must fit the vocabulary."""
+    name = f"the tokenizer of {source.name}"
     if spec is not None:
+        name = f"tokenizer={short_repr(spec)}"
         tokenizer = tokenizers.load(spec)
     else:
 
@@ -116,16 +118,15 @@ def tokenizer_of(
             return source.text(name) if name != "config.json" else _ids_of(source)
 
         try:
-            tokenizer = tokenizers.from_files(read, f"the tokenizer of {source.name}")
+            tokenizer = tokenizers.from_files(read, name)
         except ConfigError as error:
             raise ConfigError(
-                f"the tokenizer of {source.name} is not accepted: {error} (--tokenizer "
-                "names another)"
+                f"{name} is not accepted: {error} (--tokenizer names another)"
             ) from None
     if tokenizer.size > model.vocab_size:
         raise ConfigError(
-            f"the tokenizer of {source.name} has {tokenizer.size} ids, but the "
-            f"embedding has {model.vocab_size} rows: some of its tokens have none"
+            f"{name} has {tokenizer.size} ids, but the embedding of {source.name} has "
+            f"{model.vocab_size} rows: some of its tokens have none"
         )
     return tokenizer
 
@@ -172,17 +173,21 @@ def _place(
     layers = model.layers if tensor.stacked else 1
     placed: dict[str, jax.Array] = {}
     for layer in range(layers):
-        array = job.source.read(tensor.name.format(layer))
+        foreign = tensor.name.format(layer)
+        array = job.source.read(foreign)
+        name = f"{job.source.name}: {foreign}"
         for part, view in layout.to_ours(array, tensor, model).items():
             spec = specs[part]
             if not tensor.stacked:
-                placed[part] = _put(view, tensor, NamedSharding(mesh, spec), dtype)
+                placed[part] = _put(
+                    view, tensor, name, NamedSharding(mesh, spec), dtype
+                )
                 continue
             stack_sharding = NamedSharding(mesh, spec)
             if layer == 0:
                 shape = (layers, *view.shape)
                 placed[part] = jnp.zeros(shape, dtype, device=stack_sharding)
-            one = _put(view, tensor, NamedSharding(mesh, P(*spec[1:])), dtype)
+            one = _put(view, tensor, name, NamedSharding(mesh, P(*spec[1:])), dtype)
             placed[part] = _writer(stack_sharding)(placed[part], one, layer)
         # Without this, the host would read ahead of the devices, and hold what it read.
         jax.block_until_ready(list(placed.values()))
@@ -200,9 +205,16 @@ def _writer(where: NamedSharding) -> Callable[..., jax.Array]:
 
 
 def _put(
-    view: np.ndarray, tensor: Tensor, where: NamedSharding, dtype: np.dtype
+    view: np.ndarray,
+    tensor: Tensor,
+    name: str,
+    where: NamedSharding,
+    dtype: np.dtype,
 ) -> jax.Array:
-    """A parameter on its devices; the host copies one shard at a time."""
+    """A parameter on its devices; the host copies one shard at a time.
+
+    name: of the tensor that it comes from, in messages.
+    """
 
     def shard(index: Any) -> np.ndarray:
         part = view[index]
@@ -210,9 +222,24 @@ def _put(
             part = part.astype(np.float32) * np.float32(tensor.scale)
             part += np.float32(tensor.offset)
         # A copy: on a CPU, JAX keeps NumPy's memory, and this is the mapped file.
-        return np.array(part, dtype, order="C")
+        with np.errstate(over="ignore"):
+            copy = np.array(part, dtype, order="C")
+        if not _is_finite(copy):
+            raise ConfigError(
+                f"{name} holds NaN, infinity, or a number that {dtype} cannot hold: "
+                "the model would compute nothing but NaN"
+            )
+        return copy
 
     return jax.make_array_from_callback(view.shape, where, shard)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; looked at some values at a time."""
+    flat = array.reshape(-1)
+    step = 1 << 20  # temporary memory: a byte each
+    parts = (flat[i : i + step] for i in range(0, flat.size, step))
+    return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 # ---------------------------------------------------------------- a run's folder
@@ -240,8 +267,8 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
     names = _checkpoint_names(job.model)
     placer = _placer(job, mesh, dtype)
     with folder.new_folder(path, parts) as part:
-        if parts.saved:
-            say(f"{len(parts.saved)} of {len(names)} parameters are there already")
+        if line := folder.kept_text(parts, len(parts.saved), len(names), "parameters"):
+            say(line)
         for tensor in job.imported.tensors:
             if not {names[name] for name in tensor.parts} <= set(parts.saved):
                 try:

@@ -92,7 +92,7 @@ class _Metadata:
             # 0 and False switch a feature off (no experts, no scale, ...).
             if name.startswith(prefix) and key not in KNOWN_KEYS and value:
                 self.refuse(key, "this part of a model is unknown here")
-        if not self.get("attention.causal", True):
+        if self.get("attention.causal", True) is not True:
             self.refuse("attention.causal", "the model is no decoder")
 
 
@@ -149,7 +149,7 @@ def read_config(file: GGUFFile, name: str) -> dict[str, Any]:
     if model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     window = metadata.get("attention.sliding_window")
-    if window:
+    if window not in (None, 0):
         model_type, class_name = "mistral", "MistralForCausalLM"
         if metadata.architecture != "llama" or qkv_bias:
             metadata.refuse("attention.sliding_window", "the model has no such window")
@@ -173,7 +173,7 @@ def _rope_scaling(
     """Returns rope_scaling of config.json, None for unscaled rotary frequencies."""
     kind = metadata.get("rope.scaling.type", "linear")
     factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0))
-    factor = factor or 1.0  # llama.cpp takes 0 for 1
+    factor = 1.0 if factor == 0 else factor  # as llama.cpp takes it
     if ROPE_FACTORS in file.tensors:
         if kind not in ("none", "linear") or factor != 1.0:
             metadata.refuse("rope.scaling.type", f"the file has {ROPE_FACTORS}, too")

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ladder_jax.config import ConfigError
+from ladder_jax.addresses import local_path
+from ladder_jax.config import ConfigError, short_repr
+from ladder_jax.data.foreign_files import is_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -31,6 +33,7 @@ PLAIN = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 MOST_DIMENSIONS = 4
+LONGEST_NAME = 500  # of a key or tensor; longer ones are damage
 # The name of one file of several: llama.cpp writes NAME-00001-of-00003.gguf.
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -57,6 +60,7 @@ class GGUFFile:
       path: the file; of several, the first.
 
     Attributes:
+      paths: the files.
       metadata: {key: number, text, bool or list of these}.
       tensors: {name: Tensor}.
 
@@ -69,10 +73,10 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._maps: list[mmap.mmap] = []
-        self._paths = [Path(path).expanduser()]
-        self._open(self._paths[0])
+        self.paths = [local_path(path, "source")]
+        self._open(self.paths[0])
         for other in self._other_parts():
-            self._paths.append(other)
+            self.paths.append(other)
             self._open(other)
         promised = self.metadata.get("split.tensors.count", len(self.tensors))
         if promised != len(self.tensors):
@@ -112,7 +116,7 @@ class GGUFFile:
         count = self.metadata.get("split.count", 1)
         if not isinstance(count, int) or count <= 1:
             return []
-        first = self._paths[0]
+        first = self.paths[0]
         match = PART.fullmatch(first.name)
         if not match or int(match[2]) != 1 or int(match[3]) != count:
             raise ConfigError(
@@ -135,6 +139,8 @@ def import_gguf() -> Any:
 
 def _map(path: Path) -> mmap.mmap:
     """Maps a file that starts as GGUF files do."""
+    if not is_file(path):
+        raise ConfigError(f"{path} does not exist")
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
@@ -169,7 +175,7 @@ class _Header:
         self._require(key_count * 13 + tensor_count * 24)  # bytes, at the least
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
-            key = self._string()
+            key = self._plain_name()
             if key in metadata:
                 raise self._damaged(f"it has {key!r} twice")
             metadata[key] = self._value(self._scalar("I"))
@@ -182,7 +188,7 @@ class _Header:
 
     def _table_row(self) -> tuple[str, list[int], int, int]:
         """Returns a tensor's name, dimensions (fastest first), kind and offset."""
-        name, count = self._string(), self._scalar("I")
+        name, count = self._plain_name(), self._scalar("I")
         if not 1 <= count <= MOST_DIMENSIONS:
             raise self._damaged(f"tensor {name!r} has {count} dimensions")
         shape = [self._scalar("Q") for _ in range(count)]
@@ -254,6 +260,13 @@ class _Header:
         self._offset += size
         # The shortest decimal of a float32: 1e-5, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if code == "f" else value
+
+    def _plain_name(self) -> str:
+        """Returns the name of a key or tensor."""
+        name = self._string()
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise self._damaged(f"it has the name {short_repr(name)}")
+        return name
 
     def _string(self) -> str:
         size = self._scalar("Q")

@@ -93,7 +93,7 @@ class GGUFSource:
         return self._texts.get(name)
 
     def files(self) -> list[FileState]:
-        return [state_of(Path(self.name))]
+        return [state_of(path) for path in self._file.paths]
 
     @functools.cached_property
     def _texts(self) -> dict[str, str]:

@@ -6,15 +6,22 @@ set of rules that split a text before the merges. The rules themselves are here.
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from ladder_jax.config import ConfigError, short_repr
-from ladder_jax.convert import sentencepiece_bpe
-from ladder_jax.convert.sentencepiece_bpe import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from ladder_jax.config import ConfigError, require, short_repr
+from ladder_jax.data import sentencepiece_bpe
+from ladder_jax.data.sentencepiece_bpe import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +52,30 @@ SPLITS = {
 IGNORE_MERGES = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
 # Control tokens that end a turn of a chat, for files that name no such token.
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
+Check = Callable[[Any], bool]
+
+
+def _list_of(fits: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+_is_text: Check = lambda x: isinstance(x, str)
+_is_flag: Check = lambda x: isinstance(x, bool)
+_is_type: Check = lambda x: type(x) is int and 0 <= x <= BYTE  # 0: not defined
+_is_score: Check = lambda x: type(x) in (int, float) and not math.isnan(x)
+# What the keys of a tokenizer hold, in a check and in words.
+TYPES: dict[str, tuple[Check, str]] = {
+    "chat_template": (_is_text, "text"),
+    "ggml.model": (_is_text, "text"),
+    "ggml.pre": (_is_text, "text"),
+    "ggml.tokens": (_list_of(_is_text), "a list of texts"),
+    "ggml.merges": (_list_of(_is_text), "a list of texts"),
+    "ggml.token_type": (_list_of(_is_type), f"a list of numbers from 0 to {BYTE}"),
+    "ggml.scores": (_list_of(_is_score), "a list of numbers"),
+    "ggml.add_bos_token": (_is_flag, "true or false"),
+    "ggml.add_eos_token": (_is_flag, "true or false"),
+    "ggml.add_space_prefix": (_is_flag, "true or false"),
+}
 KINDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -63,6 +94,7 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
     Raises:
       ConfigError: one line, if the tokenizer is of a kind that cannot be made.
     """
+    _check_types(metadata, name)
     vocabulary = _Vocabulary(metadata, rows, name)
     make = {"gpt2": _byte_level, "llama": _sentencepiece}.get(vocabulary.kind)
     if make is None:
@@ -84,9 +116,17 @@ def texts(metadata: Mapping[str, Any], rows: int, name: str) -> dict[str, str]:
         "generation_config.json": json.dumps(vocabulary.generation),
     }
     template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str) and template:
+    if template:
         result["chat_template.jinja"] = template
     return result
+
+
+def _check_types(metadata: Mapping[str, Any], name: str) -> None:
+    """Raises ConfigError where a key that is there holds another type of value."""
+    for key, (fits, accepted) in TYPES.items():
+        value = metadata.get(f"tokenizer.{key}")
+        if value is not None:
+            require(fits(value), f"{name}: tokenizer.{key}", value, accepted)
 
 
 class _Vocabulary:
@@ -99,7 +139,7 @@ class _Vocabulary:
         if self.kind is None:
             raise ConfigError(f"{name} has no tokenizer.ggml.model")
         tokens = get("tokens")
-        if not isinstance(tokens, list) or not tokens:
+        if not tokens:
             raise ConfigError(f"{name} has no tokenizer.ggml.tokens: it is damaged")
         if len(tokens) > rows:
             raise ConfigError(
@@ -128,15 +168,15 @@ class _Vocabulary:
         }
         self.pre = self._pre_tokenizer(get("pre"), metadata)
         starts = self.pre in IGNORE_MERGES or self.kind == "llama"
-        self.add_bos = bool(get("add_bos_token", starts))
-        self.add_eos = bool(get("add_eos_token", False))
+        self.add_bos: bool = get("add_bos_token", starts)
+        self.add_eos: bool = get("add_eos_token", False)
         self._ends = [self._id(get(f"{key}_token_id"), key) for key in ("eot", "eom")]
 
     def _id(self, id: Any, key: str) -> int | None:
         """Returns a special token's id; None where the file names none."""
         if id is None or id == 2**32 - 1 or id == -1:
             return None
-        if not isinstance(id, int) or not 0 <= id < len(self.tokens):
+        if type(id) is not int or not 0 <= id < len(self.tokens):
             raise ConfigError(
                 f"{self.name}: tokenizer.ggml.{key}_token_id={short_repr(id)} is not "
                 f"accepted: it must be an id from 0 to {len(self.tokens) - 1}"
@@ -198,7 +238,7 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     """Returns the library's tokenizer for a vocabulary of byte-level BPE."""
     merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
+    if merges is None:
         raise ConfigError(f"{vocabulary.name} has no tokenizer.ggml.merges")
     split = SPLITS.get(vocabulary.pre)
     if split is None:
@@ -234,14 +274,14 @@ def _sentencepiece(
     """
     name = vocabulary.name
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+    if scores is None or len(scores) != len(vocabulary.tokens):
         raise ConfigError(f"{name} has no score of every token: it is damaged")
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
         if metadata.get(f"tokenizer.ggml.{key}"):
             raise ConfigError(f"{name}: tokenizer.ggml.{key} is not supported")
     rows = zip(vocabulary.tokens, scores, vocabulary.listed_types)
     pieces = [sentencepiece_bpe.Piece(*row) for row in rows]
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     return sentencepiece_bpe.tokenizer_of(pieces, name, prefix=prefix)
 
 

@@ -101,6 +101,12 @@ def run(arguments: Ladderize) -> str:
     config = from_meta(meta, arguments.checkpoint)
     source = Source(Path(str(path)), meta, config)
     check_source(config, arguments.checkpoint)
+    from_json(meta["tokenizer"])
+    checkpoint.open_model(path, model.abstract(config.model))
+    if source.folder.resolve() in out.resolve().parents:
+        raise ConfigError(
+            f"out={arguments.out!r} is not accepted: it is inside of the checkpoint"
+        )
     notation = arguments.residual or choose(arguments, source)
     notation = checked(notation, config.model.layers)
     write(source, notation, out)

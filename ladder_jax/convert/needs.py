@@ -40,21 +40,22 @@ class Needs(NamedTuple):
 
     def check(self, there: "Available") -> None:
         """Raises ConfigError where disk or memory do not suffice."""
+        smaller = "" if self.dtype == "bfloat16" else " or --dtype bfloat16"
         if there.disk is not None and self.disk > there.disk:
             raise ConfigError(
                 f"out needs {size(self.disk)} of disk, and {size(there.disk)} are "
-                "free there: choose another folder or --dtype bfloat16"
+                f"free there: choose another folder{smaller}"
             )
         if there.memory is not None and self.device > there.memory:
             raise ConfigError(
                 f"the model needs {size(self.device)} of memory on each of "
                 f"{self.devices} devices, and {size(there.memory)} are free: choose "
-                "more devices with --tensor or --fsdp, or --dtype bfloat16"
+                f"more devices with --tensor or --fsdp{smaller}"
             )
         if there.host is not None and self.host > there.host:
             raise ConfigError(
                 f"saving the model needs {size(self.host)} of the host's memory, and "
-                f"{size(there.host)} are free: choose --dtype bfloat16 or more hosts"
+                f"{size(there.host)} are free: choose more hosts{smaller}"
             )
 
 

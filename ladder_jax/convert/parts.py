@@ -39,6 +39,7 @@ class Parts:
 
     Attributes:
       saved: the parameters that are whole, by their names in a checkpoint.
+      lost: see folder.Kept.
     """
 
     def __init__(self, identity: Any, model: Model) -> None:
@@ -47,17 +48,30 @@ class Parts:
         self._model = model
         self._sizes: dict[str, int] = {}  # of every file when the last save ended
         self.saved: list[str] = []
+        self.lost = ""
 
     def clean(self, part: Path) -> None:
         """Takes up what an import that was cut off left, or removes it."""
         self.forget()
+        was_empty = not folder.contents(part)
+        reason = self._take_up(part)
+        kept = self.keep(part)
+        self.lost = "" if kept or was_empty else reason or "its files are damaged"
+
+    def _take_up(self, part: Path) -> str:
+        """Reads the record. Returns why it is of no use, "" where it is of use."""
         try:
             record = json.loads((part / RECORD).read_text())
-            if record["import"] == self._identity and not record["ends"]:
-                self.saved, self._sizes = list(record["saved"]), dict(record["sizes"])
+            if record["import"] != self._identity:
+                return "its source or its options were others"
+            if record["ends"]:
+                return "it had begun to make the checkpoint"
+            self.saved, self._sizes = list(record["saved"]), dict(record["sizes"])
+        except FileNotFoundError:
+            return "no parameter was whole"
         except (OSError, ValueError, KeyError, TypeError):
-            pass
-        self.keep(part)
+            return "its files are damaged"
+        return ""
 
     def keep(self, part: Path) -> bool:
         """Removes all but the parameters that are whole. Returns whether any are."""

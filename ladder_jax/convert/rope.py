@@ -4,6 +4,7 @@ Files of transformers 5 have one object `rope_parameters`; older ones have `rope
 and `rope_scaling`. A file that has both must say the same twice.
 """
 
+import sys
 from typing import Any
 
 from ladder_jax.config import ConfigError, Model, RopeScaling, require
@@ -68,18 +69,20 @@ def _plain(fields: Fields, key: str) -> dict[str, Any]:
     if value is None:
         return {}
     fields.need(key, isinstance(value, dict), "an object or null", value)
-    nested = [inner for inner in value.values() if isinstance(inner, dict)]
-    if nested:
-        same = all(inner == nested[0] for inner in nested)
+    if any(isinstance(inner, dict) for inner in value.values()):
+        first = next(iter(value.values()))
+        same = all(inner == first for inner in value.values())
         fields.need(key, same, "the same for all kinds of layers", value)
-        value = nested[0]
+        value = first
     if not value:
         return {}
     return value | {"rope_type": value.get("rope_type", value.get("type", "default"))}
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if type(value) in (int, float) else value
+    most = sys.float_info.max
+    is_number = type(value) in (int, float) and -most <= value <= most
+    return float(value) if is_number else value
 
 
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +101,17 @@ def _scaling(rope: Fields, fields: Fields) -> RopeScaling:
             where.need("partial_rotary_factor", False, "1: every dimension is rotated")
     if kind == "default":
         return RopeScaling()
+    values = _values(kind, rope, fields)
+    try:
+        return RopeScaling(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{fields.where} describes no model: {error}") from None
+
+
+def _values(kind: str, rope: Fields, fields: Fields) -> dict[str, Any]:
+    """The fields of RopeScaling, of a kind other than default."""
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.number("factor"))
+        return dict(kind="linear", factor=rope.number("factor"))
     length = fields.integer(
         "original_max_position_embeddings",
         rope.integer(
@@ -108,7 +120,7 @@ def _scaling(rope: Fields, fields: Fields) -> RopeScaling:
         ),
     )
     if kind == "llama3":
-        return RopeScaling(
+        return dict(
             factor=rope.number("factor"),
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
@@ -119,7 +131,7 @@ def _scaling(rope: Fields, fields: Fields) -> RopeScaling:
         return rope.number(key) if rope.values.get(key) else None
 
     ratio = fields.integer("max_position_embeddings", 2048) / length
-    return RopeScaling(
+    return dict(
         kind="yarn",
         factor=rope.number("factor", ratio),
         beta_fast=optional("beta_fast") or 32.0,

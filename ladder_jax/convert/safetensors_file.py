@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.convert.source import TensorInfo
+from ladder_jax.data.foreign_files import parse_object
 
 # The names of dtypes in a header. Weights in any other dtype are quantised.
 DTYPES = {
@@ -29,6 +30,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The longest header that the `safetensors` package accepts.
 LONGEST_HEADER = 100_000_000
+LONGEST_NAME = 500  # of a tensor; longer ones are damage
 
 
 class Place(NamedTuple):
@@ -53,15 +55,16 @@ def read_header(path: Path) -> dict[str, Place]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
+        header = parse_object(text, "its header")
+    except ConfigError as error:
+        raise _damaged(path, str(error)) from None
+    header.pop("__metadata__", None)
+    try:
         rows = {name: _row(name, row) for name, row in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{path}: {error}") from None
-        raise _damaged(path, " ".join(str(error).split())[:120]) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
     end = _end_of(path, rows)
     if 8 + length + end != size:
         raise _damaged(
@@ -74,20 +77,32 @@ def read_header(path: Path) -> dict[str, Place]:
 
 def _row(name: str, row: Any) -> tuple[TensorInfo, int, int]:
     """(info, start, end) of a header's row, whose numbers must agree."""
-    kind = row["dtype"]
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"it has a tensor of the name {short_repr(name)}")
+    fields: dict[str, Any] = row if isinstance(row, dict) else {}
+    keys = ("dtype", "shape", "data_offsets")
+    kind, shape, place = [fields.get(key) for key in keys]
+    if not (isinstance(kind, str) and _is_sizes(shape) and _is_sizes(place, 2)):
+        raise ValueError(f"{name} is {short_repr(row, 100)}")
     if kind not in DTYPES:
         raise ConfigError(
             f"{name} is {short_repr(kind)}: quantised weights are not supported, only "
             f"{', '.join(DTYPES)}"
         )
-    shape, (start, end) = row["shape"], row["data_offsets"]
-    numbers = [*shape, start, end]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{name} has shape {shape} at {start} to {end}")
+    start, end = place
     info = TensorInfo(tuple(shape), DTYPES[kind])
     if end - start != math.prod(shape) * info.dtype.itemsize:
-        raise ValueError(f"{name} of shape {shape} takes {end - start} bytes")
+        raise ValueError(
+            f"{name} of shape {short_repr(shape)} takes {end - start} bytes"
+        )
     return info, start, end
+
+
+def _is_sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
+    """Whether a value is a list of whole numbers, none of them negative."""
+    if not isinstance(value, list) or length not in (None, len(value)):
+        return False
+    return all(type(number) is int and number >= 0 for number in value)
 
 
 def _end_of(path: Path, rows: Mapping[str, tuple[TensorInfo, int, int]]) -> int:

@@ -1,22 +1,22 @@
 """A Hugging Face folder, or a name on the Hub, as a TensorSource."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError, short_repr
-from ladder_jax.convert import sentencepiece_file
 from ladder_jax.convert.safetensors_file import Place, read_header, read_tensor
 from ladder_jax.convert.source import TEXTS, FileState, TensorInfo, state_of
-from ladder_jax.data.tokenizer_files import read_object
+from ladder_jax.data.foreign_files import is_file, read_object
+from ladder_jax.data.tokenizer_files import SENTENCEPIECE, texts_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a download from the Hub takes: the weights, and the texts beside them.
-DOWNLOAD = ("config.json", INDEX, "*.safetensors", *TEXTS, sentencepiece_file.FILE)
+DOWNLOAD = ("config.json", INDEX, "*.safetensors", *TEXTS, SENTENCEPIECE)
 
 
 class SafetensorsSource:
@@ -34,7 +34,8 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, str(folder)
         _require_folder(folder)
-        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.config: dict[str, Any] = read_object(folder / "config.json")
+        self._text = texts_of(folder)
         self._places: dict[str, tuple[Path, Place]] | None = None
 
     @property
@@ -46,12 +47,7 @@ class SafetensorsSource:
         return read_tensor(path, place)
 
     def text(self, name: str) -> str | None:
-        text = read_text(self.folder / name)
-        model = self.folder / sentencepiece_file.FILE
-        if text is None and name == "tokenizer.json" and model.is_file():
-            settings = read_object(self.text, "tokenizer_config.json")
-            return sentencepiece_file.tokenizer_json(model, settings)
-        return text
+        return self._text(name)
 
     def files(self) -> list[FileState]:
         paths = {path for path, _ in self._located().values()}
@@ -69,7 +65,7 @@ def open_source(where: str | Path) -> SafetensorsSource:
     A name that is no folder here is downloaded with the package huggingface_hub, into
     its cache.
     """
-    folder = Path(where).expanduser()
+    folder = local_path(where, "source")
     if folder.is_dir():
         return SafetensorsSource(folder)
     if folder.is_file():
@@ -108,34 +104,9 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def read_text(path: Path) -> str | None:
-    """The content of a text file; None if there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConfigError, one line, if there is none."""
-    text = read_text(path)
-    if text is None:
-        raise ConfigError(f"{path} does not exist")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is {short_repr(value)}: it must be a JSON object")
-    return value
-
-
 def _require_folder(folder: Path) -> None:
     """Raises ConfigError where a folder is another kind of checkpoint, by its files."""
-    if (folder / "config.json").is_file():
+    if is_file(folder / "config.json"):
         return
     kinds = {
         "adapter_config.json": "a LoRA adapter without its model: merge it into the "
@@ -154,9 +125,9 @@ def _require_folder(folder: Path) -> None:
 
 def _locate(folder: Path) -> dict[str, tuple[Path, Place]]:
     """The file and place of every tensor in a folder."""
-    if (folder / INDEX).is_file():
+    if is_file(folder / INDEX):
         return _locate_sharded(folder)
-    if not (folder / SINGLE).is_file():
+    if not is_file(folder / SINGLE):
         raise ConfigError(_without_weights(folder))
     path = folder / SINGLE
     return {name: (path, place) for name, place in read_header(path).items()}
@@ -165,7 +136,7 @@ def _locate(folder: Path) -> dict[str, tuple[Path, Place]]:
 def _locate_sharded(folder: Path) -> dict[str, tuple[Path, Place]]:
     """The same, for weights in several files. The index and the files must agree."""
     index = folder / INDEX
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index} is not accepted: it has no weight_map")
     for name, file in weight_map.items():
@@ -177,12 +148,13 @@ def _locate_sharded(folder: Path) -> dict[str, tuple[Path, Place]]:
     located: dict[str, tuple[Path, Place]] = {}
     for file in sorted(set(weight_map.values())):
         path = folder / file
-        if not path.is_file():
+        if not is_file(path):
             raise ConfigError(f"{path} is missing: {INDEX} names it")
         places = read_header(path)
         named = {name for name, where in weight_map.items() if where == file}
         if lost := sorted(named - places.keys()):
-            raise ConfigError(f"{index} is wrong: {file} does not hold {lost[0]}")
+            name = short_repr(lost[0], 200)
+            raise ConfigError(f"{index} is wrong: {file} does not hold {name}")
         if extra := sorted(places.keys() - named):
             raise ConfigError(
                 f"{index} is wrong: it does not name {extra[0]} of {file}"

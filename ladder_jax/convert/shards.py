@@ -59,20 +59,31 @@ class Shards:
         text = json.dumps([export, names])
         self._export = hashlib.sha256(text.encode()).hexdigest()
         self.whole: dict[str, str] = {}  # the digests of the files that are whole
+        self.lost = ""  # see folder.Kept
 
     def clean(self, part: Path) -> None:
         """Keeps the files of the same export whose digests are right."""
-        try:
-            record = json.loads((part / RECORD).read_text())
-            whole = dict(record["whole"]) if record["export"] == self._export else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = {}
+        was_empty = not folder.contents(part)
+        whole, reason = self._record(part)
         self.whole = {
             file: digest
             for file, digest in whole.items()
             if file in self.shards and _digest(part / file) == digest
         }
-        self.keep(part)
+        kept = self.keep(part)
+        self.lost = "" if kept or was_empty else reason or "its files are damaged"
+
+    def _record(self, part: Path) -> tuple[dict[str, str], str]:
+        """(the record's digests, or why it has none)."""
+        try:
+            record = json.loads((part / RECORD).read_text())
+            if record["export"] != self._export:
+                return {}, "its checkpoint or its options were others"
+            return dict(record["whole"]), ""
+        except FileNotFoundError:
+            return {}, "no file was whole"
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, "its files are damaged"
 
     def keep(self, part: Path) -> bool:
         """Removes all but the whole files. Returns whether there are any."""

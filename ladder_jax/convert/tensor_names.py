@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
-from ladder_jax.config import ConfigError
+from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.convert import layout
 from ladder_jax.convert.families import Imported
 from ladder_jax.convert.layout import Tensor
@@ -91,8 +91,8 @@ def _check_shape(
 ) -> None:
     if name in infos and infos[name].shape != wanted:
         raise ConfigError(
-            f"{where}: {name} has shape {list(infos[name].shape)}, but its config says "
-            f"{list(wanted)}"
+            f"{where}: {name} has shape {short_repr(list(infos[name].shape))}, but its "
+            f"config says {short_repr(list(wanted))}"
         )
 
 

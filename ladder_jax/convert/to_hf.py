@@ -14,10 +14,11 @@ import ml_dtypes
 import numpy as np
 
 from ladder_jax.checkpoint import VERSION
-from ladder_jax.config import ConfigError, Model
+from ladder_jax.config import Model
 from ladder_jax.convert import export_config, folder, ladder_llama, layout
 from ladder_jax.convert.from_hf import write_tokenizer_files
 from ladder_jax.convert.layout import Tensor
+from ladder_jax.convert.needs import Available, export_needs
 from ladder_jax.convert.safetensors_file import total_bytes
 from ladder_jax.convert.shards import Shards, split
 from ladder_jax.convert.source import TensorInfo
@@ -78,10 +79,12 @@ def write_hf(
 
         return tensor
 
-    require_disk(total_bytes(infos.values()), folder.free_disk(path))
+    export_needs(config, dtype, 0).check(Available(folder.free_disk(path), None))
     with folder.new_folder(path, shards if weights.name else None) as part:
-        if shards.whole:
-            say(f"{len(shards.whole)} of {len(shards.shards)} files are there already")
+        if line := folder.kept_text(
+            shards, len(shards.whole), len(shards.shards), "files"
+        ):
+            say(line)
         shards.write(part, reader)
         write_tokenizer_files(tokenizer, part, for_others=True)
         if values["model_type"] == ladder_llama.MODEL_TYPE:
@@ -137,15 +140,6 @@ def _config(
         # The class has both biases or none: out_bias is written as zeros.
         config = dataclasses.replace(config, out_bias=True)
     return config, values
-
-
-def require_disk(needed: int, free: int | None) -> None:
-    """Raises ConfigError where the disk does not suffice."""
-    if free is not None and needed > free:
-        raise ConfigError(
-            f"out needs {size(needed)} of disk, and {size(free)} are free there: "
-            "choose another folder or --dtype bfloat16"
-        )
 
 
 def _total(infos: Mapping[str, TensorInfo]) -> str:

@@ -21,9 +21,17 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from ladder_jax import files
 from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError, require
+from ladder_jax.data.foreign_files import is_file
 from ladder_jax.data.surrogates import without_surrogates
 from ladder_jax.data.token_stream import Stream
-from ladder_jax.data.tokenizer_files import NAMES, Special, read_special
+from ladder_jax.data.tokenizer_files import (
+    NAMES,
+    SENTENCEPIECE,
+    TOKENIZER,
+    Special,
+    read_special,
+    texts_of,
+)
 from ladder_jax.data.tokenizers_library import library_errors, parse
 
 _OWN_NAMES = [names[0] for names in NAMES.values()]
@@ -447,7 +455,7 @@ def from_json(text: str) -> Tokenizer:
 
 
 def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
-    """Returns the tokenizer of a folder with a tokenizer.json.
+    """Returns the tokenizer of a folder with a tokenizer.json (see `texts_of`).
 
     tokenizer.json does not say which token ends a text. The files beside it do (see
     tokenizer_files.py). Without these, the token is the first of NAMES in
@@ -460,14 +468,9 @@ def from_files(read: Callable[[str], str | None], origin: str) -> HuggingFace:
     Raises:
       ConfigError: if it is no tokenizer, or has no token that ends a text.
     """
-    text = read("tokenizer.json")
+    text = read(TOKENIZER)
     if text is None:
-        hint = " (tokenizer.model alone is not read: convert it with transformers)"
-        try:
-            has_model = read("tokenizer.model") is not None
-        except ValueError:  # it is there, and not text
-            has_model = True
-        raise ConfigError(f"it has no tokenizer.json{hint if has_model else ''}")
+        raise ConfigError(f"it has no {TOKENIZER} and no {SENTENCEPIECE}")
     added = parse(text).get_added_tokens_decoder().values()
     special = read_special(read, (token.content for token in added))
     return HuggingFace(text, special, origin)
@@ -477,8 +480,8 @@ def load(spec: str) -> Tokenizer:
     """Returns the tokenizer of `data.tokenizer`, see `from_files`.
 
     Args:
-      spec: "bytes", or the path of a tokenizer.json, of a folder that holds one, or
-        of a run or checkpoint.
+      spec: "bytes", or the path of a tokenizer.json, of SentencePiece's
+        tokenizer.model, of a folder that holds one, or of a run or checkpoint.
 
     Raises:
       ConfigError: if there is no such file, if it is no tokenizer, or if it has no
@@ -488,28 +491,20 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     origin = f"data.tokenizer={spec!r}"
     path = local_path(spec, "data.tokenizer")
-    if path.is_dir() and not (path / "tokenizer.json").exists():
+    is_folder = path.is_dir()
+    if is_folder and not any((path / x).exists() for x in (TOKENIZER, SENTENCEPIECE)):
         tokenizer = _from_checkpoint(path)
         if tokenizer:
             return tokenizer
-    path = path / "tokenizer.json" if path.is_dir() else path
-
-    def read(name: str) -> str | None:
-        """The named file is tokenizer.json, whatever its name is."""
-        file = path if name == "tokenizer.json" else path.parent / name
-        if name == "tokenizer.json" or file.exists():
-            return file.read_text(encoding="utf-8")
-        return None
-
     try:
-        return from_files(read, origin)
-    except OSError as error:
-        raise ConfigError(
-            f"{origin} cannot be read ({error.strerror}): it must be 'bytes', or the "
-            "path of a tokenizer.json, of a folder that holds one, or of a run"
-        ) from None
+        if is_folder or is_file(path):
+            return from_files(texts_of(path), origin)
     except ValueError as error:
         raise ConfigError(f"{origin} is not accepted: {error}") from None
+    raise ConfigError(
+        f"{origin} does not exist: it must be 'bytes', or the path of a "
+        f"{TOKENIZER}, of a {SENTENCEPIECE}, of a folder that holds one, or of a run"
+    )
 
 
 def _from_checkpoint(path: Path) -> Tokenizer | None:

@@ -7,9 +7,15 @@ generation in generation_config.json or config.json.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ladder_jax.config import ConfigError, short_repr
+from ladder_jax.config import ConfigError, require, short_repr
+from ladder_jax.data import sentencepiece_file
+from ladder_jax.data.foreign_files import is_file, parse_object, read_text
+
+TOKENIZER = "tokenizer.json"
+SENTENCEPIECE = "tokenizer.model"
 
 # The usual names of special tokens. The first one that a tokenizer.json has counts.
 # Tokenizers of this project use the first name of each kind.
@@ -48,6 +54,32 @@ class Special(NamedTuple):
 Text = Callable[[str], str | None]  # the content of a file of the folder, or None
 
 
+def texts_of(path: Path) -> Text:
+    """The files of a tokenizer, whose tokenizer.json SentencePiece's file stands for.
+
+    Args:
+      path: a folder, or a file of it that is its tokenizer.json, whatever its name, or
+        SentencePiece's, NAME.model.
+
+    The function that is returned raises ConfigError, one line, where a file cannot be
+    read.
+    """
+    folder = path if path.is_dir() else path.parent
+
+    def text(name: str) -> str | None:
+        if name != TOKENIZER:
+            return read_text(folder / name)
+        file = folder / TOKENIZER if path.is_dir() else path
+        if path.is_dir() and not is_file(file):
+            file = folder / SENTENCEPIECE
+        if file.suffix != ".model" or not is_file(file):
+            return read_text(file)
+        settings = read_object(text, "tokenizer_config.json")
+        return sentencepiece_file.tokenizer_json(file, settings)
+
+    return text
+
+
 def read_special(text: Text, added: Iterable[str]) -> Special:
     """Reads the files beside a tokenizer.json.
 
@@ -64,11 +96,14 @@ def read_special(text: Text, added: Iterable[str]) -> Special:
     for file in ("generation_config.json", "config.json"):
         eos_ids = eos_ids or _ids(read_object(text, file).get("eos_token_id"), file)
     add_bos = settings.get("add_bos_token")
+    accepted = "true, false or null"
+    is_flag = add_bos is None or isinstance(add_bos, bool)
+    require(is_flag, "tokenizer_config.json: add_bos_token", add_bos, accepted)
     return Special(
         _names(settings, set(added)),
         eos_ids,
         _template(text("chat_template.jinja"), settings.get("chat_template")),
-        add_bos if isinstance(add_bos, bool) else None,
+        add_bos,
     )
 
 
@@ -99,15 +134,7 @@ def dump(values: Mapping[str, Any]) -> str:
 def read_object(text: Text, file: str) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no such file."""
     content = text(file)
-    if content is None:
-        return {}
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file} is {short_repr(value)}: it must be a JSON object")
-    return value
+    return {} if content is None else parse_object(content, file)
 
 
 def _names(settings: Mapping[str, Any], added: set[str]) -> dict[str, str]:
@@ -151,13 +178,19 @@ def _ids(value: Any, file: str) -> tuple[int, ...]:
 
 def _template(file: str | None, setting: Any) -> str | None:
     """The chat template: the file's, else the setting's; of several the default."""
-    if file is not None:
+    if file is not None or setting is None:
         return file
+    where = "tokenizer_config.json: chat_template"
+    accepted = "text, or a list of objects with name and template, both text"
     if isinstance(setting, list):
-        named = {
-            row.get("name"): row.get("template")
-            for row in setting
-            if isinstance(row, dict)
-        }
+        rows = [row if isinstance(row, dict) else {} for row in setting]
+        pairs = [(row.get("name"), row.get("template")) for row in rows]
+        is_text = all(isinstance(x, str) for pair in pairs for x in pair)
+        require(is_text, where, setting, accepted)
+        named = dict(pairs)
+        if named and "default" not in named:
+            names = short_repr(list(named))
+            raise ConfigError(f"{where} has {names}, and none is named default")
         setting = named.get("default")
-    return setting if isinstance(setting, str) else None
+    require(setting is None or isinstance(setting, str), where, setting, accepted)
+    return setting

@@ -218,7 +218,7 @@ def test_several_files_are_one_model(tmp_path):
     with pytest.raises(ConfigError, match="first"):
         GGUFFile(tmp_path / "m-00002-of-00002.gguf")
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 
@@ -283,8 +283,8 @@ def test_no_gguf_file(data, message, tmp_path):
 
 
 def test_no_file(tmp_path):
-    assert "cannot be read" in refused(tmp_path / "none.gguf")
-    assert "cannot be read" in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "none.gguf")
+    assert "is a folder: it must be a file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

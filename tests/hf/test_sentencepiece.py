@@ -5,8 +5,8 @@ import random
 import pytest
 import tokenizers
 
-from ladder_jax.convert.sentencepiece_file import tokenizer_json
 from ladder_jax.data import python_docs
+from ladder_jax.data.sentencepiece_file import tokenizer_json
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

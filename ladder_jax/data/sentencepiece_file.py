@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ladder_jax.config import ConfigError
-from ladder_jax.convert.sentencepiece_bpe import (
+from ladder_jax.data.sentencepiece_bpe import (
     CONTROL,
     NORMAL,
     Piece,
@@ -18,7 +18,6 @@ from ladder_jax.convert.sentencepiece_bpe import (
     tokenizer_of,
 )
 
-FILE = "tokenizer.model"
 BPE = 2  # TrainerSpec.model_type
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # the wire types of fields
 
@@ -35,7 +34,8 @@ def tokenizer_json(path: Path, settings: Mapping[str, Any]) -> str:
         pieces, trainer, normalizer = _read(path.read_bytes())
     except (ValueError, LookupError, TypeError, AttributeError, struct.error):
         raise ConfigError(
-            f"{path} is damaged: it is no file of SentencePiece"
+            f"{path} is damaged, or no file of SentencePiece (Llama 3's is "
+            "tiktoken's): save a tokenizer.json beside it with transformers"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
