@@ -390,7 +390,7 @@ def _step(name: str) -> int | None:
 
 
 def _is_meta(name: str) -> bool:
-    return PurePosixPath(name).parts[2:3] == ("meta",)
+    return PurePosixPath(name).parts[2:] == storage.META
 
 
 def _steps(names: Mapping[str, Any]) -> set[int]:

@@ -28,6 +28,10 @@ INDEX = ".index.json"  # of a copy: {name: version in the store}
 # What tells a new version of a file: s3's, then gcs's, then other stores' names.
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")
 
+# The file of a checkpoint that is written last and removed first: one without it is not
+# complete.
+META = "meta", "data.json"
+
 T = TypeVar("T")
 
 
@@ -81,7 +85,7 @@ def fetch_checkpoint(address: str, step: int | None, say: Say) -> Path:
     folders = {
         PurePosixPath(path).parents[1]
         for path in listing.files
-        if PurePosixPath(path).parent.name == "meta"
+        if PurePosixPath(path).parts[-2:] == META
     }
     places = [base, *(f for f in folders if f.parent in (base, base / "checkpoints"))]
     steps = {int(f.name): f for f in places if f in folders and f.name.isdigit()}

@@ -54,7 +54,12 @@ def s3(monkeypatch, tmp_path):
 
 
 # Its files, and their sizes: what stands for a checkpoint here.
-CHECKPOINT = {"model/d/a": 3, "model/b": 1, "meta/data": 1}
+CHECKPOINT = {
+    "model/d/a": 3,
+    "model/b": 1,
+    "meta/data.json": 1,
+    "meta/commit_success.txt": 1,
+}
 
 
 def options(folder, **fields):
@@ -210,12 +215,12 @@ def test_a_checkpoint_is_seen_once_it_is_whole(s3, begun, monkeypatch):
     copy.close()
     assert in_store(s3) == on_disk(copy.folder)
     sent = [name for name in puts if name != "lease.json"]
-    assert len(sent) == 8 and sent.count("metrics.jsonl") == 2
+    assert len(sent) == 2 * len(CHECKPOINT) + 2 and sent.count("metrics.jsonl") == 2
     for state in states:
         for step in (2, 4):
             start = f"checkpoints/{step}/"
             names = {n.removeprefix(start) for n in state if n.startswith(start)}
-            assert "meta/data" not in names or names == set(CHECKPOINT)
+            assert "meta/data.json" not in names or names == set(CHECKPOINT)
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_copied(s3, begun, monkeypatch):
