@@ -19,8 +19,9 @@ from ladder_jax.server import errors
 from ladder_jax.server.logs import LogWriter
 
 log = logging.getLogger(__name__)
-# Under this name, the scope has the function that drops a connection at once.
-ABORT = "ladder_jax.abort"
+# Under these names, the scope has functions: one that drops the connection at once, and
+# one that returns whether `send` waits for the client.
+ABORT, IS_PAUSED = "ladder_jax.abort", "ladder_jax.is_paused"
 KEYS_VARIABLE = "LADDER_JAX_API_KEYS"
 # Paths that need no key: they neither read nor write text.
 PUBLIC = frozenset({"/", "/health", "/ready", "/metrics", "/state", "/openapi.json"})
@@ -147,6 +148,7 @@ class Gate:
         fields: dict[str, Any] = {}
         state["log"] = fields
         status = 0
+        is_paused = scope.get("extensions", {}).get(IS_PAUSED, _may_wait)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -159,7 +161,10 @@ class Gate:
                 headers += [pair for pair in _HEADERS if pair[0] not in there]
             try:
                 for piece in _pieces(message):
-                    async with asyncio.timeout(self._write_timeout):
+                    if is_paused():
+                        async with asyncio.timeout(self._write_timeout):
+                            await send(piece)
+                    else:  # a timeout would cost more than an event
                         await send(piece)
             except TimeoutError:
                 fields["error"] = "slow_reader"
@@ -208,12 +213,20 @@ class Gate:
         return len(values) != 1 or not self._keys.accepts(values[0].decode("latin-1"))
 
 
-def _pieces(message: Message) -> Iterator[Message]:
+def _may_wait() -> bool:
+    """Whether `send` waits, of a server that does not say."""
+    return True
+
+
+def _pieces(message: Message) -> Iterable[Message]:
     """Splits a long body: uvicorn waits for the client between two messages alone."""
-    body = message.get("body", b"")
-    if len(body) <= PIECE:
-        yield message
-        return
+    if len(message.get("body", b"")) <= PIECE:
+        return (message,)
+    return _split(message)
+
+
+def _split(message: Message) -> Iterator[Message]:
+    body = message["body"]
     for start in range(0, len(body), PIECE):
         is_last = start + PIECE >= len(body)
         yield {

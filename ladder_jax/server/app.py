@@ -148,7 +148,9 @@ def _add_paths(app: FastAPI) -> None:
     ):
         app.add_api_route(path, endpoint, response_model=model, responses=others)
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/metrics", _metrics, include_in_schema=False)
+    app.add_api_route(
+        "/metrics", _metrics, methods=["GET", "HEAD"], include_in_schema=False
+    )
     app.include_router(page.router(Feed(lambda: state(app.state.serving))))
     openapi.install(app)
 

@@ -19,7 +19,7 @@ from ladder_jax.config import ConfigError, require, to_bytes
 from ladder_jax.server import access, startup
 from ladder_jax.server.app import create_app
 from ladder_jax.server.connections import Protocol
-from ladder_jax.server.draining import Server
+from ladder_jax.server.draining import Server, stop_signals
 from ladder_jax.server.logs import Handler, LogWriter
 from ladder_jax.server.serving import Options, Serving
 from ladder_jax.server.start_progress import ProgressBar, Stage
@@ -32,8 +32,8 @@ MOST_FILES = 65536  # open at once; each connection is one
 
 @dataclass(frozen=True)
 class Arguments:
-    """Serves a checkpoint by OpenAI's HTTP API. SIGTERM or Ctrl-C stops it once its
-    requests are finished; a second one stops it at once."""
+    """Serves a checkpoint by OpenAI's HTTP API. SIGTERM, SIGHUP or Ctrl-C stops it once
+    its requests are finished; a second one stops it at once."""
 
     start: startup.Arguments = field(metadata=FLAT)
     host: str = "127.0.0.1"
@@ -117,7 +117,7 @@ class Front:
         raise_file_limit()
         self.options = arguments.options()
         self.writer = LogWriter(arguments.log_file)
-        logging.getLogger().addHandler(Handler(self.writer))
+        log_to(self.writer)
         logging.getLogger("ladder_jax").setLevel(logging.INFO)
         self.socket = bind(arguments.host, arguments.port)
 
@@ -197,11 +197,11 @@ def follow(checked: startup.Checked) -> int:
     channel, watch = checked.group
 
     def stop(number: int, _: FrameType | None) -> None:
-        if watch.stopping:
+        if watch.stopping and number != signal.SIGHUP:
             os._exit(128 + number)
         watch.stopping = True  # process 0 drains then, and tells all to end
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop)
     who = f"process {channel.number} of {channel.count}"
     try:
@@ -213,6 +213,18 @@ def follow(checked: startup.Checked) -> int:
         print(f"ladder-jax serve: {who}: {reason}", file=sys.stderr)
         startup.leave(1)
     return 0
+
+
+def log_to(writer: LogWriter) -> None:
+    """Sends the records of Python's `logging` to a log, and not to stderr as well.
+
+    Importing Orbax adds a handler that writes all records to stderr.
+    """
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    root.addHandler(Handler(writer))
 
 
 def raise_file_limit() -> None:
