@@ -1,4 +1,4 @@
-"""What the server does for every event of a stream: its bytes, and nothing that waits."""
+"""The bytes of a stream's events, which are written without pydantic."""
 
 from hypothesis import given
 from hypothesis import strategies as st

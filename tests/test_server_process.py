@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -135,6 +136,66 @@ def test_a_second_signal_ends_the_process_at_once(checkpoint, tmp_path):
     assert [line["signal"] for line in lines if line["event"] == "draining"]
 
 
+def test_a_terminal_that_closes_stops_the_server(checkpoint):
+    """It may send several SIGHUP: none of them ends the process at once."""
+    with process(checkpoint) as (child, url):
+        for _ in range(3):
+            child.send_signal(signal.SIGHUP)
+        assert wait(child) == 0
+
+
+def test_stderr_has_no_line_twice(checkpoint, tmp_path):
+    """Importing Orbax makes Python's logging write to stderr."""
+    log = tmp_path / "log.jsonl"
+    with process(checkpoint, "--log-file", str(log)) as (child, url):
+        with contextlib.closing(socket.create_connection(address_of(url))) as stranger:
+            stranger.sendall(b"nonsense\r\n\r\n")
+            assert stranger.recv(4096).startswith(b"HTTP/1.1 400")
+        child.send_signal(signal.SIGTERM)
+        assert wait(child) == 0
+        err = child.stderr.read()
+    assert "Invalid HTTP request" in log.read_text()
+    assert "Invalid HTTP request" not in err and "uvicorn" not in err
+
+
+def address_of(url):
+    """(host, port) of a URL."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+def interrupt_while_it_starts(checkpoint, seconds):
+    """Ctrl-C after so many seconds: one line, or an orderly end if it serves then."""
+    port = helpers.free_address().rpartition(":")[2]
+    child = subprocess.Popen(
+        [*helpers.COMMAND, "serve", str(checkpoint), "--port", port, *SMALL],
+        env=helpers.code_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode in (0, 130, -signal.SIGINT), (seconds, err)
+    assert "Traceback" not in err and "Error" not in err, (seconds, err)
+    if child.returncode == 130:
+        assert err.endswith("ladder-jax serve: interrupted\n")
+
+
+def test_ctrl_c_while_the_server_starts(checkpoint):
+    interrupt_while_it_starts(checkpoint, 2.0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_many_moments_of_the_start(checkpoint):
+    """Imports, checks, compilation: some libraries lose an interrupt."""
+    for i in range(30):
+        interrupt_while_it_starts(checkpoint, 0.5 + i * 0.15)
+
+
 # ---------------------------------------------------------------- in this process
 
 
@@ -244,7 +305,13 @@ def test_mistakes_in_the_arguments_are_one_line(tmp_path, capsys):
             ("--port", "70000"): "65535",
             ("--host", "300.1.2.3"): "300.1.2.3",
             ("--request-timeout", "0"): "request_timeout=0",
+            ("--request-timeout", "inf"): "request_timeout=inf",
+            ("--drain-timeout", "nan"): "drain_timeout=nan",
+            ("--drain-delay", "1e300"): "drain_delay=1e+300",
             ("--max-body", "much"): "max_body='much'",
+            ("--max-body", "0"): "max_body='0'",
+            ("--cors-origins", "example.com"): "cors_origins='example.com'",
+            ("--cors-origins", "https://a.example/"): "cors_origins='https://a.ex",
             ("--api-key-file", "/nowhere"): "/nowhere",
             ("--api-key-file", str(empty)): "no key",
             ("--log-file", "/nowhere/log"): "/nowhere/log",

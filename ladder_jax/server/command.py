@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than those of load balancers, which then close first
 BACKLOG = 1024
 MOST_FILES = 65536  # open at once; each connection is one
+MOST_SECONDS = 10**7  # four months: no timer of an event loop overflows
+_ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,27 @@ class Arguments:
 
     def options(self) -> Options:
         """Returns the settings. Raises ConfigError if one is not accepted."""
-        for name in ("max_choices", "request_timeout", "drain_timeout"):
+        require(self.max_choices > 0, "max_choices", self.max_choices, "greater than 0")
+        for name in ("request_timeout", "drain_timeout"):
             value = getattr(self, name)
-            require(value > 0, name, value, "greater than 0")
+            accepted = f"greater than 0 and at most {MOST_SECONDS:,}"
+            require(0 < value <= MOST_SECONDS, name, value, accepted)
         for name in ("max_prompt_tokens", "max_output_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "greater than 0, or None")
-        require(self.drain_delay >= 0, "drain_delay", self.drain_delay, "0 or more")
+        delay, accepted = self.drain_delay, f"from 0 to {MOST_SECONDS:,}"
+        require(0 <= delay <= MOST_SECONDS, "drain_delay", delay, accepted)
+        for origin in self.cors_origins:
+            accepted = "such as https://example.com, or '*' for all"
+            is_origin = bool(_ORIGIN.fullmatch(origin))
+            require(is_origin, "cors_origins", origin, accepted)
+        max_body = to_bytes(self.max_body, "max_body")
+        require(max_body > 0, "max_body", self.max_body, "greater than 0")
         require(0 <= self.port < 2**16, "port", self.port, "from 0 to 65535")
         name = Path(self.start.checkpoint.rstrip("/")).name or "ladder_jax"
         return Options(
             model_name=self.model_name or name,
-            max_body=to_bytes(self.max_body, "max_body"),
+            max_body=max_body,
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=self.max_output_tokens,
             max_choices=self.max_choices,

@@ -167,12 +167,9 @@ class _Writer:
         async for batches in running.batches(keep_alive):
             written: list[bytes] = []
             for index, tokens, finish in batches:
-                added = self._added(running, index, tokens, finish)
-                text, logprobs, finish = added
-                event = events.write(
-                    index, b"text", streaming.text_json(text), logprobs, finish
-                )
-                written.append(event)
+                text, logprobs, end = self._added(running, index, tokens, finish)
+                content = streaming.text_json(text)
+                written.append(events.write(index, b"text", content, logprobs, end))
             yield b"".join(written) or streaming.COMMENT
         if wants_usage:
             yield streaming.event(self._completion([], usage=self.usage(running)))
