@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import types
 from unittest import mock
 
 import helpers
@@ -331,9 +332,29 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     arguments = command.Arguments(startup.Arguments("runs/x/"), api_key_file=str(file))
     assert arguments.options().api_keys == ("three", "one", "two")
     assert arguments.options().model_name == "x"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")  # of an editor of Windows
+    assert arguments.options().api_keys == ("three", "one", "first", "second")
+    for key in ("s\u00e9cret", "a\tb"):
+        file.write_text(f"# comment\nfirst\n{key}\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="key . is not accepted") as error:
+            arguments.options()
+        assert key not in str(error.value)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not text"):
         arguments.options()
+
+
+def test_an_address_of_ipv6_is_in_brackets():
+    try:
+        bound = command.bind("::1", 0)
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with contextlib.closing(bound):
+        front = types.SimpleNamespace(socket=bound)
+        port = bound.getsockname()[1]
+        assert command.Front.url.fget(front) == f"http://[::1]:{port}"
+        bound.listen()
+        socket.create_connection(("::1", port), timeout=5).close()
 
 
 def test_a_log_that_cannot_be_written_never_waits(tmp_path):

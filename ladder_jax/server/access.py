@@ -28,6 +28,7 @@ PUBLIC = frozenset({"/", "/health", "/ready", "/metrics", "/state", "/openapi.js
 PUBLIC_PREFIX = "/static/"
 # Probes ask for these every few seconds: they are not logged.
 PROBES = frozenset({"/health", "/ready", "/metrics"})
+MOST_PATH = 200  # characters of a path that are logged
 PIECE = 2**16  # bytes of a response that are sent at once
 _random = random.Random()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -77,12 +78,14 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     """Returns the keys of a file, one a line, and of LADDER_JAX_API_KEYS (commas).
 
     Lines that begin with # are comments. Raises ConfigError if the file cannot be read
-    or has no key.
+    or has no key, or if no HTTP header can carry one.
     """
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    _check_keys(keys, f"{KEYS_VARIABLE}: key")
     if path is not None:
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+            # utf-8-sig: editors of Windows put a mark before the first key.
+            lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigError(
@@ -92,8 +95,19 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         found = [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(found):
             raise ConfigError(f"api_key_file={path!r} has no key: put one on each line")
+        _check_keys(found, f"api_key_file={path!r}: key")
         keys += found
     return tuple(dict.fromkeys(key for key in keys if key))
+
+
+def _check_keys(keys: list[str], where: str) -> None:
+    """Raises ConfigError for a key that clients cannot send; it does not show it."""
+    for number, key in enumerate(keys, 1):
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise ConfigError(
+                f"{where} {number} is not accepted: it must be of ASCII letters, "
+                "digits and marks, as HTTP headers are"
+            )
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -196,7 +210,7 @@ class Gate:
                     id=id,
                     client=client[0] if client else None,
                     method=scope["method"],
-                    path=scope["path"],
+                    path=scope["path"][:MOST_PATH],
                     status=status,
                     seconds=round(time.perf_counter() - started, 6),
                     **fields,

@@ -21,7 +21,7 @@ from ladder_jax.server import (
     protocol,
     texts,
 )
-from ladder_jax.server.access import ClientGone, Gate, Keys
+from ladder_jax.server.access import MOST_PATH, ClientGone, Gate, Keys
 from ladder_jax.server.feed import Feed
 from ladder_jax.server.logs import LogWriter
 from ladder_jax.server.serving import Options, Serving
@@ -205,7 +205,7 @@ async def _api_error(request: HTTPRequest, error: errors.APIError) -> Response:
 
 
 async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
-    path = request.scope["path"][:200]  # request.url fails for a bad Host header
+    path = request.scope["path"][:MOST_PATH]  # request.url fails for a bad Host header
     message = f"{request.method} {path}: {error.detail}"
     headers = dict(error.headers or {})
     return errors.APIError(error.status_code, message, headers=headers).response()
