@@ -1,5 +1,6 @@
 """Below the bodies: what the server makes of HTTP itself, and how a connection ends."""
 
+import asyncio
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ import pytest
 import served
 from served import post_bytes, read_all, wait_until
 
-from ladder_jax.server import connections
+from ladder_jax.server import connections, streaming
 from ladder_jax.server.access import SECURITY_HEADERS
 
 COMPLETIONS = "/v1/completions"
@@ -21,6 +22,13 @@ BODY = json.dumps(ONE).encode()
 
 @pytest.fixture(scope="module")
 def server():
+    with served.serve(served.shared_engine(), max_body=100_000) as running:
+        yield running
+
+
+@pytest.fixture
+def unused():
+    """A server that nobody is connected to."""
     with served.serve(served.shared_engine(), max_body=100_000) as running:
         yield running
 
@@ -285,18 +293,42 @@ def open_connections(server):
     return len(server.uvicorn.server_state.connections)
 
 
-def test_a_client_that_does_not_read_its_last_answer_is_dropped(server):
+def test_a_client_that_does_not_read_its_last_answer_is_dropped(unused):
     """The server has written all of it, so that no other limit counts."""
-    server.http.close()  # its connection is kept alive
-    wait_until(lambda: open_connections(server) == 0)
-    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    unused.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = json.dumps(dict(prompt=["x"] * 60, max_tokens=1, logprobs=3)).encode()
     with mock.patch.object(connections, "READ_SECONDS", 0.3), socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        client.connect(server.address)
+        client.connect(unused.address)
         client.sendall(post_bytes(COMPLETIONS, body))
-        wait_until(lambda: open_connections(server) == 1)
-        wait_until(lambda: open_connections(server) == 0)
+        wait_until(lambda: open_connections(unused) == 1)
+        wait_until(lambda: open_connections(unused) == 0)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_an_event_sets_no_timer_and_outputs_share_a_write(server):
+    """Each would take the event loop as long as the rest of an event."""
+    events, timeouts, writes = [], [], []
+    send = streaming.EventStream._send
+
+    async def counted(self, *arguments, **options):
+        writes.append(arguments)
+        await send(self, *arguments, **options)
+
+    for n, tokens in ((1, 1), (1, 100), (8, 100)):
+        body = dict(prompt="x", max_tokens=tokens, n=n, stream=True, ignore_eos=True)
+        writes.clear()
+        with (
+            mock.patch.object(asyncio, "timeout", side_effect=asyncio.timeout) as made,
+            mock.patch.object(streaming.EventStream, "_send", counted),
+        ):
+            events.append(len(server.events(COMPLETIONS, body)))
+        timeouts.append(made.call_count)
+        server.wait_idle()
+    assert timeouts[0] == timeouts[1] == timeouts[2]
+    assert events[0] == 1 and events[1] > 4 and len(writes) < events[2]
 
 
 # ---------------------------------------------------------------- all at once
@@ -334,16 +366,14 @@ def abuse(server, number):
                 assert parse(read_all(connection))[0] == 200
 
 
-def test_a_storm_of_clients_leaves_nothing(server):
+def test_a_storm_of_clients_leaves_nothing(unused):
     """Slots, pages, files, threads and connections are as before."""
-    server.http.close()
-    wait_until(lambda: open_connections(server) == 0)
-    server.wait_idle()
+    unused.wait_idle()
     count_files = lambda: len(os.listdir("/proc/self/fd"))
     files, threads = count_files(), threading.active_count()
     clients = [
         threading.Thread(
-            target=lambda first=first: [abuse(server, first + i) for i in range(24)]
+            target=lambda first=first: [abuse(unused, first + i) for i in range(24)]
         )
         for first in range(8)
     ]
@@ -351,12 +381,12 @@ def test_a_storm_of_clients_leaves_nothing(server):
         client.start()
     for client in clients:
         client.join(120)
-    wait_until(lambda: open_connections(server) == 0)
-    server.wait_idle()
-    assert not server.serving.running and not server.serving.reading
-    assert server.serving.encoding == 0
-    now = server.engine.snapshot()
+    wait_until(lambda: open_connections(unused) == 0)
+    unused.wait_idle()
+    assert not unused.serving.running and not unused.serving.reading
+    assert unused.serving.encoding == 0
+    now = unused.engine.snapshot()
     assert (now.busy_slots, now.waiting, now.prefilling, now.staged) == (0, 0, 0, 0)
     wait_until(lambda: count_files() <= files)
     assert threading.active_count() <= threads + 2  # those that encode prompts
-    assert parse(server.raw(post_bytes(COMPLETIONS, BODY)))[0] == 200
+    assert parse(unused.raw(post_bytes(COMPLETIONS, BODY)))[0] == 200
