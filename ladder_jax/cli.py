@@ -15,7 +15,6 @@ Exit statuses, for shells and schedulers:
 LADDER_JAX_TRACEBACK=1 shows the traceback behind a line about a failure.
 """
 
-import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -317,9 +316,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "bench": bench,
 }
-# Commands with handlers of their own for Ctrl-C. All others get a KeyboardInterrupt.
-# (`train` has handlers while it trains, and this one before and after.)
-OWN_HANDLERS = frozenset({"serve"})
 USAGE = """usage: ladder-jax COMMAND ...
 
   train RECIPE           trains the model of a recipe, such as configs/demo.py
@@ -380,8 +376,8 @@ def run(words: list[str]) -> int:
     try:
         if words[0] not in COMMANDS:
             raise ConfigError(unknown("command", words[0], COMMANDS))
-        own = words[0] in OWN_HANDLERS
-        with contextlib.nullcontext() if own else interrupt:
+        # `train` and `serve` have handlers of their own while they train and serve.
+        with interrupt:
             return COMMANDS[words[0]](words[1:])
     except (KeyboardInterrupt, Exception) as error:
         # An interrupt reaches Python code that C++ calls, too, and ends as its error.

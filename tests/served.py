@@ -136,7 +136,7 @@ def serve(engine, **options):
         time.sleep(0.01)
     listener = server.servers[0].sockets[0]
     running = Server(app, listener.getsockname(), log)
-    running.listener = listener
+    running.listener, running.uvicorn = listener, server
     try:
         yield running
     finally:

@@ -20,6 +20,7 @@ from ladder_jax.hardware import (
     chips,
     cost,
     malloc,
+    memory,
     networks,
     xla_options,
 )
@@ -384,6 +385,36 @@ for _ in range(12):
     grown = max(grown, mallinfo2().used - before)
 print(result, compiled.memory_analysis().temp_size_in_bytes, grown)
 """
+
+
+def test_only_devices_of_this_process_are_asked_for_their_memory():
+    """JAX raises for another one's."""
+
+    class Device(SimpleNamespace):
+        platform = "tpu"
+
+        def memory_stats(self):
+            assert self.process_index == jax.process_index(), "not addressable"
+            return self.stats
+
+    def mesh(*devices):
+        all_devices = np.array([Device(process_index=i, stats=s) for i, s in devices])
+        return SimpleNamespace(devices=all_devices)
+
+    full = dict(bytes_limit=100, bytes_in_use=90)
+    half = dict(bytes_limit=100, bytes_in_use=50)
+    assert memory.device_memory(mesh((0, half), (0, full), (1, None))) == 10
+    assert memory.device_memory(mesh((0, None), (0, {}), (1, None))) is None
+    assert memory.device_memory(mesh((1, None))) is None
+
+
+def test_no_other_module_asks_for_the_memory_of_devices():
+    """A loop over all devices of a mesh fails on the first one of another host."""
+    sources = {
+        path: path.read_text() for path in (Path(config.__file__).parent).rglob("*.py")
+    }
+    asking = {path.name for path, text in sources.items() if "memory_stats()" in text}
+    assert asking == {"memory.py", "train.py"}  # bench/train.py has one process
 
 
 @pytest.mark.skipif(

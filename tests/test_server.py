@@ -494,6 +494,66 @@ def test_a_stream_of_the_async_client_has_every_request_of_many(server):
         assert text == request.text
 
 
+def same(one, other):
+    """Whether they are equal: log-probabilities depend a little on what runs beside."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        # The likeliest tokens of a completion are in the order of their numbers.
+        return set(one) == set(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    is_float = isinstance(one, float) and isinstance(other, float)
+    return one == (pytest.approx(other, abs=1e-4) if is_float else other)
+
+
+def test_the_async_client_gets_what_the_sync_one_gets(server):
+    """Every endpoint and option, all at once, as a whole and as a stream."""
+    asked = [
+        ("completions", dict(prompt=[PROMPT, "b"], max_tokens=12) | given)
+        for given, _ in COMPLETIONS.values()
+    ]
+    asked += [("chat", dict(messages=MESSAGES) | given) for given in CHATS.values()]
+    asked.append(
+        ("completions", dict(prompt="x", best_of=3, n=2, seed=1, max_tokens=4))
+    )
+    scored = dict(prompt="a b", echo=True, logprobs=2, max_tokens=0)
+    asked.append(("completions", scored))
+
+    def endpoint(client, name):
+        return client.chat.completions if name == "chat" else client.completions
+
+    def choices(answer):
+        return [choice.model_dump() for choice in answer.choices]
+
+    whole = [
+        choices(endpoint(server.openai, name).create(model="tiny", **options))
+        for name, options in asked
+    ]
+
+    async def ask(client, name, options):
+        answer = await endpoint(client, name).create(model="tiny", **options)
+        if "best_of" in options:  # is not streamed
+            return choices(answer), True
+        usage = dict(stream=True, stream_options=dict(include_usage=True))
+        stream = await endpoint(client, name).create(model="tiny", **options, **usage)
+        events = [event.model_dump(exclude_unset=True) async for event in stream]
+        assert events[-1]["usage"] == answer.usage.model_dump(exclude_unset=True)
+        join = join_chat if name == "chat" else join_completion
+        plain = [choice.model_dump(exclude_unset=True) for choice in answer.choices]
+        return choices(answer), same(plain, join(events))
+
+    async def run():
+        async with server.async_openai() as client:
+            assert [card.id for card in (await client.models.list()).data] == ["tiny"]
+            assert (await client.models.retrieve("tiny")).id == "tiny"
+            return await asyncio.gather(*(ask(client, *one) for one in asked))
+
+    for (name, options), expected_choices, (got, streamed) in zip(
+        asked, whole, asyncio.run(run())
+    ):
+        assert same(got, expected_choices), (name, options)
+        assert streamed, (name, options)
+
+
 def test_a_higher_priority_leaves_the_queue_first(server):
     """More requests than there is room for on the device: the last one is not last."""
     finished = []

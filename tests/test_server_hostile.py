@@ -9,6 +9,7 @@ import served
 from served import LENGTH, check_error, post_bytes
 
 from ladder_jax.data.tokenizer import ByteTokenizer
+from ladder_jax.server import protocol
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 FOREVER = dict(prompt="x", max_tokens=120, ignore_eos=True, temperature=0)
@@ -156,13 +157,53 @@ def test_a_field_of_chat_that_is_not_accepted(server, fields, param, word):
     check_error(server.post(CHAT, body), 400, param, word)
 
 
-def test_null_is_the_same_as_no_value(server):
-    from ladder_jax.server.protocol import ChatRequest, CompletionRequest
+# Values of every type, each of which some field does not accept.
+ODD_VALUES = [
+    *(None, True, 0, -1, 1.5, 10**30, -(10**30), 1e308, 2**63, -(2**63)),
+    *("", "x", "x" * 1000, "\x00", [], [[]], [None], [1] * 3, [[1]], ["a"] * 1000),
+    *([True], [1.5], [-1], [10**12], {}, {"a": 1}, {"1": 1e9}, {"99999": 1}),
+]
+BODIES = {
+    COMPLETIONS: (protocol.CompletionRequest, dict(prompt="x", max_tokens=1)),
+    CHAT: (protocol.ChatRequest, dict(messages=MESSAGES, max_tokens=1)),
+    "/tokenize": (protocol.TokenizeRequest, dict(prompt="x")),
+    "/detokenize": (protocol.DetokenizeRequest, dict(tokens=[1])),
+}
 
-    for path, cls, own in (
-        (COMPLETIONS, CompletionRequest, dict(prompt="x")),
-        (CHAT, ChatRequest, dict(messages=MESSAGES)),
-    ):
+
+@pytest.mark.parametrize("path", BODIES)
+def test_every_field_with_values_of_every_type(server, path):
+    """The answer is an output, or an error that names the field."""
+    cls, own = BODIES[path]
+    refused = dict.fromkeys(cls.model_fields, 0)
+    for field in refused:
+        for value in ODD_VALUES:
+            response = server.post(path, own | {field: value})
+            if response.status_code == 200:
+                continue
+            refused[field] += 1
+            error = response.json()["error"]
+            allowed = (400, 404) if field == "model" else (400,)
+            assert response.status_code in allowed, (field, value, error)
+            # Two fields that contradict each other: the error is about either.
+            others = {"max_completion_tokens": "max_tokens", "messages": "prompt"}
+            names = {field, others.get(field)}
+            assert error["param"].partition(".")[0] in names, (field, value, error)
+            assert "\n" not in error["message"] and len(error["message"]) <= 500
+    assert all(refused.values()), refused
+    server.wait_idle()
+
+
+def test_of_a_field_that_is_there_twice_the_last_one_counts(server):
+    """As in Python's json, and in OpenAI's server."""
+    body = b'{"prompt": "abc", "max_tokens": "x", "max_tokens": 1, "prompt": "a"}'
+    headers = {"Content-Type": "application/json"}
+    response = server.http.post(COMPLETIONS, content=body, headers=headers)
+    assert response.json()["usage"]["prompt_tokens"] == 2
+
+
+def test_null_is_the_same_as_no_value(server):
+    for path, (cls, own) in BODIES.items():
         body = dict.fromkeys(cls.model_fields) | own
         assert server.post(path, body).status_code == 200
 

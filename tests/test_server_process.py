@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
+import types
 from unittest import mock
 
 import helpers
@@ -135,6 +137,66 @@ def test_a_second_signal_ends_the_process_at_once(checkpoint, tmp_path):
     assert [line["signal"] for line in lines if line["event"] == "draining"]
 
 
+def test_a_terminal_that_closes_stops_the_server(checkpoint):
+    """It may send several SIGHUP: none of them ends the process at once."""
+    with process(checkpoint) as (child, url):
+        for _ in range(3):
+            child.send_signal(signal.SIGHUP)
+        assert wait(child) == 0
+
+
+def test_stderr_has_no_line_twice(checkpoint, tmp_path):
+    """Importing Orbax makes Python's logging write to stderr."""
+    log = tmp_path / "log.jsonl"
+    with process(checkpoint, "--log-file", str(log)) as (child, url):
+        with contextlib.closing(socket.create_connection(address_of(url))) as stranger:
+            stranger.sendall(b"nonsense\r\n\r\n")
+            assert stranger.recv(4096).startswith(b"HTTP/1.1 400")
+        child.send_signal(signal.SIGTERM)
+        assert wait(child) == 0
+        err = child.stderr.read()
+    assert "Invalid HTTP request" in log.read_text()
+    assert "Invalid HTTP request" not in err and "uvicorn" not in err
+
+
+def address_of(url):
+    """(host, port) of a URL."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+def interrupt_while_it_starts(checkpoint, seconds):
+    """Ctrl-C after so many seconds: one line, or an orderly end if it serves then."""
+    port = helpers.free_address().rpartition(":")[2]
+    child = subprocess.Popen(
+        [*helpers.COMMAND, "serve", str(checkpoint), "--port", port, *SMALL],
+        env=helpers.code_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode in (0, 130, -signal.SIGINT), (seconds, err)
+    assert "Traceback" not in err and "Error" not in err, (seconds, err)
+    if child.returncode == 130:
+        assert err.endswith("ladder-jax serve: interrupted\n")
+
+
+def test_ctrl_c_while_the_server_starts(checkpoint):
+    interrupt_while_it_starts(checkpoint, 2.0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_many_moments_of_the_start(checkpoint):
+    """Imports, checks, compilation: some libraries lose an interrupt."""
+    for i in range(30):
+        interrupt_while_it_starts(checkpoint, 0.5 + i * 0.15)
+
+
 # ---------------------------------------------------------------- in this process
 
 
@@ -244,7 +306,13 @@ def test_mistakes_in_the_arguments_are_one_line(tmp_path, capsys):
             ("--port", "70000"): "65535",
             ("--host", "300.1.2.3"): "300.1.2.3",
             ("--request-timeout", "0"): "request_timeout=0",
+            ("--request-timeout", "inf"): "request_timeout=inf",
+            ("--drain-timeout", "nan"): "drain_timeout=nan",
+            ("--drain-delay", "1e300"): "drain_delay=1e+300",
             ("--max-body", "much"): "max_body='much'",
+            ("--max-body", "0"): "max_body='0'",
+            ("--cors-origins", "example.com"): "cors_origins='example.com'",
+            ("--cors-origins", "https://a.example/"): "cors_origins='https://a.ex",
             ("--api-key-file", "/nowhere"): "/nowhere",
             ("--api-key-file", str(empty)): "no key",
             ("--log-file", "/nowhere/log"): "/nowhere/log",
@@ -264,9 +332,29 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     arguments = command.Arguments(startup.Arguments("runs/x/"), api_key_file=str(file))
     assert arguments.options().api_keys == ("three", "one", "two")
     assert arguments.options().model_name == "x"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")  # of an editor of Windows
+    assert arguments.options().api_keys == ("three", "one", "first", "second")
+    for key in ("s\u00e9cret", "a\tb"):
+        file.write_text(f"# comment\nfirst\n{key}\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="key . is not accepted") as error:
+            arguments.options()
+        assert key not in str(error.value)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not text"):
         arguments.options()
+
+
+def test_an_address_of_ipv6_is_in_brackets():
+    try:
+        bound = command.bind("::1", 0)
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with contextlib.closing(bound):
+        front = types.SimpleNamespace(socket=bound)
+        port = bound.getsockname()[1]
+        assert command.Front.url.fget(front) == f"http://[::1]:{port}"
+        bound.listen()
+        socket.create_connection(("::1", port), timeout=5).close()
 
 
 def test_a_log_that_cannot_be_written_never_waits(tmp_path):

@@ -19,14 +19,16 @@ from ladder_jax.server import errors
 from ladder_jax.server.logs import LogWriter
 
 log = logging.getLogger(__name__)
-# Under this name, the scope has the function that drops a connection at once.
-ABORT = "ladder_jax.abort"
+# Under these names, the scope has functions: one that drops the connection at once, and
+# one that returns whether `send` waits for the client.
+ABORT, IS_PAUSED = "ladder_jax.abort", "ladder_jax.is_paused"
 KEYS_VARIABLE = "LADDER_JAX_API_KEYS"
 # Paths that need no key: they neither read nor write text.
 PUBLIC = frozenset({"/", "/health", "/ready", "/metrics", "/state", "/openapi.json"})
 PUBLIC_PREFIX = "/static/"
 # Probes ask for these every few seconds: they are not logged.
 PROBES = frozenset({"/health", "/ready", "/metrics"})
+MOST_PATH = 200  # characters of a path that are logged
 PIECE = 2**16  # bytes of a response that are sent at once
 _random = random.Random()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -76,12 +78,14 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     """Returns the keys of a file, one a line, and of LADDER_JAX_API_KEYS (commas).
 
     Lines that begin with # are comments. Raises ConfigError if the file cannot be read
-    or has no key.
+    or has no key, or if no HTTP header can carry one.
     """
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    _check_keys(keys, f"{KEYS_VARIABLE}: key")
     if path is not None:
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+            # utf-8-sig: editors of Windows put a mark before the first key.
+            lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigError(
@@ -91,8 +95,19 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         found = [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(found):
             raise ConfigError(f"api_key_file={path!r} has no key: put one on each line")
+        _check_keys(found, f"api_key_file={path!r}: key")
         keys += found
     return tuple(dict.fromkeys(key for key in keys if key))
+
+
+def _check_keys(keys: list[str], where: str) -> None:
+    """Raises ConfigError for a key that clients cannot send; it does not show it."""
+    for number, key in enumerate(keys, 1):
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise ConfigError(
+                f"{where} {number} is not accepted: it must be of ASCII letters, "
+                "digits and marks, as HTTP headers are"
+            )
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -147,6 +162,7 @@ class Gate:
         fields: dict[str, Any] = {}
         state["log"] = fields
         status = 0
+        is_paused = scope.get("extensions", {}).get(IS_PAUSED, _may_wait)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -159,7 +175,10 @@ class Gate:
                 headers += [pair for pair in _HEADERS if pair[0] not in there]
             try:
                 for piece in _pieces(message):
-                    async with asyncio.timeout(self._write_timeout):
+                    if is_paused():
+                        async with asyncio.timeout(self._write_timeout):
+                            await send(piece)
+                    else:  # a timeout would cost more than an event
                         await send(piece)
             except TimeoutError:
                 fields["error"] = "slow_reader"
@@ -191,7 +210,7 @@ class Gate:
                     id=id,
                     client=client[0] if client else None,
                     method=scope["method"],
-                    path=scope["path"],
+                    path=scope["path"][:MOST_PATH],
                     status=status,
                     seconds=round(time.perf_counter() - started, 6),
                     **fields,
@@ -208,12 +227,20 @@ class Gate:
         return len(values) != 1 or not self._keys.accepts(values[0].decode("latin-1"))
 
 
-def _pieces(message: Message) -> Iterator[Message]:
+def _may_wait() -> bool:
+    """Whether `send` waits, of a server that does not say."""
+    return True
+
+
+def _pieces(message: Message) -> Iterable[Message]:
     """Splits a long body: uvicorn waits for the client between two messages alone."""
-    body = message.get("body", b"")
-    if len(body) <= PIECE:
-        yield message
-        return
+    if len(message.get("body", b"")) <= PIECE:
+        return (message,)
+    return _split(message)
+
+
+def _split(message: Message) -> Iterator[Message]:
+    body = message["body"]
     for start in range(0, len(body), PIECE):
         is_last = start + PIECE >= len(body)
         yield {

@@ -21,7 +21,7 @@ from ladder_jax.server import (
     protocol,
     texts,
 )
-from ladder_jax.server.access import ClientGone, Gate, Keys
+from ladder_jax.server.access import MOST_PATH, ClientGone, Gate, Keys
 from ladder_jax.server.feed import Feed
 from ladder_jax.server.logs import LogWriter
 from ladder_jax.server.serving import Options, Serving
@@ -148,7 +148,9 @@ def _add_paths(app: FastAPI) -> None:
     ):
         app.add_api_route(path, endpoint, response_model=model, responses=others)
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/metrics", _metrics, include_in_schema=False)
+    app.add_api_route(
+        "/metrics", _metrics, methods=["GET", "HEAD"], include_in_schema=False
+    )
     app.include_router(page.router(Feed(lambda: state(app.state.serving))))
     openapi.install(app)
 
@@ -203,7 +205,7 @@ async def _api_error(request: HTTPRequest, error: errors.APIError) -> Response:
 
 
 async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
-    path = request.scope["path"][:200]  # request.url fails for a bad Host header
+    path = request.scope["path"][:MOST_PATH]  # request.url fails for a bad Host header
     message = f"{request.method} {path}: {error.detail}"
     headers = dict(error.headers or {})
     return errors.APIError(error.status_code, message, headers=headers).response()

@@ -17,11 +17,9 @@ from ladder_jax.server.protocol import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
-    ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
     ChatRequest,
-    Delta,
     Message,
     Usage,
 )
@@ -164,33 +162,25 @@ class _Writer:
         options = self._body.stream_options
         wants_usage = bool(options and options.include_usage)
         extra: dict[str, Any] = dict(usage=None) if wants_usage else {}
-        async for batch in running.batches(keep_alive):
-            if batch is None:
-                yield streaming.COMMENT
-                continue
-            index, tokens, finish = batch
-            delta = Delta()
-            text = "".join(token.text for token in tokens)
-            if index not in self._begun:
+        events = streaming.Events(self._chunk(**extra))
+        async for batches in running.batches(keep_alive):
+            written: list[bytes] = []
+            for index, tokens, finish in batches:
+                text = "".join(token.text for token in tokens)
+                delta = streaming.delta_json(text, index not in self._begun)
                 self._begun.add(index)
-                delta = Delta(role="assistant", content=text)
-            elif text:
-                delta = Delta(content=text)
-            choice = ChatChunkChoice(
-                index=index,
-                delta=delta,
-                logprobs=self._logprobs_of(running, index, tokens),
-                finish_reason=finish,
-            )
-            yield self._event([choice], **extra)
+                logprobs = self._logprobs_of(running, index, tokens)
+                written.append(events.write(index, b"delta", delta, logprobs, finish))
+            yield b"".join(written) or streaming.COMMENT
         if wants_usage:
-            yield self._event([], usage=Usage(**running.usage()))
+            usage = Usage(**running.usage())
+            yield streaming.event(self._chunk(usage=usage))
 
-    def _event(self, choices: list[ChatChunkChoice], **extra: Any) -> bytes:
-        chunk = ChatChunk(
-            object="chat.completion.chunk", choices=choices, **self._common, **extra
+    def _chunk(self, **extra: Any) -> ChatChunk:
+        """Returns an event without choices."""
+        return ChatChunk(
+            object="chat.completion.chunk", choices=[], **self._common, **extra
         )
-        return streaming.event(chunk)
 
     def _logprobs_of(
         self, running: Generation, index: int, tokens: list[Token]

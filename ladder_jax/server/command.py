@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,7 +20,7 @@ from ladder_jax.config import ConfigError, require, to_bytes
 from ladder_jax.server import access, startup
 from ladder_jax.server.app import create_app
 from ladder_jax.server.connections import Protocol
-from ladder_jax.server.draining import Server
+from ladder_jax.server.draining import Server, stop_signals
 from ladder_jax.server.logs import Handler, LogWriter
 from ladder_jax.server.serving import Options, Serving
 from ladder_jax.server.start_progress import ProgressBar, Stage
@@ -28,12 +29,14 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than those of load balancers, which then close first
 BACKLOG = 1024
 MOST_FILES = 65536  # open at once; each connection is one
+MOST_SECONDS = 10**7  # four months: no timer of an event loop overflows
+_ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Serves a checkpoint by OpenAI's HTTP API. SIGTERM or Ctrl-C stops it once its
-    requests are finished; a second one stops it at once."""
+    """Serves a checkpoint by OpenAI's HTTP API. SIGTERM, SIGHUP or Ctrl-C stops it once
+    its requests are finished; a second one stops it at once."""
 
     start: startup.Arguments = field(metadata=FLAT)
     host: str = "127.0.0.1"
@@ -70,18 +73,27 @@ class Arguments:
 
     def options(self) -> Options:
         """Returns the settings. Raises ConfigError if one is not accepted."""
-        for name in ("max_choices", "request_timeout", "drain_timeout"):
+        require(self.max_choices > 0, "max_choices", self.max_choices, "greater than 0")
+        for name in ("request_timeout", "drain_timeout"):
             value = getattr(self, name)
-            require(value > 0, name, value, "greater than 0")
+            accepted = f"greater than 0 and at most {MOST_SECONDS:,}"
+            require(0 < value <= MOST_SECONDS, name, value, accepted)
         for name in ("max_prompt_tokens", "max_output_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "greater than 0, or None")
-        require(self.drain_delay >= 0, "drain_delay", self.drain_delay, "0 or more")
+        delay, accepted = self.drain_delay, f"from 0 to {MOST_SECONDS:,}"
+        require(0 <= delay <= MOST_SECONDS, "drain_delay", delay, accepted)
+        for origin in self.cors_origins:
+            accepted = "such as https://example.com, or '*' for all"
+            is_origin = bool(_ORIGIN.fullmatch(origin))
+            require(is_origin, "cors_origins", origin, accepted)
+        max_body = to_bytes(self.max_body, "max_body")
+        require(max_body > 0, "max_body", self.max_body, "greater than 0")
         require(0 <= self.port < 2**16, "port", self.port, "from 0 to 65535")
         name = Path(self.start.checkpoint.rstrip("/")).name or "ladder_jax"
         return Options(
             model_name=self.model_name or name,
-            max_body=to_bytes(self.max_body, "max_body"),
+            max_body=max_body,
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=self.max_output_tokens,
             max_choices=self.max_choices,
@@ -117,7 +129,7 @@ class Front:
         raise_file_limit()
         self.options = arguments.options()
         self.writer = LogWriter(arguments.log_file)
-        logging.getLogger().addHandler(Handler(self.writer))
+        log_to(self.writer)
         logging.getLogger("ladder_jax").setLevel(logging.INFO)
         self.socket = bind(arguments.host, arguments.port)
 
@@ -197,11 +209,11 @@ def follow(checked: startup.Checked) -> int:
     channel, watch = checked.group
 
     def stop(number: int, _: FrameType | None) -> None:
-        if watch.stopping:
+        if watch.stopping and number != signal.SIGHUP:
             os._exit(128 + number)
         watch.stopping = True  # process 0 drains then, and tells all to end
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop)
     who = f"process {channel.number} of {channel.count}"
     try:
@@ -213,6 +225,18 @@ def follow(checked: startup.Checked) -> int:
         print(f"ladder-jax serve: {who}: {reason}", file=sys.stderr)
         startup.leave(1)
     return 0
+
+
+def log_to(writer: LogWriter) -> None:
+    """Sends the records of Python's `logging` to a log, and not to stderr as well.
+
+    Importing Orbax adds a handler that writes all records to stderr.
+    """
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    root.addHandler(Handler(writer))
 
 
 def raise_file_limit() -> None:

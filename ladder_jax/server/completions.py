@@ -11,7 +11,7 @@ from ladder_jax.config import ConfigError
 from ladder_jax.serve.request import Token
 from ladder_jax.server import errors, streaming
 from ladder_jax.server.access import new_id
-from ladder_jax.server.generation import Generation, Prompt
+from ladder_jax.server.generation import Finish, Generation, Prompt
 from ladder_jax.server.logprobs import CompletionLogprobsWriter, prompt_tokens
 from ladder_jax.server.protocol import (
     Completion,
@@ -134,10 +134,15 @@ class _Writer:
     async def collect(self, running: Generation) -> Completion:
         """Returns the whole response, once all outputs are complete."""
         tokens, finishes = await running.collect()
-        choices = [
-            self._choice(running, index, new_index, tokens[index], finishes[index])
-            for new_index, index in enumerate(self._best(running, tokens))
-        ]
+        choices: list[CompletionChoice] = []
+        for index in self._best(running, tokens):
+            text, logprobs, finish = self._added(
+                running, index, tokens[index], finishes[index]
+            )
+            choice = CompletionChoice(
+                index=len(choices), text=text, logprobs=logprobs, finish_reason=finish
+            )
+            choices.append(choice)
         return self._completion(choices, usage=self.usage(running))
 
     def _best(self, running: Generation, tokens: list[list[Token]]) -> list[int]:
@@ -157,14 +162,15 @@ class _Writer:
         """Yields the events of a stream."""
         options = self._body.stream_options
         wants_usage = bool(options and options.include_usage)
-        async for batch in running.batches(keep_alive):
-            if batch is None:
-                yield streaming.COMMENT
-                continue
-            index, tokens, finish = batch
-            choice = self._choice(running, index, index, tokens, finish)
-            extra: dict[str, Any] = dict(usage=None) if wants_usage else {}
-            yield streaming.event(self._completion([choice], **extra))
+        extra: dict[str, Any] = dict(usage=None) if wants_usage else {}
+        events = streaming.Events(self._completion([], **extra))
+        async for batches in running.batches(keep_alive):
+            written: list[bytes] = []
+            for index, tokens, finish in batches:
+                text, logprobs, end = self._added(running, index, tokens, finish)
+                content = streaming.text_json(text)
+                written.append(events.write(index, b"text", content, logprobs, end))
+            yield b"".join(written) or streaming.COMMENT
         if wants_usage:
             yield streaming.event(self._completion([], usage=self.usage(running)))
 
@@ -178,15 +184,10 @@ class _Writer:
             **fields,
         )
 
-    def _choice(
-        self,
-        running: Generation,
-        index: int,
-        new_index: int,
-        tokens: list[Token],
-        finish: Any,
-    ) -> CompletionChoice:
-        """Returns what `tokens` add to output number `index`."""
+    def _added(
+        self, running: Generation, index: int, tokens: list[Token], finish: Finish
+    ) -> tuple[str, CompletionLogprobs | None, Finish]:
+        """Returns what `tokens` add to output number `index`, and its finish."""
         text = "".join(token.text for token in tokens)
         echo = ""
         if self._body.echo and index not in self._echoed:
@@ -198,12 +199,7 @@ class _Writer:
         if finish == "length" and _shows_stop(self._body) and tokens:
             is_stop = tokens[-1].id in self._served.tokenizer.eos_ids
             finish = "stop" if is_stop and not self._body.ignore_eos else finish
-        return CompletionChoice(
-            index=new_index,
-            text=echo + text,
-            logprobs=logprobs,
-            finish_reason=finish,
-        )
+        return echo + text, logprobs, finish
 
     def _prompt_text(self, prompt: Prompt) -> str:
         """Returns the text of a prompt that is echoed.

@@ -16,6 +16,13 @@ from ladder_jax.server.connections import GRACE_SECONDS
 from ladder_jax.server.serving import Serving
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that stop a server. Under `nohup`, SIGHUP stays ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    always = (signal.SIGTERM, signal.SIGINT)
+    return always if is_ignored else (*always, signal.SIGHUP)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which drains at a signal and then ends with status 0.
 
@@ -40,11 +47,14 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Handles signals while the server runs; the second one ends the process."""
+        """Handles signals while the server runs; the second one ends the process.
+
+        A second SIGHUP does nothing: a terminal that closes may send several.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = stop_signals()
         before = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             yield
@@ -53,7 +63,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        if self._asked_by is not None:
+        if self._asked_by is not None and number != signal.SIGHUP:
             os._exit(128 + number)
         self.stop(signal.Signals(number).name)
 

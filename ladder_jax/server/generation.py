@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ladder_jax.serve.request import Request, Token
 from ladder_jax.server import errors
@@ -18,6 +18,17 @@ class Prompt:
     text: str | None  # as the client gave it; None: it gave ids
 
 
+Finish = Any  # None, "stop" or "length"
+
+
+class Batch(NamedTuple):
+    """What the engine has delivered of one output."""
+
+    output: int  # its number
+    tokens: list[Token]
+    finish: Finish
+
+
 class Generation:
     """The engine's requests of one HTTP request: `choices` outputs for every prompt.
 
@@ -30,6 +41,9 @@ class Generation:
         self._serving, self.prompts, self.requests = serving, prompts, requests
         self.choices = len(requests) // len(prompts)
         self._event = asyncio.Event()
+        self._silence: asyncio.TimerHandle | None = None
+        self._is_silent = False  # nothing has come for a while
+        self._newest = 0.0  # loop.time() of the newest tokens
         self._wake = serving.wakeups.waker(self._event)
         for request in requests:
             request.watch(self._wake)
@@ -46,58 +60,64 @@ class Generation:
 
     async def batches(
         self, keep_alive: float | None = None
-    ) -> AsyncIterator[tuple[int, list[Token], Any] | None]:
-        """Yields (output number, new tokens, finish) as the engine delivers them.
+    ) -> AsyncIterator[list[Batch]]:
+        """Yields what the engine has delivered since the last time, for all outputs.
 
-        finish: None, "stop" or "length"; it comes once for each output, with its last
-        tokens. After `keep_alive` seconds without anything, None comes instead.
+        The last batch of each output has its finish. After `keep_alive` seconds without
+        anything, an empty list comes instead.
         Raises APIError 500 if the engine cannot finish one of them.
         """
         engine = self._serving.served().engine
         unfinished = list(enumerate(self.requests))
+        if keep_alive is not None:
+            self._watch_silence(keep_alive)
         while unfinished:
             self._event.clear()
             is_running = engine.running
-            still: list[tuple[int, Request]] = []
-            for index, request in unfinished:
-                tokens, finish = request.take()
-                if finish in ("error", "cancelled"):
-                    raise _failure(request)
-                if not finish:
-                    still.append((index, request))
-                if tokens or finish:
-                    yield index, tokens, finish
-            unfinished = still
+            batches, unfinished, failed = _take(unfinished)
+            if batches:
+                self._newest = self._serving.wakeups.loop.time()
+                yield batches
+            if failed is not None:
+                raise _failure(failed)
             if unfinished and not is_running:
                 raise errors.failed("the engine has stopped")
-            if unfinished and not await self._changes(keep_alive):
-                yield None
+            if unfinished:
+                await self._event.wait()
+                if self._is_silent:
+                    self._is_silent = False
+                    yield []
 
-    async def collect(self) -> tuple[list[list[Token]], list[Any]]:
+    def _watch_silence(self, seconds: float) -> None:
+        """Wakes `batches` after so many seconds without tokens.
+
+        One timer serves all waits: a timeout for each would cost more than an event.
+        """
+        loop = self._serving.wakeups.loop
+        self._newest = loop.time()
+
+        def look() -> None:
+            rest = self._newest + seconds - loop.time()
+            if rest <= 0:
+                self._is_silent, rest = True, seconds
+                self._newest = loop.time()
+                self._event.set()
+            self._silence = loop.call_later(rest, look)
+
+        self._silence = loop.call_later(seconds, look)
+
+    async def collect(self) -> tuple[list[list[Token]], list[Finish]]:
         """Waits for all outputs. Returns the tokens of each, and its finish.
 
         Raises what `batches` raises.
         """
         tokens: list[list[Token]] = [[] for _ in self.requests]
-        finishes: list[Any] = [None for _ in self.requests]
-        async for batch in self.batches():
-            assert batch is not None  # only with `keep_alive`
-            index, new, finish = batch
-            tokens[index] += new
-            finishes[index] = finish
+        finishes: list[Finish] = [None for _ in self.requests]
+        async for batches in self.batches():
+            for index, new, finish in batches:
+                tokens[index] += new
+                finishes[index] = finish
         return tokens, finishes
-
-    async def _changes(self, timeout: float | None) -> bool:
-        """Waits until a request changes; returns whether one did."""
-        if timeout is None:
-            await self._event.wait()
-            return True
-        try:
-            async with asyncio.timeout(timeout):
-                await self._event.wait()
-        except TimeoutError:
-            return False
-        return True
 
     def close(self) -> dict[str, Any]:
         """Cancels what still runs, and counts every request in the metrics.
@@ -105,6 +125,8 @@ class Generation:
         Returns the fields of the log's line about the HTTP request.
         """
         self._serving.running.discard(self.cancel)
+        if self._silence is not None:
+            self._silence.cancel()
         for request in self.requests:
             request.unwatch(self._wake)
             request.cancel()
@@ -131,6 +153,26 @@ class Generation:
             completion_tokens=completion,
             total_tokens=prompt + completion,
         )
+
+
+Numbered = tuple[int, Request]  # an output's number and its request
+
+
+def _take(
+    unfinished: list[Numbered],
+) -> tuple[list[Batch], list[Numbered], Request | None]:
+    """Returns (what is new of these outputs, those that go on, one that failed)."""
+    batches: list[Batch] = []
+    still: list[Numbered] = []
+    for index, request in unfinished:
+        tokens, finish = request.take()
+        if finish in ("error", "cancelled"):
+            return batches, still, request
+        if not finish:
+            still.append((index, request))
+        if tokens or finish:
+            batches.append(Batch(index, tokens, finish))
+    return batches, still, None
 
 
 def _failure(request: Request) -> errors.APIError:

@@ -68,7 +68,7 @@ class Wakeups:
     """Wakes coroutines from the engine's thread, with one call to the loop for many."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._pending: deque[asyncio.Event] = deque()
         self._is_scheduled = False
 
@@ -79,7 +79,7 @@ class Wakeups:
             self._pending.append(event)
             if not self._is_scheduled:
                 self._is_scheduled = True
-                self._loop.call_soon_threadsafe(self._set)
+                self.loop.call_soon_threadsafe(self._set)
 
         return wake
 
