@@ -71,6 +71,9 @@ def test_a_user_decides_on_the_threads(monkeypatch):
     assert "PJRT_NPROC" not in os.environ
     distributed.emulate(8)
     assert os.environ.pop("PJRT_NPROC") == "32"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=6 --other")
+    distributed.emulate(None)
+    assert os.environ.pop("PJRT_NPROC") == "24"
     monkeypatch.setenv("NPROC", "3")
     distributed.emulate(8)
     assert "PJRT_NPROC" not in os.environ

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,21 +72,29 @@ class Hosts:
 
 
 def emulate(devices: int | None) -> None:
-    """Makes JAX emulate `devices` devices on the CPU; None changes nothing.
+    """Makes JAX emulate `devices` devices on the CPU; None: as many as XLA_FLAGS say.
 
     Call it before anything asks JAX for devices.
     Raises ConfigError where `devices` is not 1 or more.
     """
     if devices is None:
+        _give_threads()
         return
     require(devices >= 1, "devices", devices, "1 or more")
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if devices > 1 and not any(name in os.environ for name in THREAD_VARIABLES):
-        os.environ[THREAD_VARIABLES[0]] = str(THREADS * devices)
+    _give_threads()
     if "jax" in sys.modules:  # it has read the variable already
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _give_threads() -> None:
+    """Gives each device that XLA_FLAGS emulate its threads, unless the user decides."""
+    found = re.findall(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = int(found[-1]) if found else 1
+    if devices > 1 and not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ[THREAD_VARIABLES[0]] = str(THREADS * devices)
 
 
 def join(
