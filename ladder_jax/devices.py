@@ -15,8 +15,8 @@ DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
 def emulate(devices: int | None) -> None:
-    """Emulates `devices` devices; None: does nothing. Prints which of the user's
-    environment variables it overrides."""
+    """Emulates `devices` devices; None: as many as XLA_FLAGS say. Prints which of the
+    user's environment variables it overrides."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     flags = os.environ.get("XLA_FLAGS", "").split()
     distributed.emulate(devices)

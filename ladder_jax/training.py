@@ -62,7 +62,7 @@ class Summary(TypedDict):
     """What a run did: the numbers of its last reports, and where its files are."""
 
     step: int  # the last one
-    out: str  # the run's folder, which `load` takes
+    out: str  # the run's folder, or its address, which `load` takes
     parameters: int
     plot: str | None  # the path of loss.png; None without matplotlib
     stopped: str | None  # the name of the signal that stopped it
@@ -96,7 +96,7 @@ def train(
     programs then run in turn: a call returns when the program has ended. That keeps
     memory small, and stays so after this returns.
 
-    Returns the final metrics and the run's folder, as a dict (`Summary`).
+    Returns the final metrics and where the run's files are, as a dict (`Summary`).
 
     Raises ConfigError where the configuration, data or checkpoint does not fit, before
     it writes anything; FloatingPointError where steps are bad and the run cannot go
@@ -525,7 +525,7 @@ def summarize(run: Run, stopped: signal.Signals | None) -> Summary:
     output, count = run.reports.output, parameter_count(run.state.model)
     summary: dict[str, Any] = run.summary | dict(
         step=run.step,
-        out=str(job.out),
+        out=options.out if is_address(options.out) else str(job.out),
         parameters=count,
         plot=None,
         stopped=stopped.name if stopped else None,
