@@ -93,6 +93,7 @@ ROWS = {
         "say",
         "standard_streams",
         "schedule",
+        "output_major",
         "quantised",
     ],
 }
