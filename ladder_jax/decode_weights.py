@@ -35,10 +35,10 @@ def prepare_weights(
     """Converts the weights of `model`, which is on the mesh, for the compiled programs.
 
     Matrices are cast to the compute dtype, or to int8 as `spec.weights_dtype` says; on
-    CPUs those that are not int8 become OutputMajor. If `spec.unroll_layers`, the layers
-    become a list. The time of an iteration is the time
-    to read the weights: a cast in the iteration would read twice as much, and on GPUs a
-    scan over stacked layers copies each layer out of the stack.
+    CPUs those in float32 become OutputMajor. If `spec.unroll_layers`, the layers become
+    a list. The time of an iteration is the time to read the weights: a cast in the
+    iteration would read twice as much, and on GPUs a scan over stacked layers copies
+    each layer out of the stack.
 
     consume: delete each array of `model` once it is converted, so that only one exists
       twice. An array that needs no conversion becomes one of the weights.
@@ -58,7 +58,7 @@ def prepare_weights(
     for name, made, partition, x in zip(
         names, *map(_parameters, (shapes, specs)), leaves, strict=True
     ):
-        has_layers = spec.unroll_layers and name.startswith(("attention", "mlp"))
+        has_layers = spec.unroll_layers and x.ndim > len(sharding.PARAMETERS[name].axes)
         count = x.shape[0] if has_layers else None
         if not _is_output_major(made) and x.dtype == made.dtype and count is None:
             converted.append(x)
@@ -113,7 +113,7 @@ def _convert_parameter(
         return x
     x = x.astype(jnp.dtype(spec.model_config.dtype))
     on_cpu = spec.mesh.devices.flat[0].platform == "cpu"
-    if row.role != "matrix" or not on_cpu:
+    if row.role != "matrix" or x.dtype != jnp.float32 or not on_cpu:
         return x
     return output_major(x, list(row.axes), row.summed)
 

@@ -129,7 +129,8 @@ def _multiply_slices(spec: str, a: jax.Array, int8: jax.Array) -> jax.Array:
 
 # ---------------------------------------------------------------- columns
 
-# The most rows of a product that XLA:CPU computes as columns.
+# The most rows of a float32 product that XLA:CPU computes as columns; for more, both
+# orders are as fast.
 MOST_COLUMNS = 128
 
 
@@ -145,19 +146,21 @@ def _multiply(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     summed = "".join(dim for dim in right if dim not in out)
     rows, outputs = left.removesuffix(summed), right.removesuffix(summed)
     size = math.prod(a.shape[: len(rows)])
-    is_possible = summed and (rows + summed, outputs + summed) == (left, right)
-    if not (is_possible and rows + outputs == out and size <= MOST_COLUMNS):
+    is_possible = (rows + summed, outputs + summed, rows + outputs) == (
+        left,
+        right,
+        out,
+    )
+    pays = a.dtype == jnp.float32 and size <= MOST_COLUMNS
+    if not (summed and is_possible and pays):
         return product(spec, a, b)
 
     def multiply_columns(a: jax.Array, b: jax.Array) -> jax.Array:
         shape = a.shape[: len(rows)] + b.shape[: len(outputs)]
         depth = math.prod(b.shape[len(outputs) :])
-        inputs = a.reshape(size, depth)
-        if size == 1 and a.dtype == jnp.bfloat16:  # two are faster, as in `product`
-            inputs = jnp.concatenate([inputs, inputs])
-        columns = product("oi,ri->or", b.reshape(-1, depth), inputs)
+        columns = product("oi,ri->or", b.reshape(-1, depth), a.reshape(size, depth))
         # Without the barrier XLA turns the operands back.
-        return lax.optimization_barrier(columns).T[:size].reshape(shape)
+        return lax.optimization_barrier(columns).T.reshape(shape)
 
     default = partial(product, spec)
     return lax.platform_dependent(a, b, cpu=multiply_columns, default=default)
