@@ -1,4 +1,4 @@
-"""Converts a model's weights for the decode programs: dtype, int8, a list of layers."""
+"""Converts a model's weights for decoding: dtype, order, a list of layers."""
 
 import functools
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import quantised, sharding
 from ladder_jax.decode_state import DecodeSpec
 from ladder_jax.model import Transformer, Unstacked, abstract, unstack
+from ladder_jax.output_major import OutputMajor, output_major
 
 
 def weights_specs(spec: DecodeSpec) -> Any:
@@ -25,8 +25,8 @@ def abstract_weights(spec: DecodeSpec) -> Any:
 
 
 def _weights_shapes(spec: DecodeSpec) -> Transformer | Unstacked:
-    cast = functools.partial(_cast_and_unstack, spec)
-    return jax.eval_shape(cast, abstract(spec.model_config))
+    convert = functools.partial(_convert_and_unstack, spec)
+    return jax.eval_shape(convert, abstract(spec.model_config))
 
 
 def prepare_weights(
@@ -34,10 +34,11 @@ def prepare_weights(
 ) -> Transformer | Unstacked:
     """Converts the weights of `model`, which is on the mesh, for the compiled programs.
 
-    Matrices are cast to the compute dtype, or to int8 as `spec.weights_dtype` says. If
-    `spec.unroll_layers`, the layers become a list. The time of an iteration is the time
-    to read the weights: a cast in the iteration would read twice as much, and on GPUs a
-    scan over stacked layers copies each layer out of the stack.
+    Matrices are cast to the compute dtype, or to int8 as `spec.weights_dtype` says; on
+    CPUs those in float32 become OutputMajor. If `spec.unroll_layers`, the layers become
+    a list. The time of an iteration is the time to read the weights: a cast in the
+    iteration would read twice as much, and on GPUs a scan over stacked layers copies
+    each layer out of the stack.
 
     consume: delete each array of `model` once it is converted, so that only one exists
       twice. An array that needs no conversion becomes one of the weights.
@@ -47,19 +48,22 @@ def prepare_weights(
         return model
     if spec.weights_dtype == "int8":
         model = quantised.quantise_on_mesh(model, spec.mesh, consume)
-    leaves, tree = jax.tree.flatten(model)
+    leaves, tree = jax.tree.flatten(model, is_leaf=_is_output_major)
+    if any(map(_is_output_major, leaves)):
+        return model
     names = jax.tree.leaves(sharding.parameter_names(model))
-    partitions = jax.tree.leaves(sharding.parameter_specs(model))
+    shapes = jax.eval_shape(functools.partial(_convert, spec), model)
+    specs = sharding.parameter_specs(shapes)
     converted: list[Any] = []  # a layer's parameter: a list, if the layers become one
-    for name, partition, x in zip(names, partitions, leaves, strict=True):
-        row = sharding.PARAMETERS[name]
-        dtype = _dtype(spec, row.role, x)
-        has_layers = spec.unroll_layers and x.ndim > len(row.axes)
+    for name, made, partition, x in zip(
+        names, *map(_parameters, (shapes, specs)), leaves, strict=True
+    ):
+        has_layers = spec.unroll_layers and x.ndim > len(sharding.PARAMETERS[name].axes)
         count = x.shape[0] if has_layers else None
-        if x.dtype == dtype and count is None:
+        if not _is_output_major(made) and x.dtype == made.dtype and count is None:
             converted.append(x)
             continue
-        converted.append(_make_convert(spec.mesh, partition, dtype, count)(x))
+        converted.append(_make_convert(spec, name, partition, count)(x))
         if consume:
             jax.block_until_ready(converted[-1])
             x.delete()
@@ -78,32 +82,60 @@ def prepare_weights(
 
 @functools.lru_cache(maxsize=128)
 def _make_convert(
-    mesh: Mesh, partition: P, dtype: Any, count: int | None
+    spec: DecodeSpec, name: str, partition: Any, count: int | None
 ) -> Callable[[jax.Array], Any]:
-    """Jits the cast of a parameter, which also splits it into `count` layers."""
+    """Jits the conversion of a parameter, which also splits it into `count` layers."""
 
     def convert(x: jax.Array) -> Any:
         if count is None:
-            return x.astype(dtype)
-        return [x[i].astype(dtype) for i in range(count)]
+            return _convert_parameter(spec, name, x)
+        return [_convert_parameter(spec, name, x[i]) for i in range(count)]
 
-    one = partition if count is None else P(*partition[1:])
-    shardings = sharding.named_shardings(mesh, one if count is None else [one] * count)
+    parts = partition
+    if count is not None:
+        is_spec = lambda x: isinstance(x, P)
+        one = jax.tree.map(lambda x: P(*x[1:]), partition, is_leaf=is_spec)
+        parts = [one] * count
+    shardings = sharding.named_shardings(spec.mesh, parts)
     return jax.jit(convert, out_shardings=shardings)
 
 
-def _dtype(spec: DecodeSpec, role: sharding.Role, x: Any) -> Any:
-    """The dtype of an array `x` of the weights; an int8 matrix is two arrays."""
-    is_quantised = spec.weights_dtype == "int8" and role in ("embedding", "matrix")
-    keeps = role == "norm" or is_quantised
-    return x.dtype if keeps else jnp.dtype(spec.model_config.dtype)
+def _convert_parameter(
+    spec: DecodeSpec, name: str, x: jax.Array
+) -> jax.Array | OutputMajor:
+    """A parameter in the dtype and order of the decode programs.
+
+    An int8 matrix is two parameters, which stay as they are.
+    """
+    row = sharding.PARAMETERS[name]
+    is_weight = row.role in ("embedding", "matrix")
+    if row.role == "norm" or (spec.weights_dtype == "int8" and is_weight):
+        return x
+    x = x.astype(jnp.dtype(spec.model_config.dtype))
+    on_cpu = spec.mesh.devices.flat[0].platform == "cpu"
+    if row.role != "matrix" or x.dtype != jnp.float32 or not on_cpu:
+        return x
+    return output_major(x, list(row.axes), row.summed)
 
 
-def _cast_and_unstack(spec: DecodeSpec, model: Transformer) -> Transformer | Unstacked:
-    def cast(role: sharding.Role, x: jax.Array) -> jax.Array:
-        return x.astype(_dtype(spec, role, x))
+def _convert(spec: DecodeSpec, model: Transformer) -> Transformer:
+    names = sharding.parameter_names(model)
+    return jax.tree.map(functools.partial(_convert_parameter, spec), names, model)
 
+
+def _convert_and_unstack(
+    spec: DecodeSpec, model: Transformer
+) -> Transformer | Unstacked:
     if spec.weights_dtype == "int8":
         model = quantised.quantise_parameters(model)
-    model = jax.tree.map(cast, sharding.parameter_roles(model), model)
+    model = _convert(spec, model)
     return unstack(model) if spec.unroll_layers else model
+
+
+def _is_output_major(x: Any) -> bool:
+    return isinstance(x, OutputMajor)
+
+
+def _parameters(model: Any) -> list[Any]:
+    """The parameters of a model, in which an OutputMajor counts as one."""
+    return jax.tree.leaves(model, is_leaf=_is_output_major)

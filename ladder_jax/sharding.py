@@ -262,11 +262,11 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 def _name(path: Sequence[Any]) -> str:
     """A parameter's name: ('layers', 3, 'attention', 'wq', '.value') -> 'attention.wq'.
 
-    `path` is its path in JAX's tree of the model. The two arrays of a Quantised have
-    the matrix's name.
+    `path` is its path in JAX's tree of the model. The arrays of a Quantised and of an
+    OutputMajor have the matrix's name.
     """
     keys = map(_key, path)
-    inner = ("layers", "value", *_QUANTISED)
+    inner = ("layers", "value", *_QUANTISED, _OUTPUT_MAJOR)
     return ".".join(key for key in keys if key not in inner and not key.isdigit())
 
 
@@ -277,15 +277,16 @@ def _key(entry: Any) -> str:
 
 
 _QUANTISED = "int8", "scale"  # the fields of quantised.Quantised
+_OUTPUT_MAJOR = "output_major"  # the array of output_major.OutputMajor
 
 
 def _axes(row: Parameter, path: Sequence[Any]) -> list[str | None]:
     """The mesh axes of the array at `path`, which is in this row."""
-    is_scale = _key(path[-1]) == "scale"
-    return [
-        None if is_scale and dim in row.summed else axis
-        for dim, axis in row.axes.items()
-    ]
+    key, dims = _key(path[-1]), list(row.axes)
+    if key == _OUTPUT_MAJOR:
+        dims.sort(key=lambda dim: dim in row.summed)
+    is_scale = key == "scale"
+    return [None if is_scale and dim in row.summed else row.axes[dim] for dim in dims]
 
 
 def parameter_names(model: Any) -> Any:

@@ -94,6 +94,7 @@ ROWS = {
         "say",
         "standard_streams",
         "schedule",
+        "output_major",
         "quantised",
     ],
 }
