@@ -88,8 +88,8 @@ pytestmark = pytest.mark.usefixtures("fast_compiler")
             "train.seed=-1 is not accepted: it must be from 0 to 2 ** 32 - 1",
         ),
         (
-            "--train.out gs://bucket/run",
-            "train.out='gs://bucket/run' is not accepted: it must be a folder",
+            "--train.work-dir gs://bucket/run",
+            "train.work_dir='gs://bucket/run' is not accepted: it must be a folder",
         ),
         (
             "--mesh.data 3 --mesh.fsdp 1 --mesh.tensor 1",
