@@ -26,21 +26,12 @@ def check_interrupted(error: BaseException) -> None:
     interrupt that reaches a library may come out as the library's own error, which
     looks like a damaged file or a store that fails.
     """
-    pressed = any(interrupt.pressed for interrupt in _insistent)
-    if pressed or any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):
+    is_interrupt = any(interrupt.pressed for interrupt in _insistent)
+    cause: BaseException | None = error
+    while cause is not None and not is_interrupt:
+        is_interrupt, cause = isinstance(cause, KeyboardInterrupt), cause.__cause__
+    if is_interrupt:
         raise KeyboardInterrupt from None
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error, and those that it was raised from or while they were handled."""
-    chain: list[BaseException] = []
-    left: list[BaseException | None] = [error]
-    while left:
-        one = left.pop()
-        if one is not None and not any(one is other for other in chain):
-            chain.append(one)
-            left += [one.__cause__, one.__context__]
-    return chain
 
 
 def _drop(_: object) -> bool:

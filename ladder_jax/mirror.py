@@ -152,18 +152,18 @@ class Mirror:
 
         Raises OSError where the store does not take it.
         """
-        if self._thread is None:  # it has not begun
+        if self._lease is None:  # `begin` did not come so far
             return
+        if self._thread is None:
+            return self._lease.release()
         self._ended.set()
         self._thread.join()
-        assert self._lease is not None
-        if self._lease.lost:
-            raise OSError(self._lease.lost)
         try:
-            self._copy()
-            self._lease.release()
+            self._renew_and_copy()
         except OSError as error:
-            raise OSError(f"{error}{self._rest}") from None
+            rest = "" if self._lease.lost else self._rest
+            raise OSError(f"{error}{rest}") from None
+        self._lease.release()
 
     @property
     def _rest(self) -> str:
@@ -176,14 +176,12 @@ class Mirror:
 
     def _run(self) -> None:
         """Copies and renews the lease until `end` (a thread)."""
-        assert self._lease is not None
         while not self._ended.wait(INTERVAL_S):
             try:
-                self._tried(self._lease.renew)
-                if self._lease.lost:
-                    return
-                self._copy()
+                self._renew_and_copy()
             except OSError as error:
+                if self._lease is not None and self._lease.lost:
+                    return  # `check` says it
                 if self.failed is None:
                     self._failing_since = time.monotonic()
                     self._say(f"{error}; the run goes on, in {self.folder}")
@@ -192,6 +190,20 @@ class Mirror:
                 if self.failed is not None:
                     self._say(f"{self.address} takes files again")
                 self.failed = None
+
+    def _renew_and_copy(self) -> None:
+        """`_copy`, unless another job has taken the lease. Raises OSError, one line."""
+        assert self._lease is not None
+        try:
+            self._tried(self._lease.renew)
+            if not self._lease.lost:
+                return self._copy()
+        except (FileNotFoundError, PermissionError) as error:  # not tried again
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"train.out={self.address!r} cannot be written: {reason}"
+            ) from None
+        raise OSError(self._lease.lost)
 
     def _copy(self) -> None:
         """Copies what changed, checkpoints first, and removes what `folder` removed."""
@@ -303,8 +315,8 @@ class Mirror:
 class Lease:
     """lease.json in a store: one job at a time writes there.
 
-    Two jobs that start in the same moment may both find none: each reads its own back,
-    and the job whose file was replaced stops at its next renewal.
+    Two jobs that start in the same moment may both find none. Then the job whose file
+    the other replaced sees it at its next renewal, and stops.
 
     Attributes:
       lost: why the lease is another job's now; empty where it is this job's.
@@ -347,9 +359,9 @@ class Lease:
         self._write()
 
     def release(self) -> None:
-        """Removes the file, if it is this job's."""
-        if self._read().get("token") == self._own["token"]:
-            with contextlib.suppress(Exception):  # the next start sees a dead process
+        """Removes the file, if it is this job's and the store answers."""
+        with contextlib.suppress(Exception):  # else the next start sees a dead process
+            if self._read().get("token") == self._own["token"]:
                 self._store.rm_file(self._path)
 
     def _read(self) -> dict[str, Any]:

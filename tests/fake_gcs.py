@@ -6,27 +6,19 @@ import base64
 import contextlib
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import gcsfs
+from fake_store import FakeStore
 
 
-class FakeGCS(ThreadingHTTPServer):
-    """Serves `objects`, {bucket/key: bytes}, inside a `with`."""
-
-    daemon_threads = True
+class FakeGCS(FakeStore):
+    """A store whose objects have generations."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects, self.generations = {}, {}
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def __exit__(self, *error):
-        self.shutdown()
-        super().__exit__(*error)
+        self.generations = {}
+        super().__init__(_Handler)
 
     def write(self, name, data):
         self.objects[name] = data

@@ -4,32 +4,25 @@ Buckets need not be made. Signatures are not checked.
 """
 
 import hashlib
-import threading
 import time
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 
+from fake_store import FakeStore
 
-class FakeS3(ThreadingHTTPServer):
-    """Serves `objects`, {bucket/key: bytes}, inside a `with`.
+
+class FakeS3(FakeStore):
+    """A store with troubles.
 
     trouble: "slow": answers come after a second; "refuses": connections are closed;
       "fails": each answer is an error; "": none.
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects, self.trouble = {}, ""
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def __exit__(self, *error):
-        self.shutdown()
-        super().__exit__(*error)
+        self.trouble = ""
+        super().__init__(_Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -334,6 +334,34 @@ def test_a_job_whose_lease_was_taken_stops(s3, begun):
     assert mirror._steps(in_store(s3)) == {1}
 
 
+def test_a_lease_that_was_taken_since_the_last_renewal(s3, begun, monkeypatch):
+    """The last copy looks once more."""
+    monkeypatch.setattr(mirror, "INTERVAL_S", 60.0)
+    copy = begun()
+    write_step(copy.folder, 1)
+    holder(s3, host="elsewhere", pid=7)
+    with pytest.raises(OSError, match="is now written to by process 7 on elsewhere"):
+        copy.close()
+    assert list(in_store(s3)) == ["lease.json"]
+
+
+def test_a_start_that_fails_gives_the_lease_back(s3, begun, tmp_path, monkeypatch):
+    first = begun("a")
+    write_step(first.folder, 1)
+    first.close()
+
+    async def gone(self, *_, **__):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_get_file", gone)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(OSError, match="cannot be read: gone"):
+        with mirror.of_run(options(tmp_path / "b"), True) as copy:
+            copy.folder.mkdir(parents=True)
+            copy.begin(True, lambda line: None)
+    assert "lease.json" not in in_store(s3)
+
+
 # ---------------------------------------------------------------- stores that fail
 
 
