@@ -38,14 +38,17 @@ MOST_MAPS = (int(LIMIT.read_text()) if LIMIT.exists() else 65_530) // 3
 def few_programs():
     """After a file, JAX forgets the compiled programs if they are many.
 
-    At the kernel's limit, XLA aborts the process.
+    At the kernel's limit, XLA aborts the process. The engine that files share goes with
+    its programs: it would compile them while it serves the next file.
     """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
         import jax
+        import served
 
         jax.clear_caches()
+        served.SHARED.clear()
 
 
 @pytest.fixture(scope="session")
