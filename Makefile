@@ -28,7 +28,7 @@ print(*model.generate(prompt, max_tokens=40), sep="")
 endef
 export SMOLLM2_CHAT
 
-.PHONY: demo serve test test-fast test-slow lint docs test-tools smollm2 convert-demo clean
+.PHONY: demo serve test test-compilers test-parity test-fast test-slow lint docs test-tools smollm2 convert-demo clean
 
 demo: $(VENV)/demo
 	rm -rf runs/demo
@@ -36,9 +36,14 @@ demo: $(VENV)/demo
 
 test: lint docs $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/tests.xml
-	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_compilers.py tests/test_notebook.py::test_timeline
-	$(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/hf.xml tests/hf
+	$(MAKE) --jobs=2 --output-sync test-compilers test-parity
 	@echo "done: every test passed, their times are in runs/tests.xml, runs/plan.xml and runs/hf.xml"
+
+test-compilers: $(COMPILERS)/test
+	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_compilers.py tests/test_notebook.py::test_timeline
+
+test-parity: $(PARITY)/test
+	$(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/hf.xml tests/hf
 
 test-fast: $(VENV)/test
 	$(RUN)/python -m pytest $(FAST:%=tests/test_%.py)

@@ -34,6 +34,14 @@ LIMIT = Path("/proc/sys/vm/max_map_count")
 MOST_MAPS = (int(LIMIT.read_text()) if LIMIT.exists() else 65_530) // 3
 
 
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    """JAX reads XLA_FLAGS once: now, before a test sets others for its processes."""
+    import jax
+
+    jax.devices()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """After a file, JAX forgets the compiled programs if they are many.
