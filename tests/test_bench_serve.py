@@ -173,6 +173,22 @@ def test_the_capacity_of_a_server_that_completes_nothing_is_not_made_up():
         serve_sweep.sweep(arguments, loads, [target])
 
 
+def test_the_capacity_of_a_server_that_takes_all_requests_at_once_is_that_of_the_run():
+    """All have their first token at 0.5 s, and no other: a rate that says nothing."""
+
+    def serve_all(arrivals, users):
+        return serve_load(arrivals, slots=8, first=0.5, gap=0.1)
+
+    target = serve_targets.Target("wide", serve_all, None)
+    arguments = serve.Arguments(
+        urls=("wide=http://x",), warmup=0, requests=4, output_tokens=(21,)
+    )
+    loads = [load_requests.read_load("50%")]
+    saturated, half = serve_sweep.sweep(arguments, loads, [target])
+    assert saturated.values["seconds"] == near(2.5)
+    assert half.values["rate"] == near(0.5 * 4 / 2.5)
+
+
 def test_an_api_key_is_read_from_the_environment(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert serve_processes.key_headers() == {}
@@ -431,7 +447,8 @@ def test_two_servers_take_turns_and_their_figures_are_written(
         assert gap <= row["tpot_ms"]["p50"] < 3 * gap
         assert row["memory_bytes"] > 1e6 and 0 <= row["busy"] < 2
     slow = rows["saturated", "slow"]
-    capacity = slow["saturated_tokens_per_s"] / 8
+    saturated = slow["saturated_tokens_per_s"] / 8
+    capacity = max(saturated, slow["requests_per_s"])
     assert rows["90%", "fast"]["rate"] == pytest.approx(0.9 * capacity)
     assert rows["users:2", "fast"]["rate"] is None
     printed = capsys.readouterr()

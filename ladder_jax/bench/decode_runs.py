@@ -146,7 +146,9 @@ def compare(
         if load.is_saturated and BASELINE in engines:
             mean_tokens = np.mean([request.max_tokens for request in requests])
             figures = turns[load.name][BASELINE].figures
-            capacity = figures["saturated_tokens_per_s"] / float(mean_tokens)
+            # Where no request waits, the first of the two rates says nothing.
+            rate = max(figures["saturated_tokens_per_s"], figures["tokens_per_s"])
+            capacity = rate / float(mean_tokens)
     return turns
 
 

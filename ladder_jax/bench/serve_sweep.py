@@ -208,10 +208,13 @@ def _row(
 
 
 def _capacity(row: Row) -> float:
-    """Requests a second that a target completes while requests wait; the engine without
-    HTTP does not count."""
+    """Requests a second that a target completes; not of the engine without HTTP.
+
+    While requests wait it completes more than in the whole run. Where none waits, the
+    time until the last has its first token says nothing.
+    """
     values = row.values
     if values["server"] == ENGINE or not values["output_tokens"]:
         return math.inf
     tokens = values["output_tokens"] / values["completed"]
-    return values["saturated_tokens_per_s"] / tokens
+    return max(values["saturated_tokens_per_s"] / tokens, values["requests_per_s"])
