@@ -274,7 +274,9 @@ def attend_cache(
     _, K, S, _ = cache.k.shape
     G = N // K
     # At least the cache's dtype, so that the product does not round the cache.
-    dtype = jnp.promote_types(q_BTNH.dtype, cache.k.dtype)
+    dtype = q_BTNH.dtype
+    if cache.k_scale is None:
+        dtype = jnp.promote_types(dtype, cache.k.dtype)
     q_BTNH_scaled = q_BTNH.astype(dtype) * jnp.asarray(H**-0.5, dtype)
     q_BKTGH = q_BTNH_scaled.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
     q_BKRH = q_BKTGH.reshape(B, K, T * G, H)
@@ -300,7 +302,8 @@ def _weighted_sum(
         return einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH, out_dtype)
 
     def add_up(weights_BKRS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-        weighted_BKSH = jnp.swapaxes(weights_BKRS, 2, 3).astype(jnp.float32) * v_BKSH
+        weights_BKSR = jnp.swapaxes(weights_BKRS, 2, 3).astype(jnp.float32)
+        weighted_BKSH = weights_BKSR * v_BKSH.astype(jnp.float32)
         return weighted_BKSH.sum(axis=2, keepdims=True).astype(out_dtype)
 
     if weights_BKRS.shape[2] > 1:

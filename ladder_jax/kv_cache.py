@@ -4,7 +4,9 @@ B rows (requests), K key-value heads, S cache length, H head dimension, T new to
 L layers. A head's keys are contiguous, [B, K, S, H], so that attention is one matrix
 product a head, without a transpose, on every platform.
 
-An int8 cache has a scale for every token and head (symmetric, by the absolute maximum).
+A cache of int8 or float8 has a scale for every token and head (symmetric, by the
+absolute maximum). int8 rounds less; GPUs from Hopper on and TPU7x convert float8
+faster.
 Attention multiplies scores and weights by the scales, so that the cache is never copied
 to a wider dtype.
 """
@@ -15,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from ladder_jax import config
-from ladder_jax.quantised import quantise
+from ladder_jax.quantised import LARGEST, scaled
 
-# Bytes an element. int8 adds a float32 scale for every token and head.
-DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+# Bytes an element. Those of LARGEST add a float32 scale for every token and head.
+DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 SCALE_BYTES = 4
 
 
@@ -27,14 +29,14 @@ class KV(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    k_scale: jax.Array | None = None  # int8: [..., B, K, S, 1] float32
+    k_scale: jax.Array | None = None  # int8, float8: [..., B, K, S, 1] float32
     v_scale: jax.Array | None = None
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> KV:
     """A KV of zeros; `shape` is that of the keys, `dtype` one of DTYPES."""
     k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    if dtype != "int8":
+    if dtype not in LARGEST:
         return KV(k, v)
     scale_shape = (*shape[:-1], 1)
     return KV(k, v, *(jnp.zeros(scale_shape, jnp.float32) for _ in range(2)))
@@ -43,7 +45,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> KV:
 def bytes_per_token(model_config: config.Model, dtype: str) -> int:
     """Bytes of one token's keys and values in all layers; `dtype` one of DTYPES."""
     bytes_per_head = model_config.head_dim * DTYPES[dtype]
-    if dtype == "int8":
+    if dtype in LARGEST:
         bytes_per_head += SCALE_BYTES
     return 2 * model_config.layers * model_config.kv_heads * bytes_per_head
 
@@ -73,12 +75,14 @@ def write_at(cache: KV, index: Any, k: jax.Array, v: jax.Array) -> KV:
 
     if cache.k_scale is None or cache.v_scale is None:
         return KV(put(cache.k, k), put(cache.v, v))
-    in_k, in_v = quantise(k, [-1]), quantise(v, [-1])  # a scale for every head
+    dtype = cache.k.dtype.name
+    k, k_scale = scaled(k, [-1], dtype)  # a scale for every head
+    v, v_scale = scaled(v, [-1], dtype)
     return KV(
-        put(cache.k, in_k.int8),
-        put(cache.v, in_v.int8),
-        put(cache.k_scale, in_k.scale),
-        put(cache.v_scale, in_v.scale),
+        put(cache.k, k),
+        put(cache.v, v),
+        put(cache.k_scale, k_scale),
+        put(cache.v_scale, v_scale),
     )
 
 

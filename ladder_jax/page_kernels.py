@@ -6,7 +6,7 @@ page, not one for every head, and one row of memory to write for a token. It acc
 several new tokens of a row and a window, so prefill uses it, too.
 
 On NVIDIA GPUs, paged attention (Pallas through Triton), which reads KV [K, P, S, H] in
-bfloat16 or int8. Every new token is a row of its own for it.
+bfloat16, int8 or float8. Every new token is a row of its own for it.
 
 Both read a block of pages at a time, to the block's end: `tokens_read`. Elsewhere
 pages.py computes attention in XLA's own operations.
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from ladder_jax.config import Model
 from ladder_jax.kv_cache import KV
+from ladder_jax.quantised import LARGEST
 
 # Bytes that one iteration of the TPU's kernel reads, but MOST_TOKENS at most: while it
 # computes, only the next block is on its way, and a short transfer waits for HBM's
@@ -115,8 +116,8 @@ def _against_triton(
     return [
         (model_config.dtype != "bfloat16", "its queries are bfloat16"),
         (
-            kv_dtype not in ("bfloat16", "int8"),
-            f"it reads bfloat16 and int8, not {kv_dtype}",
+            kv_dtype not in ("bfloat16", *LARGEST),
+            f"it reads bfloat16, int8 and float8_e4m3fn, not {kv_dtype}",
         ),
         (not is_power, f"its heads are 16, 32, 64, ... wide, not {H}"),
         (window is not None, f"it has no window: model.sliding_window={window}"),

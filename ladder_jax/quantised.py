@@ -3,8 +3,8 @@
 The numbers are symmetric: the channel's largest absolute value is 127 steps. Norms and
 biases stay as they are. A product multiplies the numbers, cast to the compute dtype,
 and applies the scale to its result (matmul.einsum): the scale of a channel is the same
-on every shard, so it commutes with the sum over the tensor axis. An int8 cache
-(kv_cache.py) has its scales from `quantise`, too.
+on every shard, so it commutes with the sum over the tensor axis. A cache of int8 or
+float8 (kv_cache.py) has its numbers and scales from `scaled`, too.
 """
 
 import functools
@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from ladder_jax import sharding
 
 WeightsDtype = Literal["auto", "int8"]
-STEPS = 127  # the largest int8 number
+# The largest number of each dtype that has scales.
+LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
 @jax.tree_util.register_dataclass
@@ -55,17 +57,59 @@ def quantise(x: jax.Array, summed: Sequence[int]) -> Quantised:
 
     No element changes by more than half of its scale.
     """
+    return Quantised(*scaled(x, summed, "int8"))
+
+
+def scaled(
+    x: jax.Array, summed: Sequence[int], dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """(numbers of `dtype`, float32 scale) whose product is nearly `x`.
+
+    Args:
+      x: any float array.
+      summed: its dimensions that share a scale; the scale's size is 1 there.
+      dtype: one of LARGEST. The largest absolute value becomes its largest number.
+    """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=tuple(summed), keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1) / STEPS
-    return Quantised(jnp.round(x / scale).astype(jnp.int8), scale)
+    scale = jnp.where(largest > 0, largest, 1) / LARGEST[dtype]
+    numbers = x / scale
+    if dtype == "int8":
+        numbers = jnp.round(numbers)
+    return numbers.astype(dtype), scale
 
 
 def take_rows(table: jax.Array | Quantised, index: jax.Array) -> jax.Array:
     """`table[index]`, in float32 if the table is Quantised."""
     if isinstance(table, Quantised):
         return table.int8[index] * table.scale[index]
-    return table[index]
+    return _take_bits(table, index) if table.dtype == jnp.bfloat16 else table[index]
+
+
+@jax.custom_jvp
+def _take_bits(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`table[index]` of bfloat16.
+
+    XLA:CPU casts a bfloat16 table to float32 to read a row of it, the whole table in
+    every call of a decode loop; it does not cast integers.
+    """
+
+    def of_integers(table: jax.Array, index: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(table, jnp.uint16)[index]
+        return lax.bitcast_convert_type(bits, table.dtype)
+
+    def as_it_is(table: jax.Array, index: jax.Array) -> jax.Array:
+        return table[index]
+
+    return lax.platform_dependent(table, index, cpu=of_integers, default=as_it_is)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (table, index), (table_tangent, _) = primals, tangents
+    return table[index], table_tangent[index]
 
 
 # ---------------------------------------------------------------- models

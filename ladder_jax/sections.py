@@ -432,8 +432,9 @@ class Decode(Section):
     # The most requests that wait on the host.
     queue_size: int = 1024
     # The dtype of cached keys and values. auto: the model's; float32 on CPUs, where
-    # a write into a bfloat16 cache copies the cache.
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    # a write into a bfloat16 cache copies the cache. int8 and float8_e4m3fn take half
+    # of bfloat16's memory; int8 is nearer to the values.
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
     # pages: requests share pages, and take as many as they have tokens. rows: each slot
     # has memory for the longest request. auto: the faster one: pages if the slots' rows
     # would take 48 MiB or more of a device, and on TPUs and GPUs if a kernel fits

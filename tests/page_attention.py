@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ladder_jax import pages
+from ladder_jax.quantised import LARGEST
 
 
 def check(kernel, heads, groups, tokens, page_size, entries, H, dtype, window=None):
@@ -35,7 +36,7 @@ def check(kernel, heads, groups, tokens, page_size, entries, H, dtype, window=No
         [tokens - 1, page_size - 1, page_size // 2, length - 7, length - 1]
     )
     reads = jnp.asarray([True, True, False, True, True])
-    q_dtype = "bfloat16" if dtype == "int8" else dtype
+    q_dtype = "bfloat16" if dtype in LARGEST else dtype
     q = random.standard_normal((rows, tokens, heads * groups, H), np.float32)
     q = jnp.asarray(q, q_dtype)
 

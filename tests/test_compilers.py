@@ -25,6 +25,7 @@ from ladder_jax.config import (
     from_recipe,
 )
 from ladder_jax.hardware import aot, xla_options
+from ladder_jax.kv_cache import DTYPES
 from ladder_jax.matmul import einsum
 from ladder_jax.planner import hlo, plan, report
 from ladder_jax.quantised import Quantised
@@ -484,7 +485,7 @@ def test_tpu_casts_an_int8_matrix_while_it_multiplies():
 KERNELS = {"ragged": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
 
 
-def engine_programs(target, kinds):
+def engine_programs(target, kinds, kv_dtype):
     """The spec of an engine with pages on two devices, and some of its programs."""
     devices = aot.parse(target).devices()[:2]
     sizes = dict(dim=256, layers=1, heads=8, kv_heads=4, ffn_dim=256, max_length=8192)
@@ -493,6 +494,7 @@ def engine_programs(target, kinds):
     options = Decode(
         slots=4,
         kv_layout="pages",
+        kv_dtype=kv_dtype,
         steps_per_call=4,
         fit_shapes=False,
         prefill_budget=64,
@@ -506,23 +508,30 @@ def engine_programs(target, kinds):
 
 
 @pytest.mark.parametrize(
-    "target, kernel, kinds",
+    "target, kernel, kinds, kv_dtype",
     [
-        pytest.param("v5e:2x2", "ragged", ("chunk", "prefill"), marks=needs_tpu),
-        pytest.param("v6e:2x2", "ragged", ("chunk",), marks=needs_tpu),
-        pytest.param("v5p:2x2x1", "ragged", ("chunk",), marks=needs_tpu),
-        pytest.param("h100:1x2", "triton", ("chunk", "prefill"), marks=needs_gpu),
+        pytest.param(
+            "v5e:2x2", "ragged", ("chunk", "prefill"), "auto", marks=needs_tpu
+        ),
+        pytest.param("v6e:2x2", "ragged", ("chunk",), "auto", marks=needs_tpu),
+        pytest.param("v5p:2x2x1", "ragged", ("chunk",), "auto", marks=needs_tpu),
+        pytest.param(
+            "h100:1x2", "triton", ("chunk", "prefill"), "auto", marks=needs_gpu
+        ),
+        pytest.param(
+            "h100:1x2", "triton", ("chunk",), "float8_e4m3fn", marks=needs_gpu
+        ),
     ],
 )
-def test_a_kernel_reads_pages_where_they_are(target, kernel, kinds):
+def test_a_kernel_reads_pages_where_they_are(target, kernel, kinds, kv_dtype):
     """In every decode step and prefill. GPUs wait for the host in no loop."""
-    spec, compiled = engine_programs(target, kinds)
+    spec, compiled = engine_programs(target, kinds, kv_dtype)
     assert spec.page_kernel == kernel
     for program in compiled:
         text, memory = program.as_text(), program.memory_analysis()
         assert KERNELS[kernel] in text
         # The pool of a device: 4 rows and 2 of staging, of 8192 tokens, and 2 heads.
-        keys = 6 * 8192 * 2 * 128 * 2  # bytes; values have as many
+        keys = 6 * 8192 * 2 * 128 * DTYPES[spec.kv_dtype]  # bytes; values have as many
         assert memory.alias_size_in_bytes > 2 * keys
         assert memory.temp_size_in_bytes < keys  # there is no copy
         shape = "[768,64,4,128]" if kernel == "ragged" else "[2,1536,32,128]"

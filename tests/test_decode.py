@@ -147,7 +147,7 @@ def test_cancelling_frees_slots_and_places_of_those_requests_alone():
     assert after.staging.state.admission_order.tolist() == [decode.NOT_WAITING, 6]
 
 
-def test_int8_keys_and_values_are_near_and_attention_applies_their_scales():
+def test_rounded_keys_and_values_are_near_and_attention_applies_their_scales():
     from ladder_jax import attention
 
     rng = np.random.default_rng(0)
@@ -161,6 +161,7 @@ def test_int8_keys_and_values_are_near_and_attention_applies_their_scales():
         outs[dtype] = attention.attend_cache(q, filled, positions)
     assert np.abs(outs["int8"] - outs["float32"]).max() < 0.03
     assert np.abs(outs["bfloat16"] - outs["float32"]).max() < 0.03
+    assert np.abs(outs["float8_e4m3fn"] - outs["float32"]).max() < 0.15
     made = quantise(k, [-1])
     assert made.int8.dtype == jnp.int8
     assert np.abs(made.int8 * made.scale - k).max() <= np.abs(k).max() / 254 * 1.001

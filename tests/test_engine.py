@@ -158,9 +158,10 @@ def test_the_compiled_shape_follows_the_requests(layout):
 
 
 @pytest.mark.parametrize(
-    "kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
+    "kv_dtype",
+    [pytest.param("bfloat16", marks=pytest.mark.slow), "int8", "float8_e4m3fn"],
 )
-def test_a_bfloat16_or_int8_cache_mostly_agrees(kv_dtype):
+def test_a_rounded_cache_mostly_agrees(kv_dtype):
     engine = make_engine(kv_dtype=kv_dtype)
     agree = []
     for prompt, _ in make_requests(3):

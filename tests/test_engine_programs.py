@@ -94,6 +94,11 @@ def test_no_program_casts_logits_or_the_unembedding():
         casts = [e for e, _ in found if e.primitive.name == "convert_element_type"]
         wide = [e.invars[0].aval for e in casts if V in e.invars[0].aval.shape]
         assert not [aval for aval in wide if aval.dtype == jnp.bfloat16], job.name
+        # Nor does XLA:CPU cast the embedding's table to read rows of it.
+        with helpers.fast_compilation():
+            text = job.function.lower(*job.arguments).compile().as_text()
+        assert f"bf16[{V},{model_config.dim}]" in text, job.name
+        assert f"f32[{V},{model_config.dim}]" not in text, job.name
 
 
 @pytest.mark.parametrize("layout, drafts", [("pages", 0), ("rows", 0), ("rows", 2)])

@@ -159,6 +159,7 @@ def test_bfloat16_logits_are_near_the_cpus_in_float32():
         (1, 8, 64, 32, 128, "bfloat16"),
         (3, 3, 32, 20, 64, "bfloat16"),
         (8, 1, 128, 6, 64, "int8"),
+        (8, 4, 32, 6, 128, "float8_e4m3fn"),
     ],
 )
 def test_the_kernel_of_pages(heads, groups, page_size, entries, H, dtype):

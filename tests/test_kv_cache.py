@@ -1,4 +1,4 @@
-"""Keys and values of past tokens: sizes, writes, and the error of int8."""
+"""Keys and values of past tokens: sizes, writes, and the error of int8 and float8."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ladder_jax import config, kv_cache
-from ladder_jax.quantised import quantise
+from ladder_jax.quantised import LARGEST, quantise, scaled
 
 B, T, K, S, H = 2, 3, 2, 6, 8
 
@@ -38,12 +38,13 @@ def test_bytes_per_token_is_what_a_token_takes(dtype):
 def test_an_empty_cache_has_the_dtype_and_is_zero(dtype):
     cache = kv_cache.empty((B, K, S, H), dtype)
     assert cache.k.dtype == cache.v.dtype == dtype
-    assert (cache.k_scale is not None) == (dtype == "int8")
+    assert (cache.k_scale is not None) == (dtype in LARGEST)
     assert not any(x.any() for x in jax.tree.leaves(cache))
 
 
 @pytest.mark.parametrize(
-    "dtype, error", [("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)]
+    "dtype, error",
+    [("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254), ("float8_e4m3fn", 1 / 28)],
 )
 def test_every_row_writes_at_its_own_positions_and_nowhere_else(dtype, error):
     """`error` is the largest one, as a share of the head's largest value."""
@@ -90,3 +91,14 @@ def test_int8_reaches_its_whole_range():
     made = quantise(jnp.array([[-3.0, 0.0, 1.5, 3.0]]), [-1])
     np.testing.assert_array_equal(made.int8, [[-127, 0, 64, 127]])
     np.testing.assert_allclose(made.scale, 3 / 127)
+
+
+def test_float8_is_near_small_values_too():
+    """It rounds to four significant bits: an error is a share of the value itself."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(64, 32)), jnp.float32)
+    numbers, scale = scaled(x, [-1], "float8_e4m3fn")
+    assert numbers.dtype == jnp.float8_e4m3fn
+    assert float(jnp.abs(numbers.astype(jnp.float32)).max()) == 448
+    smallest = np.abs(scale) * 2.0**-9  # of the numbers that float8 has near 0
+    error = np.abs(numbers.astype(jnp.float32) * scale - x)
+    assert np.all(error <= np.maximum(np.abs(x) / 16, smallest) * 1.001)

@@ -72,6 +72,7 @@ def test_the_kernel_of_tpus(
         (2, 2, 1, 16, 9, 64, "bfloat16"),
         (1, 4, 3, 32, 70, 16, "int8"),
         (4, 1, 1, 128, 2, 32, "int8"),
+        (1, 2, 2, 16, 9, 64, "float8_e4m3fn"),
         (1, 2, 9, 32, 40, 16, "bfloat16"),  # more tokens than the kernel takes
     ],
 )
@@ -96,6 +97,7 @@ LARGE = small_model(dtype="bfloat16", head_dim=128)  # 8 key-value heads
         ("tpu", {}, dict(unroll_layers=False), "decode.unroll_layers=False"),
         ("cuda", {}, {}, "triton"),
         ("cuda", dict(head_dim=64), dict(kv_dtype="int8"), "triton"),
+        ("cuda", {}, dict(kv_dtype="float8_e4m3fn"), "triton"),
         ("cuda", dict(head_dim=96), {}, "wide, not 96"),
         ("cuda", dict(sliding_window=64), {}, "model.sliding_window=64"),
         ("cuda", dict(dtype="float32"), {}, "its queries are bfloat16"),

@@ -54,7 +54,7 @@ def read_rows(leaf, table, length):
     return np.stack(rows)[:, :, :length]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", kv_cache.DTYPES)
 @pytest.mark.parametrize(
     "rows, heads, groups, tokens, length, page_size, window",
     [
@@ -94,7 +94,7 @@ def test_attention_equals_that_of_rows(
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 def test_a_write_reaches_the_page_of_its_position(dtype):
     random = np.random.default_rng(0)
     cache = make_rows(random, 3, 2, 20, dtype)

@@ -122,6 +122,27 @@ def test_rows_and_reshape():
     np.testing.assert_array_equal(take_rows(weight, index), weight[index])
 
 
+def test_rows_of_bfloat16_and_their_derivative_are_those_of_an_index():
+    random = np.random.default_rng(1)
+    table = jnp.asarray(random.normal(size=(7, 4)), jnp.bfloat16)
+    odd = jnp.asarray([np.nan, np.inf, -0.0, 1e-40], jnp.bfloat16)
+    table = table.at[0].set(odd)
+    index = jnp.array([[0, 3], [3, 6]])
+    rows = jax.jit(take_rows)(table, index)
+    assert rows.dtype == jnp.bfloat16
+    bits = [np.asarray(x).view(np.uint16) for x in (rows, table[index])]
+    np.testing.assert_array_equal(*bits)
+
+    def total(take, table):
+        weights = jnp.arange(16.0).reshape(2, 2, 4)
+        return (take(table[1:], index.clip(0, 5)).astype(jnp.float32) * weights).sum()
+
+    by_rows = jax.jit(jax.grad(functools.partial(total, take_rows)))(table)
+    by_index = jax.grad(functools.partial(total, lambda x, i: x[i]))(table)
+    np.testing.assert_array_equal(np.float32(by_rows), np.float32(by_index))
+    assert np.abs(np.float32(by_rows)).sum() > 0
+
+
 # ---------------------------------------------------------------- models
 
 TIED = dict(tie_embeddings=True, **helpers.BIASES)
