@@ -26,7 +26,7 @@ from ladder_jax.config import (
 )
 from ladder_jax.hardware import aot, xla_options
 from ladder_jax.matmul import einsum
-from ladder_jax.planner import hlo, plan, report
+from ladder_jax.planner import hlo, plan, report, scaling
 from ladder_jax.quantised import Quantised
 from ladder_jax.serve import compilation, design
 
@@ -461,6 +461,20 @@ def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, con
     )
     result = report.make_report(compiled, report.make_timeline(compiled))
     assert hides(result), result["totals"]
+
+
+@pytest.mark.slow
+@needs_tpu
+@needs_gpu
+@pytest.mark.parametrize("recipe", scaling.HARDWARE)
+def test_every_recipes_step_fits_the_hardware_that_its_docstring_names(recipe):
+    """It compiles as it is, with its mesh, its parts and its remat."""
+    kind, chips, _ = scaling.HARDWARE[recipe]
+    row = scaling.plan_row(scaling.row_of(recipe, kind, chips, "ladder"))
+    assert not row.error and row.fits == "yes" and row.step_ms > 0, row
+    mesh = from_recipe(f"configs/{recipe}.py").mesh
+    assert (row.data, row.fsdp, row.tensor) == (mesh.data, mesh.fsdp, mesh.tensor)
+    assert row.exposed_ms < 0.2 * row.step_ms and row.mfu > 0.25, row
 
 
 @needs_tpu
