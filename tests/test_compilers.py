@@ -294,6 +294,17 @@ def test_gpu_gathers_a_layers_parameters_at_once_and_behind_compute():
         assert row["window_compute_us"] > 0, (
             f"nothing is computed while {row['name']} ({row['block']}) runs"
         )
+    # XLA sums a layer's gradients while it computes the next layer backward. The last
+    # layer's sum is outside of the loop.
+    inside = [
+        row
+        for row in result["collectives"]
+        if row["kind"] == "reduce-scatter" and row["count"] > 1
+    ]
+    assert sum(row["merged"] for row in inside) == 7
+    for row in inside:
+        assert row["asynchronous"] and row["exposed_us"] < 0.05 * row["hidden_us"]
+        assert row["count"] == SMALL.layers - 1
 
 
 @needs_gpu
