@@ -20,7 +20,7 @@ class PlanArguments:
     """The program: one decode step, one prefill, or one training step."""
     batch: int | None = None
     """Requests or sequences, over all devices. None: 1, or all that a training step of
-    the recipe has, in its grad_accum_steps parts."""
+    the recipe has, in its grad_accum_steps parts, with a fused attention kernel."""
     context: int | None = None
     """Tokens of the cache (decode), of a prompt (prefill) or of a sequence (train).
     None: 2048, or the model's max_length if that is less; the recipe's train.seq_len

@@ -97,7 +97,8 @@ def plan(
         x GPUs of a node, such as h100:1x8.
       workload: "decode" (one step), "prefill" or "train" (one step).
       batch: requests or sequences, over all devices. None: 1, or all that a training
-        step of the config has, in its `grad_accum_steps` parts.
+        step of the config has, in its `grad_accum_steps` parts, with a fused attention
+        kernel (planner/fused.py).
       context: tokens of the cache (decode), of a prompt (prefill) or of a sequence
         (train). None: 2048, or the model's max_length if that is less; the config's
         train.seq_len with a training step's own batch.
@@ -219,8 +220,8 @@ def make_request(
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     require(isinstance(target, str), "target", target, "a text such as h100:1x8")
     require(workload in WORKLOADS, "workload", workload, f"one of {WORKLOADS}")
-    parts = 1
-    if batch is None and workload == "train":
+    parts, is_own_step = 1, batch is None and workload == "train"
+    if is_own_step:
         batch, parts = config.train.global_batch, config.train.grad_accum_steps
         context = config.train.seq_len if context is None else context
     batch = 1 if batch is None else batch
@@ -260,6 +261,7 @@ def make_request(
         kv_layout=kv_layout,
         tokens=tokens,
         parts=parts,
+        fused=is_own_step,
     )
 
 
