@@ -9,7 +9,12 @@ Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived wi
 Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
            measures only the inference speed of this shape
 
-Tensor parallelism is within a node. Layers, dimension, heads and vocabulary are
+Tensor parallelism is within a node. Every GPU has the stream of its own tokens
+(`mesh.sequence_parallel`): that leaves room for 4 sequences of a node at once, so that
+parameters cross the network half as often as with 2. `--train.grad-accum-steps 8`
+halves it again, and takes nearly all of the memory (docs/scaling.md).
+
+Layers, dimension, heads and vocabulary are
 BLOOM's. This model has SwiGLU (50176 wide, as the paper measures it), RMSNorm and
 rotary embedding; BLOOM has GELU (57344 wide), LayerNorm, biases and ALiBi. So this
 model has 212,202,346,496 parameters; BLOOM has 176,247,271,424. Learning rate and batch
@@ -39,14 +44,14 @@ config = Config(
         # On a disk that all nodes see.
         token_cache="data/tokens",
     ),
-    mesh=Mesh(data=1, fsdp=32, tensor=8),
+    mesh=Mesh(data=1, fsdp=32, tensor=8, sequence_parallel=True),
     optimizer=Optimizer(learning_rate=6e-5, warmup_steps=2000),
     train=Train(
         out="runs/bloom_176b",
         steps=25_000,
         global_batch=2048,
         seq_len=2048,  # 4.19M tokens a step
-        grad_accum_steps=32,  # 2 sequences a node at a time
+        grad_accum_steps=16,  # 4 sequences a node at a time
         remat="reductions",
         loss_chunk=2048,
         eval_every=1000,

@@ -3,7 +3,8 @@ r"""Llama-3-8B's shape, trained from scratch with ladder residual on 64 GPUs.
 Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py \
                --data.tokenizer PATH/tokenizer.json
            compare:  --model.residual standard --train.out runs/llama3_8b_standard
-                     (or hybrid:last16, desync:2, ...)
+                     (or hybrid:last16, ...; desync:2 with --mesh.sequence-parallel
+                     false --train.grad-accum-steps 16)
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and
            AdamW state
 Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
@@ -13,10 +14,12 @@ Result:    not run yet, and no result is published. The paper (arXiv 2501.06589)
            measures quality at 8B for another model: Llama-3.1-8B-Instruct, converted
            to hybrid:last16 and trained on 3B tokens.
 
-Tensor parallelism is within a node. The learning rate is Llama 3's (arXiv 2407.21783,
-table 3). The run takes 104.9B tokens, as the paper's own runs do; Llama 3's took 15T.
-Rotary embedding is Llama 3's, for 8192 tokens. For Llama 3.1's, add
-`--model.rope-scaling.factor 8 --model.max-length 131072`.
+Tensor parallelism is within a node. Every GPU has the stream of its own tokens
+(`mesh.sequence_parallel`), which makes a step shorter (docs/scaling.md). The learning
+rate is Llama 3's (arXiv 2407.21783, table 3). The run takes 104.9B tokens, as the
+paper's own runs do; Llama 3's took 15T. Rotary embedding is Llama 3's, for 8192
+tokens. For Llama 3.1's, add `--model.rope-scaling.factor 8
+--model.max-length 131072`.
 """
 
 from ladder_jax.config import Config, Data, Mesh, Model, Optimizer, Train
@@ -41,14 +44,14 @@ config = Config(
         # On a disk that all nodes see.
         token_cache="data/tokens",
     ),
-    mesh=Mesh(data=8, fsdp=1, tensor=8),
+    mesh=Mesh(data=8, fsdp=1, tensor=8, sequence_parallel=True),
     optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
     train=Train(
         out="runs/llama3_8b",
         steps=25_000,
         global_batch=512,
         seq_len=8192,  # 4.19M tokens a step
-        grad_accum_steps=16,  # 4 sequences a node at a time
+        grad_accum_steps=8,  # 8 sequences a node at a time
         remat="reductions",
         loss_chunk=4096,
         eval_every=1000,

@@ -14,6 +14,7 @@ Xeon, 26 November 2026. Without gradients it is 0.7 (2048 tokens, float32) to 2.
 as fast.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,9 @@ from ladder_jax.matmul import einsum, product
 
 # Finite, so that a row in which every key is masked stays finite.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+Kernel = str | Callable[..., jax.Array]  # see `attend`
 
 
 def kernel_for(platform: str, model_config: config.Model, length: int) -> str:
@@ -53,7 +57,7 @@ def attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array,
-    kernel: str = "xla",
+    kernel: Kernel = "xla",
     window: int | None = None,
 ) -> jax.Array:
     """Causal self-attention of whole sequences.
@@ -64,11 +68,14 @@ def attend(
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values; N is a multiple of K.
       segments_BT: integers.
-      kernel: "splash", "cudnn" or "xla", see `kernel_for`.
+      kernel: "splash", "cudnn" or "xla", see `kernel_for`; or a function of queries,
+        keys and values in its place.
       window: a token sees itself and the `window - 1` tokens before it; None: all.
 
     Returns [B, T, N, H] in the queries' dtype.
     """
+    if not isinstance(kernel, str):
+        return kernel(q_BTNH, k_BTKH, v_BTKH)
     if kernel == "splash":
         return splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if kernel == "cudnn":

@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ladder_jax import config, kv_cache, pages, schedule, sharding
-from ladder_jax.attention import attend, attend_cache
+from ladder_jax.attention import Kernel, attend, attend_cache
 from ladder_jax.cross_entropy import cross_entropy, sum_over_tokens
 from ladder_jax.gated import down, gated
 from ladder_jax.matmul import einsum
@@ -70,7 +70,7 @@ class Context(NamedTuple):
     rotation: tuple[jax.Array, jax.Array] | None  # None: no rotary embedding
     segments_BT: jax.Array | None  # the document of each token; None with a cache
     positions_BT: jax.Array  # with a cache: the token's index in it
-    kernel: str  # of attention, see attention.kernel_for
+    kernel: Kernel  # of attention, see attention.kernel_for
     window: int | None  # the tokens that attention sees; None: all
     pages_read: pages.Reads | None = None  # if the cache has pages
 
@@ -269,7 +269,7 @@ def hidden(
     read_BR: jax.Array | None = None,
     *,
     pages_read: pages.Reads | None = None,
-    kernel: str = "xla",
+    kernel: Kernel = "xla",
     reduction: str | Policy = "psum",
     remat: str = "none",
     unroll: bool = False,

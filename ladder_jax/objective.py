@@ -54,7 +54,7 @@ NO_EXTRAS = Extras()
 def loss_and_gradients(
     config: Config,
     mesh: jax.sharding.Mesh,
-    kernel: str | None = None,
+    kernel: attention.Kernel | None = None,
     extras: Extras = NO_EXTRAS,
 ) -> Callable[..., Any]:
     """(model, batch, the dict of extras, if any) -> (losses, gradients).
@@ -98,7 +98,10 @@ def loss_and_gradients(
 
 
 def make_terms(
-    config: Config, mesh: jax.sharding.Mesh, kernel: str | None, extras: Extras
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    kernel: attention.Kernel | None,
+    extras: Extras,
 ) -> Callable[..., Any]:
     """(model, batch, the dict of extras) -> (loss, its terms), inside `shard_map`.
 
@@ -140,7 +143,10 @@ def make_terms(
 
 
 def model_options(
-    config: Config, model_config: Model, mesh: jax.sharding.Mesh, kernel: str | None
+    config: Config,
+    model_config: Model,
+    mesh: jax.sharding.Mesh,
+    kernel: attention.Kernel | None,
 ) -> dict[str, Any]:
     """The options of `model.hidden` for a model, the run's own or its parent."""
     platform, length = chips.platform(mesh), config.train.seq_len

@@ -99,7 +99,7 @@ def make_step(
     config: Config,
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformationExtraArgs,
-    kernel: str | None = None,
+    kernel: attention.Kernel | None = None,
     extras: Extras = NO_EXTRAS,
 ) -> Callable[..., Any]:
     """The compiled training step: (state, batch) -> (state, results).

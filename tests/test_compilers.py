@@ -27,7 +27,7 @@ from ladder_jax.config import (
 from ladder_jax.hardware import aot, xla_options
 from ladder_jax.kv_cache import DTYPES
 from ladder_jax.matmul import einsum
-from ladder_jax.planner import hlo, plan, report
+from ladder_jax.planner import hlo, plan, report, scaling
 from ladder_jax.quantised import Quantised
 from ladder_jax.serve import compilation, design
 
@@ -295,6 +295,17 @@ def test_gpu_gathers_a_layers_parameters_at_once_and_behind_compute():
         assert row["window_compute_us"] > 0, (
             f"nothing is computed while {row['name']} ({row['block']}) runs"
         )
+    # XLA sums a layer's gradients while it computes the next layer backward. The last
+    # layer's sum is outside of the loop.
+    inside = [
+        row
+        for row in result["collectives"]
+        if row["kind"] == "reduce-scatter" and row["count"] > 1
+    ]
+    assert sum(row["merged"] for row in inside) == 7
+    for row in inside:
+        assert row["asynchronous"] and row["exposed_us"] < 0.05 * row["hidden_us"]
+        assert row["count"] == SMALL.layers - 1
 
 
 @needs_gpu
@@ -462,6 +473,20 @@ def test_full_sizes_hide_what_can_be_hidden(recipe, target, workload, batch, con
     )
     result = report.make_report(compiled, report.make_timeline(compiled))
     assert hides(result), result["totals"]
+
+
+@pytest.mark.slow
+@needs_tpu
+@needs_gpu
+@pytest.mark.parametrize("recipe", scaling.HARDWARE)
+def test_every_recipes_step_fits_the_hardware_that_its_docstring_names(recipe):
+    """It compiles as it is, with its mesh, its parts and its remat."""
+    kind, chips, _ = scaling.HARDWARE[recipe]
+    row = scaling.plan_row(scaling.row_of(recipe, kind, chips, "ladder"))
+    assert not row.error and row.fits == "yes" and row.step_ms > 0, row
+    mesh = from_recipe(f"configs/{recipe}.py").mesh
+    assert (row.data, row.fsdp, row.tensor) == (mesh.data, mesh.fsdp, mesh.tensor)
+    assert 0.19 < row.mfu < 0.6, row  # the least is 176B's, between 32 nodes
 
 
 @needs_tpu

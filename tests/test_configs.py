@@ -116,6 +116,7 @@ def kept_for_backward(config, mesh):
                     batch,
                     remat=config.train.remat,
                     chunk=config.train.loss_chunk,
+                    sequence_parallel=config.mesh.sequence_parallel,
                 ),
                 parameters,
             )[1]

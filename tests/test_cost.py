@@ -125,3 +125,17 @@ def test_a_fit_predicts_a_batch_that_it_has_not_seen(batch):
     assert unseen
     for row in unseen:
         assert abs(row.error) < 0.1, row
+
+
+def test_a_gpus_bytes_leave_its_node_through_its_own_link():
+    """Eight groups with one GPU in each node share no link, and each has one."""
+    network = cost.Network(chips.CHIPS["h100"], [device // 8 for device in range(64)])
+    rail = [list(range(0, 64, 8))]
+    size = 1e9
+    seconds = network.collective("all-reduce", rail, size).seconds
+    assert seconds == pytest.approx(2 * 7 / 8 * size / 50e9, rel=0.01)
+    assert network.collective("all-gather", rail, size).seconds == pytest.approx(
+        seconds / 2, rel=0.01
+    )
+    whole = network.collective("all-reduce", [list(range(64))], size).seconds
+    assert whole < seconds / 5

@@ -3,9 +3,11 @@
 import pytest
 from hlo_programs import OVERLAPPED
 
+from ladder_jax.config import Model
 from ladder_jax.hardware import cost
 from ladder_jax.planner import hlo
 from ladder_jax.planner.scopes import Place, place_of
+from ladder_jax.planner.stack import shorten
 
 
 def test_the_reader_sees_arrays_operands_groups_and_scopes():
@@ -79,3 +81,45 @@ def test_bytes_and_flops_of_a_matrix_product():
     body = module.computations["main"]
     assert cost.flops(module, body["dot"], body) == 2 * 4 * 8 * 8
     assert cost.traffic(module, body["dot"], body) == 64 + 64  # w is in VMEM already
+
+
+LOOP = """HloModule step, is_scheduled=true, num_partitions=4
+
+%layer (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %a = s32[] add(%p, %p), metadata={op_name="jit(step)/jvp(layers0to3)/mlp/add"}
+  ROOT %t = (s32[]) tuple(%a)
+}
+
+%below (p.1: (s32[])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3), metadata={op_name="jit(step)"}
+  %p.1 = (s32[]) parameter(0)
+  %n = s32[] get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[] compare(%n, %bound), direction=LT
+}
+
+ENTRY %main (x: (s32[])) -> (s32[]) {
+  %x = (s32[]) parameter(0)
+  ROOT %loop = (s32[]) while(%x), condition=%below, body=%layer
+}
+"""
+
+
+def test_a_loop_of_tpu_runs_as_often_as_its_condition_says():
+    module = hlo.parse(LOOP)
+    loop = module.computations["main"]["loop"]
+    assert (loop.trips, module.trips(loop)) == (None, 3)
+    known = 'body=%layer, backend_config={"known_trip_count":{"n":"5"}}'
+    module = hlo.parse(LOOP.replace("body=%layer", known))
+    assert module.trips(module.computations["main"]["loop"]) == 5
+
+
+def test_a_loop_without_a_name_is_the_scan_of_its_layers():
+    """XLA:GPU takes a layer out of a loop that it pipelines, and its name away."""
+    stack = shorten(Model(residual="ladder", layers=80), 4)
+    module = hlo.parse(LOOP)
+    loop = module.computations["main"]["loop"]
+    assert stack.scan_of(loop, module) == ("layers0to3", 4, 80)
+    assert stack.trips_of(loop, module) == 79
+    other = hlo.parse(LOOP.replace("layers0to3", "loss"))
+    assert stack.trips_of(loop, other) == 3

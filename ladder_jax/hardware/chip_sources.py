@@ -38,6 +38,7 @@ TPU = {
     "collective_launch_s": Source("assumed", "a hop"),
     "clock_hz": Source("modelled", "peak over FLOPs a cycle of the matrix units"),
     "async_all_reduce_min_bytes": Source("modelled", "XLA's schedules: docs/log.md"),
+    "slice_bandwidth": Source("published", "scaling-book: 25 GB/s a host"),
 }
 H100 = {
     "peak_flops": SHEETS,
@@ -53,6 +54,7 @@ H100 = {
     "long_internode": Source(
         "published", "marin's report, 16 H100: bandwidth; latency assumed: H100's"
     ),
+    "nic_bandwidth": Source("published", "NVIDIA's DGX H100: 400 Gb/s for each GPU"),
     "symmetric_bandwidth": SYMMETRIC,
     "kernel_launch_s": Source(
         "modelled",

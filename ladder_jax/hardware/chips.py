@@ -40,6 +40,8 @@ class Chip(NamedTuple):
     torus_min_side: int = 0
     # From this size on, XLA runs its own all-reduce asynchronously, which is fastest.
     async_all_reduce_min_bytes: int = 0
+    # bytes/s of a chip to other slices: a host's share of the data centre's network.
+    slice_bandwidth: float = 0.0
     # Whether the program must force the order of the blocks' backward passes, because
     # XLA would change it.
     in_order: bool = False
@@ -51,6 +53,7 @@ class Chip(NamedTuple):
     long_all_reduce: tuple[float, ...] = ()
     long_gather: tuple[float, ...] = ()  # all-gathers and reduce-scatters
     long_internode: tuple[float, ...] = ()  # all-reduces between nodes
+    nic_bandwidth: float = 0.0  # bytes/s of each GPU's own link to other nodes
     symmetric_bandwidth: float = 0.0  # of all-reduce kernels over symmetric memory
     # Measured all-reduces within a node, (bytes, seconds), in place of the above.
     all_reduce_points: tuple[tuple[float, float], ...] = ()
@@ -94,6 +97,7 @@ V5E = Chip(
     clock_hz=1.5e9,
     torus_min_side=16,
     async_all_reduce_min_bytes=1 << 20,
+    slice_bandwidth=25e9 / 8,
 )
 V6E = Chip(
     device_kinds=("tpu v6",),
@@ -108,6 +112,7 @@ V6E = Chip(
     torus_min_side=16,
     async_all_reduce_min_bytes=512 << 10,
     in_order=True,
+    slice_bandwidth=25e9 / 8,
 )
 V5P = Chip(
     device_kinds=("tpu v5",),
@@ -121,6 +126,7 @@ V5P = Chip(
     clock_hz=1.75e9,
     torus_min_side=4,
     async_all_reduce_min_bytes=512 << 10,
+    slice_bandwidth=25e9 / 4,
 )
 TPU7X = Chip(  # JAX has a device for each of a chip's two halves
     device_kinds=("tpu7x",),
@@ -149,6 +155,7 @@ H100 = Chip(
     long_all_reduce=(81e-6, 279e9),
     long_gather=(30e-6, 378e9),
     long_internode=(102e-6, 209e9),
+    nic_bandwidth=50e9,
     symmetric_bandwidth=214e9,
     cores=132,
     domain=8,

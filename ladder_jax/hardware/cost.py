@@ -155,7 +155,10 @@ class Network:
             seconds = self._exchange_s(crosses_nodes, size)
         elif crosses_nodes:
             # A gather or scatter goes around the ring once, an all-reduce twice.
-            seconds = RING.get(kind, 1) / 2 * self._far_all_reduce_s(inside, size)
+            count = len(set(nodes))
+            seconds = (
+                RING.get(kind, 1) / 2 * self._far_all_reduce_s(inside, count, size)
+            )
             seconds += (1 - RING.get(kind, 1) / 2) * self.chip.internode_latency_s
         elif kind == "all-reduce":
             seconds = self._all_reduce_s(inside, size)
@@ -211,14 +214,28 @@ class Network:
         latency_s, bandwidth = self.chip.long_gather
         return latency_s + (devices - 1) / devices * size / (bandwidth * 7 / 8)
 
-    def _far_all_reduce_s(self, inside: int, size: float) -> float:
-        """Seconds of an all-reduce between nodes, `inside` GPUs in each."""
+    def _far_all_reduce_s(self, inside: int, nodes: int, size: float) -> float:
+        """Seconds of an all-reduce between nodes, `inside` GPUs in each.
+
+        The bytes that leave a node go around a ring of nodes, through the links of
+        these GPUs alone.
+        """
         chip = self.chip
-        latency_s = chip.internode_latency_s + self._latency_s(inside)
+        latency_s = math.log2(nodes) * chip.internode_latency_s
+        latency_s += self._latency_s(inside)
         seconds = [latency_s + size / chip.internode_bandwidth]
         if chip.long_internode:
             seconds.append(Line(*chip.long_internode).seconds(size))
-        return min(seconds)
+        links = inside * chip.nic_bandwidth
+        sent_s = RING["all-reduce"] * (nodes - 1) / nodes * size / links if links else 0
+        return max(min(seconds), latency_s + sent_s)
+
+
+def between_slices_s(chip: Chip, size: float, slices: int) -> float:
+    """Seconds of a sum over TPU slices, `size` bytes on each chip: a ring."""
+    if slices == 1:
+        return 0.0
+    return RING["all-reduce"] * (slices - 1) / slices * size / chip.slice_bandwidth
 
 
 # The bytes and FLOPs of an instruction. `module` is a planner.hlo.Module, `instruction`

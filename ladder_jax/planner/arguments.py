@@ -18,11 +18,13 @@ class PlanArguments:
     that NVLink connects, such as h100:1x8, h200:1x8, b200:2x8 or gb200:1x72."""
     workload: Literal["decode", "prefill", "train"] = "decode"
     """The program: one decode step, one prefill, or one training step."""
-    batch: int = 1
-    """Requests or sequences, over all devices."""
+    batch: int | None = None
+    """Requests or sequences, over all devices. None: 1, or all that a training step of
+    the recipe has, in its grad_accum_steps parts, with a fused attention kernel."""
     context: int | None = None
     """Tokens of the cache (decode), of a prompt (prefill) or of a sequence (train).
-    None: 2048, or the model's max_length if that is less."""
+    None: 2048, or the model's max_length if that is less; the recipe's train.seq_len
+    with a training step's own batch."""
     lengths: str | None = None
     """Plan a decode step over requests of mixed lengths, with rows and with pages: a
     TOML file such as configs/workloads/sharegpt.toml, or JSONL with the tokens of a

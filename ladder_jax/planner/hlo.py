@@ -67,7 +67,7 @@ class Instruction:
     opcode: str
     outputs: tuple[Buffer, ...]
     operands: tuple[str, ...]
-    text: str  # everything after the operands
+    text: str  # everything after the operands; a constant's has its value, too
 
     def named(self, key: str) -> str | None:
         """The computation that attribute `key` (calls, body, ...) names, or None."""
@@ -137,6 +137,20 @@ class Module:
             return None
         inside = instruction.named(WRAPPED[instruction.opcode])
         return self._first_collective(inside) if inside else None
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a `while` runs, or None if the program does not tell.
+
+        XLA:GPU writes it beside the loop. XLA:TPU does not: there the loop's condition
+        compares a counter, which starts at 0, with it.
+        """
+        condition = self.computations.get(loop.named("condition") or "", {})
+        for one in condition.values():
+            if one.opcode == "compare" and "direction=LT" in one.text:
+                for name in one.operands:
+                    if value := re.match(r"\((\d+)\)", condition[name].text):
+                        return loop.trips or int(value[1])
+        return loop.trips
 
     # The cache keeps every module alive. That is acceptable: a plan parses few modules,
     # and then the process ends.
@@ -255,7 +269,9 @@ def _instruction(line: str) -> Instruction | None:
     opcode = rest[: rest.index("(")]
     end = _close(rest, len(opcode))
     operands: list[str] = []
-    if opcode not in ("constant", "parameter"):
+    if opcode == "constant":
+        end = len(opcode) - 1  # its text has its value
+    elif opcode != "parameter":
         operands = re.findall(r"%([\w.\-]+)", rest[len(opcode) : end])
     return Instruction(
         name[1], opcode, _buffers(outputs), tuple(operands), rest[end + 1 :]

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ladder_jax import (
+    attention,
     config,
     model,
     page_kernels,
@@ -29,7 +30,7 @@ from ladder_jax.config import Config, ConfigError
 from ladder_jax.hardware import aot, chips, xla_options
 from ladder_jax.kv_cache import KV, bytes_per_token
 from ladder_jax.optimizer import make_optimizer
-from ladder_jax.planner import hlo
+from ladder_jax.planner import fused, hlo
 from ladder_jax.planner.stack import Stack, shorten
 from ladder_jax.residual import choose
 from ladder_jax.residual.layers import narrow_blocks
@@ -53,11 +54,19 @@ class Request(NamedTuple):
     kv_layout: str = "rows"
     tokens: int | None = None  # decode: of all rows together; None: batch x context
     drafts: int = 0  # decode: drafted tokens of a row, beside the new one
+    parts: int = 1  # train: into how many a step divides its batch, one after another
+    # train: whether attention is a fused kernel, whose time fused.py has; else XLA's.
+    fused: bool = False
 
     @property
     def alive(self) -> int:
         """The tokens that the cache of a decode step has."""
         return self.tokens or self.batch * self.context
+
+    @property
+    def at_once(self) -> int:
+        """The rows or sequences, over all devices, that are computed together."""
+        return self.batch // self.parts
 
 
 class Program(NamedTuple):
@@ -89,7 +98,7 @@ def build(request: Request) -> Compiled:
     """
     target, model_config = request.target, request.config.model
     mesh = make_mesh_for(request.config.mesh, target.devices(), request.workload)
-    sharding.check_fits(model_config, mesh, request.batch)
+    sharding.check_fits(model_config, mesh, request.at_once)
     request = request._replace(kv_layout=layout_of(request, mesh))
     stack = short_stack(request)
     whole, short = make_program(request, mesh), make_program(request, mesh, stack)
@@ -113,6 +122,9 @@ def build(request: Request) -> Compiled:
         raise ConfigError(message) from None
     weights, *others = whole.arguments
     growth = growth_with_depth(hlo.parse(text), stack, short.arguments)
+    if request.parts > 1:  # the sums of the parts' gradients, beside those of a part
+        growth += bytes_per_device(weights.model)
+        growth -= bytes_per_device(short.arguments[0].model)
     return Compiled(
         request,
         mesh,
@@ -190,12 +202,12 @@ def make_program(
             request.config.train,
             global_batch=request.batch,
             seq_len=request.context,
-            grad_accum_steps=1,
+            grad_accum_steps=request.parts,
         )
         whole = dataclasses.replace(
             request.config, model=model_config, train=train_config
         )
-        return training_step(whole, mesh)
+        return training_step(whole, mesh, request.fused)
     is_decode = request.workload == "decode"
     tokens = 1 + request.drafts if is_decode else request.context
     reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
@@ -404,15 +416,19 @@ def empty_cache(model_config: config.Model, batch: int, context: int) -> list[KV
     return [KV(rows, rows)] * model_config.layers
 
 
-def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:
-    """The training step of a config."""
+def training_step(
+    whole: Config, mesh: jax.sharding.Mesh, is_fused: bool = False
+) -> Program:
+    """The training step of a config; see Request.fused."""
     optimizer = make_optimizer(whole.optimizer, whole.train.steps)
     shape = whole.train.global_batch, whole.train.seq_len
     dtypes = dict.fromkeys(training.BATCH_FIELDS, jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     # JAX asks cuDNN during tracing what it can do, and cuDNN is not here: XLA's own
     # attention stands for it.
-    kernel = "xla" if chips.platform(mesh) != "tpu" else None
+    kernel: attention.Kernel | None = None
+    if chips.platform(mesh) != "tpu":
+        kernel = fused.stand_in if is_fused else "xla"
     return Program(
         train_programs.make_step(whole, mesh, optimizer, kernel),
         (
@@ -423,6 +439,19 @@ def training_step(whole: Config, mesh: jax.sharding.Mesh) -> Program:
 
 
 # ---------------------------------------------------------------- memory
+
+
+def state_bytes(request: Request) -> tuple[int, int]:
+    """Bytes on a device of a training step without activations, and of its gradients.
+
+    The first are parameters, the optimizer's state and gradients, without compiling.
+    """
+    mesh = make_mesh_for(request.config.mesh, request.target.devices(), "train")
+    optimizer = make_optimizer(request.config.optimizer, request.config.train.steps)
+    state = train_programs.abstract_state(request.config, mesh, optimizer)
+    gradients = bytes_per_device(state.model)
+    held = gradients if request.parts == 1 else 2 * gradients
+    return bytes_per_device(state) + held, gradients
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -439,30 +468,34 @@ def growth_with_depth(
     """Bytes by which the temporaries of the deep model exceed those of the short one.
 
     They are arrays with a row for every layer, which a scan keeps for the backward
-    pass.
+    pass, and in training the gradients of the layers.
     """
+    read, *others = arguments
+    if isinstance(read, train_programs.State):
+        read = read.model  # layers read no moments
     argument_shapes = sorted(
-        x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(arguments)
+        x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((read, others))
     )
-    growth = 0.0
+    growth: dict[str, float] = {}  # by scan; its loops save the same arrays
     for body in module.computations.values():
         for loop in body.values():
-            if loop.opcode == "while":
-                trips = loop.trips or 1
-                saved = _saved_by_layer(loop, trips, list(argument_shapes))
-                growth = max(growth, saved * (stack.trips_of(loop) / trips - 1))
-    return growth
+            scan = stack.scan_of(loop, module) if loop.opcode == "while" else None
+            if scan is not None:
+                saved = _saved_by_layer(loop, scan.short, list(argument_shapes))
+                more = saved * (scan.deep / scan.short - 1)
+                growth[scan.scope] = max(growth.get(scan.scope, 0.0), more)
+    return sum(growth.values())
 
 
 def _saved_by_layer(
-    loop: hlo.Instruction, trips: int, argument_shapes: list[tuple[int, ...]]
+    loop: hlo.Instruction, rows: int, argument_shapes: list[tuple[int, ...]]
 ) -> int:
-    """Bytes of the loop's arrays in HBM that have a row for every trip and are not
+    """Bytes of the loop's arrays in HBM that have a row for every repetition, without
     arguments of the program."""
     total = 0
     for array in loop.outputs:
         if array.dims in argument_shapes:
             argument_shapes.remove(array.dims)
-        elif array.dims[:1] == (trips,) and array.space == 0:
+        elif array.dims[:1] == (rows,) and array.space == 0:
             total += array.bytes
     return total

@@ -80,7 +80,7 @@ def plan(
     config: Config,
     target: str,
     workload: str = "decode",
-    batch: int = 1,
+    batch: int | None = None,
     *,
     context: int | None = None,
     residual: str | None = None,
@@ -96,9 +96,12 @@ def plan(
       target: a TPU slice, such as v5e:2x4, v6e:2x4, v5p:2x2x2 or tpu7x:2x2x1; or nodes
         x GPUs of a node, such as h100:1x8.
       workload: "decode" (one step), "prefill" or "train" (one step).
-      batch: requests or sequences, over all devices.
+      batch: requests or sequences, over all devices. None: 1, or all that a training
+        step of the config has, in its `grad_accum_steps` parts, with a fused attention
+        kernel (planner/fused.py).
       context: tokens of the cache (decode), of a prompt (prefill) or of a sequence
-        (train). None: 2048, or the model's max_length if that is less.
+        (train). None: 2048, or the model's max_length if that is less; the config's
+        train.seq_len with a training step's own batch.
       residual: the residual schedule. None: the config's.
       reduction: the algorithm that sums partials. None: the config's.
       tensor: devices that share a block's work. None: the config's mesh.tensor.
@@ -148,7 +151,7 @@ def check_fit(requests: Sequence[Request]) -> None:
     for request in requests:
         devices = request.target.devices()
         mesh = make_mesh_for(request.config.mesh, devices, request.workload)
-        sharding.check_fits(request.config.model, mesh, request.batch)
+        sharding.check_fits(request.config.model, mesh, request.at_once)
 
 
 def plan_of(request: Request) -> Plan:
@@ -200,7 +203,7 @@ def make_request(
     config: Config,
     target: str,
     workload: str = "decode",
-    batch: int = 1,
+    batch: int | None = None,
     *,
     recipe: str = "config",
     context: int | None = None,
@@ -217,6 +220,11 @@ def make_request(
     require(isinstance(config, Config), "config", config, "a ladder_jax.Config")
     require(isinstance(target, str), "target", target, "a text such as h100:1x8")
     require(workload in WORKLOADS, "workload", workload, f"one of {WORKLOADS}")
+    parts, is_own_step = 1, batch is None and workload == "train"
+    if is_own_step:
+        batch, parts = config.train.global_batch, config.train.grad_accum_steps
+        context = config.train.seq_len if context is None else context
+    batch = 1 if batch is None else batch
     require(_whole(batch) and batch >= 1, "batch", batch, "1 or more")
     max_length = config.model.max_length
     context = min(2048, max_length) if context is None else context
@@ -252,6 +260,8 @@ def make_request(
         context,
         kv_layout=kv_layout,
         tokens=tokens,
+        parts=parts,
+        fused=is_own_step,
     )
 
 

@@ -3,7 +3,6 @@
 `python -m ladder_jax.planner.survey` adds rows and writes the tables again.
 """
 
-import csv
 import dataclasses
 import textwrap
 from collections.abc import Callable, Iterable
@@ -76,16 +75,7 @@ class Record:
 
 def read(folder: str | Path) -> list[Record]:
     """The rows of a folder's CSV file; an empty list if there is no file."""
-    path = Path(folder) / CSV
-    if not path.exists():
-        return []
-    types = {field.name: field.type for field in dataclasses.fields(Record)}
-    casts: dict[object, Callable[[str], object]] = {int: int, float: float, str: str}
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Record(**{name: casts[types[name]](text) for name, text in row.items()})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
+    return tables.read_csv(Path(folder) / CSV, Record)
 
 
 def write(folder: str | Path, records: Iterable[Record]) -> None:
@@ -93,18 +83,7 @@ def write(folder: str | Path, records: Iterable[Record]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     records = sorted(records, key=_sort_key)
-    with files.replacing(folder / CSV) as part, part.open("w", newline="") as file:
-        names = [field.name for field in dataclasses.fields(Record)]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for record in records:
-            row = dataclasses.asdict(record)
-            writer.writerow(
-                {
-                    name: f"{value:.10g}" if isinstance(value, float) else value
-                    for name, value in row.items()
-                }
-            )
+    tables.write_csv(folder / CSV, Record, records)
     for name, text in markdown_files(records).items():
         files.write_text(folder / name, text)
 

@@ -8,9 +8,17 @@ from typing import NamedTuple
 
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model
-from ladder_jax.planner.hlo import Instruction
+from ladder_jax.planner.hlo import Instruction, Module
 from ladder_jax.planner.scopes import place_of
 from ladder_jax.residual.layers import repeats
+
+
+class Scan(NamedTuple):
+    """A scan of repeated layers."""
+
+    scope: str
+    short: int  # its repetitions in the short model
+    deep: int  # in the deep one
 
 
 class Stack(NamedTuple):
@@ -23,18 +31,34 @@ class Stack(NamedTuple):
     nope_layers: str
     # For each layer of the short model: the number of deep layers that it stands for.
     counts: tuple[float, ...]
-    trips: tuple[tuple[str, int], ...]  # scope of a scan -> its trips in the deep model
+    scans: tuple[Scan, ...] = ()
 
-    def trips_of(self, loop: Instruction) -> float:
+    def scan_of(self, loop: Instruction, module: Module) -> Scan | None:
+        """The scan of layers that a loop is, or None.
+
+        XLA gives a loop that it pipelines no name: then most of its body's instructions
+        tell.
+        """
+        names = [loop.scope]
+        if not loop.scope:
+            body = module.computations[loop.called("body")]
+            names = [one.scope for one in body.values() if one.opcode != "while"]
+            names = list(filter(None, names))
+        for scan in self.scans:
+            if sum(scan.scope in name for name in names) > len(names) / 2:
+                return scan
+        return None
+
+    def trips_of(self, loop: Instruction, module: Module) -> float:
         """How often a loop's body runs in the deep model.
 
-        Scans of layers run as often as `trips` says. For other loops it is the number
-        that XLA knows, or 1.
+        A scan of layers runs as often as there are repetitions, less those that XLA has
+        taken out of the loop. For other loops it is the number that XLA knows, or 1.
         """
-        for scope, trips in self.trips:
-            if scope in loop.scope:
-                return trips
-        return loop.trips or 1
+        scan, trips = self.scan_of(loop, module), module.trips(loop)
+        if scan is None:
+            return trips or 1
+        return scan.deep - (scan.short - (trips or scan.short))
 
 
 class LayerCounter:
@@ -71,12 +95,12 @@ def shorten(model_config: Model, most: int, ends: int = 1) -> Stack:
     notation, deep = model_config.residual, model_config.residual_schedule()
     short: list[tuple[schedule.Block, ...]] = []
     counts: list[float] = []
-    trips: list[tuple[str, int]] = []
+    scans: list[Scan] = []
     for start, stop, period in repeats(deep.layers):
         deep_repeats = (stop - start) // period
         short_repeats = min(deep_repeats, most)
         last = len(short) + short_repeats * period - 1
-        trips.append((f"layers{len(short)}to{last}", deep_repeats))
+        scans.append(Scan(f"layers{len(short)}to{last}", short_repeats, deep_repeats))
         short.extend(deep.layers[start : start + short_repeats * period])
         for count in _counts(deep_repeats, short_repeats, ends):
             counts += [count] * period
@@ -95,7 +119,7 @@ def shorten(model_config: Model, most: int, ends: int = 1) -> Stack:
             if parsed.layers == tuple(short):
                 if model_config.sliding_window is None:
                     windows = "all"  # which means nothing then
-                return Stack(candidate, windows, nope, tuple(counts), tuple(trips))
+                return Stack(candidate, windows, nope, tuple(counts), tuple(scans))
         except ValueError:
             pass
     raise ConfigError(f"schedule={notation!r} has no shorter stack of the same kind")

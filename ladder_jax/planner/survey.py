@@ -51,9 +51,13 @@ COMPARED = [
 # The files of ladder_jax that determine a plan: see `code_version`.
 HASHED_FILES = (
     *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
-    *("optimizer.py", "schedule.py", "sharding.py", "training.py"),
+    *("objective.py", "optimizer.py", "schedule.py", "sharding.py"),
+    *("train_programs.py", "training.py"),
     *("hardware/*.py", "residual/*.py"),
-    *(f"planner/{name}.py" for name in ("hlo", "operations", "plan", "report")),
+    *(
+        f"planner/{name}.py"
+        for name in ("fused", "hlo", "operations", "plan", "report")
+    ),
     *(f"planner/{name}.py" for name in ("scopes", "stack", "timeline")),
 )
 
@@ -101,7 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def survey(args: argparse.Namespace) -> Iterator[Record]:
     """Plans the rows that are missing, and yields each after it has been written."""
     rows = {record.key: record for record in records.read(args.folder)}
-    jaxlib, code = _jaxlib(), code_version()
+    jaxlib, code = jaxlib_version(), code_version()
     for request, all_reduce in requests(args):
         record = dataclasses.replace(
             request_record(request, all_reduce), jaxlib=jaxlib, code=code
@@ -223,7 +227,8 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def _jaxlib() -> str:
+def jaxlib_version() -> str:
+    """The version of jaxlib, whose compilers plan."""
     import jaxlib
 
     return jaxlib.__version__

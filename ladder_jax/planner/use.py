@@ -34,7 +34,7 @@ def use_of(
         # Of a request: decode alone gives it one token a step.
         tokens_per_s_request=tokens / request.batch / step_s,
         mfu=flops / step_s / mesh.size / request.target.chip.peak_flops,
-        largest_batch=largest_batch(memory, request.batch, replicas),
+        largest_batch=largest_batch(memory, request.at_once, replicas) * request.parts,
     )
 
 
