@@ -5,17 +5,22 @@
 
 import csv
 import dataclasses
+import io
+import os
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ladder_jax import files
 from ladder_jax.planner import tables
 
 CSV = "plans.csv"
 SLICES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")  # targets of eight devices
+# The bar of docs/overlap.md: the share of the hideable that is hidden, or how much of
+# the unavoidable may be exposed.
+BAR, REST = 0.95, 1.10
 TIMES = (
     "step_us",
     "compute_us",
@@ -70,41 +75,78 @@ class Record:
             return None
         return min((self.sent_us - self.exposed_us) / hideable, 1.0)
 
+    @property
+    def hides(self) -> bool:
+        """Whether a plan reaches the bar of docs/overlap.md."""
+        share = self.hidden_share
+        return (
+            share is None
+            or share >= BAR
+            or self.exposed_us <= (REST * self.unavoidable_us)
+        )
 
-# ---------------------------------------------------------------- the file
+
+# ---------------------------------------------------------------- the files
+
+# A dataclass of numbers and texts: a row of a CSV file.
+Row = TypeVar("Row")
+CASTS: dict[object, Callable[[str], object]] = {int: int, float: float, str: str}
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a CSV file; an empty list if there is no file.
+
+    A row that the end of a process cut off is left out.
+    """
+    if not path.exists():
+        return []
+    types = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            kind(**{name: CASTS[types[name]](text) for name, text in row.items()})
+            for row in csv.DictReader(file)
+            if None not in row.values()
+        ]
+
+
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Writes a CSV file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+        writer.writerows(map(texts, rows))
+
+
+def append_row(path: Path, row: Any) -> None:
+    """Adds a row to the end of a CSV file in one write: several processes may do so."""
+    if not path.exists():
+        write_rows(path, type(row), [])
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(texts(row))
+    with path.open("a+b", buffering=0) as file:
+        file.seek(-1, os.SEEK_END)
+        cut_off = file.read(1) != b"\n"  # the row before
+        file.write(("\n" * cut_off + line.getvalue()).encode())
+
+
+def texts(row: Any) -> list[str]:
+    """The fields of a row as the file has them."""
+    values = dataclasses.astuple(row)
+    return [
+        f"{value:.10g}" if isinstance(value, float) else str(value) for value in values
+    ]
 
 
 def read(folder: str | Path) -> list[Record]:
     """The rows of a folder's CSV file; an empty list if there is no file."""
-    path = Path(folder) / CSV
-    if not path.exists():
-        return []
-    types = {field.name: field.type for field in dataclasses.fields(Record)}
-    casts: dict[object, Callable[[str], object]] = {int: int, float: float, str: str}
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Record(**{name: casts[types[name]](text) for name, text in row.items()})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
+    return read_rows(Path(folder) / CSV, Record)
 
 
 def write(folder: str | Path, records: Iterable[Record]) -> None:
     """Writes the rows, sorted, to the CSV file, and writes their tables."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    records = sorted(records, key=_sort_key)
-    with files.replacing(folder / CSV) as part, part.open("w", newline="") as file:
-        names = [field.name for field in dataclasses.fields(Record)]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for record in records:
-            row = dataclasses.asdict(record)
-            writer.writerow(
-                {
-                    name: f"{value:.10g}" if isinstance(value, float) else value
-                    for name, value in row.items()
-                }
-            )
+    folder, records = Path(folder), sorted(records, key=_sort_key)
+    write_rows(folder / CSV, Record, records)
     for name, text in markdown_files(records).items():
         files.write_text(folder / name, text)
 
