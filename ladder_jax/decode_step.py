@@ -34,6 +34,7 @@ from ladder_jax.decode_state import (
     Slots,
     SlotState,
 )
+from ladder_jax.hardware import chips
 from ladder_jax.model import Transformer, Unstacked, hidden, logits
 
 # On TPU and CPU, XLA runs a branch, or a loop of unknown trip count, wholly on the
@@ -253,6 +254,7 @@ def forward(
         cache=state.slots.kv if state.pool is None else state.pool.kv,
         pages_read=reads,
         reduction=spec.reduction,
+        twice=chips.doubles_row(spec.mesh),
     )
     logits_WTV = logits(weights, spec.model_config, x_WTD)
     return sharding.gather_vocabulary(logits_WTV), kv

@@ -67,6 +67,7 @@ def make_forward(model_config: Model, mesh: Mesh) -> Callable[..., Any]:
             cache=cache,
             read_BR=read_BR,
             reduction=reduction,
+            twice=chips.doubles_row(mesh),
         )
         return logits(model, model_config, x_BTD), cache
 

@@ -121,6 +121,10 @@ class Attention(nnx.Module):
         k_BTKH = _project(u_BTD, self.wk, self.bk)
         v_BTKH = _project(u_BTD, self.wv, self.bv)
         q_BTNH, k_BTKH, v_BTKH = progress((q_BTNH, k_BTKH, v_BTKH))
+        # A lone row that is computed twice has one row in the cache.
+        copies = q_BTNH.shape[0] // context.positions_BT.shape[0]
+        if copies > 1:
+            q_BTNH, k_BTKH, v_BTKH = (x[:1] for x in (q_BTNH, k_BTKH, v_BTKH))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
@@ -144,6 +148,8 @@ class Attention(nnx.Module):
             cache = pages.write(cache, k_BTKH, v_BTKH, positions_BT, reads.table_BM)
             positions_BT = take(positions_BT, read_BR)
             out_BTNH = pages.attend(q_BTNH, cache, reads, positions_BT, context.window)
+        if copies > 1:
+            out_BTNH = jnp.concatenate([out_BTNH] * copies)
         out_BTNH = progress(out_BTNH)
         # E = N H, one dimension: for a product over two, XLA:CPU transposes `wo`.
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
@@ -275,6 +281,7 @@ def hidden(
     unroll: bool = False,
     freshness: Freshness | None = None,
     sequence_parallel: bool = False,
+    twice: bool = False,
 ) -> tuple[jax.Array, Any]:
     """The final residual stream, and the cache with these tokens written.
 
@@ -302,6 +309,9 @@ def hidden(
         block has its own: 1 makes it standard, 0 what its schedule says.
       sequence_parallel: whether each tensor shard has the stream of its own tokens
         alone (residual/sequence.py). It changes no result.
+      twice: with a cache and delays, whether a lone token's row is computed twice, side
+        by side, but for attention itself. It changes no result (chips.Chip.doubles_row)
+        and takes less time than to double the row of each product (matmul.product).
 
     Returns:
       The stream [B, T or R, D], in the compute dtype, and the cache, in its own form.
@@ -309,6 +319,10 @@ def hidden(
     """
     if freshness is not None:
         check_freshness(model_config, freshness)
+    residual_schedule = model_config.residual_schedule()
+    twice = twice and cache is not None and read_BR is None and tokens_BT.size == 1
+    if twice := twice and residual_schedule.overlaps:
+        tokens_BT = jnp.concatenate([tokens_BT, tokens_BT])
     dtype = jnp.dtype(model_config.dtype)
     rotation = rotary(
         positions_BT,
@@ -327,7 +341,6 @@ def hidden(
     if sequence_parallel and sharding.axis_size(sharding.TENSOR) > 1:
         norm = partial(rms_norm, eps=model_config.norm_eps)
         sequence = SequenceParallel(_norm_scale, norm, tokens_BT.shape[1])
-    residual_schedule = model_config.residual_schedule()
     x_BTD, outputs = residual.run(
         residual_schedule,
         embed(model, dtype, tokens_BT),
@@ -338,6 +351,8 @@ def hidden(
         unroll=unroll,
         read_BR=read_BR,
     )
+    if twice:
+        x_BTD = x_BTD[:1]
     # The first block of every layer is the one with attention.
     if isinstance(model.layers, list):
         return x_BTD, [blocks[0] for blocks in outputs]

@@ -59,6 +59,11 @@ class Schedule(NamedTuple):
     # mean of them.
     mean: bool = False
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a reduction can run beside some block."""
+        return any(block.overlaps for layer in self.layers for block in layer)
+
 
 FORMS = (
     "standard, ladder, ladder:A,M, hybrid:lastK, hybrid:LAYERS (such as 3,5-9), "

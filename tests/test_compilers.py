@@ -11,7 +11,7 @@ import subprocess
 
 import jax
 import pytest
-from helpers import COMMAND
+from helpers import COMMAND, ROOT
 from judge import judge
 
 from ladder_jax import sharding
@@ -27,7 +27,15 @@ from ladder_jax.config import (
 from ladder_jax.hardware import aot, xla_options
 from ladder_jax.kv_cache import DTYPES
 from ladder_jax.matmul import einsum
-from ladder_jax.planner import hlo, plan, report, scaling
+from ladder_jax.planner import (
+    grid,
+    grid_job,
+    hlo,
+    plan,
+    recipe_plans,
+    report,
+    scaling,
+)
 from ladder_jax.quantised import Quantised
 from ladder_jax.serve import compilation, design
 
@@ -487,6 +495,54 @@ def test_every_recipes_step_fits_the_hardware_that_its_docstring_names(recipe):
     mesh = from_recipe(f"configs/{recipe}.py").mesh
     assert (row.data, row.fsdp, row.tensor) == (mesh.data, mesh.fsdp, mesh.tensor)
     assert 0.19 < row.mfu < 0.6, row  # the least is 176B's, between 32 nodes
+
+
+def planned_again(row):
+    """A row of docs/overlap/grid.csv, planned in this process."""
+    again = grid_job.plan_row(
+        dataclasses.replace(row, verdict="", reason="", share=0.0)
+    )
+    assert again.verdict, row
+    return again
+
+
+def cells_of_the_grid(cells):
+    """The rows of docs/overlap/grid.csv of these cells, by this jaxlib."""
+    rows = {
+        row.cell: row
+        for row in grid.read(ROOT / "docs/overlap")
+        if "auto" in row.key and row.jaxlib == recipe_plans.jaxlib_version()
+    }
+    return [rows[cell] for cell in cells if cell in rows]
+
+
+# Two of the cells that hid half: a lone row, and a cache so short that XLA estimates no time for a message.
+LONE = [
+    grid.Cell(recipe, "v5p:2x2x2", "decode", 1, context, 1, 1, 8)
+    for recipe, context in (("llama3_8b", 512), ("llama3_70b", 1024))
+]
+
+
+@needs_tpu
+@pytest.mark.parametrize("cell", LONE, ids=str)
+def test_a_lone_row_with_a_short_cache_hides_what_can_be_hidden(cell):
+    [row] = cells_of_the_grid([cell])
+    again = planned_again(row)
+    assert again.verdict == row.verdict == "hidden", again
+    assert again.step_us == pytest.approx(row.step_us, rel=0.02)
+
+
+@pytest.mark.slow
+@needs_tpu
+@needs_gpu
+@pytest.mark.parametrize("cell", grid.CORNERS, ids=str)
+def test_what_once_failed_is_as_the_grid_says(cell):
+    for row in cells_of_the_grid([cell]):
+        again = planned_again(row)
+        assert (again.verdict, again.share) == (
+            row.verdict,
+            pytest.approx(row.share, abs=0.01),
+        ), again.reason
 
 
 @needs_tpu

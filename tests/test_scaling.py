@@ -83,7 +83,7 @@ ROW = scaling.row_of("llama3_8b", "h100", 64, "ladder")
 
 def test_the_survey_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     version = ["one"]
-    monkeypatch.setattr(scaling.survey, "code_version", lambda: version[0])
+    monkeypatch.setattr(scaling.recipe_plans, "code_version", lambda: version[0])
     step = lambda row: dataclasses.replace(row, step_ms=100.0, fits="yes")
     monkeypatch.setattr(scaling, "plan_row", step)
 

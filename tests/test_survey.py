@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from helpers import ROOT
 
-from ladder_jax.planner import calibrate, hints, records, survey
+from ladder_jax.planner import calibrate, hints, recipe_plans, records, survey
 from ladder_jax.planner.records import Record
 
 DOCS = ROOT / "docs/overlap"
@@ -98,7 +98,7 @@ def test_schedules_stand_side_by_side_where_there_are_several():
 def surveyed(monkeypatch, tmp_path):
     """A function that runs the survey without compilers; returns the planned rows."""
     code = ["one"]
-    monkeypatch.setattr(survey, "code_version", lambda: code[0])
+    monkeypatch.setattr(recipe_plans, "code_version", lambda: code[0])
     monkeypatch.setattr(
         survey,
         "plan_record",
@@ -149,13 +149,13 @@ def test_a_shape_that_is_none_is_one_line(surveyed):
 def test_the_version_of_the_code_ignores_docstrings(tmp_path):
     def version(text):
         (tmp_path / "model.py").write_text(text, encoding="utf-8")
-        return survey.code_version(tmp_path)
+        return recipe_plans.code_version(tmp_path)
 
     first = version('def f(x):\n    """Adds one."""\n    return x + 1\n')
     assert version("def f(x):\n    # One more.\n    return (x + 1)\n") == first
     assert version("def f(x):\n    return x + 2\n") != first
-    for pattern in survey.HASHED_FILES:
-        assert list(survey.PACKAGE.glob(pattern)), f"{pattern} names no file"
+    for pattern in recipe_plans.HASHED_FILES:
+        assert list(recipe_plans.PACKAGE.glob(pattern)), f"{pattern} names no file"
 
 
 @pytest.mark.parametrize("which", ["none", "forward", "carried", "all"])

@@ -45,6 +45,12 @@ class Chip(NamedTuple):
     # Whether the program must force the order of the blocks' backward passes, because
     # XLA would change it.
     in_order: bool = False
+    # Whether a decode step of one row is shorter if it computes the row twice: XLA
+    # multiplies two rows on the matrix units, and one on the vector units.
+    doubles_row: bool = False
+    # Of exchanges of at most so many rows the last round is tied to a product, because
+    # XLA would end it right after its start (residual/overlap.py).
+    tied_rows: int = 0
 
     # GPU alone. A "node" is the GPUs that NVLink connects.
     internode_bandwidth: float = 0.0  # bytes/s, as link_bandwidth, between nodes
@@ -96,7 +102,7 @@ V5E = Chip(
     target_sides=2,
     clock_hz=1.5e9,
     torus_min_side=16,
-    async_all_reduce_min_bytes=1 << 20,
+    async_all_reduce_min_bytes=512 << 10,
     slice_bandwidth=25e9 / 8,
 )
 V6E = Chip(
@@ -112,6 +118,7 @@ V6E = Chip(
     torus_min_side=16,
     async_all_reduce_min_bytes=512 << 10,
     in_order=True,
+    doubles_row=True,
     slice_bandwidth=25e9 / 8,
 )
 V5P = Chip(
@@ -126,6 +133,8 @@ V5P = Chip(
     clock_hz=1.75e9,
     torus_min_side=4,
     async_all_reduce_min_bytes=512 << 10,
+    doubles_row=True,
+    tied_rows=8,
     slice_bandwidth=25e9 / 4,
 )
 TPU7X = Chip(  # JAX has a device for each of a chip's two halves
@@ -230,6 +239,12 @@ def platform(where: Any) -> str:
     kind = getattr(device, "device_kind", "").lower()
     is_amd = "rocm" in version or any(word in kind for word in AMD_WORDS)
     return "rocm" if is_amd else "cuda"
+
+
+def doubles_row(mesh: Any) -> bool:
+    """Whether decode programs on a mesh compute a lone row twice; see `Chip`."""
+    kind = kind_of(mesh.devices.flat[0])
+    return kind is not None and CHIPS[kind].doubles_row
 
 
 def is_amd(kind: str) -> bool:

@@ -137,6 +137,15 @@ def build(request: Request) -> Compiled:
     )
 
 
+def argument_bytes(request: Request) -> int:
+    """Bytes on a device of the parameters, and the cache or the optimizer's state."""
+    devices = request.target.devices()
+    mesh = make_mesh_for(request.config.mesh, devices, request.workload)
+    sharding.check_fits(request.config.model, mesh, request.batch)
+    request = request._replace(kv_layout=layout_of(request, mesh))
+    return bytes_per_device(make_program(request, mesh).arguments)
+
+
 def make_mesh_for(
     mesh_config: config.Mesh, devices: Sequence[jax.Device], workload: str
 ) -> jax.sharding.Mesh:
@@ -269,6 +278,7 @@ def forward_pass(
             read_BR=read_BR,
             reduction=reduction,
             sequence_parallel=sequence_parallel,
+            twice=chips.doubles_row(mesh),
         )
         return model.logits(parameters, model_config, x_B1D), cache
 
@@ -341,6 +351,7 @@ def decode_in_pages(
             cache=pool,
             pages_read=reads,
             reduction=reduction,
+            twice=chips.doubles_row(mesh),
         )
         return model.logits(parameters, model_config, x_BTD), pool
 

@@ -15,6 +15,9 @@ from ladder_jax.planner import tables
 
 CSV = "plans.csv"
 SLICES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1x8")  # targets of eight devices
+# The bar of docs/overlap.md: the share of the hideable that is hidden, or how much of
+# the unavoidable may be exposed.
+BAR, REST = 0.95, 1.10
 TIMES = (
     "step_us",
     "compute_us",
@@ -52,7 +55,7 @@ class Record:
     # What planned it.
     jaxlib: str = ""
     date: str = ""
-    code: str = ""  # see survey.code_version; "": unknown
+    code: str = ""  # see recipe_plans.code_version; "": unknown
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -69,6 +72,16 @@ class Record:
             return None
         return min((self.sent_us - self.exposed_us) / hideable, 1.0)
 
+    @property
+    def hides(self) -> bool:
+        """Whether a plan reaches the bar of docs/overlap.md."""
+        share = self.hidden_share
+        return (
+            share is None
+            or share >= BAR
+            or self.exposed_us <= (REST * self.unavoidable_us)
+        )
+
 
 # ---------------------------------------------------------------- the file
 
@@ -80,9 +93,7 @@ def read(folder: str | Path) -> list[Record]:
 
 def write(folder: str | Path, records: Iterable[Record]) -> None:
     """Writes the rows, sorted, to the CSV file, and writes their tables."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    records = sorted(records, key=_sort_key)
+    folder, records = Path(folder), sorted(records, key=_sort_key)
     tables.write_csv(folder / CSV, Record, records)
     for name, text in markdown_files(records).items():
         files.write_text(folder / name, text)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ladder_jax import files
 from ladder_jax.config import Config, ConfigError, Mesh, from_recipe
 from ladder_jax.hardware import aot, cost
-from ladder_jax.planner import survey, tables
+from ladder_jax.planner import recipe_plans, tables
 
 if TYPE_CHECKING:
     from ladder_jax.planner.plan import Request
@@ -237,7 +237,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
 def survey_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Plans the rows that are missing, and yields each after it has been written."""
     rows = {row.key: row for row in read(args.file)}
-    jaxlib, code = survey.jaxlib_version(), survey.code_version()
+    jaxlib, code = recipe_plans.jaxlib_version(), recipe_plans.code_version()
     for row in wanted(args):
         existing = rows.get(row.key)
         if existing and (not args.again or existing.code == code):
@@ -253,7 +253,7 @@ def survey_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def read(path: str | Path) -> list[Row]:
     """The rows of the file; an empty list if there is none."""
-    return tables.read_csv(path, Row)
+    return tables.read_csv(Path(path), Row)
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
@@ -263,7 +263,7 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
         *(order.index(row.recipe), row.target.split(":")[0], row.chips),
         *(row.schedule == "standard", row.schedule),
     )
-    tables.write_csv(path, Row, sorted(rows, key=key))
+    tables.write_csv(Path(path), Row, sorted(rows, key=key))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,30 +3,30 @@
     python -m ladder_jax.planner.survey decode
     python -m ladder_jax.planner.survey prefill --recipes llama3_8b --targets v5p:2x2x2
     python -m ladder_jax.planner.survey compare
+    python -m ladder_jax.planner.survey grid --jobs 2 --minutes 60
     python -m ladder_jax.planner.survey tables
 
 `decode`, `prefill` and `train` plan a row for every recipe, target, shape and schedule;
-`compare` plans residual schedules side by side; `tables` plans nothing, and only writes
-the tables of the existing rows. The program writes each row as soon as it is planned.
-It leaves out a row that the same code has planned with the same jaxlib, unless
-`--again` is given.
+`compare` plans residual schedules side by side; `grid` plans the cells of grid.py in
+several processes, those that failed first, for `--minutes`; `tables` plans nothing, and
+only writes the tables and heat maps of the existing rows. The program writes each row
+as soon as it is planned. It leaves out a row that the same code has planned with the
+same jaxlib, unless `--again` is given.
 """
 
 import argparse
-import ast
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ladder_jax import files
-from ladder_jax.config import ConfigError, Mesh, from_recipe
+from ladder_jax.config import ConfigError, Mesh
 from ladder_jax.hardware import aot
-from ladder_jax.planner import calibrate, records
+from ladder_jax.planner import calibrate, grid, grid_job, maps, recipe_plans, records
 from ladder_jax.planner.records import Record
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ SHAPES = {
     "train": ("1x2048",),
 }
 TENSOR = 8
-PACKAGE = Path(__file__).resolve().parent.parent
 # What `compare` plans: recipe, target, batch, reduction.
 COMPARED = [
     ("llama3_70b", "h100:1x8", 1, "psum"),
@@ -48,18 +47,6 @@ COMPARED = [
     ("llama3_70b", "h100:1x8", 64, "psum"),
     ("llama3_70b", "v5p:2x2x2", 16, "auto"),
 ]
-# The files of ladder_jax that determine a plan: see `code_version`.
-HASHED_FILES = (
-    *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
-    *("objective.py", "optimizer.py", "schedule.py", "sharding.py"),
-    *("train_programs.py", "training.py"),
-    *("hardware/*.py", "residual/*.py"),
-    *(
-        f"planner/{name}.py"
-        for name in ("fused", "hlo", "operations", "plan", "report")
-    ),
-    *(f"planner/{name}.py" for name in ("scopes", "stack", "timeline")),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aot.prepare()
     if args.command == "tables":
         write_tables(args.folder)
+        return
+    if args.command == "grid":
+        for row in grid_job.run(args):
+            print(maps.line(row), flush=True)
         return
     for record in survey(args):
         print(
@@ -79,9 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_tables(folder: str | Path) -> None:
-    """Writes the tables of a folder's CSV file, and the calibration's table."""
+    """Writes the tables of a folder's CSV files, the grid's heat maps, and the
+    calibration's table."""
     records.write(folder, records.read(folder))
     files.write_text(Path(folder) / "published.md", calibrate.page())
+    rows = grid.read(folder)
+    grid.write(folder, rows)
+    files.write_text(Path(folder) / "grid.md", maps.page(rows))
+    maps.draw(folder, rows)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,9 +85,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=[*SHAPES, "compare", "tables"])
-    parser.add_argument("--recipes", nargs="+", default=["llama3_8b", "llama3_70b"])
-    parser.add_argument("--targets", nargs="+", default=records.SLICES)
+    parser.add_argument("command", choices=[*SHAPES, "compare", "grid", "tables"])
+    parser.add_argument("--recipes", nargs="+", help="default: 8B and 70B; grid: all")
+    parser.add_argument("--targets", nargs="+", help="default: 4 slices; grid: all")
     parser.add_argument("--shapes", nargs="+", help="batch x context, such as 4x2048")
     parser.add_argument("--schedules", nargs="+", default=["ladder"])
     parser.add_argument("--reduction", default="auto")
@@ -99,13 +95,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--again", action="store_true", help="plan the existing rows again too"
     )
     parser.add_argument("--folder", default="docs/overlap")
-    return parser.parse_args(arguments)
+    group = parser.add_argument_group("grid alone")
+    group.add_argument("--workloads", nargs="+", choices=list(SHAPES))
+    group.add_argument("--tensor", nargs="+", type=int, choices=[2, 4, 8])
+    group.add_argument("--corners", action="store_true", help="those that once failed")
+    group.add_argument("--jobs", type=int, default=1, help="processes")
+    group.add_argument("--minutes", type=float, default=float("inf"))
+    args = parser.parse_args(arguments)
+    if args.command != "grid":
+        args.recipes = args.recipes or ["llama3_8b", "llama3_70b"]
+        args.targets = args.targets or records.SLICES
+    return args
 
 
 def survey(args: argparse.Namespace) -> Iterator[Record]:
     """Plans the rows that are missing, and yields each after it has been written."""
     rows = {record.key: record for record in records.read(args.folder)}
-    jaxlib, code = jaxlib_version(), code_version()
+    jaxlib, code = recipe_plans.jaxlib_version(), recipe_plans.code_version()
     for request, all_reduce in requests(args):
         record = dataclasses.replace(
             request_record(request, all_reduce), jaxlib=jaxlib, code=code
@@ -125,52 +131,22 @@ def requests(args: argparse.Namespace) -> Iterator[tuple["Request", float | None
         from ladder_jax.planner import compare
 
         for recipe, target, batch, reduction in COMPARED:
-            request = make_request(
-                recipe, target, "decode", f"{batch}x2048", "standard", reduction
+            mesh = Mesh(data=-1, tensor=TENSOR, reduction=reduction)  # type: ignore[arg-type]
+            request = recipe_plans.make_request(
+                recipe, target, "decode", f"{batch}x2048", "standard", mesh
             )
             for variant in compare.variants(request):
                 yield variant.request, variant.all_reduce
         return
     shapes = args.shapes or SHAPES[args.command]
+    mesh = Mesh(data=-1, tensor=TENSOR, reduction=args.reduction)
     for recipe, target, shape, schedule in itertools.product(
         args.recipes, args.targets, shapes, args.schedules
     ):
-        request = make_request(
-            recipe, target, args.command, shape, schedule, args.reduction
+        request = recipe_plans.make_request(
+            recipe, target, args.command, shape, schedule, mesh
         )
         yield request, None
-
-
-def make_request(
-    recipe: str, target: str, workload: str, shape: str, schedule: str, reduction: Any
-) -> "Request":
-    """The request for a recipe's model, with tensor parallelism over eight devices.
-
-    Args:
-      recipe: the name of its file in configs/, such as "llama3_8b".
-      target: see aot.parse.
-      workload: "decode", "prefill" or "train".
-      shape: batch x context, such as "4x2048".
-      schedule: the residual schedule.
-      reduction: mesh.reduction.
-    """
-    from ladder_jax.planner.plan import Request
-
-    config = from_recipe(f"configs/{recipe}.py")
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, residual=schedule),
-        mesh=Mesh(data=-1, tensor=TENSOR, reduction=reduction),
-    )
-    batch, _, context = shape.partition("x")
-    if not (batch.isdigit() and context.isdigit()):
-        raise ConfigError(
-            f"shapes={shape!r} is not accepted: it must be batch x context, "
-            "such as 4x2048"
-        )
-    return Request(
-        recipe, config, aot.parse(target), workload, int(batch), int(context)
-    )
 
 
 def request_record(request: "Request", all_reduce: float | None) -> Record:
@@ -200,38 +176,7 @@ def plan_record(record: Record, request: "Request", all_reduce: float | None) ->
     except ConfigError as error:
         return dataclasses.replace(record, error=str(error), date=today)
     planned = report.make_report(compiled, report.make_timeline(compiled, all_reduce))
-    totals = planned["totals"] | dict(sent_us=planned["totals"]["communication_us"])
-    return dataclasses.replace(
-        record,
-        reduction=planned["reduction"],
-        date=today,
-        **{name: round(totals[name], 3) for name in records.TIMES},
-    )
-
-
-def code_version(package: Path = PACKAGE) -> str:
-    """A hash of the code that determines a plan, without comments and docstrings."""
-    digest = hashlib.sha256()
-    for pattern in HASHED_FILES:
-        for path in sorted(package.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            digest.update(ast.dump(_without_docstrings(tree)).encode())
-    return digest.hexdigest()[:8]
-
-
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    return tree
-
-
-def jaxlib_version() -> str:
-    """The version of jaxlib, whose compilers plan."""
-    import jaxlib
-
-    return jaxlib.__version__
+    return dataclasses.replace(recipe_plans.with_result(record, planned), date=today)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 import csv
 import dataclasses
+import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ladder_jax import files
 
-Row = TypeVar("Row")
+Row = TypeVar("Row")  # a dataclass of numbers and texts
 
 
 class Column(NamedTuple):
@@ -48,36 +50,51 @@ def markdown_table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def read_csv(path: str | Path, kind: type[Row]) -> list[Row]:
-    """The rows of a file as dataclasses of numbers and texts; [] if there is no file.
+# ---------------------------------------------------------------- CSV
 
-    kind: the dataclass; its fields are the columns.
+CASTS: dict[object, Callable[[str], object]] = {int: int, float: float, str: str}
+
+
+def read_csv(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a CSV file; an empty list if there is no file.
+
+    A row that the end of a process cut off is left out.
     """
-    path = Path(path)
     if not path.exists():
         return []
-    types: dict[str, Any] = {
-        field.name: field.type
-        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
-    }
+    types = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            kind(**{name: types[name](text) for name, text in row.items()})
+            kind(**{name: CASTS[types[name]](text) for name, text in row.items()})
             for row in csv.DictReader(file)
+            if None not in row.values()
         ]
 
 
-def write_csv(path: str | Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Writes dataclasses to a file; `read_csv` reads them again."""
+def write_csv(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Writes a CSV file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as part, part.open("w", newline="") as file:
-        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            values = dataclasses.asdict(row)  # type: ignore[call-overload]
-            writer.writerow(
-                {
-                    name: f"{value:.10g}" if isinstance(value, float) else value
-                    for name, value in values.items()
-                }
-            )
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+        writer.writerows(map(_texts, rows))
+
+
+def append_csv(path: Path, row: Any) -> None:
+    """Adds a row to the end of a CSV file in one write: several processes may do so."""
+    if not path.exists():
+        write_csv(path, type(row), [])
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(_texts(row))
+    with path.open("a+b", buffering=0) as file:
+        file.seek(-1, os.SEEK_END)
+        cut_off = file.read(1) != b"\n"  # the row before
+        file.write(("\n" * cut_off + line.getvalue()).encode())
+
+
+def _texts(row: Any) -> list[str]:
+    """The fields of a row as the file has them."""
+    values = dataclasses.astuple(row)
+    return [
+        f"{value:.10g}" if isinstance(value, float) else str(value) for value in values
+    ]

@@ -316,8 +316,7 @@ def reduction_for(
 
 def _overlaps(model_config: Model) -> bool:
     """Whether a reduction can run beside some block."""
-    residual_schedule = schedule.parse(model_config.residual, model_config.layers)
-    return any(block.overlaps for layer in residual_schedule.layers for block in layer)
+    return schedule.parse(model_config.residual, model_config.layers).overlaps
 
 
 @functools.lru_cache(maxsize=32)
@@ -343,4 +342,4 @@ def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy
         rows = value.size // value.shape[-1] if value.ndim else 1
         return choose(rows, value.size * value.dtype.itemsize)
 
-    return Policy(name_for, network.chip.in_order)
+    return Policy(name_for, network.chip.in_order, network.chip.tied_rows)

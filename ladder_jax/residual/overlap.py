@@ -39,6 +39,7 @@ class AsyncReduction:
         self._pending = self._program.begin(lax.stop_gradient(value))
         self._rounds_ended = 0
         self._products_done = 0  # of the block beside which it runs
+        self._ties_last = isinstance(reduction, Policy) and reduction.ties_last(value)
 
     def progress(self, product: Any) -> Any:
         """Ends a round after `product` (arrays) is computed. Returns `product`.
@@ -50,9 +51,10 @@ class AsyncReduction:
         rounds_left = rounds - self._rounds_ended
         products_left = PRODUCTS - self._products_done
         # XLA itself places the end of the last of several rounds well: where the sum is
-        # read. It would end a single round right after its start.
+        # read. It would end a single round right after its start, and on some chips the
+        # last round of a message that is so short that XLA estimates no time for it.
         is_only_round = rounds == 1
-        rounds_for_xla = 0 if is_only_round else 1
+        rounds_for_xla = 0 if is_only_round or self._ties_last else 1
         if rounds_left <= max(products_left, rounds_for_xla):
             return product
         pending, tied_product = lax.optimization_barrier((self._pending, product))

@@ -73,6 +73,14 @@ class Policy(NamedTuple):
     # Whether XLA must keep the blocks of the backward pass in order. If it swapped
     # them, a reduction would have no compute beside it (chips.Chip.in_order).
     in_order: bool = False
+    # Messages of at most so many rows end their last round after a product, too
+    # (chips.Chip.tied_rows).
+    tied_rows: int = 0
+
+    def ties_last(self, value: Like) -> bool:
+        """Whether the last of several rounds of a message ends after a product."""
+        rows = value.size // value.shape[-1] if value.ndim else 1
+        return rows <= self.tied_rows
 
 
 def name_for(reduction: str | Policy, value: Like) -> str:
