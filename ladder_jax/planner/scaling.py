@@ -17,6 +17,7 @@ are added: XLA puts them behind the backward pass, with nothing beside them.
 import argparse
 import dataclasses
 import datetime
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,7 +98,7 @@ class Row:
     def chips(self) -> int:
         """How many chips there are."""
         shape = self.target.partition(":")[2]
-        return self.slices * _product(map(int, shape.split("x")))
+        return self.slices * math.prod(map(int, shape.split("x")))
 
 
 class Machine(NamedTuple):
@@ -317,13 +318,6 @@ def with_table(text: str, rows: Sequence[Row]) -> str:
 
 def _place(row: Row) -> tuple[object, ...]:
     return row.recipe, row.target, row.slices
-
-
-def _product(numbers: Iterable[int]) -> int:
-    total = 1
-    for number in numbers:
-        total *= number
-    return total
 
 
 # ---------------------------------------------------------------- the command
