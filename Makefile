@@ -40,7 +40,7 @@ test: lint docs $(COMPILERS)/test $(PARITY)/test
 	@echo "done: every test passed, their times are in runs/tests.xml, runs/plan.xml and runs/hf.xml"
 
 test-compilers: $(COMPILERS)/test
-	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_compilers.py tests/test_notebook.py::test_timeline
+	$(COMPILERS)/bin/python -m pytest --junit-xml=runs/plan.xml tests/test_compilers*.py tests/test_notebook.py::test_timeline
 
 test-parity: $(PARITY)/test
 	$(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --junit-xml=runs/hf.xml tests/hf
@@ -52,7 +52,7 @@ test-fast: $(VENV)/test
 test-slow: $(VENV)/test $(COMPILERS)/test $(PARITY)/test
 	$(RUN)/python -m pytest -m slow
 	$(PARITY)/bin/python -m pytest -m slow tests/hf
-	$(COMPILERS)/bin/python -m pytest -m slow tests/test_compilers.py
+	$(COMPILERS)/bin/python -m pytest -m slow tests/test_compilers*.py
 
 lint: $(VENV)/test
 	$(RUN)/ruff check .
