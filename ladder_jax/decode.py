@@ -38,17 +38,12 @@ from jax.sharding import PartitionSpec as P
 
 from ladder_jax import (
     decode_pages,
-    decode_scores,
-    pages,
-    sampling,
     sharding,
-    speculation,
 )
+from ladder_jax.decode_prompts import carry, prefill
 from ladder_jax.decode_state import (
     NO_REQUEST,
     NOT_WAITING,
-    PREEMPTED,
-    TOKEN,
     DecodeSpec,
     DecodeState,
     Events,
@@ -59,10 +54,10 @@ from ladder_jax.decode_state import (
     state_specs,
     without_weak_types,
 )
-from ladder_jax.decode_step import any_waiting, iterate, next_tokens, no_events
+from ladder_jax.decode_step import any_waiting, iterate, no_events
 from ladder_jax.decode_weights import weights_specs
 from ladder_jax.hardware import xla_options
-from ladder_jax.model import Transformer, Unstacked, hidden, logits
+from ladder_jax.model import Transformer, Unstacked
 
 # ---------------------------------------------------------------- the programs
 
@@ -155,6 +150,33 @@ def make_chunk(spec: DecodeSpec, iterations: int) -> Callable[..., Any]:
     return _jit_on_mesh(chunk, spec, in_specs, (state_specs(spec), P(), P()), donate=1)
 
 
+@functools.lru_cache(maxsize=32)
+def make_carry(spec: DecodeSpec) -> Callable[..., Any]:
+    """Returns the jitted call of one iteration that carries pieces of P prompts.
+
+    (weights, state, cancelled, prompts) -> (state, events [1, W], waiting [R],
+    events [P])
+
+    It is a chunk of one iteration and the prefill call before it in one forward pass;
+    see `make_chunk` and `make_prefill` for the arguments. Requests have pages, and
+    `spec.speculate` is 0.
+    """
+
+    def carrying(
+        weights: Transformer | Unstacked,
+        state: DecodeState,
+        cancelled_C: jax.Array,
+        prompts: Prompts,
+    ) -> tuple[DecodeState, Events, jax.Array, Events]:
+        state = cancel(state, cancelled_C)
+        state, events_1W, events_P = carry(spec, weights, state, prompts)
+        return state, events_1W, state.staging.state.request, events_P
+
+    in_specs = weights_specs(spec), state_specs(spec), P(), P()
+    out_specs = state_specs(spec), P(), P(), P()
+    return _jit_on_mesh(carrying, spec, in_specs, out_specs, donate=1)
+
+
 def cancel(state: DecodeState, cancelled_C: jax.Array) -> DecodeState:
     """Removes the requests with these ids from slots and staging."""
 
@@ -203,127 +225,13 @@ def make_prefill(spec: DecodeSpec, scored: bool = False) -> Callable[..., Any]:
     """
     in_specs = weights_specs(spec), slots_specs(spec), P()
     return _jit_on_mesh(
-        functools.partial(_prefill, spec, scored),
+        functools.partial(prefill, spec, scored),
         spec,
         in_specs,
         (slots_specs(spec), P(), P()),
         donate=1,
         workload="prefill",
     )
-
-
-def _prefill(
-    spec: DecodeSpec,
-    scored: bool,
-    weights: Transformer | Unstacked,
-    staging: Slots,
-    prompts: Prompts,
-) -> tuple[Slots, Events, decode_scores.Scores | None]:
-    T = prompts.tokens.shape[1]
-    R = staging.state.admission_order.size
-    prompts_kv, reads, lacks_pages_P, write = _prompt_rows(spec, staging, prompts)
-    positions_PT = prompts.start[:, None] + jnp.arange(T)
-    last_P1 = (prompts.length - 1).clip(0)[:, None]
-    x_PRD, prompts_kv = hidden(
-        weights,
-        spec.model_config,
-        prompts.tokens,
-        positions_PT,
-        cache=prompts_kv,
-        read_BR=None if scored else last_P1,
-        pages_read=reads,
-        reduction=spec.reduction,
-    )
-    scores = None
-    if scored:
-        targets_PT = jnp.take_along_axis(
-            prompts.prompt, positions_PT + 1, axis=1, mode="clip"
-        )
-        scores = decode_scores.score(spec, weights, x_PRD, targets_PT)
-        x_PRD = jnp.take_along_axis(x_PRD, last_P1[:, :, None], axis=1)
-    staging = write(prompts_kv)
-    logits_P1V = logits(weights, spec.model_config, x_PRD)
-    logits_PV = sharding.gather_vocabulary(logits_P1V)[:, 0]
-    history_PV = sampling.prompt_history(
-        prompts.prompt,
-        spec.model_config.vocab_size,
-        prompts.size - prompts.generated,
-    )
-    table_PM = staging.state.table[prompts.staging_index.clip(0, R - 1)]
-    rows_P = prompts.state._replace(history=history_PV, table=table_PM)
-    if rows_P.drafting is not None and staging.state.drafting is not None:
-        length = staging.state.drafting.tokens.shape[1]
-        drafting = speculation.with_prompts(rows_P.drafting, prompts.prompt, length)
-        rows_P = rows_P._replace(drafting=drafting)
-    next_position_P = prompts.start + prompts.length
-    emits_P = prompts.last & (rows_P.remaining > 0)
-    events, rows_P = next_tokens(spec, logits_PV, rows_P, next_position_P, emits_P)
-    # Only requests that wait for a slot from now on are written to staging. A prompt
-    # with more pieces to come does not wait yet, and a request that its first token
-    # ended does not wait any more: their index is R, and JAX drops the write.
-    index_P = jnp.where(events.flag == TOKEN, prompts.staging_index, R)
-    state = jax.tree.map(
-        lambda old, new: old.at[index_P].set(new, mode="drop"), staging.state, rows_P
-    )
-    if lacks_pages_P is not None:
-        # The next call frees the pages of a request that its first token has ended:
-        # the prefix cache may take them until then.
-        has_ended_P = prompts.last & (events.flag != TOKEN)
-        ended_P = jnp.where(has_ended_P, prompts.staging_index, R)
-        request = state.request.at[ended_P].set(NO_REQUEST, mode="drop")
-        state = state._replace(request=request)
-        # The host sees that a prompt lacks pages, and fails.
-        events = events._replace(flag=jnp.where(lacks_pages_P, PREEMPTED, events.flag))
-    return Slots(state, staging.kv), events, scores
-
-
-def _prompt_rows(
-    spec: DecodeSpec, staging: Slots, prompts: Prompts
-) -> tuple[Any, pages.Tables | None, jax.Array | None, Callable[[Any], Slots]]:
-    """Returns the prompts' keys and values.
-
-    They are the first C of their rows of staging; with pages, those of the pool, with
-    the pages to read and bool [P]: which prompts lack a page. Also returns a function
-    that takes the new keys and values, and returns staging with them.
-    """
-    C = prompts.prompt.shape[1]
-    R = staging.state.admission_order.size
-    index_P = prompts.staging_index
-    if spec.page_size:
-        staging = decode_pages.release_staging(staging)
-        table_PM, lacks_P, pool = decode_pages.prompt_tables(
-            staging.kv, staging.state, prompts
-        )
-        # The id tells which row a cancelled request leaves, whatever it computed.
-        rows = staging.state._replace(
-            table=staging.state.table.at[index_P].set(table_PM, mode="drop"),
-            request=staging.state.request.at[index_P].set(
-                prompts.state.request, mode="drop"
-            ),
-        )
-        last_P = jnp.where(index_P < R, prompts.start + prompts.length - 1, 0)
-
-        def with_kv(kv: Any) -> Slots:
-            return Slots(rows, pool._replace(kv=kv))
-
-        reads = pages.Tables(table_PM, last_P, spec.page_kernel)
-        return pool.kv, reads, lacks_P, with_kv
-
-    def first_tokens(kv: jax.Array, rows_P: jax.Array) -> tuple[Any, ...]:
-        """Returns the index of these rows' first C tokens in [..., R, K, S, H]."""
-        layers = (slice(None),) * (kv.ndim - 4)
-        return *layers, rows_P, slice(None), slice(C)
-
-    def read(kv: jax.Array) -> jax.Array:
-        return kv[first_tokens(kv, index_P.clip(0, R - 1))]
-
-    def write(kv: jax.Array, new: jax.Array) -> jax.Array:
-        return kv.at[first_tokens(kv, index_P)].set(new, mode="drop")
-
-    def write_all(new: Any) -> Slots:
-        return staging._replace(kv=jax.tree.map(write, staging.kv, new))
-
-    return jax.tree.map(read, staging.kv), None, None, write_all
 
 
 @functools.lru_cache(maxsize=32)

@@ -205,20 +205,42 @@ def iterate(
     With pages, a slot may wait for one, or lose its request: decode_pages.grow.
     Returns (state, events [W]); with `spec.speculate`, events [1 + D, W].
     """
-    state = admit_all(spec, state)
-    old = state.slots.state
-    growth = decode_pages.Growth(old.active, jnp.zeros_like(old.active))
-    if state.pool is not None:
-        state, growth = decode_pages.grow(state)
+    state, asking, growth = admit_and_grow(spec, state)
     advance = speculate if spec.speculate else advance_by_one
     state, events = advance(spec, weights, state, growth.runs)
+    return state, with_preempted(spec, events, asking, growth)
+
+
+def admit_and_grow(
+    spec: DecodeSpec, state: DecodeState
+) -> tuple[DecodeState, SlotState, decode_pages.Growth]:
+    """Admits requests; with pages, gives them to the slots that need one.
+
+    Returns (state, the slots before they asked for pages, what happened to them).
+    """
+    state = admit_all(spec, state)
+    asking = state.slots.state
     if state.pool is None:
-        return state, events
+        never = jnp.zeros_like(asking.active)
+        return state, asking, decode_pages.Growth(asking.active, never)
+    state, growth = decode_pages.grow(state)
+    return state, asking, growth
+
+
+def with_preempted(
+    spec: DecodeSpec, events: Events, asking: SlotState, growth: decode_pages.Growth
+) -> Events:
+    """Returns the events of an iteration with those of the slots that were preempted.
+
+    asking: the slots before they asked for pages.
+    """
+    if not spec.page_size:
+        return events
     preempted = growth.preempted
     if spec.speculate:  # in the first row of events
         preempted &= jnp.arange(spec.most_tokens)[:, None] == 0
-    return state, events._replace(
-        request=jnp.where(preempted, old.request, events.request),
+    return events._replace(
+        request=jnp.where(preempted, asking.request, events.request),
         flag=jnp.where(preempted, PREEMPTED, events.flag),
     )
 
@@ -271,7 +293,21 @@ def advance_by_one(
     reads = pages_to_read(spec, state, slots.position, runs_W)
     tokens_W1, positions_W1 = slots.token[:, None], slots.position[:, None]
     logits_W1V, kv = forward(spec, weights, state, reads, tokens_W1, positions_W1)
-    logits_WV = logits_W1V[:, 0]
+    return emit(spec, state, kv, logits_W1V[:, 0], runs_W)
+
+
+def emit(
+    spec: DecodeSpec,
+    state: DecodeState,
+    kv: Any,
+    logits_WV: jax.Array,
+    runs_W: jax.Array,
+) -> tuple[DecodeState, Events]:
+    """Samples a token for each slot that runs, and frees the slots that are done.
+
+    kv: the keys and values after the forward pass. Returns (state, events [W]).
+    """
+    slots = state.slots.state
     next_position_W = slots.position + 1
     events, new = next_tokens(spec, logits_WV, slots, next_position_W, runs_W)
     active_W = events.flag == TOKEN

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ladder_jax import config, kv_cache, pages, schedule, sharding
+from ladder_jax import beside, config, kv_cache, pages, schedule, sharding
 from ladder_jax.attention import Kernel, attend, attend_cache
 from ladder_jax.cross_entropy import cross_entropy, sum_over_tokens
 from ladder_jax.gated import down, gated
@@ -72,7 +72,8 @@ class Context(NamedTuple):
     positions_BT: jax.Array  # with a cache: the token's index in it
     kernel: Kernel  # of attention, see attention.kernel_for
     window: int | None  # the tokens that attention sees; None: all
-    pages_read: pages.Reads | None = None  # if the cache has pages
+    # If the cache has pages.
+    pages_read: pages.Reads | beside.Beside | None = None
 
     def of(self, block: Block) -> "Context":
         """The context of one block, which may lack the model's rotation or window."""
@@ -145,9 +146,9 @@ class Attention(nnx.Module):
             out_BTNH = attend_cache(q_BTNH, cache, positions_BT, context.window)
         else:
             reads, positions_BT = context.pages_read, context.positions_BT
-            cache = pages.write(cache, k_BTKH, v_BTKH, positions_BT, reads.table_BM)
+            cache = beside.write(cache, k_BTKH, v_BTKH, positions_BT, reads)
             positions_BT = take(positions_BT, read_BR)
-            out_BTNH = pages.attend(q_BTNH, cache, reads, positions_BT, context.window)
+            out_BTNH = beside.attend(q_BTNH, cache, reads, positions_BT, context.window)
         if copies > 1:
             out_BTNH = jnp.concatenate([out_BTNH] * copies)
         out_BTNH = progress(out_BTNH)
@@ -274,7 +275,7 @@ def hidden(
     cache: Any = None,
     read_BR: jax.Array | None = None,
     *,
-    pages_read: pages.Reads | None = None,
+    pages_read: pages.Reads | beside.Beside | None = None,
     kernel: Kernel = "xla",
     reduction: str | Policy = "psum",
     remat: str = "none",

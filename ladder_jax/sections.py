@@ -457,6 +457,11 @@ class Decode(Section):
     # The most prompt tokens of one prefill call, and of all prefill calls between two
     # decode calls.
     prefill_budget: int = 256
+    # Prompt tokens that a decode iteration may compute beside the slots' tokens, in one
+    # forward pass: a piece of one prompt, instead of a prefill call of its own, where
+    # `warm_up` has measured that this takes less time. It needs pages, and one more
+    # compiled program for each width. 0: none.
+    carry_tokens: int = 0
     # The part of kv_memory that stores prefixes shared by prompts.
     prefix_memory: str = "0"
     # Tokens of a shared prefix that are stored and looked up together.
@@ -492,6 +497,16 @@ class Decode(Section):
         for name in ("burst_ms", "max_logprobs", "max_stop_ids", "max_logit_bias"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         self.need("speculate", 0 <= self.speculate <= 64, "from 0 to 64")
+        self.need(
+            "carry_tokens",
+            0 <= self.carry_tokens <= self.prefill_budget,
+            f"from 0 to decode.prefill_budget={self.prefill_budget}",
+        )
+        self.need(
+            "carry_tokens",
+            not (self.carry_tokens and self.speculate),
+            "0 with decode.speculate",
+        )
         for name in ("staging", "max_length", "page_size"):
             value = getattr(self, name)
             self.need(name, value is None or value > 0, "greater than 0, or None")

@@ -63,6 +63,14 @@ def check_pages(engine):
     assert (state.slots.state.table[idle] == pages.NO_PAGE).all()
 
 
+def carry_always(engine):
+    """Makes iterations carry every piece that they can, whatever it costs."""
+    capacity = engine.capacity
+    engine.programs.carry_saves = {
+        (width, piece): 1.0 for width in capacity.widths for piece in capacity.pieces
+    }
+
+
 def submit_all(engine, requests):
     """(request, prompt, options) of every (prompt, options)."""
     return [

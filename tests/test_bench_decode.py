@@ -3,11 +3,12 @@
 import json
 import re
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ladder_jax.bench import decode, latency, plots
+from ladder_jax.bench import decode, decode_runs, latency, plots
 from ladder_jax.bench.decode_loads import Load, read_loads
 from ladder_jax.bench.sizes import DECODE_SIZES
 from ladder_jax.bench.workloads import WORKLOADS, Arrival, arriving, make_workload
@@ -117,6 +118,50 @@ def test_a_load_that_cannot_be_measured_is_an_error(words, policies, message):
     with pytest.raises(ConfigError) as error:
         read_loads(words, [500.0], policies)
     assert message in str(error.value)
+
+
+class InstantEngine:
+    """Ends every request at its submission."""
+
+    def submit(self, prompt, max_tokens, **options):
+        return SimpleNamespace(finish="length", prompt=prompt)
+
+    def step(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    "saturated, seconds, requests_per_s",
+    [
+        (960.0, 4.0, 6.0),  # requests wait for slots
+        (1600.0, 4.0, 10.0),
+        # All have their first token at once, and no other: a rate that says nothing.
+        (16.0, 0.5, 8.0),
+    ],
+)
+def test_the_capacity_is_the_larger_rate_of_saturated_load_and_of_the_whole_run(
+    monkeypatch, saturated, seconds, requests_per_s
+):
+    loads = read_loads(["saturated", "0.5"], [], ["per-token"])
+    arguments = decode.Arguments(
+        workload="uniform", requests=4, least=160, most=160, slots=8
+    )
+    model_config = SimpleNamespace(vocab_size=100)
+    bench = SimpleNamespace(
+        arguments=arguments, model_config=model_config, length=256, scale=1.0
+    )
+    arrivals = []
+
+    def run_load(bench, engines, requests, is_saturated):
+        arrivals.append([one.seconds for one in requests])
+        figures = dict(saturated_tokens_per_s=saturated, makespan_s=seconds)
+        return {name: decode_runs.Turn(figures, [], []) for name in engines}
+
+    monkeypatch.setattr(decode_runs, "run_load", run_load)
+    decode_runs.compare(bench, {"per-token": InstantEngine()}, "uniform", loads)
+    assert arrivals[0] == [0.0] * 4
+    # Three gaps between four requests.
+    assert arrivals[1][-1] == pytest.approx(3 / (0.5 * requests_per_s))
 
 
 # ---------------------------------------------------------------- figures

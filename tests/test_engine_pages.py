@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from engines import check, check_pages, finish, submit_all
+from engines import carry_always, check, check_pages, finish, submit_all
 from helpers import ENGINE_MODEL, make_engine, make_requests, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +21,13 @@ TOKEN_BYTES = 2 * 2 * 8 * 4 * 4  # of ENGINE_MODEL
 
 
 @functools.cache
-def scarce_engine(page_size, page_count, prefixes):
-    """Its longest request takes 64 tokens; all of its slots could take 320."""
+def scarce_engine(page_size, page_count, prefixes, carry_tokens=0):
+    """Its longest request takes 64 tokens; all of its slots could take 320.
+
+    With `carry_tokens`, iterations carry every piece that they can.
+    """
     blocks = 3 * 8 * TOKEN_BYTES if prefixes else 0
-    return make_engine(
+    engine = make_engine(
         slots=3,
         staging=2,
         steps_per_call=3,
@@ -32,7 +35,11 @@ def scarce_engine(page_size, page_count, prefixes):
         prefix_block=8,
         prefix_memory=str(blocks),
         kv_memory=str(page_count * page_size * TOKEN_BYTES),
+        carry_tokens=carry_tokens,
     )
+    if carry_tokens:
+        carry_always(engine)
+    return engine
 
 
 def test_requests_that_lose_their_pages_wait_again_and_lose_no_token():
@@ -85,7 +92,7 @@ def test_log_probabilities_go_on_where_a_request_lost_its_pages():
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_arrivals_cancellations_prefixes_and_too_few_pages_change_no_token(data):
-    page_size, page_count, prefixes = data.draw(
+    pages = data.draw(
         st.sampled_from(
             [
                 (4, 18, False),
@@ -96,7 +103,7 @@ def test_arrivals_cancellations_prefixes_and_too_few_pages_change_no_token(data)
             ]
         )
     )
-    engine = scarce_engine(page_size, page_count, prefixes)
+    engine = scarce_engine(*pages, data.draw(st.sampled_from([0, 16]), "carry_tokens"))
     shared = list(range(40, 57))
     requests = []
     for i in range(data.draw(st.integers(1, 9), "requests")):

@@ -20,6 +20,7 @@ from ladder_jax.bench.latency import (
     Cache,
     History,
     Objective,
+    capacity_of,
     measure,
     occupancy_until_last_admission,
     peak_bytes,
@@ -146,9 +147,9 @@ def compare(
         if load.is_saturated and BASELINE in engines:
             mean_tokens = np.mean([request.max_tokens for request in requests])
             figures = turns[load.name][BASELINE].figures
-            # Where no request waits, the first of the two rates says nothing.
-            rate = max(figures["saturated_tokens_per_s"], figures["tokens_per_s"])
-            capacity = rate / float(mean_tokens)
+            run = len(requests) / figures["makespan_s"]
+            saturated = figures["saturated_tokens_per_s"]
+            capacity = capacity_of(saturated, run, float(mean_tokens))
     return turns
 
 

@@ -114,6 +114,20 @@ def saturated_rate(requests: Sequence["Request"], start: float) -> float:
     return tokens / (end - start)
 
 
+def capacity_of(saturated_tokens_per_s: float, run: float, tokens: float) -> float:
+    """Requests a second that a server or an engine completes, from a saturated run.
+
+    While requests wait it completes more than in the whole run. Where none waits, the
+    time until the last has its first tokens says nothing.
+
+    Args:
+      saturated_tokens_per_s: output tokens a second while requests waited.
+      run: requests a second of the whole run.
+      tokens: output tokens of a request, on average.
+    """
+    return max(saturated_tokens_per_s / tokens, run)
+
+
 def occupancy_until_last_admission(history: History) -> float:
     """The share of slot iterations that emitted a token, until the iteration in which
     the last request was admitted."""

@@ -155,7 +155,7 @@ class Concurrent:
             request.tokens.append(int(events.token.flat[index]))
             request.times.append(time.perf_counter())
             self.counters.tokens += 1
-            if events.flag.flat[index] != decode.TOKEN:
+            if events.flag.flat[index] != decode_state.TOKEN:
                 request.finish = "length"
 
 

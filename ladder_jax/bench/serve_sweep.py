@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ladder_jax.bench.latency import Latencies, Objective
+from ladder_jax.bench.latency import Latencies, Objective, capacity_of
 from ladder_jax.bench.load_figures import figures, latencies_of
 from ladder_jax.bench.load_requests import (
     Load,
@@ -208,13 +208,10 @@ def _row(
 
 
 def _capacity(row: Row) -> float:
-    """Requests a second that a target completes; not of the engine without HTTP.
-
-    While requests wait it completes more than in the whole run. Where none waits, the
-    time until the last has its first token says nothing.
-    """
+    """Requests a second that a target completes; not of the engine without HTTP."""
     values = row.values
     if values["server"] == ENGINE or not values["output_tokens"]:
         return math.inf
     tokens = values["output_tokens"] / values["completed"]
-    return max(values["saturated_tokens_per_s"] / tokens, values["requests_per_s"])
+    rates = values["saturated_tokens_per_s"], values["requests_per_s"]
+    return capacity_of(*rates, tokens)

@@ -62,6 +62,7 @@ class UnreadChunk(Chunk):
     started: float  # seconds of the clock
     # How many programs had been compiled, and shapes changed, before it was started.
     compiled: tuple[int, int]
+    carries: bool  # it is one iteration, which carried the last of `prefills`
 
 
 class Calls:
@@ -97,6 +98,8 @@ class Calls:
         self.slots: list[int] = []
         self.unread: deque[UnreadChunk] = deque()
         self._prefills: list[PrefillCall] = []  # since the last chunk
+        # What the next chunk carries.
+        self._carried: tuple[list[packing.Piece], list[Record]] | None = None
         self._tickets = 0  # the last ticket, see TICKETS
         self._chunks_started = 0
         self._device_free = -math.inf  # when the last call that was read had ended
@@ -148,12 +151,15 @@ class Calls:
 
     # ------------------------------------------------------------ prefill
 
-    def prefill(self, budget: int) -> int:
+    def prefill(self, budget: int, may_carry: bool = False) -> int:
         """Starts one prefill call; returns its number of tokens, padding included.
 
         It is 0, and there is no call, if no compiled width fits the budget, or if there
         may be too few pages before other requests end. A call computes one prompt with
         scores, or several without.
+
+        may_carry: whether the next chunk may carry the one piece of the call. If that
+        saves time, there is no call, either.
         """
         prefilling = self.tracker.in_phase(Phase.PREFILLING)
         if self.capacity.page_size:
@@ -174,27 +180,48 @@ class Calls:
         if not pieces:
             return 0
         records = [by_index[piece.staging_index] for piece in pieces]
+        saved = self.programs.carry_saves.get((self.programs.width, width), 0.0)
+        if may_carry and len(pieces) == 1 and not scored and saved > 0:
+            self._carried = pieces, records
+            return 0
+        prompts = self._pack(pieces, records, width, scored)
+        events, scores = self.programs.run_prefill(prompts, scored)
+        self._note_prefill(PrefillCall(pieces, records, events, scores))
+        return self._count_padded(prompts)
+
+    def _pack(
+        self,
+        pieces: list[packing.Piece],
+        records: list[Record],
+        width: int,
+        scored: bool = False,
+    ) -> decode_state.Prompts:
+        """Returns these pieces, padded to a width, as arguments of a call."""
         contexts = self.capacity.context_lengths(self.programs.length, scored)
-        context = round_up(contexts, max(piece.stop for piece in pieces))
-        prompts = self.programs.pack(
+        return self.programs.pack(
             pieces,
             width,
-            context,
+            round_up(contexts, max(piece.stop for piece in pieces)),
             [packing.Prompt(r.prompt, r.generated) for r in records],
             [self._slot_state(record) for record in records],
         )
-        events, scores = self.programs.run_prefill(prompts, scored)
-        jax.copy_to_host_async((events, scores))
-        self._prefills.append(PrefillCall(pieces, records, events, scores))
+
+    def _note_prefill(self, call: PrefillCall) -> None:
+        """Notes a call that was started: the next chunk may admit from it."""
+        jax.copy_to_host_async((call.events, call.scores))
+        self._prefills.append(call)
         self.counters.prefill_calls += 1
-        self.counters.prefill_tokens += sum(piece.length for piece in pieces)
-        self.counters.prefill_padded += prompts.tokens.size
-        for piece, record in zip(pieces, records):
+        self.counters.prefill_tokens += sum(piece.length for piece in call.pieces)
+        for piece, record in zip(call.pieces, call.records):
             record.computed = piece.stop
             if piece.last:
                 self.tracker.stage(record, self._chunks_started)
                 self._cache_prefix(record)
-        return prompts.tokens.size
+
+    def _count_padded(self, prompts: decode_state.Prompts) -> int:
+        size = int(prompts.tokens.size)
+        self.counters.prefill_padded += size
+        return size
 
     def _slot_state(self, record: Record) -> decode_state.SlotState:
         request = record.request
@@ -222,18 +249,24 @@ class Calls:
         """Starts a chunk if the plan has one; returns whether there is more to read."""
         events, waiting = None, None
         started, compiled = self.pace.clock(), self._compiled()
+        number, carried = self._chunks_started, self._carried
         if step.chunk_steps:
             cancelled = self.tracker.take_cancelled(
-                self.programs.most_cancelled, self._chunks_started
+                self.programs.most_cancelled, number
             )
-            events, waiting = self.programs.run_chunk(cancelled, step.chunk_steps)
+            self._chunks_started += 1
+            self.counters.chunks += 1
+            if carried is None:
+                events, waiting = self.programs.run_chunk(cancelled, step.chunk_steps)
+            else:
+                events, waiting = self._run_carry(cancelled, *carried)
             jax.copy_to_host_async((events, waiting))
         elif not self._prefills:
             return False
         self.unread.append(
             UnreadChunk(
-                number=self._chunks_started,
-                steps=step.chunk_steps,
+                number=number,
+                steps=1 if carried else step.chunk_steps,
                 width=self.programs.width,
                 length=self.programs.length,
                 pages=0,
@@ -242,15 +275,24 @@ class Calls:
                 waiting=waiting,
                 started=started,
                 compiled=compiled,
+                carries=carried is not None,
             )
         )
-        self._prefills = []
+        self._prefills, self._carried = [], None
         if self.history is not None and self.capacity.page_size:
             self.unread[-1].pages = self._page_budget().used
-        if step.chunk_steps:
-            self._chunks_started += 1
-            self.counters.chunks += 1
         return True
+
+    def _run_carry(
+        self, cancelled: list[int], pieces: list[packing.Piece], records: list[Record]
+    ) -> tuple[decode_state.Events, jax.Array]:
+        """Starts the iteration that carries these pieces, instead of a chunk."""
+        prompts = self._pack(pieces, records, self.capacity.carry_tokens)
+        events, waiting, first = self.programs.run_carry(cancelled, prompts)
+        self._note_prefill(PrefillCall(pieces, records, first, None))
+        self._count_padded(prompts)
+        self.counters.carried += 1
+        return events, waiting
 
     def fetch_prefills(self) -> Any:
         """Waits for the prefill calls before the oldest unread chunk.
@@ -323,11 +365,11 @@ class Calls:
         """Returns the seconds that a chunk took which the host has just waited for.
 
         The device works on one call after another. None: the host, too, did something
-        long after it had started the chunk.
+        long after it had started the chunk, or the chunk carried a piece of a prompt.
         """
         start = max(chunk.started, self._device_free)
         self._device_free = self.pace.clock()
-        if self._compiled() != chunk.compiled:
+        if chunk.carries or self._compiled() != chunk.compiled:
             return None
         return self._device_free - start
 

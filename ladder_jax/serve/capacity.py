@@ -4,7 +4,7 @@ import bisect
 
 from ladder_jax.config import ConfigError, Decode, to_bytes
 from ladder_jax.serve import packing
-from ladder_jax.serve.buckets import between, bucket_sizes, with_halves
+from ladder_jax.serve.buckets import between, bucket_sizes, round_up, with_halves
 
 # A chunk that always runs all its iterations is compiled for two numbers of iterations:
 # steps_per_call, and steps_per_call / SHORT_CHUNK_FACTOR.
@@ -37,6 +37,7 @@ class Capacity:
       there is one length.
     chunk_sizes: the compiled iterations of a chunk, ascending.
     pieces: the compiled widths of a prefill call, ascending.
+    carry_tokens: the compiled width of a piece that an iteration carries; 0: none.
     Raises ConfigError if decode.kv_memory does not hold decode.slots; with pages, if it
     does not hold one request.
     """
@@ -77,6 +78,9 @@ class Capacity:
         self.pieces = bucket_sizes(
             min(SHORTEST_PIECE, prefill_budget), min(prefill_budget, length)
         )
+        self.carry_tokens = 0
+        if options.carry_tokens:
+            self.carry_tokens = round_up(self.pieces, options.carry_tokens)
 
     @property
     def stores_prefixes(self) -> bool:
@@ -210,7 +214,7 @@ class Capacity:
 
     def most_programs(self) -> int:
         """Returns the most programs that are compiled, reshapes not included."""
-        chunks = len(self.widths) * len(self.chunk_sizes)
+        chunks = len(self.widths) * (len(self.chunk_sizes) + bool(self.carry_tokens))
         prefix_programs = 3  # they read, write and drop a block
         return sum(
             chunks

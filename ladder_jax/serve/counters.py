@@ -23,6 +23,7 @@ class Counters:
     prefill_calls: int = 0
     prefill_tokens: int = 0  # computed, without padding
     prefill_padded: int = 0  # computed, with padding
+    carried: int = 0  # of the prefill calls: pieces that an iteration has carried
     prefix_tokens: int = 0  # copied from a shared prefix, not computed
     reshapes: int = 0  # changes of the compiled shape
     preempted: int = 0  # times that a request lost its slot, as pages ran out

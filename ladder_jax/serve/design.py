@@ -65,6 +65,8 @@ def design(
     page_size, kernel, reason = _pages(options, platform, model_config, spec)
     if layout(options, platform, length * token_bytes, kernel, reason) == "pages":
         spec = spec._replace(page_size=page_size, page_kernel=kernel)
+    if options.carry_tokens:
+        _check_carrying(options, spec)
     capacity = Capacity(
         options,
         length,
@@ -99,6 +101,16 @@ def _check_sizes(
         raise ConfigError(
             f"the tokenizer has {vocabulary} ids, but model.vocab_size={ids}"
         )
+
+
+def _check_carrying(options: Decode, spec: decode.DecodeSpec) -> None:
+    """Raises ConfigError where no iteration can carry a piece of a prompt."""
+    name, tokens = "decode.carry_tokens", options.carry_tokens
+    needed = "0 unless requests have pages: set decode.kv_layout=pages"
+    require(spec.page_size > 0, name, tokens, needed)
+    processes = {device.process_index for device in spec.mesh.devices.flat}
+    needed = "0 on several hosts, where each would measure other times"
+    require(len(processes) == 1, name, tokens, needed)
 
 
 def _spec(

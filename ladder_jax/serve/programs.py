@@ -1,7 +1,7 @@
 """An engine's compiled programs, and the decode state on the device."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from ladder_jax import (
     speculation,
 )
 from ladder_jax.model import Transformer, Unstacked
-from ladder_jax.serve import packing
+from ladder_jax.serve import carrying, packing
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.submission import Submission
@@ -28,7 +28,10 @@ class Programs:
     weights: from decode_weights.prepare_weights. state: decode_state.DecodeState.
     width, length: the compiled shape of the state, slots and tokens.
     chunks: {iterations: compiled chunk}. prefill, scored_prefill: the compiled prefill
-    calls, see decode.make_prefill.
+    calls, see decode.make_prefill. carry: of one iteration with a piece of a prompt.
+    carry_saves: {(width, width of a prefill call's one row): seconds that an iteration
+    saves that carries its piece}; empty before `warm_up`, and without
+    decode.carry_tokens.
     padding_id: a token id outside the vocabulary.
     """
 
@@ -47,6 +50,8 @@ class Programs:
         }
         self.prefill = decode.make_prefill(spec)
         self.scored_prefill = decode.make_prefill(spec, scored=True)
+        self.carry = decode.make_carry(spec)
+        self.carry_saves: Mapping[tuple[int, int], float] = {}
         prefix_block = capacity.options.prefix_block
         self._read_block = decode.make_read_block(spec, prefix_block)
         self._write_block = decode.make_write_block(spec)
@@ -107,6 +112,20 @@ class Programs:
         self.state = self.state.with_staging(staging)
         return events, scores
 
+    def run_carry(
+        self, cancelled: Sequence[int], prompts: decode_state.Prompts
+    ) -> tuple[Any, jax.Array, decode_state.Events]:
+        """Starts one iteration that carries a piece of a prompt.
+
+        prompts: one row of `capacity.carry_tokens`, from `pack`.
+        Returns (events [1, W], request numbers in staging [R], the prompt's events
+        [1]); see `run_chunk` and `run_prefill`.
+        """
+        self.state, events, waiting, first = self.carry(
+            self.weights, self.state, cancelled_ids(self.capacity, cancelled), prompts
+        )
+        return events, waiting, first
+
     def pack(
         self,
         pieces: Sequence[packing.Piece],
@@ -160,6 +179,7 @@ class Programs:
         """
         functions: tuple[Any, ...] = (
             *self.chunks.values(),
+            self.carry,
             self.prefill,
             self.scored_prefill,
             self._read_block,
@@ -195,26 +215,36 @@ class Programs:
             if prefill_shape is None:
                 for steps in self.capacity.chunk_sizes:
                     self.run_chunk([], steps)
+                if self.capacity.carry_tokens:
+                    self.run_carry_padding()
             else:
-                self._warm_up_prefill(*prefill_shape, scored=scored)
+                self.run_padding(*prefill_shape, scored=scored)
         if self.capacity.stores_prefixes:
             for length in lengths:
                 self.reshape(widths[0], length)
                 block = self.read_block(0, 0)
                 self.write_block(0, 0, block, decode_state.NO_REQUEST)
                 self.drop_block(block)
+        if self.capacity.carry_tokens:
+            self.carry_saves = carrying.measure(self)
         self.reset()
         # Without `freeze`, Python's garbage collector visits a million objects of JAX
         # now and then, and all requests wait for most of a second.
         gc.collect()
         gc.freeze()
 
-    def _warm_up_prefill(
-        self, context: int, count: int, width: int, *, scored: bool
+    def run_padding(
+        self, context: int, count: int, width: int, *, scored: bool = False
     ) -> None:
         """Runs a prefill call of `count` rows of padding."""
         prompts = padding_prompts(self.spec, self.capacity, context, count, width)
         self.run_prefill(prompts, scored)
+
+    def run_carry_padding(self) -> None:
+        """Runs an iteration that carries padding."""
+        context = self.capacity.context_lengths(self.length)[0]
+        shape = context, 1, self.capacity.carry_tokens
+        self.run_carry([], padding_prompts(self.spec, self.capacity, *shape))
 
 
 def cancelled_ids(capacity: Capacity, cancelled: Sequence[int]) -> np.ndarray:

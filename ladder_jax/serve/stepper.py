@@ -255,8 +255,10 @@ class Stepper:
             step = self._plan([], computed)
             if not step.prefill_budget:
                 return step
-            tokens = self.calls.prefill(step.prefill_budget)
-            if not tokens:  # the rest of the budget is below the smallest width
+            decoding = bool(step.chunk_steps and self.tracker.in_phase(Phase.DECODING))
+            tokens = self.calls.prefill(step.prefill_budget, may_carry=decoding)
+            # The rest of the budget is below the smallest width, or a chunk carries.
+            if not tokens:
                 return step
             computed += tokens
 
