@@ -48,6 +48,7 @@ ROWS = {
     "device programs": [
         "decode",
         "decode_pages",
+        "decode_prompts",
         "decode_state",
         "decode_scores",
         "decode_shapes",
@@ -69,6 +70,7 @@ ROWS = {
         "matmul",
         "kv_cache",
         "pages",
+        "beside",
         "page_kernels",
     ],
     "residual": ["residual"],

@@ -434,6 +434,7 @@ def test_tpu_casts_an_int8_matrix_while_it_multiplies():
 # ---------------------------------------------------------------- pages
 
 KERNELS = {"ragged": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
+KINDS = "chunk", "prefill", "carry"
 
 
 def engine_programs(target, kinds, kv_dtype):
@@ -449,6 +450,7 @@ def engine_programs(target, kinds, kv_dtype):
         steps_per_call=4,
         fit_shapes=False,
         prefill_budget=64,
+        carry_tokens=64,
     )
     planned = design.design(model_config, mesh, options)
     jobs = compilation.jobs(planned)
@@ -461,21 +463,17 @@ def engine_programs(target, kinds, kv_dtype):
 @pytest.mark.parametrize(
     "target, kernel, kinds, kv_dtype",
     [
-        pytest.param(
-            "v5e:2x2", "ragged", ("chunk", "prefill"), "auto", marks=needs_tpu
-        ),
+        pytest.param("v5e:2x2", "ragged", KINDS, "auto", marks=needs_tpu),
         pytest.param("v6e:2x2", "ragged", ("chunk",), "auto", marks=needs_tpu),
         pytest.param("v5p:2x2x1", "ragged", ("chunk",), "auto", marks=needs_tpu),
-        pytest.param(
-            "h100:1x2", "triton", ("chunk", "prefill"), "auto", marks=needs_gpu
-        ),
+        pytest.param("h100:1x2", "triton", KINDS, "auto", marks=needs_gpu),
         pytest.param(
             "h100:1x2", "triton", ("chunk",), "float8_e4m3fn", marks=needs_gpu
         ),
     ],
 )
 def test_a_kernel_reads_pages_where_they_are(target, kernel, kinds, kv_dtype):
-    """In every decode step and prefill. GPUs wait for the host in no loop."""
+    """In every decode step, prefill, and both at once. GPUs wait in no loop."""
     spec, compiled = engine_programs(target, kinds, kv_dtype)
     assert spec.page_kernel == kernel
     for program in compiled:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import carry_always, finish, submit_all
 from engines import check as check_tokens
-from engines import finish, submit_all
 from helpers import ENGINE_MODEL, make_engine, small_model
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu
@@ -142,18 +142,25 @@ def test_few_tokens_are_read_beside_the_live_ones(kernel, heads, most):
 def test_an_engine_whose_pages_a_kernel_reads(
     interpreter, interpreter_of_triton, monkeypatch, kernel, tensor
 ):
-    """Tokens are exact, with prompts in pieces and a request that loses its pages."""
+    """Tokens are exact, with prompts in pieces, some of which iterations carry, and a
+    request that loses its pages."""
     monkeypatch.setattr(page_kernels, "kernel_for", lambda *_: (kernel, ""))
     model_config = dataclasses.replace(
         ENGINE_MODEL, dim=16, heads=4, kv_heads=2, head_dim=128, layers=1
     )
     page_bytes = 16 * 2 * 2 * 128 * 4 // tensor
     engine = make_engine(
-        model_config, tensor, slots=2, page_size=16, kv_memory=str(5 * page_bytes)
+        model_config,
+        tensor,
+        slots=2,
+        page_size=16,
+        kv_memory=str(5 * page_bytes),
+        carry_tokens=16,
     )
+    carry_always(engine)
     assert engine.spec.page_kernel == kernel
     requests = [([i, 7, i] * (5 + i), dict(max_tokens=38)) for i in range(3)]
     submitted = submit_all(engine, requests)
     finish(engine)
-    assert engine.counters.preempted
+    assert engine.counters.preempted and engine.counters.carried
     check_tokens(engine, submitted, model_config=model_config, tensor=tensor)

@@ -24,6 +24,8 @@ policies differ in scheduling alone:
                    these are faster (decode.kv_layout=auto)
     speculate      the same, and an iteration may emit several tokens of a request: it
                    drafts `--drafts` of them from the request's own text
+    carry          the same as ours, with pages, and an iteration may carry a piece of
+                   `--carry-tokens` of a prompt, where that saves time
 
 The model has random weights. At temperature 0 its outputs soon repeat themselves, which
 is the best case of drafts; at `--temperature 1` they never do, which is the worst.
@@ -33,8 +35,8 @@ capacity: requests then arrive at random (a Poisson process) at that share of th
 of "per-token" in its saturated run, until no request waits.
 
 Where prompts share a beginning (the workload "shared"), the policies of temporal fusion
-(no-shuffle, rows, ours, speculate) have a prefix cache, which is empty when a run
-starts: see `--prefix-cache`.
+(no-shuffle, rows, ours, speculate, carry) have a prefix cache, which is empty when a
+run starts: see `--prefix-cache`.
 
 Three workloads with three policies under saturated load took 2.6 minutes on two cores,
 one of which was XLA's compiling; a load that is a share takes longer than a saturated
@@ -100,6 +102,7 @@ def make_engines(bench: Bench) -> dict[str, dict[str, Any]]:
         bench.mesh,
         [window * 1e-3 * bench.scale for window in arguments.windows],
         arguments.drafts,
+        arguments.carry_tokens,
     )
 
     # The blocks of all prompts on the device, and as many again.

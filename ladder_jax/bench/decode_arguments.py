@@ -11,7 +11,8 @@ from ladder_jax.config import require
 # Tokens of the longest prompt and output, without `--prompt` and `--most`: of the
 # workload uniform, and of the others.
 SHORT, LONG = (4, 256), (512, 512)
-FUSION = ("no-shuffle", "rows", "ours", "speculate")  # the policies of temporal fusion
+# The policies of temporal fusion.
+FUSION = ("no-shuffle", "rows", "ours", "speculate", "carry")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Arguments:
     """Of all requests. 0: the likeliest token."""
     drafts: int = 4
     """The most tokens that the policy speculate drafts."""
+    carry_tokens: int = 16
+    """The longest piece of a prompt that an iteration of the policy carry computes."""
     tensor: int = 1
     """Devices to shard the model over."""
     policies: tuple[str, ...] = ("static", "dynamic", "per-token", "ours")
     """The batching policies to compare: also sequential, concurrent, no-shuffle, rows,
-    speculate."""
+    speculate, carry."""
     prefix_cache: Literal["fusion", "all", "none"] = "fusion"
     """Which policies have a prefix cache for the workload shared: those of temporal
     fusion, all (but concurrent), or none."""
@@ -109,7 +112,7 @@ def check(arguments: Arguments) -> None:
     for kind in arguments.kinds:
         require(kind in WORKLOADS, "workload", kind, f"one of {workloads}")
     positive = "requests", "prompt", "least", "most", "slots", "chunk", "tensor"
-    for name in (*positive, "rounds"):
+    for name in (*positive, "rounds", "carry_tokens"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, name, value, "1 or more")
     if "uniform" in arguments.kinds:

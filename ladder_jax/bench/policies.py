@@ -167,6 +167,7 @@ def make_policies(
     mesh: jax.sharding.Mesh,
     windows: list[float],
     drafts: int,
+    carry_tokens: int,
 ) -> dict[str, Callable[..., Any]]:
     """The policies of these names: {name: a function that builds its engine}.
 
@@ -180,6 +181,7 @@ def make_policies(
       mesh: the engines' devices.
       windows: seconds that dynamic batching waits for more requests.
       drafts: the most drafted tokens of the policy speculate.
+      carry_tokens: of the policy carry.
     Raises ConfigError for an unknown name.
     """
     weights: dict[Any, Any] = {}
@@ -228,6 +230,7 @@ def make_policies(
         "rows": make(make_engine, kv_layout="rows"),
         "ours": make_engine,
         "speculate": make(make_engine, speculate=drafts),
+        "carry": make(make_engine, kv_layout="pages", carry_tokens=carry_tokens),
     }
 
     def kind_of(name: str) -> str:

@@ -43,7 +43,8 @@ class Job(NamedTuple):
 
 
 def jobs(design: Design) -> list[Job]:
-    """Returns the chunks and prefill calls of an engine, the largest first.
+    """Returns the chunks and prefill calls of an engine, and the iterations that carry
+    pieces of prompts, the largest first.
 
     The programs that change the state's shape are not among them: they are small.
     """
@@ -62,6 +63,13 @@ def jobs(design: Design) -> list[Job]:
                 name = f"chunk of {steps} iterations, {width} x {length} tokens"
                 inputs: tuple[Any, ...] = (weights, state, cancelled, np.int32(steps))
                 found.append(Job(name, largest, chunks[steps], inputs))
+            if capacity.carry_tokens:
+                name = f"carry of {capacity.carry_tokens} tokens, {width} slots"
+                context = capacity.context_lengths(length)[0]
+                shape = context, 1, capacity.carry_tokens
+                inputs = cancelled, padding_prompts(spec, capacity, *shape)
+                function = decode.make_carry(spec)
+                found.append(Job(name, widest, function, (weights, state, *inputs)))
         staging = abstract_state(design, capacity.widths[-1], length).shared_staging()
         plain = capacity.prefill_shapes(length)
         most_rows = max(count for _, count, _ in plain)
