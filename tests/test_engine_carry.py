@@ -28,7 +28,7 @@ def test_an_iteration_that_carries_a_piece_changes_no_token(options):
     engine = make_engine(carry_tokens=16, page_size=4, **options)
     carry_always(engine)
     submitted = submit_all(engine, REQUESTS)
-    while engine.step():
+    while engine.step(wait=True):
         check_pages(engine)
     assert engine.counters.carried >= 5 and not engine.counters.failures
     alone = make_engine(page_size=4, **options | dict(fit_shapes=False))
@@ -86,6 +86,9 @@ class FakePrograms:
         self.capacity = Capacity(options, 64, 8, 2, 0, False, page_size=16)
         self.spec = SimpleNamespace(fixed_trip_count=False)
         self.state, self.width, self.now = None, 1, 0.0
+
+    def reset(self):
+        self.width = 1
 
     def reshape(self, width, length):
         self.width = width

@@ -348,7 +348,8 @@ class Calls:
     def wait_until_nearly_done(self) -> None:
         """Waits until the oldest unread chunk will end soon, as far as Pace knows.
 
-        Its prefill calls must have been delivered. Any thread may call it.
+        Its prefill calls must have been delivered, unless it carries the last of them.
+        Any thread may call it.
         """
         if not (unread := list(self.unread)):
             return

@@ -8,22 +8,21 @@ that is what carrying saves, if reading takes the time and not computing.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-if TYPE_CHECKING:
-    from ladder_jax.serve.programs import Programs
+from ladder_jax.serve.programs import Programs
 
 ROUNDS = 3  # runs of each program; the fastest counts, as other work only slows it
 
 
-def measure(programs: "Programs") -> dict[tuple[int, int], float]:
+def measure(programs: Programs) -> dict[tuple[int, int], float]:
     """Returns {(slots, width of a prefill call): seconds saved by carrying its piece}.
 
-    The programs must be compiled, and the state empty. It leaves a state that `reset`
-    must empty. Keys and values are few, as both ways read the same.
+    The programs must be compiled, and no request on the device; it resets the state.
+    The slots have few keys and values, as both ways read the same.
     """
     capacity = programs.capacity
     context = capacity.context_lengths(capacity.length)[0]
@@ -40,10 +39,11 @@ def measure(programs: "Programs") -> dict[tuple[int, int], float]:
         alone = _fastest(programs, partial(programs.run_chunk, [], steps)) / steps
         carried = _fastest(programs, programs.run_carry_padding)
         saves |= {(slots, w): alone + seconds - carried for w, seconds in own.items()}
+    programs.reset()
     return saves
 
 
-def _fastest(programs: "Programs", run: Callable[[], Any]) -> float:
+def _fastest(programs: Programs, run: Callable[[], Any]) -> float:
     """Returns the fewest seconds of a run."""
     seconds = []
     for _ in range(ROUNDS):
@@ -55,7 +55,7 @@ def _fastest(programs: "Programs", run: Callable[[], Any]) -> float:
     return min(seconds)
 
 
-def _fill_slots(programs: "Programs") -> None:
+def _fill_slots(programs: Programs) -> None:
     """Makes every slot decode for many iterations: an empty one has nothing to do."""
     state = programs.state
     slots = state.slots.state

@@ -16,7 +16,7 @@ from ladder_jax import (
     speculation,
 )
 from ladder_jax.model import Transformer, Unstacked
-from ladder_jax.serve import carrying, packing
+from ladder_jax.serve import packing
 from ladder_jax.serve.buckets import round_up
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.submission import Submission
@@ -30,8 +30,7 @@ class Programs:
     chunks: {iterations: compiled chunk}. prefill, scored_prefill: the compiled prefill
     calls, see decode.make_prefill. carry: of one iteration with a piece of a prompt.
     carry_saves: {(width, width of a prefill call's one row): seconds that an iteration
-    saves that carries its piece}; empty before `warm_up`, and without
-    decode.carry_tokens.
+    saves that carries its piece}, from carrying.measure; empty before.
     padding_id: a token id outside the vocabulary.
     """
 
@@ -225,8 +224,6 @@ class Programs:
                 block = self.read_block(0, 0)
                 self.write_block(0, 0, block, decode_state.NO_REQUEST)
                 self.drop_block(block)
-        if self.capacity.carry_tokens:
-            self.carry_saves = carrying.measure(self)
         self.reset()
         # Without `freeze`, Python's garbage collector visits a million objects of JAX
         # now and then, and all requests wait for most of a second.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ladder_jax.config import Decode
+from ladder_jax.serve import carrying
 from ladder_jax.serve.calls import Calls
 from ladder_jax.serve.capacity import Capacity
 from ladder_jax.serve.counters import Counters, TracedChunk
@@ -182,7 +183,9 @@ class Stepper:
         if not (self.pipelined and unread) or is_full or self._cancelled:
             return
         if not self.tracker.in_phase(Phase.PREFILLING):
-            self._read_prefills()
+            # What a chunk carries ends with it: the next one starts before.
+            if not unread[0].carries:
+                self._read_prefills()
             self._waits = True
 
     def wait_for_arrivals(self) -> None:
@@ -330,4 +333,6 @@ class Stepper:
             )
         self._changing = True
         self.programs.warm_up(progress)
+        if self.capacity.carry_tokens:
+            self.programs.carry_saves = carrying.measure(self.programs)
         self._changing = False
