@@ -61,8 +61,8 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
     print tracebacks of their own: it waits for an import, too, up to IMPORT_SECONDS.
 
     Orbax leaves tasks and threads behind where an interrupt ends its reads and writes.
-    They, Python and asyncio may report what broke until the process ends: once Ctrl-C was
-    pressed, these reports are dropped, and stay dropped.
+    They, Python and asyncio may report what broke until the process ends: once Ctrl-C
+    was pressed, these reports are dropped, and stay dropped.
 
     It does nothing outside the main thread, and where Ctrl-C is ignored (`nohup`, jobs
     in the background).

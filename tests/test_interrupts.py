@@ -112,7 +112,9 @@ def raised():
 
 @pytest.mark.parametrize("pressed", [True, False])
 @pytest.mark.parametrize("way", [logged, raised])
-def test_threads_do_not_report_what_an_interrupt_broke(way, pressed, capfd, monkeypatch):
+def test_threads_do_not_report_what_an_interrupt_broke(
+    way, pressed, capfd, monkeypatch
+):
     seen = []
     monkeypatch.setattr(threading, "excepthook", lambda lost: seen.append(lost))
     monkeypatch.setattr(absl.logging.get_absl_logger(), "callHandlers", seen.append)
