@@ -93,6 +93,18 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, open_corpus):
     assert "left out" not in good.report and "repaired" not in good.report
 
 
+def test_the_report_counts_documents_that_the_tokenizer_drops(tmp_path, open_corpus):
+    values = json.loads(tokenizer.train(["some text"], 264).tokenizer_json())
+    values["model"] |= dict(vocab={"a": 0, "b": 1, "ab": 2}, merges=[["a", "b"]])
+    values["pre_tokenizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tok = tokenizer.load(str(tmp_path / "tokenizer.json"))
+    texts = {"1.txt": "xyz " * 9, "2.txt": "東", "3.txt": "ab", "4.txt": "xay"}
+    folder = write_files(tmp_path / "in", texts)
+    report = open_corpus(folder, tok).report
+    assert "note: 2 documents of which the tokenizer knows no character" in report
+
+
 def test_more_documents_move_none_and_copies_stay_together(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     before = open_corpus(folder)

@@ -378,6 +378,15 @@ def test_a_character_that_a_tokenizer_has_no_token_for_is_an_error_of_one_line()
         assert "unk_id" in message and "\n" not in message
 
 
+def test_a_tokenizer_with_dropout_gives_the_same_ids_every_time(tmp_path):
+    values = json.loads(ALL["bpe"].tokenizer_json())
+    values["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    tok, text = tokenizer.load(str(path)), "the cats and the dogs " * 20
+    assert tok.encode(text) == tok.prompt(text, bos=False) == ALL["bpe"].encode(text)
+
+
 def test_a_panic_of_the_library_is_an_error_of_one_line(tmp_path, capfd):
     """The library cuts a prefix off each merge, and panics if the merge is shorter."""
     library_tokenizer = json.loads(ALL["bpe"].tokenizer_json())
