@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+LARGEST = 2**32 - 1  # of whole numbers: counts, sizes and seeds of JAX have 32 bits
+
 
 class ConfigError(ValueError):
     """A user's mistake, in one line: the field, its value and what is accepted."""
@@ -49,6 +51,8 @@ class Section:
         for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
             require(fits(value, hint), self.path(name), value, describe(hint))
+            if isinstance(value, int) and not fits(1.0, hint):
+                self.need(name, value <= LARGEST, f"at most {LARGEST}")
         self.check()
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from ladder_jax.checks import ConfigError, Section, require, short_repr, to_byte
 
 # What a run's own folders may be.
 FOLDER = "a folder (of a bucket, mount it)"
+MOST_LAYERS = 10_000  # each is an entry of the schedule, the cache and the program
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Model(Section):
     def check(self) -> None:
         self.positive("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim")
         self.positive("ffn_dim", "max_length", "rope_theta", "norm_eps", "init_std")
+        self.need("layers", self.layers <= MOST_LAYERS, f"at most {MOST_LAYERS}")
         self.need(
             "kv_heads",
             self.heads % self.kv_heads == 0,

@@ -218,6 +218,7 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """Returns the type of the ids of a cache."""
     return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
 
+
 # A kind of `Tally.noted`: a tokenizer without bytes or a token for unknown characters
 # drops them.
 WITHOUT_IDS = "documents of which the tokenizer knows no character"
