@@ -331,11 +331,17 @@ def test_saving_where_it_cannot(tmp_path):
         tokenizer.ByteTokenizer().save(tmp_path / "file" / "tokenizer.json")
 
 
-def test_vocab_size_too_small():
+@pytest.mark.parametrize("size", [258, 10**7 + 1, 2**31 - 1, 10**20])
+def test_vocab_size_too_small_or_too_large(size):
     with pytest.raises(
-        ValueError, match="vocab_size=258 is not accepted: it must be at least 259"
+        ValueError, match=f"vocab_size={size} is not accepted: it must be at least 259"
     ):
-        tokenizer.train(TEXTS, 258)
+        tokenizer.train(TEXTS, size)
+
+
+def test_a_vocabulary_may_be_larger_than_the_texts_need():
+    assert tokenizer.train(TEXTS, 259).size == 259
+    assert tokenizer.train(TEXTS, 10**6).size < 10**5
     assert tokenizer.train(TEXTS, 259).size == 259
 
 
