@@ -12,7 +12,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-LARGEST = 2**32 - 1  # of whole numbers: counts, sizes and seeds of JAX have 32 bits
+LARGEST_SIZE = 2**31 - 1  # of what is a dimension of an array, or of the mesh
+LARGEST = 2**53  # of other whole numbers: JSON's readers keep them exact
 
 
 class ConfigError(ValueError):
@@ -41,6 +42,7 @@ class Section:
     """Base of every section: checks the types of fields, then calls `check`."""
 
     section: typing.ClassVar[str] = ""  # its name in paths such as model.dim
+    largest: typing.ClassVar[int] = LARGEST  # its largest whole number
 
     def __new__(cls, *_: Any, **values: Any) -> Any:
         for name in values:
@@ -52,7 +54,7 @@ class Section:
             value = getattr(self, name)
             require(fits(value, hint), self.path(name), value, describe(hint))
             if isinstance(value, int) and not fits(1.0, hint):
-                self.need(name, value <= LARGEST, f"at most {LARGEST}")
+                self.need(name, value <= self.largest, f"at most {self.largest}")
         self.check()
 
     def check(self) -> None:

@@ -8,7 +8,14 @@ from typing import Literal
 
 from ladder_jax import schedule
 from ladder_jax.addresses import is_address
-from ladder_jax.checks import ConfigError, Section, require, short_repr, to_bytes
+from ladder_jax.checks import (
+    LARGEST_SIZE,
+    ConfigError,
+    Section,
+    require,
+    short_repr,
+    to_bytes,
+)
 
 # What a run's own folders may be.
 FOLDER = "a folder (of a bucket, mount it)"
@@ -66,6 +73,7 @@ class Model(Section):
     """A Llama-family decoder and the residual schedule that its blocks follow."""
 
     section = "model"
+    largest = LARGEST_SIZE
     # At least the number of the tokenizer's tokens.
     vocab_size: int = 320
     # The width of the residual stream.
@@ -166,6 +174,7 @@ class Mesh(Section):
     """Devices along each mesh axis; one axis may be -1, for all remaining devices."""
 
     section = "mesh"
+    largest = LARGEST_SIZE
     # Replicas of the parameters.
     data: int = -1
     # Shards of every parameter and of the optimizer state, gathered layer by layer.
@@ -350,6 +359,9 @@ class Train(Section):
         self.positive("steps", "global_batch", "seq_len", "grad_accum_steps")
         self.positive("log_every", "eval_every", "eval_batches", "save_every")
         self.positive("keep_checkpoints")
+        for name in ("global_batch", "seq_len"):
+            ok = getattr(self, name) <= LARGEST_SIZE
+            self.need(name, ok, f"at most {LARGEST_SIZE}")
         for name in ("loss_chunk", "profile_steps", "sample_tokens", "skip_steps"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         self.need("rollbacks", self.rollbacks >= 0, "0 or more")
