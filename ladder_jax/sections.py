@@ -430,6 +430,7 @@ class Decode(Section):
     """The decode engine: the memory that it takes, and how long one call of it runs."""
 
     section = "decode"
+    largest = LARGEST_SIZE
     # The most requests that decode together. None: as many as kv_memory holds.
     slots: int | None = 8
     # The most prefilled requests that wait on the device. None: half of slots, 2 or
