@@ -50,6 +50,10 @@ class PlanArguments:
     sweep: tuple[str, ...] = ()
     """Plan every combination of values, such as batch=1,4,16 tensor=2,4,8: of batch,
     context, tensor, schedule, reduction and target."""
+    tune: bool = False
+    """Plan decode steps with every reduction that may be the fastest, and add them to
+    the table that the reduction "auto" reads. --sweep names the steps; without it they
+    are batch=1,4,8,16,32,64 context=512."""
     network: str = "nvlink"
     """Of GPUs: nvlink, no-nvlink, pcie, symmetric (NCCL's symmetric buffers), or a JSON
     file of measured all-reduces of a node: [{"bytes": B, "us": T}, ...]."""

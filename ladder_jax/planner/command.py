@@ -15,9 +15,11 @@ from ladder_jax.planner import (
     planning,
     sweep,
     trace,
+    tune,
     use,
 )
 from ladder_jax.planner.plan import Request
+from ladder_jax.residual import tuned
 
 
 class Outcome(NamedTuple):
@@ -36,6 +38,8 @@ def run(config: Config, args: Any) -> Outcome:
     Raises ConfigError for arguments that are not accepted, before anything is compiled.
     """
     _check(args)
+    if args.tune:
+        return _run_tuning(config, args)
     if args.sweep:
         return _run_sweep(config, args)
     request, measured = make_request(config, args), ""
@@ -78,10 +82,14 @@ def _check(args: Any) -> None:
         raise ConfigError("--lengths compares rows and pages: leave out --compare")
     if args.lengths and args.context is not None:
         raise ConfigError("--lengths says the context: leave out --context")
-    if args.sweep:
-        for name in ("compare", "lengths", "drafts", "hlo", "trace", "calibration"):
-            if getattr(args, name):
-                raise ConfigError(f"--sweep plans steps: leave out --{name}")
+    others = ["compare", "lengths", "drafts", "hlo", "trace", "calibration"]
+    for option, what, without in (
+        ("sweep", "plans steps", others),
+        ("tune", "writes a table", [*others, "plot", "json", "price", "tokens"]),
+    ):
+        for name in without:
+            if getattr(args, option) and getattr(args, name):
+                raise ConfigError(f"--{option} {what}: leave out --{name}")
     if args.price is not None and not 0 < args.price < float("inf"):
         raise ConfigError(f"price={args.price!r} is not accepted: it must be above 0")
     for name in ("plot", "hlo", "trace"):
@@ -144,6 +152,17 @@ def _run_sweep(config: Config, args: Any) -> Outcome:
         ]
         return Outcome(json.dumps(rows), fits)
     return Outcome(sweep.table(cells), fits)
+
+
+def _run_tuning(config: Config, args: Any) -> Outcome:
+    """`run` with --tune."""
+    listed = sweep.combinations(args.sweep or tune.SHAPES)
+    requests = [make_request(config, args, **values) for values in listed]
+    if any(request.config.mesh.reduction != "auto" for request in requests):
+        raise ConfigError("--tune plans every reduction: leave out the reduction")
+    planning.check_fit(requests)
+    trials = tune.run(requests, tuned.PATH)
+    return Outcome(f"{tune.text(trials)}\nwritten to {tuned.PATH}", True)
 
 
 def add_price(report: dict[str, Any], price: float) -> None:

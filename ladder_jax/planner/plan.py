@@ -219,7 +219,13 @@ def make_program(
         return training_step(whole, mesh, request.fused)
     is_decode = request.workload == "decode"
     tokens = 1 + request.drafts if is_decode else request.context
-    reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
+    # By the whole model: the table of reductions does not know the short one.
+    reduction = choose.reduction_for(
+        request.config.mesh.reduction,
+        request.config.model,
+        mesh,
+        request.kv_layout,
+    )
     if request.kv_layout == "pages":
         return decode_in_pages(request, model_config, mesh, reduction)
     return forward_pass(

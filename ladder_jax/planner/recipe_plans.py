@@ -23,6 +23,7 @@ HASHED_FILES = (
     *("attention.py", "config.py", "kv_cache.py", "matmul.py", "model.py"),
     *("objective.py", "optimizer.py", "schedule.py", "sharding.py"),
     *("train_programs.py", "training.py", "hardware/*.py", "residual/*.py"),
+    "residual/tuned.csv",  # what "auto" takes
     *(f"planner/{name}.py" for name in ("fused", "hlo", "operations", "plan")),
     *(f"planner/{name}.py" for name in ("report", "scopes", "stack", "timeline")),
 )
@@ -73,8 +74,10 @@ def code_version(package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for pattern in HASHED_FILES:
         for path in sorted(package.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            digest.update(ast.dump(_without_docstrings(tree)).encode())
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".py":
+                text = ast.dump(_without_docstrings(ast.parse(text)))
+            digest.update(text.encode())
     return digest.hexdigest()[:8]
 
 

@@ -197,7 +197,9 @@ def reduction_of(compiled: Compiled) -> str:
     reduction that `choose` picks."""
     request, mesh = compiled.request, compiled.mesh
     model_config = request.config.model
-    reduction = choose.reduction_for(request.config.mesh.reduction, model_config, mesh)
+    reduction = choose.reduction_for(
+        request.config.mesh.reduction, model_config, mesh, request.kv_layout
+    )
     rows = max(request.at_once // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
     tokens = 1 if request.workload == "decode" else request.context
     shape = rows, tokens, model_config.dim

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ladder_jax import schedule
 from ladder_jax.config import ConfigError, Model
 from ladder_jax.hardware import chips, cost
+from ladder_jax.residual import tuned
 from ladder_jax.residual.reductions import PRODUCTS, REDUCTIONS, Like, Policy
 from ladder_jax.sharding import TENSOR
 
@@ -293,14 +294,15 @@ def network_of(
 
 
 def reduction_for(
-    name: str, model_config: Model, mesh: jax.sharding.Mesh
+    name: str, model_config: Model, mesh: jax.sharding.Mesh, layout: str = "rows"
 ) -> str | Policy:
-    """The reduction for mesh.reduction=`name`: `name`, or for "auto" the cheapest.
+    """The reduction for mesh.reduction=`name`: `name`, or for "auto" the fastest.
 
+    layout: of the cache in decode, "rows" or "pages".
     Raises ConfigError where XLA cannot compile the reduction for the mesh.
     """
     if name == "auto":
-        return auto_reduction(model_config, mesh)
+        return auto_reduction(model_config, mesh, layout)
     if (
         name == "one-shot"
         and _overlaps(model_config)
@@ -311,7 +313,17 @@ def reduction_for(
             f"model.residual={model_config.residual!r}: XLA does not "
             "finish compiling its all-gathers; choose 'auto' or another reduction"
         )
-    return name
+    return _fixed(name, mesh)
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed(name: str, mesh: jax.sharding.Mesh) -> str | Policy:
+    """One reduction for all messages, with the program that "auto" has if it picks it:
+    `name` alone says nothing of what the chip needs beside it."""
+    chip = chips.CHIPS.get(chips.kind_of(mesh.devices.flat[0]) or "")
+    if chip is None or not (chip.in_order or chip.tied_rows):
+        return name
+    return Policy(lambda value: name, chip.in_order, chip.tied_rows)
 
 
 def _overlaps(model_config: Model) -> bool:
@@ -320,11 +332,17 @@ def _overlaps(model_config: Model) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
-def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy:
-    """The cheapest reduction of each message of a model on a mesh, as a Policy.
+def auto_reduction(
+    model_config: Model, mesh: jax.sharding.Mesh, layout: str = "rows"
+) -> str | Policy:
+    """The fastest reduction of each message of a model on a mesh, as a Policy.
+
+    For decode with a schedule that has delays it is the one with which XLA's compiler
+    was found to make the shortest step, where the table has the model and the chip
+    (tuned.py); elsewhere the one that costs least (`choose_reduction`).
 
     "psum" on chips that the cost model does not know, on CPUs, and without a tensor
-    axis.
+    axis. Raises ConfigError if the table is damaged.
     """
     network = network_of(list(mesh.devices.flat))
     tensor = mesh.shape[TENSOR]
@@ -332,14 +350,19 @@ def auto_reduction(model_config: Model, mesh: jax.sharding.Mesh) -> str | Policy
         return "psum"
     groups = np.arange(mesh.size).reshape(-1, tensor).tolist()
     hides = _overlaps(model_config)
+    kind = chips.kind_of(mesh.devices.flat[0])
+    found = tuned.choices_for(kind, tensor, model_config, layout) if hides else {}
 
     @functools.cache
-    def choose(rows: int, size: int) -> str:
+    def cheapest(rows: int, size: int) -> str:
         blocks = block_seconds(model_config, network.chip, rows, tensor)
         return choose_reduction(network, groups, size, hides, blocks)
 
     def name_for(value: Like) -> str:
+        choice = tuned.choice_of(found, value, model_config.dim)
+        if choice is not None:
+            return choice
         rows = value.size // value.shape[-1] if value.ndim else 1
-        return choose(rows, value.size * value.dtype.itemsize)
+        return cheapest(rows, value.size * value.dtype.itemsize)
 
     return Policy(name_for, network.chip.in_order, network.chip.tied_rows)

@@ -64,7 +64,8 @@ def design(
     platform = chips.platform(mesh)
     page_size, kernel, reason = _pages(options, platform, model_config, spec)
     if layout(options, platform, length * token_bytes, kernel, reason) == "pages":
-        spec = spec._replace(page_size=page_size, page_kernel=kernel)
+        policy = choose.reduction_for(reduction, model_config, mesh, "pages")
+        spec = spec._replace(page_size=page_size, page_kernel=kernel, reduction=policy)
     if options.carry_tokens:
         _check_carrying(options, spec)
     capacity = Capacity(
