@@ -34,6 +34,7 @@ from ladder_jax.convert.parts import Parts
 from ladder_jax.convert.source import TensorSource, require_unchanged
 from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.data.chat_template import check_template
 from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
 from ladder_jax.say import Say
@@ -125,6 +126,10 @@ def tokenizer_of(
             raise ConfigError(
                 f"{name} is not accepted: {error} (--tokenizer names another)"
             ) from None
+    try:
+        check_template(tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is not accepted: {error}") from None
     if tokenizer.size > model.vocab_size:
         raise ConfigError(
             f"{name} has {tokenizer.size} ids, but the embedding of {source.name} has "
