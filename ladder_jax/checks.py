@@ -12,6 +12,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+LARGEST_SIZE = 2**31 - 1  # of what is a dimension of an array, or of the mesh
+LARGEST = 2**53  # of other whole numbers: JSON's readers keep them exact
+
 
 class ConfigError(ValueError):
     """A user's mistake, in one line: the field, its value and what is accepted."""
@@ -39,6 +42,7 @@ class Section:
     """Base of every section: checks the types of fields, then calls `check`."""
 
     section: typing.ClassVar[str] = ""  # its name in paths such as model.dim
+    largest: typing.ClassVar[int] = LARGEST  # its largest whole number
 
     def __new__(cls, *_: Any, **values: Any) -> Any:
         for name in values:
@@ -49,6 +53,8 @@ class Section:
         for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
             require(fits(value, hint), self.path(name), value, describe(hint))
+            if isinstance(value, int) and not fits(1.0, hint):
+                self.need(name, value <= self.largest, f"at most {self.largest}")
         self.check()
 
     def check(self) -> None:

@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any
 
 IMPORT_SECONDS = 5.0
-_ASYNCIO = logging.getLogger("asyncio")
+# Loggers with which libraries report what an interrupt broke in tasks and threads.
+_REPORTERS = ("absl", "asyncio", "concurrent.futures")
 # The commands that are running now and raise at Ctrl-C.
 _insistent: list["InsistentInterrupt"] = []
 
@@ -59,9 +60,9 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
     collection have returned. Libraries that are interrupted while they are imported
     print tracebacks of their own: it waits for an import, too, up to IMPORT_SECONDS.
 
-    Orbax leaves tasks behind where an interrupt ends its reads. Python and asyncio may
-    report them until the process ends: once Ctrl-C was pressed, their reports are
-    dropped, and stay dropped.
+    Orbax leaves tasks and threads behind where an interrupt ends its reads and writes.
+    They, Python and asyncio may report what broke until the process ends: once Ctrl-C
+    was pressed, these reports are dropped, and stay dropped.
 
     It does nothing outside the main thread, and where Ctrl-C is ignored (`nohup`, jobs
     in the background).
@@ -76,12 +77,15 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         self.raised: weakref.ref[Interrupted] | None = None
         self._previous_handlers: dict[signal.Signals, Any] = {}
         self._previous_hook: Any = None
+        self._previous_thread_hook: Any = None
 
     def __enter__(self) -> "InsistentInterrupt":
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._previous_hook = sys.unraisablehook
             sys.unraisablehook = self._unraisable
+            self._previous_thread_hook = threading.excepthook
+            threading.excepthook = self._lost_in_thread
             self._handle(signal.SIGINT, self._pressed)
             _insistent.append(self)
         return self
@@ -98,6 +102,7 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
             warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
         elif self._previous_hook is not None:
             sys.unraisablehook = self._previous_hook
+            threading.excepthook = self._previous_thread_hook
 
     def _handle(self, number: signal.Signals, handler: Callable[..., None]) -> None:
         self._previous_handlers[number] = signal.signal(number, handler)
@@ -106,7 +111,8 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         if not self.pressed:  # others may use the timer until then
             self._handle(signal.SIGALRM, self._again)
             self._pressed_at = time.monotonic()
-            _ASYNCIO.addFilter(_drop)
+            for logger in _reporters():
+                logger.addFilter(_drop)
         self.pressed = True
         self._raise(frame)
 
@@ -130,6 +136,17 @@ class InsistentInterrupt(contextlib.AbstractContextManager):
         """Says nothing about an interrupt that gets lost, nor about what it broke."""
         if not self.pressed:
             self._previous_hook(lost)
+
+    def _lost_in_thread(self, lost: Any) -> None:
+        """Says nothing about a thread that an interrupt ended."""
+        if not self.pressed:
+            self._previous_thread_hook(lost)
+
+
+def _reporters() -> list[logging.Logger]:
+    """The loggers of _REPORTERS that exist: absl makes its own when it is imported."""
+    known = logging.Logger.manager.loggerDict
+    return [logging.getLogger(name) for name in _REPORTERS if name in known]
 
 
 def _is_collecting(frame: FrameType | None) -> bool:

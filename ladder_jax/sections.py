@@ -8,10 +8,18 @@ from typing import Literal
 
 from ladder_jax import schedule
 from ladder_jax.addresses import is_address
-from ladder_jax.checks import ConfigError, Section, require, short_repr, to_bytes
+from ladder_jax.checks import (
+    LARGEST_SIZE,
+    ConfigError,
+    Section,
+    require,
+    short_repr,
+    to_bytes,
+)
 
 # What a run's own folders may be.
 FOLDER = "a folder (of a bucket, mount it)"
+MOST_LAYERS = 10_000  # each is an entry of the schedule, the cache and the program
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Model(Section):
     """A Llama-family decoder and the residual schedule that its blocks follow."""
 
     section = "model"
+    largest = LARGEST_SIZE
     # At least the number of the tokenizer's tokens.
     vocab_size: int = 320
     # The width of the residual stream.
@@ -113,6 +122,7 @@ class Model(Section):
     def check(self) -> None:
         self.positive("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim")
         self.positive("ffn_dim", "max_length", "rope_theta", "norm_eps", "init_std")
+        self.need("layers", self.layers <= MOST_LAYERS, f"at most {MOST_LAYERS}")
         self.need(
             "kv_heads",
             self.heads % self.kv_heads == 0,
@@ -164,6 +174,7 @@ class Mesh(Section):
     """Devices along each mesh axis; one axis may be -1, for all remaining devices."""
 
     section = "mesh"
+    largest = LARGEST_SIZE
     # Replicas of the parameters.
     data: int = -1
     # Shards of every parameter and of the optimizer state, gathered layer by layer.
@@ -348,6 +359,9 @@ class Train(Section):
         self.positive("steps", "global_batch", "seq_len", "grad_accum_steps")
         self.positive("log_every", "eval_every", "eval_batches", "save_every")
         self.positive("keep_checkpoints")
+        for name in ("global_batch", "seq_len"):
+            ok = getattr(self, name) <= LARGEST_SIZE
+            self.need(name, ok, f"at most {LARGEST_SIZE}")
         for name in ("loss_chunk", "profile_steps", "sample_tokens", "skip_steps"):
             self.need(name, getattr(self, name) >= 0, "0 or more")
         self.need("rollbacks", self.rollbacks >= 0, "0 or more")
@@ -416,6 +430,7 @@ class Decode(Section):
     """The decode engine: the memory that it takes, and how long one call of it runs."""
 
     section = "decode"
+    largest = LARGEST_SIZE
     # The most requests that decode together. None: as many as kv_memory holds.
     slots: int | None = 8
     # The most prefilled requests that wait on the device. None: half of slots, 2 or

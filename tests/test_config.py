@@ -95,6 +95,7 @@ WRONG = {  # fields of a section that cannot be -> what the message says
             "residual='delays:0,1'",
             "4 layers have 8 blocks",
         ),
+        (dict(layers=10_001), "layers=10001", "at most 10000"),
         (dict(sliding_window=0), "sliding_window=0", "greater than 0, or None"),
         (
             dict(sliding_window=4, window_layers="1,4"),
@@ -227,6 +228,15 @@ def test_a_wrong_type_is_refused(section, name):
         assert message.startswith(
             f"{section.section}.{name}={value!r} is not accepted: it must be "
         )
+
+
+@pytest.mark.parametrize(
+    "section, name", [key for key in FIELDS if HINTS[key] in (int, int | None)]
+)
+def test_a_whole_number_that_no_computer_counts_to_is_refused(section, name):
+    """JAX would fail late, some with a traceback."""
+    message = mistake(lambda: section(**{name: 10**20}))
+    assert f"{name}={10**20} is not accepted: it must be " in message
 
 
 def test_a_whole_number_is_accepted_where_a_float_is():

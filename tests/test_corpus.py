@@ -93,6 +93,18 @@ def test_the_report_says_what_was_left_out_or_repaired(tmp_path, open_corpus):
     assert "left out" not in good.report and "repaired" not in good.report
 
 
+def test_the_report_counts_documents_that_the_tokenizer_drops(tmp_path, open_corpus):
+    values = json.loads(tokenizer.train(["some text"], 264).tokenizer_json())
+    values["model"] |= dict(vocab={"a": 0, "b": 1, "ab": 2}, merges=[["a", "b"]])
+    values["pre_tokenizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tok = tokenizer.load(str(tmp_path / "tokenizer.json"))
+    texts = {"1.txt": "xyz " * 9, "2.txt": "東", "3.txt": "ab", "4.txt": "xay"}
+    folder = write_files(tmp_path / "in", texts)
+    report = open_corpus(folder, tok).report
+    assert "note: 2 documents of which the tokenizer knows no character" in report
+
+
 def test_more_documents_move_none_and_copies_stay_together(tmp_path, open_corpus):
     folder = write_files(tmp_path / "in", LETTERS)
     before = open_corpus(folder)
@@ -218,6 +230,9 @@ def test_ids_of_large_vocabularies_are_stored_in_wider_integers(tmp_path, open_c
             "1 rows that are not JSON\\)",
         ),
         ("one", "has one document \\(2 with copies\\)"),
+        ("empty rows", "has no usable document \\(it is empty\\)"),
+        ("empty text", "has no usable document \\(1 empty documents\\)"),
+        ("broken link", "has no usable document \\(1 unreadable files\\)"),
     ],
 )
 def test_a_source_without_a_document_is_an_error(
@@ -225,9 +240,19 @@ def test_a_source_without_a_document_is_an_error(
 ):
     write_files(tmp_path / "bad", {"a.bin": b"\0", "b.jsonl": "?"})
     write_files(tmp_path / "one", {"a.txt": "same", "b.txt": "same"})
+    write_files(tmp_path / "empty rows", {"a.jsonl": ""})
+    write_files(tmp_path / "empty text", {"a.txt": ""})
+    write_files(tmp_path / "broken link", {})
+    (tmp_path / "broken link" / "a.txt").symlink_to("nowhere")
     with pytest.raises(ValueError, match=f"data.source='.*{message}") as error:
         open_corpus(tmp_path / source)
     assert "\n" not in str(error.value)
+
+
+def test_a_source_may_begin_with_empty_files(tmp_path, open_corpus):
+    folder = write_files(tmp_path / "in", {"0.txt": "", "1.jsonl": "", **LETTERS})
+    alone = write_files(tmp_path / "alone", LETTERS)
+    assert texts(open_corpus(folder).train) == texts(open_corpus(alone).train)
 
 
 @pytest.mark.parametrize(

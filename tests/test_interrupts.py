@@ -9,8 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import absl.logging
 import foreign_folder as foreign
 import helpers
 import pytest
@@ -23,10 +25,12 @@ from ladder_jax import checkpoint, cli, interrupts, storage
 def handler():
     """Ctrl-C as in a terminal; the test's own timer and handlers are there again."""
     received = signal.signal(signal.SIGINT, signal.default_int_handler)
-    alarm, hook = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+    alarm = signal.getsignal(signal.SIGALRM)
+    hook, thread_hook = sys.unraisablehook, threading.excepthook
     yield
-    sys.unraisablehook = hook
-    interrupts._ASYNCIO.removeFilter(interrupts._drop)
+    sys.unraisablehook, threading.excepthook = hook, thread_hook
+    for logger in interrupts._reporters():
+        logger.removeFilter(interrupts._drop)
     assert signal.getsignal(signal.SIGALRM) is alarm
     signal.signal(signal.SIGINT, received)
 
@@ -95,6 +99,34 @@ def test_an_interrupt_that_gets_lost_comes_again(way, capfd):
     assert 0.5 < time.monotonic() - start < 15
     work(1.5)  # nothing comes after the end
     assert capfd.readouterr().err == ""  # and Python says nothing about the lost one
+
+
+def logged():
+    """As a thread of Orbax does whose work an interrupt broke."""
+    absl.logging.exception("broken")
+
+
+def raised():
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+@pytest.mark.parametrize("way", [logged, raised])
+def test_threads_do_not_report_what_an_interrupt_broke(
+    way, pressed, capfd, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda lost: seen.append(lost))
+    monkeypatch.setattr(absl.logging.get_absl_logger(), "callHandlers", seen.append)
+    thread = threading.Thread(target=way)
+    with contextlib.suppress(KeyboardInterrupt), interrupts.InsistentInterrupt():
+        if pressed:
+            press()
+    with interrupts.InsistentInterrupt():
+        thread.start()
+        thread.join()
+    assert bool(seen) != pressed
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("seconds, ends", [(5.0, True), (0.0, False)])

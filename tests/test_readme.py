@@ -1,4 +1,4 @@
-"""README: its commands parse, its Python runs, its file tree is complete."""
+"""Docs: their commands parse, their Python runs, the file tree is complete."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ from ladder_jax.server import command as server
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
-README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = ("tutorial", "evaluation", "serving", "runs")
 DOCS += [ROOT / "docs" / f"{name}.md" for name in PAGES]
@@ -88,8 +88,8 @@ def test_every_python_example_runs(page, number, code, tmp_path, monkeypatch, ca
 
 def listed_files() -> set[str]:
     """The paths below `ladder_jax/` that the tree under "## Files" lists."""
-    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)
-    assert tree, "README has no file tree under '## Files'"
+    tree = re.search(r"## Files\n.*?\n```\n(.*?)```", ARCHITECTURE, re.S)
+    assert tree, "docs/architecture.md has no file tree under '## Files'"
     folders, files = [], set()
     for line in tree[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -111,8 +111,8 @@ def test_the_file_tree_has_one_line_for_every_file():
         if path.name != "__init__.py" or path.parent == package
     }
     missing, extra = sorted(files - listed_files()), sorted(listed_files() - files)
-    assert not missing, f"README's file tree does not list {missing}"
-    assert not extra, f"README's file tree lists files that do not exist: {extra}"
+    assert not missing, f"the tree of docs/architecture.md does not list {missing}"
+    assert not extra, f"the tree lists files that do not exist: {extra}"
 
 
 def test_every_make_target_exists():

@@ -394,6 +394,13 @@ def test_units_cover_every_file_once_in_order(source):
     assert sum(map(token_units.size_of, units)) == sum(size for _, size, _ in files)
 
 
+@pytest.mark.parametrize("sizes", [[], [0], [0, 0], [0, 5], [5, 0, 5], [0, 9 << 20, 0]])
+def test_files_of_any_size_are_in_one_unit(tmp_path, sizes):
+    files = [(tmp_path / f"{n}.txt", size, 0) for n, size in enumerate(sizes)]
+    units = token_units.plan(files, divide=False)
+    assert [file.part.path for unit in units for file in unit] == [f[0] for f in files]
+
+
 def test_slices_over_several_shards(tmp_path):
     values, paths = np.arange(20, dtype=np.uint16), []
     stops = [3, 4, 11, 20]

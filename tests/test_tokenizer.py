@@ -331,11 +331,17 @@ def test_saving_where_it_cannot(tmp_path):
         tokenizer.ByteTokenizer().save(tmp_path / "file" / "tokenizer.json")
 
 
-def test_vocab_size_too_small():
+@pytest.mark.parametrize("size", [258, 10**7 + 1, 2**31 - 1, 10**20])
+def test_vocab_size_too_small_or_too_large(size):
     with pytest.raises(
-        ValueError, match="vocab_size=258 is not accepted: it must be at least 259"
+        ValueError, match=f"vocab_size={size} is not accepted: it must be at least 259"
     ):
-        tokenizer.train(TEXTS, 258)
+        tokenizer.train(TEXTS, size)
+
+
+def test_a_vocabulary_may_be_larger_than_the_texts_need():
+    assert tokenizer.train(TEXTS, 259).size == 259
+    assert tokenizer.train(TEXTS, 10**6).size < 10**5
     assert tokenizer.train(TEXTS, 259).size == 259
 
 
@@ -376,6 +382,15 @@ def test_a_character_that_a_tokenizer_has_no_token_for_is_an_error_of_one_line()
         message = str(error.value)
         assert message.startswith("data.tokenizer='x.json' cannot encode")
         assert "unk_id" in message and "\n" not in message
+
+
+def test_a_tokenizer_with_dropout_gives_the_same_ids_every_time(tmp_path):
+    values = json.loads(ALL["bpe"].tokenizer_json())
+    values["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    tok, text = tokenizer.load(str(path)), "the cats and the dogs " * 20
+    assert tok.encode(text) == tok.prompt(text, bos=False) == ALL["bpe"].encode(text)
 
 
 def test_a_panic_of_the_library_is_an_error_of_one_line(tmp_path, capfd):

@@ -219,7 +219,7 @@ def no_document(
     data_config: Data,
     tally: Tally,
     is_chat: bool = False,
-    otherwise: str = "all of it is held out",
+    otherwise: str = "it is empty",
 ) -> ConfigError:
     """Returns the error for a source without a usable document, with the reason.
 

@@ -219,6 +219,11 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
 
 
+# A kind of `Tally.noted`: a tokenizer without bytes or a token for unknown characters
+# drops them.
+WITHOUT_IDS = "documents of which the tokenizer knows no character"
+
+
 class _Writer:
     """Writes the files of a shard, document by document, into `folder`."""
 
@@ -279,10 +284,11 @@ def _write_texts(
     job: Job, parts: list[Part], tally: sources.Tally, writer: _Writer
 ) -> Iterator[None]:
     """Writes all documents; yields after each batch of their pieces."""
-    tokenizer = job.tokenizer
+    tokenizer, has_ids = job.tokenizer, False
     for batch in _batches(job.data_config, parts, tally):
         batch_ids = tokenizer.encode_batch([piece.text for piece in batch])
         for ids, piece in zip(batch_ids, batch):
+            has_ids = bool(ids) or has_ids and not piece.is_first
             if piece.is_first:
                 ids = [tokenizer.bos, *ids]
             if piece.document:
@@ -290,6 +296,7 @@ def _write_texts(
             writer.write(ids)
             if piece.document:
                 writer.end_document(*piece.document)
+                tally.noted[WITHOUT_IDS] += not has_ids
         yield
 
 

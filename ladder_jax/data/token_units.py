@@ -44,12 +44,12 @@ def plan(files: Sequence[tuple[Path, int, int]], divide: bool = True) -> list[Un
     total = sum(size for _, size, _ in files)
     limit = min(max(total // UNITS, SMALLEST), LARGEST)
     units: list[Unit] = []
-    used = limit
+    used = 0
     for path, size, changed in files:
         count = _parts(path, math.ceil(size / limit)) if divide else 1
         for index in range(count):
             share = size // count
-            if used + share > limit:
+            if not units or used + share > limit:
                 units.append([])
                 used = 0
             units[-1].append(File(Part(path, index, count), size, changed))

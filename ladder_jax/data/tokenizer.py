@@ -38,6 +38,10 @@ _OWN_NAMES = [names[0] for names in NAMES.values()]
 # It splits a text into names of special tokens and what is between them.
 _OWN_NAMES_PATTERN = re.compile(f"({'|'.join(map(re.escape, _OWN_NAMES))})")
 
+# Of a vocabulary that is trained: the library takes memory for all ids at the start,
+# and aborts the process where there is not enough.
+MOST_IDS = 10_000_000
+
 
 def byte_alphabet() -> dict[str, int]:
     """Returns the characters by which GPT-2's BPE writes bytes: {character: byte}.
@@ -405,14 +409,15 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFace:
       vocab_size: the largest number of ids.
 
     Raises:
-      ConfigError: if `vocab_size` is too small.
+      ConfigError: if `vocab_size` is too small, or above MOST_IDS.
     """
     minimum = 256 + len(_OWN_NAMES)
     require(
-        vocab_size >= minimum,
+        minimum <= vocab_size <= MOST_IDS,
         "vocab_size",
         vocab_size,
-        f"at least {minimum}, for 256 bytes and {len(_OWN_NAMES)} special tokens",
+        f"at least {minimum}, for 256 bytes and {len(_OWN_NAMES)} special tokens, and "
+        f"at most {MOST_IDS}",
     )
     library_tokenizer = tokenizers.Tokenizer(models.BPE())
     library_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -64,4 +64,7 @@ def parse(text: str) -> tokenizers.Tokenizer:
     # Some files switch truncation and padding on.
     library_tokenizer.no_truncation()
     library_tokenizer.no_padding()
+    # It makes the ids of a text random: in prompts, and in each process that tokenises.
+    if getattr(library_tokenizer.model, "dropout", None) is not None:
+        library_tokenizer.model.dropout = None
     return library_tokenizer

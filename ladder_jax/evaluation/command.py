@@ -211,7 +211,7 @@ def read_source(data_config: Data) -> Iterator[str]:
                 is_empty = False
                 yield text
         if is_empty:
-            raise sources.no_document(data_config, tally, otherwise="it is empty")
+            raise sources.no_document(data_config, tally)
     except ConfigError as error:
         message = str(error).replace("data.source", "data")
         message = message.replace("data.text_field", "--text-field")

@@ -31,6 +31,7 @@ REASONS = {
     503: "unavailable",
     504: "timeout",
 }
+FINISHES = ("stop", "length", "cancelled", "error")  # of serve.request.Request.finish
 RECENT = 512  # finished requests, of which `Metrics.recent` knows the times
 
 
@@ -92,6 +93,11 @@ class Metrics:
             ["finish"],
             registry=registry,
         )
+        # Every series starts at 0, so that a rate sees the first event, too.
+        for reason in {*REASONS.values(), "queue_full"}:
+            self.rejected.labels(reason)
+        for finish in FINISHES:
+            self.requests.labels(finish)
         self.recent: deque[Times] = deque(maxlen=RECENT)
 
     def finished(self, request: Request) -> None:
