@@ -7,7 +7,7 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py \
                      false --train.grad-accum-steps 16)
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and
            AdamW state
-Time:      3.0 days = 25,000 steps of 10.3 s, an MFU of 33%: modelled
+Time:      3.0 days = 25,000 steps of 10.4 s, an MFU of 33%: modelled
            (docs/scaling.md), not measured
 Result:    not run yet, and no result is published. The paper (arXiv 2501.06589) says
            that ladder trains an 8B model 5 to 7% faster than standard on 64 H100. It

@@ -10,7 +10,7 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py
            smaller:  8 devices: --mesh.data 1 --train.grad-accum-steps 32
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 1.9 GB of parameters and
            AdamW state
-Time:      9.6 hours = 25,000 steps of 1.38 s, an MFU of 39%: modelled
+Time:      9.7 hours = 25,000 steps of 1.4 s, an MFU of 38%: modelled
            (docs/scaling.md), not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
              residual   Wikitext perplexity   mean of six tasks
