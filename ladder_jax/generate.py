@@ -149,22 +149,10 @@ def generate(
             f"prompt={len(prompt)} or more tokens is not accepted: it must be at most "
             f"{limit} tokens"
         )
-    is_int = isinstance(max_tokens, (int, np.integer))
-    is_int = is_int and not isinstance(max_tokens, bool)
-    require(
-        is_int and 0 <= max_tokens <= room,
-        "max_tokens",
-        max_tokens,
-        f"from 0 to {room}: {limit} less the {len(prompt)} of the prompt",
-    )
-    is_int = isinstance(min_tokens, (int, np.integer))
-    is_int = is_int and not isinstance(min_tokens, bool)
-    require(
-        is_int and 0 <= min_tokens <= max_tokens,
-        "min_tokens",
-        min_tokens,
-        f"an integer from 0 to max_tokens={max_tokens}",
-    )
+    accepted = f"from 0 to {room}: {limit} less the {len(prompt)} of the prompt"
+    _check_count("max_tokens", max_tokens, room, accepted)
+    accepted = f"an integer from 0 to max_tokens={max_tokens}"
+    _check_count("min_tokens", min_tokens, max_tokens, accepted)
     stops = frozenset(
         _check_ids("stop_token_ids", stop_token_ids, vocabulary, most=vocabulary)
     )
@@ -198,6 +186,12 @@ def _check_ids(name: str, ids: Iterable[int], vocabulary: int, most: int) -> lis
         is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
         require(is_int and 0 <= token < vocabulary, name, ids[:8], accepted)
     return [int(token) for token in ids]
+
+
+def _check_count(name: str, value: Any, most: int, accepted: str) -> None:
+    """Raises ConfigError unless `value` is a whole number from 0 to `most`."""
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    require(is_int and 0 <= value <= most, name, value, accepted)
 
 
 def _until_stop_id(tokens: Iterator[int], stops: frozenset[int]) -> Iterator[int]:

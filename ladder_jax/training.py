@@ -33,7 +33,7 @@ from ladder_jax.data.batches import held_out_batches, train_iterator
 from ladder_jax.generate import generate
 from ladder_jax.hardware import chips
 from ladder_jax.hardware import group as groups
-from ladder_jax.hardware.watchdog import STEP_TIMEOUT
+from ladder_jax.hardware.watchdog import STEP_TIMEOUT, Watchdog
 from ladder_jax.metrics import Metrics, plot
 from ladder_jax.objective import (
     BATCH_FIELDS,
@@ -173,30 +173,44 @@ def _train(
         if first == 0:
             run.measure_blend()
 
-        # ---- loop
-        profile = stack.enter_context(
-            Profile(job.out / "profile", first + 2, options.profile_steps, output.say)
-        )
-        output.show_steps(first, options.steps)
-        stopped, taken = None, 0  # steps; a rollback lowers run.step alone
-        while run.step < options.steps and not (stopped := stop.requested(taken)):
-            taken += 1
-            profile.before_step(run.step, run.state)
-            try:
-                run.take_step()
-                output.advance()
-                run.report_unread()  # of the last step, while the device runs this one
-                if run.step == first + 1:  # it took long because XLA compiled it
-                    jax.block_until_ready(run.results)
-                    reports.pace.restart(run.step)
-                    stop.started()
-                watchdog.step(run.step)
-                run.evaluate_save_or_report()
-            except BadStep as bad:
-                run.go_back(bad)
-        if stopped and run.step > first:
-            run.save_early()
+        stopped = _loop(run, first, output, stop, watchdog, stack)
     return summarize(run, stopped)
+
+
+def _loop(
+    run: "Run",
+    first: int,
+    output: Output,
+    stop: StopSignal,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
+) -> signal.Signals | None:
+    """Takes the steps from `first` on; returns the signal that stops them, if any."""
+    options = run.job.config.train
+    folder = run.job.out / "profile"
+    profile = stack.enter_context(
+        Profile(folder, first + 2, options.profile_steps, output.say)
+    )
+    output.show_steps(first, options.steps)
+    stopped, taken = None, 0  # steps; a rollback lowers run.step alone
+    while run.step < options.steps and not (stopped := stop.requested(taken)):
+        taken += 1
+        profile.before_step(run.step, run.state)
+        try:
+            run.take_step()
+            output.advance()
+            run.report_unread()  # of the last step, while the device runs this one
+            if run.step == first + 1:  # it took long because XLA compiled it
+                jax.block_until_ready(run.results)
+                run.reports.pace.restart(run.step)
+                stop.started()
+            watchdog.step(run.step)
+            run.evaluate_save_or_report()
+        except BadStep as bad:
+            run.go_back(bad)
+    if stopped and run.step > first:
+        run.save_early()
+    return stopped
 
 
 class Programs(NamedTuple):
