@@ -4,8 +4,8 @@ Command:   sbatch --nodes 32 launch/slurm.sh configs/bloom_176b.py \
                --data.source 'PATH/*.parquet' --data.tokenizer PATH/tokenizer.json
 Hardware:  256 NVIDIA H100 of 80 GB, 8 a node; a device holds 10.0 GB of parameters and
            AdamW state
-Time:      15.5 days = 1.36e23 FLOPs / (256 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      30.7 days = 25,000 steps of 106 s, an MFU of 20%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
            measures only the inference speed of this shape
 

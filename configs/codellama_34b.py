@@ -5,8 +5,8 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/codellama_34b.py \
                --data.tokenizer PATH/tokenizer.json
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 6.3 GB of parameters and
            AdamW state
-Time:      10.6 days = 2.31e22 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      13.3 days = 25,000 steps of 45.8 s, an MFU of 30%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
            measures only the inference speed of this shape
 

@@ -8,8 +8,8 @@ Command:   ladder-jax convert from-hf meta-llama/Llama-3.1-8B-Instruct runs/llam
            the control:  --train.init-from runs/llama31_8b --model.residual standard
 Hardware:  8 NVIDIA H100 of 80 GB, one node; a device holds 12.0 GB of parameters and
            AdamW state, and 2.0 GB of the parent with distillation
-Time:      13.5 hours = 1.54e20 FLOPs / (8 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      16.2 hours = 11,444 steps of 5.11 s, an MFU of 31%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet. The paper (arXiv 2501.06589, section 4.3) reports an average of
            56.2 to 57.6 over nine tasks, beside 56.1 of the unmodified model and 41.7
            of the conversion without training. It has no control: the unmodified model

@@ -4,8 +4,8 @@ Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_405b.py \
                --data.tokenizer PATH/tokenizer.json
 Hardware:  1024 TPU v5p of 95 GB (a slice v5p-2048); a device holds 4.9 GB of parameters
            and AdamW state
-Time:      16.4 days = 2.67e23 FLOPs / (1024 x 459 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      19.8 days = 25,000 steps of 68.3 s, an MFU of 33%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
            measures only the inference speed of this shape
 

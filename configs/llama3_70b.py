@@ -4,8 +4,8 @@ Command:   TPU=NAME ZONE=ZONE launch/tpu_pod.sh configs/llama3_70b.py \
                --data.tokenizer PATH/tokenizer.json
 Hardware:  256 TPU v5p of 95 GB (a slice v5p-512); a device holds 3.3 GB of parameters
            and AdamW state
-Time:      12.4 days = 5.05e22 FLOPs / (256 x 459 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      12.0 days = 25,000 steps of 41.6 s, an MFU of 39%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet, and no result is published: the paper (arXiv 2501.06589)
            measures only the inference speed of this shape
 

@@ -7,8 +7,8 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/llama3_8b.py \
                      false --train.grad-accum-steps 16)
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 12.0 GB of parameters and
            AdamW state
-Time:      2.8 days = 6.07e21 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      3.0 days = 25,000 steps of 10.4 s, an MFU of 33%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet, and no result is published. The paper (arXiv 2501.06589) says
            that ladder trains an 8B model 5 to 7% faster than standard on 64 H100. It
            measures quality at 8B for another model: Llama-3.1-8B-Instruct, converted

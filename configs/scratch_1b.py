@@ -10,8 +10,8 @@ Command:   sbatch --nodes 8 launch/slurm.sh configs/scratch_1b.py
            smaller:  8 devices: --mesh.data 1 --train.grad-accum-steps 32
 Hardware:  64 NVIDIA H100 of 80 GB, 8 a node; a device holds 1.9 GB of parameters and
            AdamW state
-Time:      10.1 hours = 9.18e20 FLOPs / (64 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      9.7 hours = 25,000 steps of 1.4 s, an MFU of 38%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
              residual   Wikitext perplexity   mean of six tasks
              standard   18.54                 59.98

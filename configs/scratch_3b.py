@@ -4,8 +4,8 @@ Command:   sbatch --nodes 16 launch/slurm.sh configs/scratch_3b.py
            (data, and other residual schedules to compare with: see scratch_1b.py)
 Hardware:  128 NVIDIA H100 of 80 GB, 8 a node; a device holds 5.4 GB of parameters and
            AdamW state
-Time:      13.4 hours = 2.45e21 FLOPs / (128 x 989 TFLOP/s x 40% MFU): derived with an
-           assumed MFU, not measured
+Time:      12.3 hours = 25,000 steps of 1.77 s, an MFU of 42%: modelled
+           (docs/scaling.md), not measured
 Result:    not run yet. The paper's table 3, after as many tokens of FineWeb-edu:
              residual   Wikitext perplexity   mean of six tasks
              standard   14.48                 64.11

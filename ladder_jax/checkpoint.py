@@ -46,6 +46,7 @@ VERSION = next(
     "not installed",
 )
 PATTERNS = "*?[\\"  # the special characters of file patterns: `require_plain_name`
+META = "/".join(storage.META)  # the file of a checkpoint's JSON
 OLD_POSITION = "data"  # a part of checkpoints that older versions saved
 READ_BYTES = 1 << 30  # of arrays that are read at one time
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def fingerprint(folder: Path) -> str:
     random.
     """
     digest = hashlib.sha256()
-    for file in ("model/manifest.ocdbt", "meta/data.json"):
+    for file in ("model/manifest.ocdbt", META):
         digest.update((folder / file).read_bytes())
     return digest.hexdigest()
 
@@ -184,13 +185,14 @@ def absolute(path: epath.PathLike) -> Path:
     return epath.Path(path)
 
 
-def _find(path: epath.PathLike, step: int | None) -> list[Path]:
+def _find(path: epath.PathLike, step: int | None) -> Sequence[epath.PathLike]:
     """Folders of the checkpoints that a reader's `path` may mean, newest first.
 
-    One at the address of a store is copied to this machine first.
+    Of those at the address of a store, each is copied to this machine when its turn
+    comes.
     """
     if addresses.is_address(path):
-        path = storage.fetch_checkpoint(str(path), step, log.warning)
+        return storage.fetch_checkpoints(str(path), step, log.warning)
     path = absolute(path)
     if "\\" in str(path):
         raise ConfigError(f"{path} cannot be read: Orbax takes no path with \\")
@@ -217,15 +219,18 @@ def candidates(folder: Path, steps: Sequence[int], step: int | None) -> list[Pat
     return [folder / str(number) for number in wanted]
 
 
-def newest(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T]:
+def newest(
+    paths: Sequence[epath.PathLike], read: Callable[[Path], T]
+) -> tuple[Path, T]:
     """(path, read(path)) of the first of `paths` that is not damaged."""
-    for path in paths:
+    for number, where in enumerate(paths):
+        path = epath.Path(where)
         try:
             with silent(Damaged, KeyboardInterrupt):
                 return path, read(path)
         except Damaged as error:
             reason = f"checkpoint {path} is damaged: {error}"
-        if path != paths[-1]:
+        if number + 1 < len(paths):
             log.warning("%s; taking the one before it", reason)
     if len(paths) > 1:
         reason += f"; none of {len(paths)} checkpoints can be read"
@@ -272,6 +277,18 @@ def _meta(path: Path) -> Meta:
             f"ladder_jax {VERSION} reads up to {FORMAT}"
         )
     return meta
+
+
+def has_meta(path: epath.PathLike) -> bool:
+    """Whether the files that describe a checkpoint, of one step, hold JSON objects.
+
+    It asks neither Orbax nor JAX, which would wait for the other processes.
+    """
+    try:
+        files = [epath.Path(path) / name for name in ("_CHECKPOINT_METADATA", META)]
+        return all(isinstance(json.loads(x.read_text()), dict) for x in files)
+    except (OSError, ValueError):
+        return False
 
 
 def _alone() -> contextlib.AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 A run appends to files, renames them and holds a lease, which a store cannot do. So it
 works in a folder of this machine (`work_folder`), and a thread of process 0 copies what
 changed to the store: a checkpoint once it is complete, its meta last, so that readers
-(storage.fetch_checkpoint) find whole ones alone; other files every INTERVAL_S seconds.
+(storage.fetch_checkpoints) find whole ones alone; other files every INTERVAL_S seconds.
 
 The store has a lease of its own, lease.json: the process that writes there, and a
 number that grows while it lives.
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ladder_jax import files, run_folder, storage
+from ladder_jax import checkpoint, files, run_folder, storage
 from ladder_jax.addresses import is_address, local_path
 from ladder_jax.config import ConfigError, Train
 from ladder_jax.say import Say
@@ -91,6 +91,8 @@ class Mirror:
         self._store: Any = None  # an fsspec.AbstractFileSystem, once `begin` has run
         self._root = ""
         self._there: dict[str, str] = {}  # file -> its version in the store, or ""
+        self._others: dict[int, Mapping[str, str]] = {}  # step -> all files at address
+        self._changing = threading.Lock()  # held to change `_there`, INDEX and files
         self._lease: Lease | None = None
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -130,12 +132,41 @@ class Mirror:
             name: index[name][2] if name in index and index[name][2] == version else ""
             for name, version in listed.items()
         }
-        here = _steps(_files(self.folder))
-        if steps and max(steps) > max(here, default=-1):
-            self._fetch(max(steps), listed)
+        self._bring_newest(listed)
         say(f"{self.address} gets the files of {self.folder}")
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
+
+    def _bring_newest(self, listed: Mapping[str, str]) -> None:
+        """Copies the newest checkpoint, if the store has a newer one than `folder`, and
+        the files beside it; where its meta is damaged, the one before it, too.
+        """
+        here, there = _steps(_files(self.folder)), _steps(listed)
+        self._others = {step: listed for step in there - here}
+        if there and max(there) > max(here, default=-1):
+            self._fetch([name for name in listed if _step(name) is None], listed)
+        for step in sorted(here | there if there else (), reverse=True):
+            self.bring(step)
+            if checkpoint.has_meta(self.folder / CHECKPOINTS / str(step)):
+                break  # else a reader says so, and takes the one before it
+
+    def others(self) -> list[int]:
+        """The steps of the store's checkpoints that are not in `folder`."""
+        return sorted(self._others)
+
+    def bring(self, step: int) -> None:
+        """Copies a checkpoint to `folder` if it is one of `others`.
+
+        Raises OSError where the store fails.
+        """
+        if (listed := self._others.pop(step, None)) is None:
+            return
+        names = [name for name in listed if _step(name) == step]
+        self._say(f"copying {len(names)} files of {self.address}, at step {step}")
+        with self._changing:
+            self._fetch(names, listed)
+            place = self.folder / CHECKPOINTS / str(step)
+            _part_of(place).replace(place)
 
     def check(self) -> None:
         """Raises OSError where the run should stop: another job writes to the address,
@@ -197,7 +228,8 @@ class Mirror:
         try:
             self._tried(self._lease.renew)
             if not self._lease.lost:
-                return self._copy()
+                with self._changing:
+                    return self._copy()
         except (FileNotFoundError, PermissionError) as error:  # not tried again
             reason = " ".join(str(error).split())
             raise OSError(
@@ -270,18 +302,14 @@ class Mirror:
 
     # ------------------------------------------------------------ from the store
 
-    def _fetch(self, step: int, listed: Mapping[str, str]) -> None:
-        """Copies a checkpoint, and the files beside the checkpoints, to `folder`."""
-        names = [name for name in listed if _step(name) in (step, None)]
-        self._say(f"copying {len(names)} files of {self.address}, at step {step}")
-        part = self.folder / CHECKPOINTS / f".{step}.part"
-        place = part.with_name(str(step))
+    def _fetch(self, names: list[str], listed: Mapping[str, str]) -> None:
+        """Copies files to `folder`; those of a checkpoint into a part of its own."""
         index = self._read_index()
         for name in names:
-            path = self.folder / name
-            target = path
-            if _step(name) is not None:
-                target = part / path.relative_to(place)
+            target = self.folder / name
+            if (step := _step(name)) is not None:
+                place = self.folder / CHECKPOINTS / str(step)
+                target = _part_of(place) / target.relative_to(place)
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(target) as file:
                 source = f"{self._root}/{name}"
@@ -289,7 +317,6 @@ class Mirror:
             about = target.stat()
             index[name] = [about.st_size, about.st_mtime_ns, listed[name]]
             self._there[name] = listed[name]
-        part.replace(place)
         files.write_text(self.folder / INDEX, json.dumps(index))
 
     def _list(self) -> dict[str, str]:
@@ -399,6 +426,11 @@ def _step(name: str) -> int | None:
     if len(parts) > 2 and parts[0] == CHECKPOINTS and parts[1].isdigit():
         return int(parts[1])
     return None
+
+
+def _part_of(place: Path) -> Path:
+    """Where a checkpoint's folder is until it is whole."""
+    return place.with_name(f".{place.name}.part")
 
 
 def _is_meta(name: str) -> bool:

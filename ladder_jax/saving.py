@@ -41,6 +41,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         of Orbax's. `wait` raises it too, but where there are several processes Orbax
         first waits for the others for minutes.
 
+    Attributes:
+      elsewhere: checkpoints that are not in `folder`: {step: brings it there}.
+
     Raises ConfigError where Orbax cannot work in a folder of that name, and OSError
     where the folder cannot be made.
     """
@@ -55,6 +58,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.folder = checkpoint.absolute(folder)
         checkpoint.require_plain_name(self.folder)
         self.keep, self.lease = keep, lease
+        self.elsewhere: dict[int, Callable[[], object]] = {}
         # The last step saved or restored. The next save replaces the later steps.
         self._step: int | None = None
         # The last save, until it has been read back: its step, its arrays' shapes.
@@ -166,13 +170,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           config: `config.to_dict` of this run. If the checkpoint does not fit, the
             message names the fields that differ.
 
+        Those of `elsewhere` that are newer than what can be read are brought first.
+
         Returns (step, state, meta). Raises ValueError when there is no checkpoint, none
         can be read, or it is of another model or optimizer.
         """
         self.wait()
+
+        def load(path: Path) -> tuple[dict[str, Any], Meta]:
+            if bring := self.elsewhere.pop(int(path.name), None):
+                bring()
+                self._own_steps.add(int(path.name))
+            return checkpoint.load(path, abstract_state, data_iterator, config)
+
+        steps = sorted({*self.steps(), *self.elsewhere})
         path, (state, meta) = checkpoint.newest(
-            checkpoint.candidates(self.folder, self.steps(), step),
-            lambda path: checkpoint.load(path, abstract_state, data_iterator, config),
+            checkpoint.candidates(self.folder, steps, step), load
         )
         self._step = int(path.name)
         return self._step, state, meta

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -72,12 +72,41 @@ def fetch_source(address: str, field: str, folder: Path, say: Say) -> str:
     return str(target / listing.root)
 
 
-def fetch_checkpoint(address: str, step: int | None, say: Say) -> Path:
-    """Copies one checkpoint to `cache_folder`, and returns the folder of its step.
+class Copies(Sequence[Path]):
+    """Checkpoints at an address, newest first: the folders of their copies.
+
+    A checkpoint is copied to `cache_folder` when its folder is asked for, so that a
+    reader which finds the newest one good copies no other.
+    """
+
+    def __init__(
+        self, address: str, listing: Listing, places: list[PurePosixPath], say: Say
+    ) -> None:
+        self._address, self._listing, self._say = address, listing, say
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        place = self._places[number]
+        own = {
+            path: about
+            for path, about in self._listing.files.items()
+            if place in PurePosixPath(path).parents
+        }
+        key = hashlib.sha256(f"{self._address} {place}".encode()).hexdigest()[:12]
+        target = cache_folder() / key
+        _copy(self._listing, own, target, self._address, self._say)
+        return target / place
+
+
+def fetch_checkpoints(address: str, step: int | None, say: Say) -> Copies:
+    """The checkpoints at an address.
 
     Args:
       address: of a run's folder, its checkpoints folder or the folder of one step.
-      step: the one to copy; None: the newest.
+      step: the only one; None: all.
       say, errors: as for `fetch_source`.
     """
     listing = _list(address, "checkpoint", say)
@@ -95,15 +124,8 @@ def fetch_checkpoint(address: str, step: int | None, say: Say) -> Path:
             f"{address} holds no checkpoint{wanted}: the address of a run's folder, "
             "its checkpoints folder or the folder of one step is accepted"
         )
-    chosen = steps[max(steps) if step is None else step]
-    own = {
-        path: about
-        for path, about in listing.files.items()
-        if chosen in PurePosixPath(path).parents
-    }
-    key = hashlib.sha256(f"{address} {chosen}".encode()).hexdigest()[:12]
-    _copy(listing, own, cache_folder() / key, address, say)
-    return cache_folder() / key / chosen
+    chosen = sorted(steps, reverse=True) if step is None else [step]
+    return Copies(address, listing, [steps[number] for number in chosen], say)
 
 
 def open_store(address: str, field: str) -> tuple[Any, str]:
@@ -152,7 +174,7 @@ def _copy(
     missing = [
         path
         for path, version in versions.items()
-        if index.get(path) != version or not (target / path).is_file()
+        if index.get(path) != version or not _has_size(target / path, wanted[path])
     ]
     for path in index.keys() - versions.keys():
         (target / path).unlink(missing_ok=True)
@@ -180,6 +202,13 @@ def _copy(
                 kept[path] = versions[path]
     finally:  # also after an error: the next call goes on from here
         files.write_text(target / INDEX, json.dumps(kept))
+
+
+def _has_size(path: Path, about: Mapping[str, Any]) -> bool:
+    """Whether a copy has as many bytes as the store says."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size == about.get("size", path.stat().st_size)
+    return False
 
 
 def _read_index(target: Path) -> dict[str, str]:

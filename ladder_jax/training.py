@@ -7,9 +7,11 @@ loss.png, and tensorboard/ and profile/ where the configuration turns them on.
 import contextlib
 import dataclasses
 import itertools
+import json
 import signal
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
@@ -137,6 +139,8 @@ def _train(
             group.together("the data", lambda: values, dict)
         watchdog = stack.enter_context(groups.watchdog(group, step_timeout))
         checkpoints = open_checkpoints(job, stack)
+        if is_address(options.out):
+            checkpoints.elsewhere = in_store(copy, group)
 
         # ---- state, programs and reports
         optimizer = make_optimizer(job.config.optimizer, options.steps)
@@ -375,6 +379,30 @@ def start_copy(
         begin()
     else:
         group.first("a copy of train.out", begin)
+
+
+def in_store(
+    copy: mirror.Mirror | None, group: groups.Group | None
+) -> dict[int, Callable[[], object]]:
+    """The checkpoints at train.out, an address, that were not copied: {step: copies it,
+    in process 0, while the others wait}.
+    """
+
+    def bring(step: int) -> None:
+        if copy is not None:
+            copy.bring(step)
+
+    def bring_together(step: int) -> None:
+        if group is None:
+            bring(step)
+        else:
+            group.first(f"a copy of step {step} of train.out", lambda: bring(step))
+
+    others = copy.others() if copy is not None else []
+    if group is not None:
+        text = group.from_first("train.out's checkpoints", lambda: json.dumps(others))
+        others = json.loads(text)
+    return {step: partial(bring_together, step) for step in others}
 
 
 def make_batches(job: Job) -> tuple[Any, Iterable[Batch]]:

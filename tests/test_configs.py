@@ -195,7 +195,7 @@ def test_a_recipe_fits_its_hardware_at_full_size(name, planned):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_numbers_of_a_recipes_docstring_are_right(name):
-    """Command, hardware, time and result are in order; the formula gives the time."""
+    """Command, hardware, time and result are in order; the steps give the time."""
     text = documentation(name)
     places = [
         re.search(rf"^{word}: +\S", text, re.MULTILINE).start()
@@ -206,21 +206,16 @@ def test_the_numbers_of_a_recipes_docstring_are_right(name):
     if name in ANYWHERE:
         return
     config = recipe(name)
-    written, unit, flops, devices, peak, mfu = re.search(
-        r"Time: +(\S+) (hours|days) = (\S+) FLOPs / "
-        r"\((\d+) x (\d+) TFLOP/s x (\d+)% MFU\)",
-        " ".join(text.split()),
+    written, unit, steps, step = re.search(
+        r"Time: +(\S+) (hours|days) = (\S+) steps of (\S+) s, an MFU of \d+%: modelled",
+        text,
     ).groups()
-    tokens = config.train.steps * config.train.global_batch * config.train.seq_len
-    assert float(flops) == pytest.approx(
-        tokens * train_programs.flops_per_token(config.model, config.train.seq_len),
-        rel=0.005,
-    )
-    seconds = float(flops) / (int(devices) * int(peak) * 1e12 * int(mfu) / 100)
+    assert steps == f"{config.train.steps:,}"
+    seconds = config.train.steps * float(step)
     assert written == f"{seconds / {'hours': 3600, 'days': 86400}[unit]:.1f}"
     device = re.search(r"Hardware: +\d+ (?:NVIDIA )?(.*?) of", text).group(1).lower()
     described = SimpleNamespace(platform="accelerator", device_kind=device)
-    assert chips.peak_flops(described, "bfloat16") == int(peak) * 1e12
+    assert chips.peak_flops(described, "bfloat16")
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)

@@ -288,6 +288,14 @@ DAMAGED = {
         "tokenizer.model is damaged, or no file of SentencePiece",
     ),
     "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json"),
+    "a template that does not end": (
+        text("chat_template.jinja", "{% for m in messages %}{{ m }}"),
+        "model is not accepted: the tokenizer's chat template is not a valid Jinja",
+    ),
+    "a template of another program": (
+        text("tokenizer_config.json", '{"chat_template": "\\n{{ messages | shout }}"}'),
+        r"No filter named 'shout'\. \(line 2\)",
+    ),
     "tokens beyond the rows": (more_tokens, "288 ids.*272 rows"),
     "an end beyond the ids": (
         text("generation_config.json", '{"eos_token_id": [257, 999]}'),

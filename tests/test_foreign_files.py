@@ -15,7 +15,7 @@ import pytest
 import ladder_jax
 from ladder_jax import cli
 from ladder_jax.config import ConfigError
-from ladder_jax.convert import gguf_file, gguf_tokenizer
+from ladder_jax.convert import gguf_file, gguf_tokenizer, layout
 from ladder_jax.convert.families import FAMILIES, read_config
 from ladder_jax.convert.from_hf import prepare
 from ladder_jax.convert.gguf_source import open_gguf
@@ -289,6 +289,69 @@ def test_a_gguf_header_with_any_byte_changed_is_read_or_refused(gguf, tmp_path):
         path.write_bytes(bytes(changed))
         refused += is_refused(lambda: prepare(open_gguf(path)))
     assert refused > 100
+
+
+# ---------------------------------------------------------------- while it is read
+
+
+@pytest.fixture(params=["safetensors", "gguf"])
+def conversion(request, tmp_path, gguf):
+    """(the words of an import, its file of weights, how its header is read)."""
+    out = str(tmp_path / "out")
+    if request.param == "gguf":
+        path = tmp_path / "model.gguf"
+        path.write_bytes(gguf[0].read_bytes())
+        return ["convert", "from-gguf", str(path), out], path, open_gguf
+    foreign.write(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    return ["convert", "from-hf", str(tmp_path / "model"), out], path, read_header
+
+
+def at_the_second_tensor(monkeypatch, act):
+    """Calls act() when a conversion has read the embedding and one layer's norm."""
+    count = []
+
+    def read(array, tensor, model):
+        count.append(array)
+        if len(count) == 2:
+            act()
+        return to_ours(array, tensor, model)
+
+    to_ours = layout.to_ours
+    monkeypatch.setattr(layout, "to_ours", read)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(
+    conversion, tmp_path, capsys, monkeypatch
+):
+    """A mapped file would end this process by SIGBUS."""
+    words, path, _ = conversion
+    at_the_second_tensor(monkeypatch, lambda: os.truncate(path, 100))
+    assert cli.run(words) == 2
+    error = capsys.readouterr().err
+    assert f"{path} was cut off while it was read: byte " in error
+    assert "it ends at byte 100\n" in error and error.count("\n") == 1
+    assert [x.name for x in tmp_path.iterdir() if "out" in x.name] == []
+
+
+def test_a_file_that_becomes_another_one_while_it_is_read(
+    conversion, tmp_path, capsys, monkeypatch
+):
+    words, path, _ = conversion
+    at_the_second_tensor(monkeypatch, lambda: os.utime(path, (1, 1)))
+    assert cli.run(words) == 2
+    error = capsys.readouterr().err
+    assert f"{path} changed while it was read" in error and error.count("\n") == 1
+    assert [x.name for x in tmp_path.iterdir() if "out" in x.name] == []
+
+
+def test_a_file_that_is_cut_off_while_its_header_is_read(conversion, monkeypatch):
+    """The system says the size that the file had when it was opened."""
+    _, path, read = conversion
+    size = path.stat().st_size
+    os.truncate(path, 100)
+    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((0,) * 6 + (size,) * 4))
+    assert is_refused(read, path)
 
 
 # ---------------------------------------------------------------- values

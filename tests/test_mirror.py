@@ -78,6 +78,12 @@ def on_disk(folder):
     return {name: (folder / name).read_bytes() for name in names}
 
 
+def cut_in_half(s3, step, name):
+    """Damages the objects of a checkpoint that have `name` in theirs."""
+    for key in [key for key in s3.objects if f"/{step}/" in key and name in key]:
+        s3.objects[key] = s3.objects[key][: len(s3.objects[key]) // 2]
+
+
 def write_step(folder, step, text="x"):
     """It appears at once, as Orbax's does."""
     part = folder / "checkpoints" / f".{step}.part"
@@ -96,9 +102,11 @@ def wait_until(true, seconds=30):
 
 
 @pytest.fixture
-def begun(s3, tmp_path):
+def begun(s3, tmp_path, monkeypatch):
     """Returns a function that starts the copy of an empty run, or of its folder."""
     said, open_ones = [], []
+    # What stands for a checkpoint is not damaged.
+    monkeypatch.setattr(checkpoint, "has_meta", lambda _: True)
 
     def begin(folder="here", resume=False, **fields):
         of_run = mirror.of_run(options(tmp_path / folder, **fields), True)
@@ -150,8 +158,31 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     assert loaded.config == ladder_jax.load(folder).config
 
 
+@pytest.mark.parametrize("name", ["/d/", "meta/data.json", "_CHECKPOINT_METADATA"])
+def test_a_damaged_checkpoint_in_a_store_and_the_one_before_it(
+    s3, whole, tiny_folder, tmp_path, fast_compiler, name, caplog
+):
+    """On another machine, as a run on disk: test_damaged_checkpoint.py."""
+    out = dict(train_out=ADDRESS, train_work_dir=str(tmp_path / "a"))
+    with at_step(6, lambda _: signal.raise_signal(signal.SIGTERM)):
+        training.train(tiny.make(tiny_folder, **out))
+    *_, older, newest = sorted(mirror._steps(in_store(s3)))
+    cut_in_half(s3, newest, name)
+    caplog.clear()
+    config = tiny.make(tiny_folder, **out | dict(train_work_dir=str(tmp_path / "b")))
+    assert training.train(config, resume=True)["step"] == 20
+    folder = mirror.work_folder(config.train)
+    lines = (folder / "run.json").read_text()
+    assert f'"step": {older}' in lines, lines
+    assert f"/{newest} is damaged: " in caplog.text
+    assert "; taking the one before it" in caplog.text
+    assert_golden(folder, range(1, 21))
+    assert_same_run(folder, whole)
+
+
 def test_two_processes_have_one_copy(s3, tmp_path):
-    """Process 0 copies; on another machine both go on with what it copied."""
+    """Process 0 copies; on another machine both go on with what it copied: the newest
+    checkpoint, and the one before it where that is damaged."""
     tiny.write_corpus(tmp_path / "corpus")
     path = tiny.recipe(tmp_path, train_out=ADDRESS, train_steps=4)
 
@@ -168,8 +199,11 @@ def test_two_processes_have_one_copy(s3, tmp_path):
     assert mirror._steps(in_store(s3)) == {3, 4} and "lease.json" not in in_store(s3)
     first, second = train("b", 6, "--resume")
     assert f"files of {ADDRESS}, at step 4" in first and "resumed at step 4" in first
-    assert ADDRESS not in second
+    assert ADDRESS not in second and f"files of {ADDRESS}, at step 3" not in first
     assert 6 in mirror._steps(in_store(s3))
+    cut_in_half(s3, max(mirror._steps(in_store(s3))), "/d/")
+    first, _ = train("c", 7, "--resume")
+    assert f"files of {ADDRESS}, at step 4" in first and "resumed at step 4" in first
 
 
 def test_no_other_process_copies(s3, tmp_path):

@@ -4,16 +4,26 @@ import dataclasses
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 
-from ladder_jax import cli
+from ladder_jax import cli, sharding
 from ladder_jax.config import Config, ConfigError, Mesh, Model
 from ladder_jax.hardware import aot
-from ladder_jax.planner import command, compare, lengths, planning, tables, use
-from ladder_jax.planner.plan import Request
+from ladder_jax.planner import (
+    command,
+    compare,
+    lengths,
+    planning,
+    report,
+    tables,
+    use,
+)
+from ladder_jax.planner.plan import Compiled, Request
+from ladder_jax.planner.stack import shorten
 from ladder_jax.planner.timeline import Timeline
 
 LENGTHS = "configs/workloads/sharegpt.toml"
@@ -442,3 +452,22 @@ def test_tables_align_numbers_right_and_text_left():
         "| a | 1,234 |",
         "| long one | 2 |",
     ]
+
+
+def test_gradients_and_moments_of_all_layers_are_arrays_that_grow():
+    model_config = Model(
+        vocab_size=64, dim=16, layers=32, heads=4, kv_heads=4, head_dim=8, ffn_dim=24
+    )
+    config = Config(model=model_config)
+    request = Request("small", config, aot.parse("h100:1x8"), "train", 8, 64)
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    compiled = Compiled(request, mesh, shorten(model_config, 4), "", 0, 0, 0)
+
+    def growth(compiled, *dims):
+        array = SimpleNamespace(dims=dims)
+        return report.growth_of(compiled)(SimpleNamespace(outputs=[array]))
+
+    assert growth(compiled, 4, 8, 12) == 8  # a shard of the gates of four layers
+    assert growth(compiled, 8, 12) == growth(compiled, 32, 8) == 1
+    decode = compiled._replace(request=request._replace(workload="decode"))
+    assert growth(decode, 4, 8, 12) == 1

@@ -135,6 +135,25 @@ def test_the_table_of_the_docs_is_that_of_its_rows():
     assert scaling.with_table(page, scaling.read(CSV)) == page
 
 
+@pytest.mark.parametrize("name", scaling.HARDWARE)
+def test_a_recipes_docstring_has_the_step_that_is_planned_for_its_hardware(name):
+    """Within 2%, and the MFU within a point. If this fails: write the new plan's step
+    and MFU into the line `Time:`.
+    """
+    text = ast.get_docstring(ast.parse((ROOT / f"configs/{name}.py").read_text()))
+    kind, count, _ = scaling.HARDWARE[name]
+    where = scaling.machine(kind, count)
+    [row] = [
+        row
+        for row in scaling.read(CSV)
+        if (row.recipe, row.target, row.slices) == (name, *where)
+        and row.schedule != "standard"
+    ]
+    step, mfu = re.search(r"Time: .* of (\S+) s, an MFU of (\d+)%: mod", text).groups()
+    assert float(step) == pytest.approx(row.step_ms / 1e3, rel=0.02)
+    assert int(mfu) == pytest.approx(100 * row.mfu, abs=1)
+
+
 def test_every_recipe_fits_its_hardware_and_has_a_step():
     rows = {
         (row.recipe, row.schedule == "standard", row.target): row

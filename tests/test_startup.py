@@ -3,8 +3,10 @@ compilation afterwards.
 """
 
 import dataclasses
+import sys
 import threading
 
+import foreign_folder as foreign
 import helpers
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from helpers import make_requests, tokens_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladder_jax import checkpoint, config, decode_weights, model, saving, sharding
+from ladder_jax import checkpoint, cli, config, decode_weights, model, saving, sharding
 from ladder_jax.config import ConfigError, Decode
 from ladder_jax.data.tokenizer import ByteTokenizer
 from ladder_jax.serve import compilation, memory
@@ -213,6 +215,19 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
     arguments = startup.Arguments(checkpoint=str(run), compile_cache="none")
     with pytest.raises((ConfigError, ValueError), match=message) as raised:
         startup.check(dataclasses.replace(arguments, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_is_not_valid_is_one_line_too(tmp_path, monkeypatch):
+    foreign.write(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% if %}")
+    words = ["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "run")]
+    with monkeypatch.context() as patch:  # an import without jinja2 does not see it
+        patch.setitem(sys.modules, "jinja2", None)
+        assert cli.run(words) == 0
+    arguments = startup.Arguments(checkpoint=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="is not a valid Jinja template") as raised:
+        startup.check(arguments)
     assert "\n" not in str(raised.value)
 
 

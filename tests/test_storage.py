@@ -212,6 +212,33 @@ def test_a_checkpoint_at_an_address_is_the_same_model(s3, tmp_path):
         checkpoint.find("s3://bucket/runs/one/checkpoints/10/model")
 
 
+@pytest.mark.parametrize("name", ["/d/", "meta/data.json"])
+def test_a_damaged_checkpoint_at_an_address_and_the_one_before_it(
+    s3, tmp_path, name, caplog
+):
+    tiny.write_run(tmp_path / "run")
+    put(tmp_path / "run", s3, "runs/one")
+    ladder_jax.load("s3://bucket/runs/one")
+    assert len(list(storage.cache_folder().iterdir())) == 1  # step 10 alone is copied
+    for key in [key for key in s3.objects if "/10/" in key and name in key]:
+        s3.objects[key] = s3.objects[key][: len(s3.objects[key]) // 2]
+    loaded = ladder_jax.load("s3://bucket/runs/one")
+    expected = ladder_jax.load(tmp_path / "run", step=2)
+    chex.assert_trees_all_equal(loaded.model, expected.model)
+    assert "10 is damaged: " in caplog.text and "the one before it" in caplog.text
+    with pytest.raises(ValueError, match="10 is damaged: ") as error:
+        ladder_jax.load("s3://bucket/runs/one", step=10)
+    assert "\n" not in str(error.value)
+
+
+def test_a_copy_that_lost_bytes_is_copied_again(s3, tmp_path):
+    tiny.write_run(tmp_path / "run")
+    put(tmp_path / "run", s3, "runs/one")
+    where, meta = checkpoint.find("s3://bucket/runs/one")
+    (where / "meta" / "data.json").write_text("{")
+    assert checkpoint.find("s3://bucket/runs/one") == (where, meta)
+
+
 def test_a_source_and_a_checkpoint_at_gs(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "text"

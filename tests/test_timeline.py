@@ -1,6 +1,8 @@
 """The planner's clock on programs small enough to play by hand, and its pictures."""
 
 # ruff: noqa: E501  XLA's lines are long
+import dataclasses
+
 import pytest
 from hlo_programs import (
     OVERLAPPED,
@@ -370,3 +372,20 @@ def test_draw_writes_a_picture_with_a_pair_of_lanes_a_timeline(tmp_path):
     lanes.draw(path, [("slow", slow), ("fast", fast)])
     height, width, _ = image.imread(path).shape
     assert (height, width) == (round(130 * (0.5 + 2 * 1.1)), 130 * 12)
+
+
+def test_what_has_a_row_for_every_layer_grows_with_them_outside_loops():
+    """One longer message, not several: its latency does not grow."""
+    module = program(compute("a", 2), start("s"), done("s"))
+    costs = ops.Costs(
+        lambda instruction, _: float(instruction.cycles or 0),
+        lambda size: 0.0,
+        lambda kind, groups, size: Transfer(1.0, size),
+        growth=lambda instruction: 8.0,
+    )
+    once = ops.operations(module, dataclasses.replace(costs, growth=lambda _: 1.0))
+    grown = ops.operations(module, costs)
+    assert [one.count for one in grown] == [one.count for one in once]
+    assert grown[0].seconds == 8 * once[0].seconds
+    assert grown[1].bytes == 8 * once[1].bytes
+    assert grown[1].transfer == Transfer(1.0, 8.0 * once[1].bytes)

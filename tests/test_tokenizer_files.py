@@ -123,6 +123,7 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
             [dict(name="tool_use", template="t"), dict(name="default", template="one")],
             "one",
         ),
+        ([dict(name="default", template="one")] * 2, "one"),
         ([], None),
     ],
 )
@@ -144,6 +145,10 @@ def test_the_template_of_one_or_several(tmp_path, setting, template):
         (
             dict(chat_template=[dict(name="tool_use", template="x")]),
             r"\['tool_use'\], and none is named default",
+        ),
+        (
+            dict(chat_template=[dict(name="default", template=x) for x in "ab"]),
+            "two templates that are named default",
         ),
         (dict(add_bos_token="yes"), "add_bos_token='yes' is not accepted"),
         (dict(add_bos_token=1), "add_bos_token=1 is not accepted"),

@@ -6,6 +6,7 @@ the tensor's memory is free again before the next one is read.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,10 @@ from ladder_jax.convert.families import Imported, read_config
 from ladder_jax.convert.layout import Tensor
 from ladder_jax.convert.needs import available, needs_of
 from ladder_jax.convert.parts import Parts
-from ladder_jax.convert.source import TensorSource
+from ladder_jax.convert.source import TensorSource, require_unchanged
 from ladder_jax.convert.tensor_names import check_names
 from ladder_jax.data import tokenizer as tokenizers
+from ladder_jax.data.chat_template import check_template
 from ladder_jax.data.post_processor import set_bos
 from ladder_jax.data.tokenizer_files import write_special
 from ladder_jax.say import Say
@@ -92,15 +94,16 @@ def prepare(
 
 
 def _equal(source: TensorSource, name: str, other: str) -> bool:
-    """Whether two tensors have the same values; compared some rows at a time."""
-    # Copies: a source may give a view that ends with the next call.
-    rows = source.tensors[name].shape[0]
-    step = max(1, rows // 16)
-    for start in range(0, rows, step):
-        part = np.array(source.read(name)[start : start + step])
-        if not np.array_equal(part, source.read(other)[start : start + step]):
-            return False
-    return True
+    """Whether two tensors have the same values. One of them is held at a time."""
+    return _digest(source.read(name)) == _digest(source.read(other))
+
+
+def _digest(array: np.ndarray) -> str:
+    """A digest of an array's values, whatever its dtype."""
+    digest = hashlib.sha256()
+    for row in array:  # a tensor of float64 would be as large as four of bfloat16
+        digest.update((row.astype(np.float64) + 0.0).tobytes())  # -0.0 is 0.0, too
+    return digest.hexdigest()
 
 
 def tokenizer_of(
@@ -123,6 +126,10 @@ def tokenizer_of(
             raise ConfigError(
                 f"{name} is not accepted: {error} (--tokenizer names another)"
             ) from None
+    try:
+        check_template(tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is not accepted: {error}") from None
     if tokenizer.size > model.vocab_size:
         raise ConfigError(
             f"{name} has {tokenizer.size} ids, but the embedding of {source.name} has "
@@ -144,11 +151,13 @@ def place(job: Import, mesh: Mesh, dtype: str = "float32") -> models.Transformer
     The host holds one tensor of the checkpoint at a time; a device holds its shards,
     and its part of that tensor.
     """
+    files = job.source.files()
     shapes = models.abstract(job.model)
     placer = _placer(job, mesh, dtype)
     placed: dict[str, jax.Array] = {}
     for tensor in job.imported.tensors:
         placed |= placer(tensor)
+    require_unchanged(job.source, files)
     names = jax.tree.leaves(sharding.parameter_names(shapes))
     leaves = [placed[name] for name in names]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -221,7 +230,7 @@ def _put(
         if (tensor.scale, tensor.offset) != (1.0, 0.0):
             part = part.astype(np.float32) * np.float32(tensor.scale)
             part += np.float32(tensor.offset)
-        # A copy: on a CPU, JAX keeps NumPy's memory, and this is the mapped file.
+        # A copy: on a CPU, JAX keeps NumPy's memory, which would be the whole tensor.
         with np.errstate(over="ignore"):
             copy = np.array(part, dtype, order="C")
         if not _is_finite(copy):
@@ -263,7 +272,8 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
         tokenizer=job.tokenizer.to_json(),
         source=job.source.name,
     )
-    parts = Parts([meta, job.source.files(), dtype, dict(mesh.shape)], job.model)
+    files = job.source.files()
+    parts = Parts([meta, files, dtype, dict(mesh.shape)], job.model)
     names = _checkpoint_names(job.model)
     placer = _placer(job, mesh, dtype)
     with folder.new_folder(path, parts) as part:
@@ -273,6 +283,7 @@ def write_run(job: Import, out: str | Path, mesh: Mesh, dtype: str, say: Say) ->
             if not {names[name] for name in tensor.parts} <= set(parts.saved):
                 try:
                     arrays = placer(tensor)
+                    require_unchanged(job.source, files)
                 except ConfigError:  # another source is needed
                     parts.forget()
                     raise

@@ -8,18 +8,18 @@ file without an end, and takes seconds for a vocabulary. The `gguf` package dequ
 
 import importlib
 import math
-import mmap
+import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ladder_jax.addresses import local_path
 from ladder_jax.config import ConfigError, short_repr
-from ladder_jax.data.foreign_files import is_file
+from ladder_jax.data.foreign_files import cut_off, is_file, read_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -72,11 +72,9 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
-        self._maps: list[mmap.mmap] = []
-        self.paths = [local_path(path, "source")]
-        self._open(self.paths[0])
+        self.paths: list[Path] = []
+        self._open(local_path(path, "source"))
         for other in self._other_parts():
-            self.paths.append(other)
             self._open(other)
         promised = self.metadata.get("split.tensors.count", len(self.tensors))
         if promised != len(self.tensors):
@@ -86,11 +84,9 @@ class GGUFFile:
             )
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor; a view of the mapped file where its dtype allows it."""
+        """Returns a tensor. Raises ConfigError, one line, where it is not there."""
         tensor = self.tensors[name]
-        data = np.frombuffer(
-            self._maps[tensor.part], np.uint8, tensor.size, tensor.start
-        )
+        data = read_bytes(self.paths[tensor.part], tensor.start, tensor.size)
         if tensor.kind in PLAIN:
             return data.view(PLAIN[tensor.kind]).reshape(tensor.shape)
         gguf = import_gguf()
@@ -99,11 +95,9 @@ class GGUFFile:
         return gguf.quants.dequantize(rows, kind).reshape(tensor.shape)
 
     def _open(self, path: Path) -> None:
-        part = len(self._maps)
-        data = _map(path)
-        self._maps.append(data)
-        header = _Header(data, path)
-        metadata, tensors = header.read(part)
+        part = len(self.paths)
+        self.paths.append(path)
+        metadata, tensors = _read_header(path, part)
         if part == 0:
             self.metadata = metadata
         for name, tensor in tensors.items():
@@ -137,28 +131,28 @@ def import_gguf() -> Any:
         ) from None
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Maps a file that starts as GGUF files do."""
+def _read_header(path: Path, part: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the metadata and the tensors of the file with number `part`."""
     if not is_file(path):
         raise ConfigError(f"{path} does not exist")
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
             if start == MAGIC:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read: {reason}") from None
+                return _Header(file, path).read(part)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     raise ConfigError(
         f"{path} is not a GGUF file: it starts with {start!r}, not with {MAGIC!r}"
     )
 
 
 class _Header:
-    """Reads the header of a mapped file, from its start on."""
+    """Reads the header of an open file, from the end of its MAGIC on."""
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self._data, self._path, self._offset = data, path, len(MAGIC)
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path, self._offset = file, path, len(MAGIC)
+        self._size = os.fstat(file.fileno()).st_size
 
     def read(self, part: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns the metadata, and the tensors of the file with number `part`."""
@@ -206,10 +200,10 @@ class _Header:
                 raise self._damaged(f"tensor {name!r} of {kind_name} has shape {shape}")
             size = math.prod(shape) // block_length * block_size
             first = start + offset
-            if first + size > len(self._data):
+            if first + size > self._size:
                 raise ConfigError(
                     f"{self._path} is cut off: tensor {name!r} ends at byte "
-                    f"{first + size}, the file at byte {len(self._data)}"
+                    f"{first + size}, the file at byte {self._size}"
                 )
             if name in tensors or first < end_of_last:
                 raise self._damaged(f"tensor {name!r} overlaps another")
@@ -248,16 +242,11 @@ class _Header:
             self._require(count * 8)
             return [self._value(item_kind, True) for _ in range(count)]
         code = SCALARS[item_kind]
-        self._require(count * struct.calcsize(code))
-        values = struct.unpack_from(f"<{count}{code}", self._data, self._offset)
-        self._offset += count * struct.calcsize(code)
-        return list(values)
+        data = self._take(count * struct.calcsize(code))
+        return list(struct.unpack(f"<{count}{code}", data))
 
     def _scalar(self, code: str) -> Any:
-        size = struct.calcsize(code)
-        self._require(size)
-        (value,) = struct.unpack_from(f"<{code}", self._data, self._offset)
-        self._offset += size
+        (value,) = struct.unpack(f"<{code}", self._take(struct.calcsize(code)))
         # The shortest decimal of a float32: 1e-5, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if code == "f" else value
 
@@ -269,22 +258,32 @@ class _Header:
         return name
 
     def _string(self) -> str:
-        size = self._scalar("Q")
-        self._require(size)
-        data = self._data[self._offset : self._offset + size]
-        self._offset += size
+        data = self._take(self._scalar("Q"))
         try:
             return data.decode()
         except UnicodeDecodeError:
             # Some vocabularies hold parts of characters.
             return data.decode(errors="replace")
 
+    def _take(self, size: int) -> bytes:
+        """Reads the next bytes."""
+        self._require(size)
+        data = self._file.read(size)
+        self._offset += size
+        if len(data) < size:
+            end = os.fstat(self._file.fileno()).st_size
+            raise cut_off(self._path, self._offset, end)
+        return data
+
     def _require(self, size: int) -> None:
-        """Raises ConfigError unless the file has `size` more bytes."""
-        if self._offset + size > len(self._data):
+        """Raises ConfigError unless the file had `size` more bytes when it was opened.
+
+        So a count of a damaged file allocates no memory.
+        """
+        if self._offset + size > self._size:
             raise ConfigError(
                 f"{self._path} is damaged or cut off: its header needs byte "
-                f"{self._offset + size}, the file ends at byte {len(self._data)}"
+                f"{self._offset + size}, the file ends at byte {self._size}"
             )
 
     def _damaged(self, reason: str) -> ConfigError:

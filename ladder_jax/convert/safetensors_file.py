@@ -1,4 +1,4 @@
-"""One safetensors file: mapped for reading, or written tensor by tensor.
+"""One safetensors file: read or written tensor by tensor.
 
 The format: 8 bytes, the header's length; the header, JSON, which gives each tensor's
 dtype, shape and place; the tensors' bytes. NumPy has no bfloat16 of its own, so the
@@ -18,7 +18,7 @@ import numpy as np
 
 from ladder_jax.config import ConfigError, short_repr
 from ladder_jax.convert.source import TensorInfo
-from ladder_jax.data.foreign_files import parse_object
+from ladder_jax.data.foreign_files import parse_object, read_bytes
 
 # The names of dtypes in a header. Weights in any other dtype are quantised.
 DTYPES = {
@@ -120,22 +120,9 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def read_tensor(path: Path, place: Place) -> np.ndarray:
-    """Returns a tensor as a read-only view of the mapped file."""
+    """Returns a tensor. Raises ConfigError, one line, where it cannot be read whole."""
     info = place.info
-    if math.prod(info.shape) == 0:
-        return np.zeros(info.shape, info.dtype)
-    try:
-        # A map of its own for each tensor: its pages leave this process's memory when
-        # the caller drops the view.
-        raw = np.memmap(
-            path,
-            np.uint8,
-            "r",
-            offset=place.start,
-            shape=(math.prod(info.shape) * info.dtype.itemsize,),
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    raw = read_bytes(path, place.start, bytes_of(info))
     return raw.view(info.dtype).reshape(info.shape)
 
 

@@ -49,9 +49,8 @@ class TensorSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor; a view of the mapped file where no conversion is needed.
+        """Returns a tensor. The caller drops it before it reads the next one.
 
-        The caller does not write into it, and keeps it only until the next call.
         Raises ConfigError, one line, where the file does not hold what it promised.
         """
         ...
@@ -64,6 +63,15 @@ class TensorSource(Protocol):
         """Returns the files of weights as they are now: they tell whether an import
         that was cut off read the same ones."""
         ...
+
+
+def require_unchanged(source: TensorSource, before: list[FileState]) -> None:
+    """Raises ConfigError where a file of weights is another than `before` (`files`)."""
+    for (path, *old), (_, *new) in zip(before, source.files()):
+        if old != new:
+            raise ConfigError(
+                f"{path} changed while it was read: start again once it is complete"
+            )
 
 
 def state_of(path: Path) -> FileState:

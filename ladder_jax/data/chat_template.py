@@ -8,6 +8,7 @@ there.
 
 import datetime
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,15 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way, as programs do
             raise Refused(_one_line(error)) from None
         return _without_marks(marked)
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raises ConfigError, one line, where a tokenizer's template is not valid.
+
+    Without jinja2 nothing is checked: who only converts weights need not have it.
+    """
+    if tokenizer.chat_template and importlib.util.find_spec("jinja2"):
+        ChatTemplate(tokenizer)
 
 
 def default_template(tokenizer: Tokenizer) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ladder_jax.config import ConfigError, short_repr
 
 
@@ -35,6 +37,35 @@ def is_file(path: Path) -> bool:
 
 def _name(path: Path) -> str:
     return str(path) if len(str(path)) < 300 else short_repr(str(path), 200)
+
+
+def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
+    """`size` bytes of a file from byte `start` on, as an array [size] of uint8.
+
+    The file is read and not mapped: the system ends a process (SIGBUS) that looks at a
+    mapped byte which another process has cut off since.
+
+    Raises ConfigError, one line, where the file cannot be read or has fewer bytes.
+    """
+    data = np.empty(size, np.uint8)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            count = file.readinto(data.data)
+            end = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if count < size:
+        raise cut_off(path, start + size, end)
+    return data
+
+
+def cut_off(path: Path, needed: int, end: int) -> ConfigError:
+    """The error about a file that has lost its end since its header was read."""
+    return ConfigError(
+        f"{path} was cut off while it was read: byte {needed} is needed, and it ends "
+        f"at byte {end}"
+    )
 
 
 def read_text(path: Path) -> str | None:

@@ -188,6 +188,8 @@ def _template(file: str | None, setting: Any) -> str | None:
         is_text = all(isinstance(x, str) for pair in pairs for x in pair)
         require(is_text, where, setting, accepted)
         named = dict(pairs)
+        if len({text for name, text in pairs if name == "default"}) > 1:
+            raise ConfigError(f"{where} has two templates that are named default")
         if named and "default" not in named:
             names = short_repr(list(named))
             raise ConfigError(f"{where} has {names}, and none is named default")

@@ -110,6 +110,8 @@ class Costs:
       hbm_seconds: bytes -> how long HBM takes for them at full bandwidth.
       collective: (kind, groups, bytes) -> how long a collective takes.
       interference: (instruction, its computation) -> how collectives slow it.
+      growth: an instruction outside all loops -> by how much its arrays are larger in
+        the deep model, where they have a row for every layer.
       count: a scope -> how many executions an instruction in it stands for. It is
         called in the order of issue.
       trips: a while instruction -> how often its body runs.
@@ -123,6 +125,7 @@ class Costs:
     interference: Callable[[Instruction, Body], Interference] = (
         lambda instruction, body: Interference()
     )
+    growth: Callable[[Instruction], float] = lambda instruction: 1.0
 
 
 def operations(module: Module, costs: Costs) -> list[Operation]:
@@ -136,7 +139,7 @@ class _Lister:
 
     def __init__(self, module: Module, costs: Costs) -> None:
         self.module, self.costs = module, costs
-        self.scope = ""
+        self.scope, self.growth = "", 1.0  # of the instruction that is listed
         self.open: set[str] = set()  # names of collectives that have not ended
 
     def computation(self, name: str, runs: float) -> Iterator[Operation]:
@@ -144,6 +147,8 @@ class _Lister:
         body = self.module.computations[name]
         for instruction in body.values():
             self.scope = instruction.scope or self.scope
+            is_outside = name == self.module.entry and instruction.opcode != "while"
+            self.growth = self.costs.growth(instruction) if is_outside else 1.0
             yield from self.instruction(
                 instruction, body, runs * self.costs.count(self.scope)
             )
@@ -167,7 +172,8 @@ class _Lister:
         elif opcode in ("copy-start", "slice-start"):
             # copy-start lists its result first, slice-start its operand.
             copied = instruction.outputs[opcode == "slice-start"]
-            yield StartPrefetch(*place, self.costs.hbm_seconds(copied.bytes))
+            size = round(self.growth * copied.bytes)
+            yield StartPrefetch(*place, self.costs.hbm_seconds(size))
         elif opcode in ("copy-done", "slice-done"):
             yield EndPrefetch(*place, instruction.operands[0])
         elif _ends_collective(instruction):
@@ -179,7 +185,8 @@ class _Lister:
         elif opcode not in FREE and (duration := self.costs.seconds(instruction, body)):
             moved = self.costs.hbm_seconds(traffic(self.module, instruction, body))
             spare, slowed = max(duration - moved, 0.0), self.costs.interference
-            yield Compute(*place, duration, spare, slowed(instruction, body))
+            times = self.growth * duration, self.growth * spare
+            yield Compute(*place, *times, slowed(instruction, body))
 
     def _start(
         self,
@@ -193,6 +200,7 @@ class _Lister:
         size = sum(buffer.bytes for one in operands for buffer in one.outputs)
         if inner.kind == "all-gather":
             size *= len(groups[0])
+        size = round(self.growth * size)
         has_done = (
             inner.instruction.opcode.endswith("-start")
             or instruction.opcode in hlo.WRAPPED

@@ -1,14 +1,17 @@
 """Reports which communication overlaps with compute, and the cost of the rest."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ladder_jax import schedule
+from ladder_jax import schedule, sharding
 from ladder_jax.config import Model
 from ladder_jax.hardware import cost
+from ladder_jax.model import abstract
 from ladder_jax.planner import fused, hlo, operations, timeline, use
 from ladder_jax.planner.plan import Compiled, Request, pages_of
 from ladder_jax.planner.scopes import Place, place_of
@@ -74,8 +77,31 @@ def make_timeline(compiled: Compiled, all_reduce: float | None = None) -> Timeli
         LayerCounter(stack),
         lambda loop: stack.trips_of(loop, module),
         interference,
+        growth_of(compiled),
     )
     return timeline.play(module, costs)
+
+
+def growth_of(compiled: Compiled) -> Callable[[hlo.Instruction], float]:
+    """An instruction -> by how much its arrays grow with the model's depth.
+
+    The short model's optimizer and its sums of gradients have stacks of few layers.
+    Other instructions, and those of the engine's programs, whose layers are a list,
+    give 1.
+    """
+    deep = compiled.request.config.model
+    short = len(compiled.stack.counts)
+    if compiled.request.workload != "train":
+        return lambda instruction: 1.0
+    shapes = abstract(dataclasses.replace(deep, layers=short, residual="standard"))
+    placed = sharding.abstract(shapes, compiled.mesh).layers
+    stacks = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(placed)}
+
+    def growth(instruction: hlo.Instruction) -> float:
+        has_stack = any(array.dims in stacks for array in instruction.outputs)
+        return deep.layers / short if has_stack else 1.0
+
+    return growth
 
 
 def make_report(compiled: Compiled, played: Timeline) -> dict[str, Any]:
