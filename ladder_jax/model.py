@@ -324,7 +324,44 @@ def hidden(
     twice = twice and cache is not None and read_BR is None and tokens_BT.size == 1
     if twice := twice and residual_schedule.overlaps:
         tokens_BT = jnp.concatenate([tokens_BT, tokens_BT])
-    dtype = jnp.dtype(model_config.dtype)
+    rotation, window = (
+        _rotation(model_config, positions_BT),
+        model_config.sliding_window,
+    )
+    context = Context(rotation, segments_BT, positions_BT, kernel, window, pages_read)
+    sequence = None
+    if sequence_parallel and sharding.axis_size(sharding.TENSOR) > 1:
+        norm = partial(rms_norm, eps=model_config.norm_eps)
+        sequence = SequenceParallel(_norm_scale, norm, tokens_BT.shape[1])
+    x_BTD, outputs = residual.run(
+        residual_schedule,
+        embed(model, jnp.dtype(model_config.dtype), tokens_BT),
+        _with_caches(model.layers, cache),
+        partial(compute_block, model_config, context, is_normed=sequence is not None),
+        form_of(residual_schedule, reduction, freshness, sequence),
+        remat=REMAT[remat],
+        unroll=unroll,
+        read_BR=read_BR,
+    )
+    return x_BTD[:1] if twice else x_BTD, _caches_of(outputs)
+
+
+def _with_caches(layers: Any, cache: Any) -> Any:
+    """Layers with their caches, as residual.run takes them."""
+    if isinstance(layers, list):
+        return list(zip(layers, cache or [None] * len(layers)))
+    return layers, cache
+
+
+def _caches_of(outputs: Any) -> Any:
+    """The caches: each layer's first block is the one with attention."""
+    if isinstance(outputs, list):
+        return [blocks[0] for blocks in outputs]
+    return outputs[0]
+
+
+def _rotation(model_config: config.Model, positions_BT: jax.Array) -> Any:
+    """The cosines and sines of these positions."""
     rotation = rotary(
         positions_BT,
         model_config.head_dim,
@@ -332,32 +369,7 @@ def hidden(
         model_config.rope_scaling,
     )
     # Without the barrier XLA:CPU computes the sines again for every head.
-    rotation = lax.optimization_barrier(rotation)
-    window = model_config.sliding_window
-    context = Context(rotation, segments_BT, positions_BT, kernel, window, pages_read)
-    layers: Any = (model.layers, cache)
-    if isinstance(model.layers, list):
-        layers = list(zip(model.layers, cache or [None] * len(model.layers)))
-    sequence = None
-    if sequence_parallel and sharding.axis_size(sharding.TENSOR) > 1:
-        norm = partial(rms_norm, eps=model_config.norm_eps)
-        sequence = SequenceParallel(_norm_scale, norm, tokens_BT.shape[1])
-    x_BTD, outputs = residual.run(
-        residual_schedule,
-        embed(model, dtype, tokens_BT),
-        layers,
-        partial(compute_block, model_config, context, is_normed=sequence is not None),
-        form_of(residual_schedule, reduction, freshness, sequence),
-        remat=REMAT[remat],
-        unroll=unroll,
-        read_BR=read_BR,
-    )
-    if twice:
-        x_BTD = x_BTD[:1]
-    # The first block of every layer is the one with attention.
-    if isinstance(model.layers, list):
-        return x_BTD, [blocks[0] for blocks in outputs]
-    return x_BTD, outputs[0]
+    return lax.optimization_barrier(rotation)
 
 
 def compute_block(

@@ -159,6 +159,46 @@ class Concurrent:
                 request.finish = "length"
 
 
+@dataclasses.dataclass
+class _Engines:
+    """Makes engines of one model, all with one copy of its weights."""
+
+    options: Decode
+    parameters: model.Transformer
+    model_config: Model
+    mesh: jax.sharding.Mesh
+    weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def make(
+        self,
+        scheduler: Scheduler = plan_step,
+        pipelined: bool = True,
+        **changes: Any,
+    ) -> Engine:
+        """An engine; `changes` are of `options`."""
+        engine = Engine(
+            self.parameters,
+            self.model_config,
+            self.mesh,
+            dataclasses.replace(self.options, **changes),
+            scheduler=scheduler,
+            trace=True,
+            pipelined=pipelined,
+        )
+        # Weights are the same with pages and with drafts.
+        spec = engine.spec._replace(page_size=0, speculate=0)
+        programs = engine.programs
+        programs.weights = self.weights.setdefault(spec, programs.weights)
+        return engine
+
+    def make_static(self, window: float, **changes: Any) -> Engine:
+        return self.make(StaticBatches(window), **changes)
+
+    def make_concurrent(self, **changes: Any) -> Concurrent:
+        changes |= dict(slots=1, staging=1, steps_per_call=4)
+        return Concurrent(self.make(**changes))
+
+
 def make_policies(
     names: tuple[str, ...],
     options: Decode,
@@ -184,53 +224,24 @@ def make_policies(
       carry_tokens: of the policy carry.
     Raises ConfigError for an unknown name.
     """
-    weights: dict[Any, Any] = {}
-
-    def make_engine(
-        scheduler: Scheduler = plan_step,
-        pipelined: bool = True,
-        **changes: Any,
-    ) -> Engine:
-        engine = Engine(
-            parameters,
-            model_config,
-            mesh,
-            dataclasses.replace(options, **changes),
-            scheduler=scheduler,
-            trace=True,
-            pipelined=pipelined,
-        )
-        # All engines exist at once and share one copy of the weights.
-        programs = engine.programs
-        # Weights are the same with pages and with drafts.
-        spec = engine.spec._replace(page_size=0, speculate=0)
-        programs.weights = weights.setdefault(spec, programs.weights)
-        return engine
-
-    def make_static(window: float, **changes: Any) -> Engine:
-        return make_engine(StaticBatches(window), **changes)
-
-    def make_concurrent(**changes: Any) -> Concurrent:
-        changes |= dict(slots=1, staging=1, steps_per_call=4)
-        return Concurrent(make_engine(**changes))
-
+    engines = _Engines(options, parameters, model_config, mesh)
     make = functools.partial
     policies: dict[str, Callable[..., Any]] = {
-        "sequential": make(make_engine, slots=1, staging=1),
-        "concurrent": make_concurrent,
-        "static": make(make_static, 0.0),
+        "sequential": make(engines.make, slots=1, staging=1),
+        "concurrent": engines.make_concurrent,
+        "static": make(engines.make_static, 0.0),
         **{
-            f"dynamic {window * 1e3:.0f} ms": make(make_static, window)
+            f"dynamic {window * 1e3:.0f} ms": make(engines.make_static, window)
             for window in windows
         },
         "per-token": make(
-            make_engine, steps_per_call=1, pipelined=False, fit_shapes=True
+            engines.make, steps_per_call=1, pipelined=False, fit_shapes=True
         ),
-        "no-shuffle": make(make_engine, fit_shapes=False),
-        "rows": make(make_engine, kv_layout="rows"),
-        "ours": make_engine,
-        "speculate": make(make_engine, speculate=drafts),
-        "carry": make(make_engine, kv_layout="pages", carry_tokens=carry_tokens),
+        "no-shuffle": make(engines.make, fit_shapes=False),
+        "rows": make(engines.make, kv_layout="rows"),
+        "ours": engines.make,
+        "speculate": make(engines.make, speculate=drafts),
+        "carry": make(engines.make, kv_layout="pages", carry_tokens=carry_tokens),
     }
 
     def kind_of(name: str) -> str:

@@ -317,17 +317,12 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
-        wanted = (
-            ("output_attentions", output_attentions),
-            ("output_hidden_states", output_hidden_states),
-            ("return_dict", return_dict),
-            ("use_cache", use_cache),
+        attentions, states, as_dict, use_cache = self._wanted(
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            use_cache=use_cache,
         )
-        attentions, states, as_dict, keep = (
-            getattr(self.config, name, None) if value is None else value
-            for name, value in wanted
-        )
-        use_cache = bool(keep)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -338,9 +333,8 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
         if position_ids is None or MASKS_TAKE_CACHE_POSITION:
             past = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(x.shape[1], device=x.device) + past
-            position_ids = (
-                cache_position[None] if position_ids is None else position_ids
-            )
+            if position_ids is None:
+                position_ids = cache_position[None]
             if MASKS_TAKE_CACHE_POSITION:
                 kwargs.setdefault("cache_position", cache_position)
         masks = self._masks(attention_mask, x, cache, position_ids, kwargs)
@@ -371,6 +365,13 @@ class LadderLlamaModel(LadderLlamaPreTrainedModel):
             **{CACHE_FIELD: cache if use_cache else None},
         )
         return output.to_tuple() if as_dict is False else output
+
+    def _wanted(self, **values: Any) -> list[Any]:
+        """These arguments, or where one is None what the config says."""
+        return [
+            getattr(self.config, name, None) if value is None else value
+            for name, value in values.items()
+        ]
 
     def _masks(
         self,
